@@ -1,0 +1,23 @@
+# Five words: setup, test, check, bench, docs. VENV may name another environment.
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: setup test check bench docs
+setup:
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[test]"
+
+test:
+	$(BIN)/python -m pytest
+
+check:
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_packaging.py tests/test_docs.py
+
+bench:
+	$(BIN)/python -m edgevlm.benchmarks.pico evaluate
+
+docs:
+	$(BIN)/python docs/generate.py

@@ -1,0 +1,55 @@
+"""edgevlm runs vision-language models on the device in front of you.
+
+    import edgevlm
+
+    vlm = edgevlm.load()
+    print(vlm.ask("answer en what colour is the circle?", image="photo.jpg"))
+
+Importing this package loads no engine; `load` does.
+"""
+
+from edgevlm.api import load
+from edgevlm.errors import (
+    BundleCorrupt,
+    BundleError,
+    BundleNotFound,
+    BundleTooNew,
+    ContextOverflow,
+    EdgeVLMError,
+    EngineError,
+    EngineMissing,
+    ExportError,
+    ImageError,
+    ParityError,
+    PromptError,
+    SourceError,
+    UnknownFamily,
+)
+from edgevlm.types import Box, Piece, Progress, Reply, Timings, TokenCounts
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Box",
+    "BundleCorrupt",
+    "BundleError",
+    "BundleNotFound",
+    "BundleTooNew",
+    "ContextOverflow",
+    "EdgeVLMError",
+    "EngineError",
+    "EngineMissing",
+    "ExportError",
+    "ImageError",
+    "ParityError",
+    "Piece",
+    "Progress",
+    "PromptError",
+    "Reply",
+    "SourceError",
+    "Timings",
+    "TokenCounts",
+    "UnknownFamily",
+    "__version__",
+    "load",
+]

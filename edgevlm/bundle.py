@@ -1,0 +1,255 @@
+"""The bundle: one folder that holds a converted model and says everything about it.
+
+    edgevlm.json     the manifest (class Manifest)
+    vision.onnx      pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]
+    projector.onnx   features -> embeddings float32 [n, tokens, n_embd]
+    decoder.gguf     the language decoder with its tokenizer
+
+Large ONNX weights lie beside the graph in files named in the manifest. This module knows files,
+hashes and the manifest; it does not know what an engine makes of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from edgevlm import schema
+from edgevlm.errors import BundleCorrupt, BundleError, BundleNotFound, BundleTooNew
+from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorPlace
+from edgevlm.types import Progress
+
+FORMAT = 1
+MANIFEST = "edgevlm.json"
+COMPONENTS = ("vision", "projector", "decoder")
+
+# Files up to this size are hashed whole on every load; of larger ones the cheap check reads
+# SAMPLES blocks, evenly spread, so that a bundle of gigabytes opens in milliseconds.
+WHOLE_BYTES = 64 << 20
+SAMPLES = 64
+BLOCK_BYTES = 64 << 10
+
+Check = Literal["quick", "full"]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file, its size in bytes and its SHA-256 (hex); `sample` is the hash of the cheap check."""
+
+    file: str
+    bytes: int
+    sha256: str
+    sample: str = ""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of the model: its precision ("int8", "q4_k_m") and its files, the main one first."""
+
+    precision: str
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True)
+class StageParity:
+    """How far one stage lies from the source: `worst` by `metric`, allowed up to `tolerance`."""
+
+    stage: str
+    metric: str
+    worst: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the stage is within its tolerance."""
+        return self.worst <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime needs to know about a bundle; stored as edgevlm.json."""
+
+    format: int
+    family: str
+    name: str
+    license: str
+    components: Mapping[str, Component]
+    image: ImageSpec
+    prompt: PromptSpec
+    decoder: DecoderSpec
+    answer: AnswerSpec
+    token_embedding: TensorPlace
+    source: tuple[FileRecord, ...] = ()
+    parity: tuple[StageParity, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, component: str) -> Path:
+        """The main file of a component ("vision", "projector" or "decoder")."""
+        return self.folder / self.manifest.components[component].files[0].file
+
+    @property
+    def bytes(self) -> int:
+        """Size of all components on disk, in bytes."""
+        return sum(r.bytes for c in self.manifest.components.values() for r in c.files)
+
+
+def record(
+    path: Path, name: str | None = None, progress: Callable[[int], None] | None = None
+) -> FileRecord:
+    """Hashes a file; `progress` is told the number of bytes read since its last call."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+            if progress:
+                progress(len(block))
+    size = path.stat().st_size
+    return FileRecord(name or path.name, size, digest.hexdigest(), _sample(path, size))
+
+
+def _sample(path: Path, size: int) -> str:
+    if size <= WHOLE_BYTES:
+        return ""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        for i in range(SAMPLES):
+            f.seek(i * (size - BLOCK_BYTES) // (SAMPLES - 1))
+            digest.update(f.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def open_bundle(
+    folder: str | os.PathLike[str],
+    check: Check = "quick",
+    progress: Callable[[Progress], None] | None = None,
+) -> Bundle:
+    """Opens a bundle folder and checks its files.
+
+    "quick" compares sizes, the whole hash of files up to 64 MiB and sampled blocks of larger ones;
+    "full" hashes every byte. Raises BundleNotFound, BundleCorrupt or BundleTooNew.
+    """
+    root = Path(folder)
+    manifest = _read_manifest(root)
+    bundle = Bundle(root, manifest)
+    done = 0
+    for component in manifest.components.values():
+        for entry in component.files:
+            _check_file(root, entry, check)
+            done += entry.bytes
+            if progress:
+                progress(Progress("verify", done, bundle.bytes, "B"))
+    return bundle
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST
+    if not root.is_dir():
+        raise BundleNotFound(f"{root}: there is no such bundle folder; `edgevlm models` lists some")
+    if not path.is_file():
+        raise BundleNotFound(
+            f"{root}: not a bundle, it has no {MANIFEST}; "
+            "`edgevlm export` makes one from a checkpoint"
+        )
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise BundleCorrupt(path, f"cannot be read as JSON ({e})") from None
+    found = data.get("format") if isinstance(data, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise BundleTooNew(path, found, FORMAT)
+    try:
+        manifest = schema.read(Manifest, data)
+    except schema.SchemaError as e:
+        raise BundleCorrupt(path, str(e)) from None
+    if manifest.format != FORMAT:
+        raise BundleCorrupt(path, f"format {manifest.format} was never released")
+    if set(manifest.components) != set(COMPONENTS) or not all(
+        c.files for c in manifest.components.values()
+    ):
+        raise BundleCorrupt(path, f"'components' must be {', '.join(COMPONENTS)}, each with files")
+    for component in manifest.components.values():
+        for entry in component.files:
+            if not entry.file or Path(entry.file).name != entry.file:
+                raise BundleCorrupt(path, f"{entry.file!r} is not a plain file name")
+    return manifest
+
+
+def _check_file(root: Path, entry: FileRecord, check: Check) -> None:
+    path = root / entry.file
+    if not path.is_file():
+        raise BundleCorrupt(path, "is missing")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        what = "truncated" if size < entry.bytes else "longer than it was"
+        raise BundleCorrupt(path, f"is {what} ({size} bytes, expected {entry.bytes})")
+    if check == "full" or size <= WHOLE_BYTES:
+        same = record(path).sha256 == entry.sha256
+    else:
+        same = _sample(path, size) == entry.sample
+    if not same:
+        raise BundleCorrupt(path, "was changed after it was written (its SHA-256 differs)")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes edgevlm.json into a folder that holds the components."""
+    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing(destination: Path) -> Iterator[Path]:
+    """A temporary folder beside `destination` that becomes it when the block ends well.
+
+    An exception or an interrupt removes the temporary folder: nothing half-made is left. Raises
+    BundleError if the destination exists and is anything but an empty folder or an older bundle,
+    which is replaced.
+    """
+    if destination.exists() and not _replaceable(destination):
+        raise BundleError(
+            f"{destination}: exists and is not a bundle; choose another folder or remove it"
+        )
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent)
+        )
+    except OSError as e:
+        raise BundleError(
+            f"{destination}: cannot be written ({e.strerror}); choose another folder"
+        ) from None
+    try:
+        yield temporary
+        # mkdtemp makes folders for the owner alone; a bundle is as readable as any other folder.
+        temporary.chmod(0o777 & ~_umask())
+        if destination.exists():
+            shutil.rmtree(destination)
+        temporary.rename(destination)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replaceable(path: Path) -> bool:
+    return path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,129 @@
+"""What can go wrong, one class for each thing a caller can do differently.
+
+    EdgeVLMError
+    ├ BundleError
+    │  ├ BundleNotFound     no bundle of that name or in that folder
+    │  ├ BundleCorrupt      a file is missing, truncated, edited or foreign
+    │  └ BundleTooNew       written by a newer edgevlm
+    ├ UnknownFamily         no family reads this model
+    ├ ImageError            a picture cannot be had or decoded
+    ├ PromptError           the question does not fit the model or the options are not valid
+    │  └ ContextOverflow    picture, prompt and answer do not fit the context
+    ├ EngineMissing         an optional package or a device is not there
+    ├ EngineError           an engine failed on a valid request
+    └ ExportError
+       ├ SourceError        the source checkpoint lacks something or holds something unknown
+       └ ParityError        the exported model does not answer like its source
+
+Every message is one line that names the thing and ends with what to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class EdgeVLMError(Exception):
+    """The root of all errors that edgevlm raises on purpose."""
+
+
+class BundleError(EdgeVLMError):
+    """A bundle cannot be used."""
+
+
+class BundleNotFound(BundleError):
+    """There is no bundle where one was named."""
+
+
+class BundleCorrupt(BundleError):
+    """A file of a bundle is not what the manifest says."""
+
+    def __init__(self, file: Path, problem: str) -> None:
+        self.file = file
+        self.problem = problem
+        super().__init__(f"{file}: {problem}; export or download the bundle again")
+
+
+class BundleTooNew(BundleError):
+    """The bundle was written in a format that this version does not know."""
+
+    def __init__(self, file: Path, format: int, known: int) -> None:
+        self.file = file
+        self.format = format
+        super().__init__(
+            f"{file}: bundle format {format} is newer than {known}, the newest this edgevlm reads; "
+            "upgrade edgevlm"
+        )
+
+
+class UnknownFamily(EdgeVLMError):
+    """No family of models goes by this name."""
+
+    def __init__(self, name: str, known: list[str], where: str) -> None:
+        self.name = name
+        self.known = known
+        super().__init__(
+            f"{where}: {name!r} is not a known model family; known: {', '.join(known)}"
+        )
+
+
+class ImageError(EdgeVLMError):
+    """A picture cannot be read; `source` is what the caller gave, `reason` says why."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        self.source = source
+        self.reason = reason
+        super().__init__(f"{source}: {reason}")
+
+
+class PromptError(EdgeVLMError):
+    """A request that this model cannot answer as it was asked."""
+
+
+class ContextOverflow(PromptError):
+    """The request needs more positions than the decoder has; all sizes in tokens."""
+
+    def __init__(self, image: int, text: int, generated: int, context: int) -> None:
+        self.image = image
+        self.text = text
+        self.generated = generated
+        self.context = context
+        super().__init__(
+            f"the request needs {image + text + generated} tokens (image {image}, text {text}, "
+            f"answer {generated}) and the model's context has {context}; shorten the prompt or "
+            "lower max_tokens"
+        )
+
+
+class EngineMissing(EdgeVLMError):
+    """A package or a device that the request needs is not on this machine."""
+
+    def __init__(self, what: str, install: str) -> None:
+        self.what = what
+        self.install = install
+        super().__init__(f"{what}; {install}")
+
+
+class EngineError(EdgeVLMError):
+    """An engine (onnxruntime, llama.cpp) failed on a request that was checked before."""
+
+
+class ExportError(EdgeVLMError):
+    """A checkpoint cannot be exported."""
+
+
+class SourceError(ExportError):
+    """The source checkpoint lacks a part or holds one that nobody knows."""
+
+
+class ParityError(ExportError):
+    """A stage of the exported model differs from its source by more than its tolerance."""
+
+    def __init__(self, stage: str, worst: float, tolerance: float) -> None:
+        self.stage = stage
+        self.worst = worst
+        self.tolerance = tolerance
+        super().__init__(
+            f"parity: {stage} differs from the source by {worst:.3g}, more than {tolerance:.3g}; "
+            "choose a higher precision or report the checkpoint"
+        )

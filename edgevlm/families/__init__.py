@@ -1,0 +1,1 @@
+"""One file per family of models; a family is found by its file's name."""

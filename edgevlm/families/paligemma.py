@@ -1,0 +1,175 @@
+"""PaliGemma 1 and 2: SigLIP encoder, linear projector, Gemma 1 or Gemma 2 decoder, prefix-LM.
+
+Facts from google-research/big_vision (proj/paligemma) and transformers 4.57 (models/paligemma).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from edgevlm.boxes import parse_loc
+from edgevlm.family import Config, Family, Model
+from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, Resample
+
+# config.json omits what equals transformers' defaults for SiglipVisionConfig, GemmaConfig and
+# Gemma2Config; these are those defaults (4.57), for the keys that an exporter needs.
+_VISION = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+_GEMMA: dict[str, Any] = {
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "eos_token_id": 1,
+}
+_GEMMA2: dict[str, Any] = _GEMMA | {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+}
+_TEXT = {"gemma": _GEMMA, "gemma2": _GEMMA2}
+# PIL's numbers, as preprocessor_config.json gives them.
+_RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+# big_vision's transfers go up to 16 pictures (video frames); transformers sets no bound.
+_MAX_PICTURES = 16
+# transformers' processor adds these to whatever tokenizer the checkpoint has.
+_LOCATIONS = tuple(f"<loc{i:04}>" for i in range(1024))
+_SEGMENTS = tuple(f"<seg{i:03}>" for i in range(128))
+
+
+def _describe(files: Mapping[str, Config]) -> Model:
+    config = files["config.json"]
+    vision = _VISION | dict(config.get("vision_config", {}))
+    kind = config.get("text_config", {}).get("model_type", "gemma")
+    if kind not in _TEXT:
+        raise ValueError(f"text_config.model_type {kind!r} is not one of {', '.join(_TEXT)}")
+    text = _TEXT[kind] | dict(config.get("text_config", {}))
+    _check(vision, text)
+    side = vision["image_size"] // vision["patch_size"]
+    return Model(
+        image=_image(files.get("preprocessor_config.json", {}), vision, side * side),
+        prompt=PromptSpec(
+            template=("{image}", "{bos}", "{prompt}\n"),
+            tasks={
+                "caption": "caption {language}",
+                "answer": "answer {language} {prompt}",
+                "detect": "detect {prompt}",
+                "ocr": "ocr",
+            },
+        ),
+        decoder=DecoderSpec(
+            architecture=kind,
+            attention="prefix",
+            n_embd=text["hidden_size"],
+            n_layer=text["num_hidden_layers"],
+            n_vocab=text["vocab_size"],
+            context_length=text["max_position_embeddings"],
+        ),
+        answer=AnswerSpec(stop_tokens=_stop_tokens(files, text)),
+        vision={"kind": "siglip", **vision},
+        projector={"kind": "linear", "in": vision["hidden_size"], "out": text["hidden_size"]},
+        text={"kind": kind, **text},
+        markers={config.get("image_token_index", 256000): "<image>"},
+        whole_tokens=_LOCATIONS + _SEGMENTS,
+    )
+
+
+def _check(vision: Config, text: Config) -> None:
+    """Refuses what the exporters would convert without a word into a model that answers garbage."""
+    expected = (
+        ("vision_config.hidden_act", vision["hidden_act"], "gelu_pytorch_tanh"),
+        ("vision_config.num_channels", vision["num_channels"], 3),
+        ("vision_config.vision_use_head", vision.get("vision_use_head", False), False),
+        ("text_config.attention_bias", text["attention_bias"], False),
+    )
+    for key, found, known in expected:
+        if found != known:
+            raise ValueError(f"{key} is {found!r}; only {known!r} is known")
+    # Gemma checkpoints say "gelu" in hidden_act and mean the tanh form; hidden_activation wins.
+    act = text["hidden_activation"] or "gelu_pytorch_tanh"
+    if act != "gelu_pytorch_tanh":
+        raise ValueError(
+            f"text_config.hidden_activation is {act!r}; only gelu_pytorch_tanh is known"
+        )
+    if text.get("rope_scaling"):
+        raise ValueError("text_config.rope_scaling is set; no PaliGemma scales its positions")
+    if vision["image_size"] % vision["patch_size"]:
+        raise ValueError(
+            f"vision_config.image_size {vision['image_size']} is not a multiple of "
+            f"patch_size {vision['patch_size']}"
+        )
+
+
+def _image(processor: Config, vision: Config, tokens: int) -> ImageSpec:
+    size = processor.get("size", {}).get("height", vision["image_size"])
+    if size != vision["image_size"]:
+        raise ValueError(
+            f"preprocessor_config.json makes {size} px, vision_config.image_size is "
+            f"{vision['image_size']}"
+        )
+    mean, std = (processor.get(k, [0.5, 0.5, 0.5]) for k in ("image_mean", "image_std"))
+    return ImageSpec(
+        size=size,
+        tokens=tokens,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        resample=_RESAMPLE[processor.get("resample", 3)],
+        max_pictures=_MAX_PICTURES,
+    )
+
+
+def _stop_tokens(files: Mapping[str, Config], text: Config) -> tuple[int, ...]:
+    eos = text["eos_token_id"]
+    for name in ("config.json", "generation_config.json"):
+        found = files.get(name, {}).get("eos_token_id")
+        eos = eos if found is None else found
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+# The layouts of transformers up to 4.51, from 4.52, and from 5.0, in this order of parts.
+_PARTS = (
+    (re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)"), "vision."),
+    (re.compile(r"(?:model\.)?multi_modal_projector\.(.+)"), "projector."),
+    (re.compile(r"(?:language_model\.)?(lm_head\.weight)"), "decoder."),
+    (re.compile(r"(?:model\.language_model|language_model\.model)\.(.+)"), "decoder."),
+)
+
+
+def _locate(name: str) -> str | None:
+    for pattern, part in _PARTS:
+        if match := pattern.fullmatch(name):
+            return part + match[1]
+    return None
+
+
+FAMILY = Family(
+    name="paligemma",
+    license="gemma",
+    model_types=("paligemma",),
+    describe=_describe,
+    locate=_locate,
+    boxes=parse_loc,
+)

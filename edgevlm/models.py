@@ -1,0 +1,53 @@
+"""Names of models on this machine: the built-in one and the folders in the models directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from edgevlm.bundle import MANIFEST
+from edgevlm.errors import BundleNotFound
+
+BUILT_IN = "pico"
+
+
+def directory() -> Path:
+    """Where named models lie: $EDGEVLM_HOME/models or the user's data folder."""
+    if home := os.environ.get("EDGEVLM_HOME"):
+        return Path(home) / "models"
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("edgevlm", appauthor=False)) / "models"
+
+
+def built_in() -> Path:
+    """The folder of the built-in model."""
+    return Path(__file__).parent / "assets" / BUILT_IN
+
+
+def installed() -> dict[str, Path]:
+    """All models that go by a name here, the built-in one first."""
+    found = {BUILT_IN: built_in()}
+    if directory().is_dir():
+        for folder in sorted(directory().iterdir()):
+            if (folder / MANIFEST).is_file():
+                found.setdefault(folder.name, folder)
+    return found
+
+
+def resolve(model: str | os.PathLike[str] | None) -> Path:
+    """The bundle folder of a path, a name, or None for the built-in model.
+
+    An existing path wins over a name. Raises BundleNotFound.
+    """
+    if model is None:
+        return built_in()
+    path = Path(model)
+    if path.exists():
+        return path
+    if isinstance(model, str) and model in installed():
+        return installed()[model]
+    raise BundleNotFound(
+        f"{model}: no such bundle folder, and no installed model has this name "
+        f"(there are: {', '.join(installed())}); `edgevlm export` makes a bundle"
+    )

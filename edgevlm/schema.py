@@ -1,0 +1,76 @@
+"""Strict JSON -> frozen dataclasses: a key too many, too few or of the wrong type is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class SchemaError(ValueError):
+    """The data does not have the shape of the dataclass; the message names the key."""
+
+
+def read(cls: type[T], data: Any, where: str = "") -> T:
+    """Builds a `cls` (a dataclass) from parsed JSON; `where` prefixes the keys in messages.
+
+    Raises SchemaError for an unknown key, a missing one, or a value of another type.
+    """
+    if not isinstance(data, dict):
+        raise SchemaError(f"{where or 'the file'} must be an object")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise SchemaError(f"unknown key {_join(where, unknown[0])!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, spec in fields.items():
+        if name in data:
+            values[name] = _value(hints[name], data[name], _join(where, name))
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise SchemaError(f"missing key {_join(where, name)!r}")
+    return cls(**values)
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return read(typing.cast(type, hint), value, where)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+    elif origin in (typing.Union, types.UnionType):
+        rest = [a for a in args if a is not type(None)]
+        return None if value is None and len(rest) < len(args) else _value(rest[0], value, where)
+    elif origin is tuple:
+        return _tuple(args, value, where)
+    elif origin is dict or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        if isinstance(value, dict):
+            return {k: _value(args[1], v, _join(where, k)) for k, v in value.items()}
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise SchemaError(f"{where!r} has the wrong value {value!r}")
+
+
+def _tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise SchemaError(f"{where!r} must be a list")
+    if args[-1] is Ellipsis:
+        hints = [args[0]] * len(value)
+    elif len(args) == len(value):
+        hints = list(args)
+    else:
+        raise SchemaError(f"{where!r} must have {len(args)} items")
+    return tuple(
+        _value(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True))
+    )

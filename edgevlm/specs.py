@@ -1,0 +1,84 @@
+"""What a bundle states about its model, as plain frozen data: picture, prompt, decoder, answer.
+
+A family fills these from a checkpoint's config, the bundle stores them, the runtime obeys them.
+None of them knows an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Attention = Literal["causal", "prefix"]
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes pixels float32 [3, size, size].
+
+    `size` is the side in pixels, `tokens` the rows that one picture takes in the decoder,
+    `mean` and `std` are per channel on the 0..1 scale. `max_pictures` bounds one request.
+    The aspect ratio is not kept: the picture is stretched to the square.
+    """
+
+    size: int
+    tokens: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Resample = "bicubic"
+    max_pictures: int = 1
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """How a question becomes the decoder's input.
+
+    `template` lists the parts in order. A part is `{image}` (the rows of every picture), `{bos}`
+    (the begin token) or text, in which `{prompt}` stands for the user's words; every text part is
+    tokenized by itself. `tasks` maps a task (caption, answer, detect, ocr) to its prompt, in which
+    `{language}` and `{prompt}` are filled in.
+    """
+
+    template: tuple[str, ...]
+    tasks: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The language decoder: its GGUF architecture and sizes.
+
+    `attention` is `prefix` where picture and prompt attend to each other both ways and only the
+    answer is causal, `causal` otherwise. `context_length` is the largest number of positions.
+    """
+
+    architecture: str
+    attention: Attention
+    n_embd: int
+    n_layer: int
+    n_vocab: int
+    context_length: int
+
+
+@dataclass(frozen=True)
+class AnswerSpec:
+    """How an answer ends and how long it may be when the caller does not say."""
+
+    stop_tokens: tuple[int, ...]
+    stop_strings: tuple[str, ...] = ()
+    max_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where the token-embedding table lies in the GGUF file, so that single rows can be read.
+
+    `offset` is in bytes from the start of the file, `type` a ggml type name such as "Q6_K", the
+    shape is [rows, width].
+    """
+
+    offset: int
+    type: str
+    rows: int
+    width: int

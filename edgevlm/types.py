@@ -1,0 +1,116 @@
+"""What edgevlm hands back: answers, their measurements, boxes. Units stand in the names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Where the tokens of one answer went.
+
+    `image` and `text` are the positions of the prompt; `cached` says how many of them did not
+    have to be computed again (picture rows whose embeddings were known, or decoder state that was
+    kept); `generated` counts the answer without its end token.
+    """
+
+    image: int = 0
+    text: int = 0
+    cached: int = 0
+    generated: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """All positions before the answer."""
+        return self.image + self.text
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long each stage of one answer took, in milliseconds of wall time.
+
+    `load_ms` is the time the model took to load, whichever answer it was for. `first_token_ms`
+    runs from the request to the first token of the answer, `total_ms` to its end; `decode_ms` is
+    the part after the first token.
+    """
+
+    load_ms: float = 0.0
+    image_decode_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    vision_ms: float = 0.0
+    projector_ms: float = 0.0
+    prefill_ms: float = 0.0
+    first_token_ms: float = 0.0
+    decode_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Box:
+    """A found object: corners in pixels of the picture as it was given (EXIF-rotated), x to the
+    right, y down, and its label. `segment` holds the 16 `<segNNN>` indices where a model gave them.
+    """
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+    label: str
+    segment: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer as it streams.
+
+    `text` holds whole characters only and may be empty while a character or a stop string is
+    still open. `token_ids` are the tokens that came with this piece.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    elapsed_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer. Prints as its text.
+
+    `token_ids` lack the end token. `boxes` are the objects that the text locates, where the family
+    has a notation for them and there was one picture.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+    timings: Timings = field(default_factory=Timings)
+    boxes: tuple[Box, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens per second after the first one; 0 for answers of fewer than two tokens."""
+        steps = self.tokens.generated - 1
+        return steps * 1e3 / self.timings.decode_ms if steps > 0 and self.timings.decode_ms else 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens per second of the decoder's prefill; 0 when nothing was computed."""
+        ms = self.timings.prefill_ms
+        return self.tokens.prompt * 1e3 / ms if ms else 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a long stage has come: `done` of `total` in `unit` ("B", "tensors", "layers")."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str = ""

@@ -1,0 +1,176 @@
+"""Any picture -> the same pixels as the original's processor; no picture -> one clear line."""
+
+import base64
+import io
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgevlm import image as images
+from edgevlm.errors import ImageError
+from edgevlm.image import preprocess, read_image
+from edgevlm.specs import ImageSpec
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(224, 224), (1, 1), (1, 1000), (1000, 1), (640, 480), (37, 411), (3000, 2000), (223, 225)],
+)
+def test_pixels_equal_transformers_bit_for_bit(width, height):
+    transformers = pytest.importorskip("transformers")
+    rgb = noise(width, height)
+    processor = transformers.SiglipImageProcessor(
+        size={"height": 224, "width": 224}, resample=3, image_mean=HALF, image_std=HALF
+    )
+    expected = processor(
+        Image.fromarray(rgb), return_tensors="np", input_data_format="channels_last"
+    )["pixel_values"][0]
+    pixels = preprocess(rgb, ImageSpec(224, 256, HALF, HALF))
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels, expected)
+
+
+def test_every_kind_of_source_gives_the_same_picture(tmp_path):
+    rgb = noise(30, 20)
+    data = encoded(Image.fromarray(rgb))
+    path = tmp_path / "a picture.png"
+    path.write_bytes(data)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    for source in (rgb, Image.fromarray(rgb), data, path, str(path), url):
+        np.testing.assert_array_equal(read_image(source), rgb)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP", "PPM", "TGA"])
+def test_lossless_formats(format):
+    rgb = noise(16, 16)
+    options = {"lossless": True} if format == "WEBP" else {}
+    np.testing.assert_array_equal(read_image(encoded(Image.fromarray(rgb), format, **options)), rgb)
+
+
+def test_exif_orientation_is_applied():
+    rgb = np.zeros((10, 30, 3), np.uint8)
+    rgb[:, :15] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn 90 degrees clockwise to show
+    seen = read_image(encoded(Image.fromarray(rgb), "JPEG", exif=exif, quality=95))
+    assert seen.shape == (30, 10, 3)
+    assert seen[2].mean() > 250 and seen[-3].mean() < 5
+
+
+def test_modes_other_than_rgb():
+    rgb = noise(8, 8)
+    picture = Image.fromarray(rgb)
+    alpha = picture.copy()
+    alpha.putalpha(0)
+    np.testing.assert_array_equal(read_image(encoded(alpha)), rgb)  # alpha dropped, colours kept
+    palette = picture.quantize(16)
+    np.testing.assert_array_equal(read_image(encoded(palette)), np.array(palette.convert("RGB")))
+    cmyk = picture.convert("CMYK")
+    np.testing.assert_array_equal(read_image(encoded(cmyk, "TIFF")), np.array(cmyk.convert("RGB")))
+    assert read_image(encoded(picture.convert("1"))).shape == (8, 8, 3)
+    assert read_image(encoded(picture.convert("LA"))).shape == (8, 8, 3)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for format in ("PNG", "TIFF"):
+        seen = read_image(encoded(Image.fromarray(grey), format))
+        np.testing.assert_array_equal(seen[..., 0], np.rint(grey / 257).astype(np.uint8))
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert read_image(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def bad_sources(folder):
+    whole = encoded(Image.fromarray(noise(64, 64)), "JPEG")
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    return {
+        folder / "none.png": "no such file",
+        folder: "is a folder",
+        folder / "text.png": "not a picture",
+        folder / "empty.jpg": "is empty",
+        folder / "cut.jpg": "damaged or truncated",
+        b"": "is empty",
+        b"\x89PNG\r\n\x1a\n garbage": "picture",
+        "http://127.0.0.1:9/x.png": "cannot be downloaded",
+        "http://": "cannot be downloaded",
+        "data:image/png;base64,####": "",
+    }
+
+
+def test_bad_sources_say_what_is_wrong(tmp_path):
+    for source, reason in bad_sources(tmp_path).items():
+        with pytest.raises(ImageError) as caught:
+            read_image(source)
+        assert reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_arrays_must_be_rgb_bytes(array):
+    with pytest.raises(ImageError, match="must be uint8"):
+        read_image(array)
+
+
+def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    with pytest.raises(ImageError, match="10 x 10 pixels.*scale it down"):
+        read_image(encoded(Image.new("RGB", (10, 10))))
+    with pytest.raises(ImageError, match="scale it down"):
+        read_image(np.zeros((10, 10, 3), np.uint8))
+
+
+def test_a_decompression_bomb_is_refused():
+    with pytest.raises(ImageError, match="scale it down"):
+        read_image(encoded(Image.new("1", (30000, 30000))))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    picture = encoded(Image.fromarray(noise(5, 6)))
+
+    def do_GET(self) -> None:
+        found = self.path == "/photo.png"
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(self.picture if found else b"")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_pictures_from_a_server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        np.testing.assert_array_equal(read_image(f"{base}/photo.png"), noise(5, 6))
+        with pytest.raises(ImageError, match="answered 404"):
+            read_image(f"{base}/other.png")
+        server.shutdown()

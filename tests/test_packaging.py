@@ -1,0 +1,125 @@
+"""What a wheel would lack, who may import whom, and what importing costs."""
+
+import ast
+import configparser
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgevlm
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "edgevlm": "edgevlm",
+    "edgevlm.export": "export",
+    "edgevlm.runtimes": "runtimes",
+    "edgevlm.benchmarks": "benchmarks",
+}
+# From the lowest to the highest; a module imports from its own row or a row above it in this list.
+LAYERS = (
+    ("edgevlm.errors",),
+    ("edgevlm.types",),
+    ("edgevlm.specs", "edgevlm.schema"),
+    ("edgevlm.image", "edgevlm.prompt", "edgevlm.sampling", "edgevlm.boxes", "edgevlm.bundle"),
+    ("edgevlm.family",),
+    ("edgevlm.families", "edgevlm.models"),
+    ("edgevlm.export",),
+    ("edgevlm.runtimes",),
+    ("edgevlm.api", "edgevlm"),
+    ("edgevlm.benchmarks",),
+    ("edgevlm.cli", "edgevlm.__main__"),
+)
+# Engines belong to one module each; the exporter's own are imported where a checkpoint is read.
+ENGINES = {
+    "onnxruntime": ("edgevlm.runtimes.encoder", "edgevlm.export", "edgevlm.cli.doctor"),
+    "llama_cpp": (
+        "edgevlm.runtimes.decoder",
+        "edgevlm.runtimes.hooks",
+        "edgevlm.export",
+        "edgevlm.cli.doctor",
+    ),
+    "torch": ("edgevlm.export", "edgevlm.benchmarks"),
+    "transformers": ("edgevlm.export", "edgevlm.benchmarks"),
+    "onnx": ("edgevlm.export",),
+    "optimum": ("edgevlm.export",),
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            if package == "edgevlm" and parts[0] in FOLDERS.values():
+                continue  # Seen through the link; counted where it lives.
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of everything a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or (package != "edgevlm" and name.startswith(package + "."))
+
+
+def layer(name: str) -> int:
+    hits = [i for i, row in enumerate(LAYERS) if any(within(name, p) for p in row)]
+    return hits[0] if hits else LAYERS.index(("edgevlm.api", "edgevlm"))
+
+
+def test_every_package_on_disk_is_in_setup_cfg():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    assert listed == {name for name, path in modules().items() if path.name == "__init__.py"}
+
+
+@pytest.mark.parametrize("name", modules())
+def test_modules_import_only_downwards(name):
+    for imported in imports(modules()[name]):
+        if imported.split(".")[0] == "edgevlm":
+            assert layer(imported) <= layer(name), f"{name} imports {imported}"
+            apart = {"edgevlm.export", "edgevlm.runtimes"}
+            mine, theirs = ({p for p in apart if within(n, p)} for n in (name, imported))
+            assert not (mine and theirs and mine != theirs), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_is_imported_only_where_it_belongs(engine):
+    for name, path in modules().items():
+        if any(i.split(".")[0] == engine for i in imports(path)):
+            assert any(within(name, home) for home in ENGINES[engine]), name
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(out.stdout.split())
+
+
+def test_import_edgevlm_loads_nothing_heavy():
+    heavy = {"onnxruntime", "llama_cpp", "torch", "transformers", "onnx", "numpy", "PIL", "rich"}
+    assert not heavy & loaded_after("import edgevlm")
+    assert not (heavy | {"gguf"}) & loaded_after("import edgevlm.cli, edgevlm.export")
+
+
+def test_public_names_are_sorted_and_there():
+    assert edgevlm.__all__ == sorted(edgevlm.__all__)
+    assert all(hasattr(edgevlm, name) for name in edgevlm.__all__)
+
+
+def test_the_changelog_names_this_version():
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == edgevlm.__version__
