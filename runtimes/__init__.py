@@ -1,0 +1,1 @@
+"""A bundle -> answers: onnxruntime for the picture, llama.cpp for the words."""

@@ -1,0 +1,368 @@
+"""The words' half: rows and tokens -> logits -> tokens. The only user of llama_cpp.
+
+llama.cpp aborts the whole process on a prefix larger than its batch, a full context or a bad token
+id; every such request is refused here first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import llama_cpp as llama
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
+from edgevlm.runtimes.encoder import Cancelled
+from edgevlm.runtimes.hooks import ExactGelu
+from edgevlm.runtimes.rows import EmbeddingRows
+from edgevlm.sampling import Sampling
+from edgevlm.specs import DecoderSpec, TensorPlace
+
+Float = npt.NDArray[np.float32]
+
+# Rows of logits that `extend` computes at once; each costs 4 bytes times the vocabulary.
+_SCORE_ROWS = 16
+# Contexts grow in these steps, so that a slightly longer question does not make a new one.
+_CTX_STEP = 256
+_BATCH_STEP = 64
+_CAUSAL_BATCH = 512
+
+
+class TokenSampler(Protocol):
+    """Draws tokens from the decoder's last logits."""
+
+    def sample(self) -> int:
+        """The next token id; it counts for the repetition penalty from now on."""
+
+    def close(self) -> None:
+        """Frees the chain."""
+
+
+class TextDecoder(Protocol):
+    """A language decoder with one sequence of positions."""
+
+    @property
+    def bos(self) -> int:
+        """The begin-of-sequence token."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Text -> token ids, nothing added; control tokens in the text stay text."""
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for; control tokens stand for none."""
+
+    def embed(self, tokens: Sequence[int]) -> Float:
+        """Token ids -> rows float32 [n, n_embd]."""
+
+    def prefill(self, rows: Float, *, bidirectional: bool, room: int) -> None:
+        """Forgets everything, then reads rows float32 [n, n_embd], leaving `room` positions."""
+
+    def extend(self, tokens: Sequence[int]) -> Float:
+        """Reads tokens causally; returns the logits after each, float32 [n, n_vocab]."""
+
+    def step(self, token: int) -> None:
+        """Reads one token."""
+
+    def logits(self) -> Float:
+        """Logits after the last position read, float32 [n_vocab]."""
+
+    def rollback(self, n: int) -> None:
+        """Forgets all but the first n positions."""
+
+    def sampler(self, sampling: Sampling) -> TokenSampler:
+        """A sampler on this decoder's logits."""
+
+    def cancel(self) -> None:
+        """Ends a running prefill from another thread; that call raises Cancelled."""
+
+    def close(self) -> None:
+        """Frees the engine."""
+
+
+class LlamaDecoder:
+    """TextDecoder on llama.cpp's low-level API, CPU.
+
+    `exact` keeps the KV cache in float32, flash attention off and GELU out of its table, for
+    decoders in f32. `repack` lets llama.cpp re-order quantized weights at load; None follows the
+    measured rule in `default_repack`. Raises BundleCorrupt if the file does not hold the decoder of
+    `spec`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spec: DecoderSpec,
+        place: TensorPlace,
+        *,
+        threads: int,
+        exact: bool = False,
+        repack: bool | None = None,
+    ) -> None:
+        _quiet()
+        llama.llama_backend_init()
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.use_extra_bufts = default_repack() if repack is None else repack
+        _log.clear()
+        self._model = llama.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise BundleCorrupt(path, f"llama.cpp cannot load it ({_last_log()})")
+        self._vocab = llama.llama_model_get_vocab(self._model)
+        found = (llama.llama_model_n_embd(self._model), llama.llama_vocab_n_tokens(self._vocab))
+        if found != (spec.n_embd, spec.n_vocab):
+            raise BundleCorrupt(path, f"is another decoder (width, vocabulary {found})")
+        self._spec, self._threads = spec, threads
+        self._exact = ExactGelu(spec.n_layer) if exact else None
+        self._rows = EmbeddingRows(path, place)
+        self._context: int | None = None
+        self._batch: Any = None
+        self._n_ctx = self._n_batch = self._past = 0
+        self._cancelled = threading.Event()
+        self._abort = llama.ggml_abort_callback(lambda _: self._cancelled.is_set())
+
+    @property
+    def bos(self) -> int:
+        """See TextDecoder."""
+        return int(llama.llama_vocab_bos(self._vocab))
+
+    def tokenize(self, text: str) -> list[int]:
+        """See TextDecoder."""
+        data = text.encode()
+        if not data:
+            return []
+        size = len(data) + 8
+        while True:
+            tokens = (llama.llama_token * size)()
+            n = llama.llama_tokenize(self._vocab, data, len(data), tokens, size, False, False)
+            if n >= 0:
+                return list(tokens[:n])
+            size = -n
+
+    def piece(self, token: int) -> bytes:
+        """See TextDecoder."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def embed(self, tokens: Sequence[int]) -> Float:
+        """See TextDecoder."""
+        if any(not 0 <= t < self._spec.n_vocab for t in tokens):
+            raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
+        return self._rows(tokens)
+
+    def prefill(self, rows: Float, *, bidirectional: bool, room: int) -> None:
+        """See TextDecoder. A bidirectional prefix is one batch: every row sees every other."""
+        n = len(rows)
+        if n < 1 or rows.shape[1:] != (self._spec.n_embd,):
+            raise EngineError(f"rows {rows.shape} are not [n, {self._spec.n_embd}]")
+        if n + room > self._spec.context_length:
+            raise ContextOverflow(0, n, room, self._spec.context_length)
+        self._reserve(n + room, n if bidirectional else min(n, _CAUSAL_BATCH))
+        self._cancelled.clear()
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        self._past = 0
+        llama.llama_set_causal_attn(self._context, not bidirectional)
+        llama.llama_set_abort_callback(self._context, self._abort, None)
+        try:
+            for start in range(0, n, self._n_batch):
+                self._decode_rows(rows[start : start + self._n_batch])
+        finally:
+            # A Python callback at every graph node would slow the single steps of decoding.
+            llama.llama_set_abort_callback(self._context, llama.ggml_abort_callback(), None)
+            llama.llama_set_causal_attn(self._context, True)
+
+    def _decode_rows(self, rows: Float) -> None:
+        data = np.ascontiguousarray(rows, np.float32)
+        batch = llama.llama_batch_init(len(data), self._spec.n_embd, 1)
+        try:
+            ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
+            self._decode(batch, len(data), len(data) - 1)
+        finally:
+            llama.llama_batch_free(batch)
+
+    def extend(self, tokens: Sequence[int]) -> Float:
+        """See TextDecoder."""
+        out = np.empty((len(tokens), self._spec.n_vocab), np.float32)
+        chunk = min(_SCORE_ROWS, self._n_batch)
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            self._decode_tokens(part, first_logits=0)
+            for i in range(len(part)):
+                out[start + i] = self._logits(i)
+        return out
+
+    def step(self, token: int) -> None:
+        """See TextDecoder."""
+        self._decode_tokens([token], first_logits=0)
+
+    def _decode_tokens(self, tokens: Sequence[int], first_logits: int) -> None:
+        if self._past == 0 or self._past + len(tokens) > self._n_ctx:
+            raise EngineError(f"no room for {len(tokens)} tokens after {self._past} positions")
+        if any(not 0 <= t < self._spec.n_vocab for t in tokens):
+            raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
+        for i, token in enumerate(tokens):
+            self._batch.token[i] = token
+        self._decode(self._batch, len(tokens), first_logits)
+
+    def _decode(self, batch: llama.llama_batch, n: int, first_logits: int) -> None:
+        """Decodes n filled entries at the next positions, with logits from `first_logits` on."""
+        batch.n_tokens = n
+        for i in range(n):
+            batch.pos[i] = self._past + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = i >= first_logits
+        _log.clear()
+        if self._exact:
+            self._exact.start()
+        status = llama.llama_decode(self._context, batch)
+        if status == 2:
+            raise Cancelled
+        if status != 0:
+            raise EngineError(f"llama.cpp could not decode, status {status} ({_last_log()})")
+        if self._exact:
+            self._exact.check()
+        self._past += n
+
+    def logits(self) -> Float:
+        """See TextDecoder."""
+        return self._logits(-1)
+
+    def _logits(self, row: int) -> Float:
+        pointer = llama.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, (self._spec.n_vocab,)).copy()
+
+    def rollback(self, n: int) -> None:
+        """See TextDecoder."""
+        if not 0 < n <= self._past:
+            raise EngineError(f"cannot go back to {n} of {self._past} positions")
+        memory = llama.llama_get_memory(self._context)
+        if not llama.llama_memory_seq_rm(memory, 0, n, -1):
+            raise EngineError(f"llama.cpp could not go back to {n} of {self._past} positions")
+        self._past = n
+
+    def sampler(self, sampling: Sampling) -> LlamaSampler:
+        """See TextDecoder."""
+        return LlamaSampler(self, sampling, self._spec)
+
+    def sample(self, chain: llama.llama_sampler_p) -> int:
+        """Draws from the last logits with a llama.cpp sampler chain."""
+        return int(llama.llama_sampler_sample(chain, self._context, -1))
+
+    def cancel(self) -> None:
+        """See TextDecoder."""
+        self._cancelled.set()
+
+    def _reserve(self, n_ctx: int, n_batch: int) -> None:
+        """Makes a context of at least this many positions and rows in one batch."""
+        if self._context is not None and n_ctx <= self._n_ctx and n_batch <= self._n_batch:
+            return
+        self._free_context()
+        n_batch = -(-max(n_batch, _SCORE_ROWS) // _BATCH_STEP) * _BATCH_STEP
+        params = llama.llama_context_default_params()
+        params.n_ctx = -(-max(n_ctx, n_batch) // _CTX_STEP) * _CTX_STEP
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_outputs_max = _SCORE_ROWS
+        params.n_threads = params.n_threads_batch = self._threads
+        params.no_perf = True
+        if self._exact:
+            params.cb_eval = self._exact.callback
+            params.type_k = params.type_v = llama.GGML_TYPE_F32
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        _log.clear()
+        self._context = llama.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise EngineError(
+                f"llama.cpp cannot make a context of {params.n_ctx} positions ({_last_log()}); "
+                "free some memory or shorten the request"
+            )
+        self._n_ctx, self._n_batch, self._past = params.n_ctx, n_batch, 0
+        self._batch = llama.llama_batch_init(_SCORE_ROWS, 0, 1)
+
+    def _free_context(self) -> None:
+        if self._batch is not None:
+            llama.llama_batch_free(self._batch)
+        if self._context is not None:
+            llama.llama_free(self._context)
+        self._context = self._batch = None
+
+    def close(self) -> None:
+        """See TextDecoder."""
+        self._free_context()
+        if self._model is not None:
+            llama.llama_model_free(self._model)
+        self._model = None
+
+
+class LlamaSampler:
+    """llama.cpp's sampler chain: penalty, top-k, top-p, min-p, temperature, draw; or greedy."""
+
+    def __init__(self, decoder: LlamaDecoder, sampling: Sampling, spec: DecoderSpec) -> None:
+        self._decoder = decoder
+        self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        for sampler in _chain(sampling, spec.n_vocab, spec.context_length):
+            llama.llama_sampler_chain_add(self._chain, sampler)
+
+    def sample(self) -> int:
+        """See TokenSampler."""
+        return self._decoder.sample(self._chain)
+
+    def close(self) -> None:
+        """See TokenSampler."""
+        llama.llama_sampler_free(self._chain)
+
+
+def _chain(s: Sampling, n_vocab: int, window: int) -> list[llama.llama_sampler_p]:
+    chain = []
+    if s.repetition_penalty != 1.0:
+        # Over the whole answer and nothing else, as transformers counts with inputs_embeds.
+        penalty = s.repetition_penalty
+        chain.append(llama.llama_sampler_init_penalties(n_vocab, window, penalty, 0.0, 0.0))
+    if s.temperature == 0.0:
+        return [*chain, llama.llama_sampler_init_greedy()]
+    seed = llama.LLAMA_DEFAULT_SEED if s.seed is None else s.seed
+    return [
+        *chain,
+        llama.llama_sampler_init_top_k(s.top_k),
+        llama.llama_sampler_init_top_p(s.top_p, 1),
+        llama.llama_sampler_init_min_p(s.min_p, 1),
+        llama.llama_sampler_init_temp(s.temperature),
+        llama.llama_sampler_init_dist(seed),
+    ]
+
+
+def default_repack() -> bool:
+    """Whether llama.cpp should re-order quantized weights at load on this machine.
+
+    Off where AVX-512 VNNI is there: K-quant prefill was measured 1.4-1.9 times faster and decode
+    4 % slower without it (docs/performance.md), and the second copy of the weights is saved.
+    """
+    return b"AVX512_VNNI = 1" not in llama.llama_print_system_info()
+
+
+_log: list[str] = []
+
+
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
+def _collect(level: int, text: bytes, _: object) -> None:
+    # GGML_LOG_LEVEL_WARN and above; kept for the message of the next error, never printed.
+    if level >= 3:
+        _log.append(text.decode("utf-8", "replace").strip())
+        del _log[:-20]
+
+
+def _quiet() -> None:
+    llama.llama_log_set(_collect, None)
+
+
+def _last_log() -> str:
+    return next((line for line in reversed(_log) if line), "no reason given")

@@ -1,0 +1,166 @@
+"""Engines without weights: the same protocols, instant and predictable.
+
+For tests, and for programs that embed edgevlm and want to test themselves without a model:
+
+    vlm = edgevlm.runtimes.fakes.vlm(answer="a red circle")
+    assert vlm.ask("caption en", image=picture).text == "a red circle"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.boxes import parse_loc
+from edgevlm.bundle import FORMAT, Manifest
+from edgevlm.family import Family, Model
+from edgevlm.runtimes.session import VLM
+from edgevlm.sampling import Sampling
+from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorPlace
+
+Float = npt.NDArray[np.float32]
+
+_END, _BOS, _FIRST_BYTE = 0, 1, 2
+_N_VOCAB = _FIRST_BYTE + 256
+_N_EMBD = 4
+
+
+class FakeEncoder:
+    """VisionEncoder whose rows all hold the mean of the pixels; `calls` counts pictures seen."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self.calls = 0
+
+    def features(self, pixels: Float) -> Float:
+        """Pixels [n, 3, size, size] -> [n, tokens, 4], the mean of each channel and a zero."""
+        self.calls += len(pixels)
+        means = np.pad(pixels.mean((2, 3)), ((0, 0), (0, 1)))
+        return np.repeat(means[:, None], self._tokens, 1)
+
+    def project(self, features: Float) -> Float:
+        """The features as they are."""
+        return features
+
+    def cancel(self) -> None:
+        """Nothing runs long enough to be cancelled."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class FakeDecoder:
+    """TextDecoder over bytes that says the given answers in turn, the last one again and again.
+
+    An answer may be bytes, to test text that is not whole characters. `prefills` keeps the rows of
+    every prompt it has read.
+    """
+
+    bos = _BOS
+
+    def __init__(self, answers: Iterable[str | bytes]) -> None:
+        self._answers = [a.encode() if isinstance(a, str) else a for a in answers]
+        self._script: list[int] = []
+        self._past = 0
+        self._start = 0
+        self.prefills: list[Float] = []
+
+    def tokenize(self, text: str) -> list[int]:
+        """One token a byte."""
+        return [_FIRST_BYTE + b for b in text.encode()]
+
+    def piece(self, token: int) -> bytes:
+        """The byte; nothing for the end token."""
+        return bytes([token - _FIRST_BYTE]) if token >= _FIRST_BYTE else b""
+
+    def embed(self, tokens: Sequence[int]) -> Float:
+        """Rows [n, 4] that hold the token id."""
+        return np.repeat(np.array(tokens, np.float32)[:, None], _N_EMBD, 1)
+
+    def prefill(self, rows: Float, *, bidirectional: bool, room: int) -> None:
+        """Starts the next answer."""
+        self.prefills.append(rows)
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        self._script = [_FIRST_BYTE + b for b in answer] + [_END]
+        self._past = self._start = len(rows)
+
+    def extend(self, tokens: Sequence[int]) -> Float:
+        """Logits [n, n_vocab] after each token."""
+        rows = [np.empty((0, _N_VOCAB), np.float32)]
+        for token in tokens:
+            self.step(token)
+            rows.append(self.logits()[None])
+        return np.concatenate(rows)
+
+    def step(self, token: int) -> None:
+        """Moves on by one position, whatever the token."""
+        self._past += 1
+
+    def logits(self) -> Float:
+        """Ten for the next token of the answer, zero for all others."""
+        logits = np.zeros(_N_VOCAB, np.float32)
+        logits[self._script[min(self._past - self._start, len(self._script) - 1)]] = 10
+        return logits
+
+    def rollback(self, n: int) -> None:
+        """Goes back to n positions."""
+        self._past = n
+
+    def sampler(self, sampling: Sampling) -> FakeSampler:
+        """Greedy, whatever is asked for."""
+        return FakeSampler(self)
+
+    def cancel(self) -> None:
+        """Nothing runs long enough to be cancelled."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class FakeSampler:
+    """TokenSampler that takes the likeliest token."""
+
+    def __init__(self, decoder: FakeDecoder) -> None:
+        self._decoder = decoder
+
+    def sample(self) -> int:
+        """The arg max."""
+        return int(self._decoder.logits().argmax())
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _not_a_checkpoint(_: object) -> Model:
+    raise ValueError("the fake family has no checkpoints")
+
+
+def vlm(
+    answer: str | bytes | Sequence[str | bytes] = "a picture",
+    *,
+    size: int = 8,
+    tokens: int = 4,
+    max_pictures: int = 2,
+    context_length: int = 512,
+) -> VLM:
+    """A VLM on fakes, of PaliGemma's shape, that gives these answers in turn."""
+    answers = [answer] if isinstance(answer, (str, bytes)) else answer
+    manifest = Manifest(
+        format=FORMAT,
+        family="fake",
+        name="fake",
+        license="Apache-2.0",
+        components={},
+        image=ImageSpec(size, tokens, (0.5,) * 3, (0.5,) * 3, max_pictures=max_pictures),
+        prompt=PromptSpec(
+            ("{image}", "{bos}", "{prompt}\n"),
+            {"caption": "caption {language}", "detect": "detect {prompt}", "ocr": "ocr"},
+        ),
+        decoder=DecoderSpec("fake", "prefix", _N_EMBD, 1, _N_VOCAB, context_length),
+        answer=AnswerSpec(stop_tokens=(_END,)),
+        token_embedding=TensorPlace(0, "F32", _N_VOCAB, _N_EMBD),
+    )
+    family = Family("fake", "Apache-2.0", (), _not_a_checkpoint, lambda _: None, parse_loc)
+    return VLM(manifest, family, FakeEncoder(tokens), FakeDecoder(answers))

@@ -1,0 +1,151 @@
+"""From a question and pictures to the decoder's rows, every stage timed.
+
+Pictures become rows (encoder, projector, cache), the prompt becomes rows (tokenizer, embedding
+table); both are joined in the order of the model's template.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.bundle import Manifest
+from edgevlm.errors import ContextOverflow, PromptError
+from edgevlm.family import Family
+from edgevlm.image import RGB, ImageSource, preprocess, read_image
+from edgevlm.prompt import Begin, Picture, Segment, check_text, segments
+from edgevlm.runtimes.cache import RowCache, fingerprint
+from edgevlm.runtimes.decoder import TextDecoder
+from edgevlm.runtimes.encoder import VisionEncoder
+from edgevlm.runtimes.interrupt import interruptible
+from edgevlm.sampling import Sampling
+
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What answers are made with: the model's manifest, its engines and the rows it remembers."""
+
+    manifest: Manifest
+    family: Family
+    encoder: VisionEncoder
+    decoder: TextDecoder
+    cache: RowCache = field(default_factory=RowCache)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Stopwatch:
+    """Milliseconds by the names of Timings' fields, and since the start."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.ms: dict[str, float] = defaultdict(float)
+
+    @property
+    def elapsed_ms(self) -> float:
+        """Time since this object was made."""
+        return (time.perf_counter() - self._start) * 1e3
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to `name`."""
+        start = self.elapsed_ms
+        try:
+            yield
+        finally:
+            self.ms[name] += self.elapsed_ms - start
+
+
+@dataclass
+class Request:
+    """A checked request. `parts` are, in order, token ids or the index of a picture.
+
+    `n_image` and `n_text` count positions; `max_tokens` is what the context leaves for the answer
+    or less; `n_cached` is counted when the rows are made.
+    """
+
+    pictures: list[RGB]
+    parts: list[list[int] | int]
+    sampling: Sampling
+    watch: Stopwatch
+    n_image: int
+    n_text: int
+    max_tokens: int
+    n_cached: int = 0
+
+
+def prepare(
+    model: Parts, prompt: str, images: Sequence[ImageSource], sampling: Sampling
+) -> Request:
+    """Reads the pictures, tokenizes the prompt and checks that all of it fits.
+
+    Raises ImageError, PromptError or ContextOverflow.
+    """
+    watch = Stopwatch()
+    spec = model.manifest
+    check_text(prompt)
+    if len(images) > spec.image.max_pictures:
+        raise PromptError(
+            f"{len(images)} pictures in one request; this model takes {spec.image.max_pictures}"
+        )
+    with watch.timed("image_decode_ms"):
+        pictures = [read_image(image) for image in images]
+    parts = [_part(model.decoder, s) for s in segments(spec.prompt, prompt, len(pictures))]
+    n_image = len(pictures) * spec.image.tokens
+    n_text = sum(len(p) for p in parts if isinstance(p, list))
+    context = spec.decoder.context_length
+    if n_image + n_text + 1 > context:
+        raise ContextOverflow(n_image, n_text, 1, context)
+    wanted = sampling.max_tokens or spec.answer.max_tokens
+    room = min(wanted, context - n_image - n_text)
+    return Request(pictures, parts, sampling, watch, n_image, n_text, room)
+
+
+def _part(decoder: TextDecoder, segment: Segment) -> list[int] | int:
+    if isinstance(segment, Picture):
+        return segment.index
+    return [decoder.bos] if isinstance(segment, Begin) else decoder.tokenize(segment.text)
+
+
+def input_rows(model: Parts, request: Request) -> Float:
+    """The decoder's input, float32 [n_image + n_text, n_embd]. Runs the encoder where needed."""
+    blocks = []
+    for part in request.parts:
+        if isinstance(part, int):
+            blocks.append(_picture_rows(model, request, request.pictures[part]))
+        elif part:
+            with request.watch.timed("prefill_ms"):
+                blocks.append(model.decoder.embed(part))
+    return np.concatenate(blocks)
+
+
+def _picture_rows(model: Parts, request: Request, picture: RGB) -> Float:
+    with request.watch.timed("preprocess_ms"):
+        key = fingerprint(picture)
+    cached = model.cache.get(key)
+    if cached is not None:
+        request.n_cached += len(cached)
+        return cached
+    embedded = encode(model, picture, request.watch)
+    model.cache.put(key, embedded)
+    return embedded
+
+
+def encode(model: Parts, picture: RGB, watch: Stopwatch) -> Float:
+    """RGB uint8 [h, w, 3] -> embeddings float32 [tokens, n_embd]."""
+    with watch.timed("preprocess_ms"):
+        pixels = preprocess(picture, model.manifest.image)[None]
+    stop = model.encoder.cancel
+    with watch.timed("vision_ms"):
+        features = interruptible(lambda: model.encoder.features(pixels), stop)
+    with watch.timed("projector_ms"):
+        embedded: Float = interruptible(lambda: model.encoder.project(features), stop)[0]
+        return embedded

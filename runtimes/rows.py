@@ -1,0 +1,44 @@
+"""Single rows of the token-embedding table, dequantized from the GGUF file on demand.
+
+A prefix-LM needs text rows beside picture rows in one batch of embeddings, and llama.cpp hands no
+rows out. The table (half a gigabyte in PaliGemma) stays on disk, memory-mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from edgevlm.errors import BundleCorrupt
+from edgevlm.specs import TensorPlace
+
+
+class EmbeddingRows:
+    """The token-embedding table [rows, width] at a place in a GGUF file."""
+
+    def __init__(self, path: Path, place: TensorPlace) -> None:
+        try:
+            self._type = GGMLQuantizationType[place.type]
+        except KeyError:
+            raise BundleCorrupt(path, f"token embeddings of unknown type {place.type!r}") from None
+        block, block_bytes = GGML_QUANT_SIZES[self._type]
+        row_bytes = place.width // block * block_bytes
+        if place.offset + place.rows * row_bytes > path.stat().st_size:
+            raise BundleCorrupt(path, "the token embeddings reach beyond its end")
+        self._table: npt.NDArray[np.uint8] = np.memmap(
+            path, np.uint8, "r", place.offset, (place.rows, row_bytes)
+        )
+
+    def __call__(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Token ids -> rows float32 [n, width]."""
+        raw = np.ascontiguousarray(self._table[np.asarray(tokens, np.int64)])
+        if self._type == GGMLQuantizationType.F32:
+            return raw.view(np.float32)
+        if self._type == GGMLQuantizationType.F16:
+            return raw.view(np.float16).astype(np.float32)
+        return dequantize(raw, self._type).astype(np.float32, copy=False)

@@ -1,0 +1,216 @@
+"""What an answer is made of, on engines without weights."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgevlm.errors import ContextOverflow, ImageError, PromptError
+from edgevlm.runtimes import fakes
+from edgevlm.runtimes.text import TextStream
+
+RED = np.full((10, 20, 3), (255, 0, 0), np.uint8)
+BLUE = np.full((10, 20, 3), (0, 0, 255), np.uint8)
+
+
+def test_ask_returns_the_text_and_counts_its_tokens():
+    reply = fakes.vlm("a red circle").ask("caption en", image=RED)
+    assert str(reply) == reply.text == "a red circle"
+    assert reply.finish_reason == "stop"
+    assert len(reply.token_ids) == reply.tokens.generated == 12
+    # Four rows of the picture, then <bos> and one token for each byte of "caption en\n".
+    assert (reply.tokens.image, reply.tokens.text, reply.tokens.cached) == (4, 12, 0)
+
+
+def test_pieces_join_to_the_reply():
+    answer = fakes.vlm("crème brûlée 🍮").stream("caption en", image=RED)
+    pieces = list(answer)
+    assert "".join(p.text for p in pieces) == answer.reply.text == "crème brûlée 🍮"
+    assert sum((p.token_ids for p in pieces), ()) == answer.reply.token_ids
+    assert all("�" not in p.text for p in pieces)
+    assert [p.elapsed_ms for p in pieces] == sorted(p.elapsed_ms for p in pieces)
+
+
+def test_bytes_that_are_no_text_become_one_replacement_at_the_end():
+    assert fakes.vlm(b"ok \xf0\x9f").ask("x").text == "ok �"
+
+
+def test_stages_are_timed():
+    reply = fakes.vlm("abc").ask("caption en", image=RED)
+    t = reply.timings
+    assert min(t.image_decode_ms, t.preprocess_ms, t.vision_ms, t.projector_ms, t.prefill_ms) > 0
+    assert 0 < t.first_token_ms < t.total_ms
+    assert reply.decode_tokens_per_s > 0
+    assert reply.prefill_tokens_per_s > 0
+
+
+def test_rows_follow_the_template():
+    vlm = fakes.vlm()
+    vlm.ask("hi", image=RED)
+    (rows,) = vlm.parts.decoder.prefills
+    assert rows[:4].tolist() == [[1, -1, -1, 0]] * 4  # red, as pixels in -1..1
+    assert rows[4:, 0].tolist() == [vlm.parts.decoder.bos, *vlm.parts.decoder.tokenize("hi\n")]
+
+
+def test_user_text_never_becomes_a_picture():
+    vlm = fakes.vlm()
+    reply = vlm.ask("{image} {bos} {prompt} <image>", image=RED)
+    assert (reply.tokens.image, reply.tokens.text) == (
+        4,
+        1 + len("{image} {bos} {prompt} <image>\n"),
+    )
+
+
+def test_the_same_picture_is_encoded_once():
+    vlm = fakes.vlm()
+    first = vlm.ask("a", image=RED)
+    second = vlm.ask("b", image=RED.copy())
+    assert (first.tokens.cached, second.tokens.cached) == (0, 4)
+    assert second.timings.vision_ms == 0
+    vlm.ask("c", image=BLUE)
+    assert vlm.parts.encoder.calls == 2
+
+
+def test_several_pictures_where_the_model_takes_them():
+    vlm = fakes.vlm(max_pictures=2)
+    assert vlm.ask("x", image=[RED, BLUE]).tokens.image == 8
+    with pytest.raises(PromptError, match="3 pictures.*takes 2"):
+        vlm.ask("x", image=[RED, RED, RED])
+
+
+def test_text_alone():
+    reply = fakes.vlm("yes").ask("is it?")
+    assert (reply.text, reply.tokens.image, reply.timings.vision_ms) == ("yes", 0, 0)
+
+
+def test_max_tokens_ends_the_answer():
+    reply = fakes.vlm("abcdef").ask("x", max_tokens=3)
+    assert (reply.text, reply.finish_reason, reply.tokens.generated) == ("abc", "length", 3)
+
+
+def test_the_context_bounds_the_answer():
+    reply = fakes.vlm("a" * 100, context_length=20).ask("1234567", max_tokens=1000)
+    assert (reply.finish_reason, reply.tokens.generated) == ("length", 20 - 1 - 8)
+
+
+def test_a_prompt_larger_than_the_context_is_refused():
+    with pytest.raises(ContextOverflow, match="needs 24 tokens .*image 4, text 19, answer 1.* 20"):
+        fakes.vlm(context_length=20).ask("x" * 17, image=RED)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [("lo", "hel"), (["zz", "o w"], "hell"), ("world!", "hello world")]
+)
+def test_stop_strings_end_the_answer_and_are_not_part_of_it(stop, text):
+    answer = fakes.vlm("hello world").stream("x", stop=stop)
+    streamed = "".join(p.text for p in answer)
+    assert streamed == answer.reply.text == text
+    assert answer.reply.finish_reason == "stop"
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back():
+    stream = TextStream(["STOP"])
+    assert [stream.push(b) for b in (b"a", b"S", b"T", b"x", b"STO")] == ["a", "", "", "STx", ""]
+    assert stream.push(b"", end=True) == "STO"
+    assert not stream.stopped
+
+
+def test_cancel_ends_the_answer_at_the_next_token():
+    vlm = fakes.vlm("abcdef")
+    answer = vlm.stream("x")
+    next(answer)
+    vlm.cancel()
+    assert list(answer) == []
+    assert (answer.reply.text, answer.reply.finish_reason) == ("a", "cancelled")
+    assert vlm.ask("x").finish_reason == "stop"
+
+
+def test_an_interrupt_between_pieces_leaves_the_model_usable():
+    vlm = fakes.vlm("abcdef")
+    with pytest.raises(KeyboardInterrupt):
+        for _ in vlm.stream("x"):
+            raise KeyboardInterrupt
+    assert vlm.ask("x").text == "abcdef"
+
+
+def test_an_overtaken_answer_says_so():
+    vlm = fakes.vlm("abcdef")
+    answer = vlm.stream("x")
+    next(answer)
+    vlm.ask("y")
+    with pytest.raises(PromptError, match="asked something else"):
+        next(answer)
+
+
+def test_chat_keeps_the_picture():
+    with fakes.vlm(["one", "two"]).chat(image=RED) as chat:
+        assert [chat.ask("a").text, chat.ask("b").text] == ["one", "two"]
+        assert chat.reply.tokens.cached == 4
+        assert [prompt for prompt, _ in chat.turns] == ["a", "b"]
+        chat.clear()
+        with pytest.raises(PromptError, match="nothing was asked"):
+            _ = chat.reply
+
+
+def test_detect_gives_boxes_in_pixels():
+    loc = "<loc0000><loc0512><loc1023><loc1023> cat ; <loc0100><loc0100><loc0200><loc0200> dog"
+    vlm = fakes.vlm(loc)
+    cat, dog = vlm.detect(["cat", "dog"], image=Image.new("RGB", (200, 100)))
+    assert (cat.label, dog.label) == ("cat", "dog")
+    assert (cat.x0, cat.y0, cat.x1, cat.y1) == pytest.approx((200 * 512 / 1023, 0, 200, 100))
+    (rows,) = vlm.parts.decoder.prefills
+    assert rows[5:, 0].tolist() == vlm.parts.decoder.tokenize("detect cat ; dog\n")
+
+
+def test_an_unknown_task_names_the_known_ones():
+    with pytest.raises(PromptError, match="no task 'segment'; it has caption, detect, ocr"):
+        fakes.vlm().task("segment")
+
+
+def test_score_sums_log_probabilities_over_the_tokens():
+    vlm = fakes.vlm("ab")
+    hit = 10 - np.log(np.exp(10) + 257)
+    miss = hit - 10
+    scores = vlm.score("x", ["ab", "a", "ba", "z"], image=RED)
+    assert scores.dtype == np.float64
+    assert scores == pytest.approx([2 * hit, hit, 2 * miss, miss])
+    assert vlm.score("x", ["ab"], with_end=True) == pytest.approx([3 * hit])
+    with pytest.raises(PromptError, match="continuation is empty"):
+        vlm.score("x", ["a", ""])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"seed": -1},
+        {"stop": ""},
+    ],
+)
+def test_options_out_of_range_name_themselves(options):
+    with pytest.raises(PromptError, match=next(iter(options))):
+        fakes.vlm().ask("x", **options)
+
+
+def test_an_unknown_option_is_a_type_error():
+    with pytest.raises(TypeError, match="tempreature"):
+        fakes.vlm().ask("x", tempreature=1)
+
+
+@pytest.mark.parametrize("prompt", ["a\0b", "a\ud800b"])
+def test_text_that_no_tokenizer_takes_is_refused(prompt):
+    with pytest.raises(PromptError, match="the prompt contains"):
+        fakes.vlm().ask(prompt)
+
+
+def test_errors_come_before_anything_is_computed():
+    vlm = fakes.vlm()
+    with pytest.raises(ImageError):
+        vlm.stream("x", image="no such picture.png")
+    assert vlm.parts.encoder.calls == 0
