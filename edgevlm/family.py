@@ -19,6 +19,9 @@ from edgevlm.types import Box
 
 Config = Mapping[str, Any]
 
+# What Family.locate says of a tensor that checkpoints carry and the model never reads.
+IGNORED = ""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -50,7 +53,7 @@ class Family:
     describe: the checkpoint's JSON files by name -> Model. Raises ValueError with one line that
         names the key if the config is not one of this family.
     locate: name of a source tensor -> "vision.…", "projector.…" or "decoder.…" in the canonical
-        names of the builders, or None if the tensor belongs to no part.
+        names of the builders, IGNORED if the model never uses it, None if it is not known.
     boxes: answer text, picture width and height in pixels -> boxes; None if the family has none.
     """
 

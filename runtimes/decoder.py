@@ -195,25 +195,25 @@ class LlamaDecoder:
         chunk = min(_SCORE_ROWS, self._n_batch)
         for start in range(0, len(tokens), chunk):
             part = tokens[start : start + chunk]
-            self._decode_tokens(part, first_logits=0)
+            self._decode_tokens(part)
             for i in range(len(part)):
                 out[start + i] = self._logits(i)
         return out
 
     def step(self, token: int) -> None:
         """See TextDecoder."""
-        self._decode_tokens([token], first_logits=0)
+        self._decode_tokens([token])
 
-    def _decode_tokens(self, tokens: Sequence[int], first_logits: int) -> None:
+    def _decode_tokens(self, tokens: Sequence[int]) -> None:
         if self._past == 0 or self._past + len(tokens) > self._n_ctx:
             raise EngineError(f"no room for {len(tokens)} tokens after {self._past} positions")
         if any(not 0 <= t < self._spec.n_vocab for t in tokens):
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
         for i, token in enumerate(tokens):
             self._batch.token[i] = token
-        self._decode(self._batch, len(tokens), first_logits)
+        self._decode(self._batch, len(tokens), 0)
 
-    def _decode(self, batch: llama.llama_batch, n: int, first_logits: int) -> None:
+    def _decode(self, batch: Any, n: int, first_logits: int) -> None:
         """Decodes n filled entries at the next positions, with logits from `first_logits` on."""
         batch.n_tokens = n
         for i in range(n):

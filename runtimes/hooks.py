@@ -79,4 +79,5 @@ class ExactGelu:
 def _gelu(x: Float) -> Float:
     """The tanh form, float32 in and out."""
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-    return 0.5 * x * (1 + np.tanh(inner))
+    gelu: Float = 0.5 * x * (1 + np.tanh(inner))
+    return gelu

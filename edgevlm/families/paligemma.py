@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgevlm.boxes import parse_loc
-from edgevlm.family import Config, Family, Model
+from edgevlm.family import IGNORED, Config, Family, Model
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, Resample
 
 # config.json omits what equals transformers' defaults for SiglipVisionConfig, GemmaConfig and
@@ -67,6 +67,7 @@ def _describe(files: Mapping[str, Config]) -> Model:
     if kind not in _TEXT:
         raise ValueError(f"text_config.model_type {kind!r} is not one of {', '.join(_TEXT)}")
     text = _TEXT[kind] | dict(config.get("text_config", {}))
+    text["rope_theta"] = _rope_theta(text)
     _check(vision, text)
     side = vision["image_size"] // vision["patch_size"]
     return Model(
@@ -92,7 +93,7 @@ def _describe(files: Mapping[str, Config]) -> Model:
         vision={"kind": "siglip", **vision},
         projector={"kind": "linear", "in": vision["hidden_size"], "out": text["hidden_size"]},
         text={"kind": kind, **text},
-        markers={config.get("image_token_index", 256000): "<image>"},
+        markers={_image_token(config): "<image>"},
         whole_tokens=_LOCATIONS + _SEGMENTS,
     )
 
@@ -100,9 +101,7 @@ def _describe(files: Mapping[str, Config]) -> Model:
 def _check(vision: Config, text: Config) -> None:
     """Refuses what the exporters would convert without a word into a model that answers garbage."""
     expected = (
-        ("vision_config.hidden_act", vision["hidden_act"], "gelu_pytorch_tanh"),
         ("vision_config.num_channels", vision["num_channels"], 3),
-        ("vision_config.vision_use_head", vision.get("vision_use_head", False), False),
         ("text_config.attention_bias", text["attention_bias"], False),
     )
     for key, found, known in expected:
@@ -114,13 +113,20 @@ def _check(vision: Config, text: Config) -> None:
         raise ValueError(
             f"text_config.hidden_activation is {act!r}; only gelu_pytorch_tanh is known"
         )
-    if text.get("rope_scaling"):
-        raise ValueError("text_config.rope_scaling is set; no PaliGemma scales its positions")
     if vision["image_size"] % vision["patch_size"]:
         raise ValueError(
             f"vision_config.image_size {vision['image_size']} is not a multiple of "
             f"patch_size {vision['patch_size']}"
         )
+
+
+def _rope_theta(text: Config) -> float:
+    """The base of the rotary positions, where transformers 4 or 5 writes it."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"text_config scales its positions ({kind!r}); no PaliGemma does")
+    return float(rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"])
 
 
 def _image(processor: Config, vision: Config, tokens: int) -> ImageSpec:
@@ -141,6 +147,11 @@ def _image(processor: Config, vision: Config, tokens: int) -> ImageSpec:
     )
 
 
+def _image_token(config: Config) -> int:
+    # transformers 5 renames the key; 256000 is its default in every version.
+    return int(config.get("image_token_index", config.get("image_token_id", 256000)))
+
+
 def _stop_tokens(files: Mapping[str, Config], text: Config) -> tuple[int, ...]:
     eos = text["eos_token_id"]
     for name in ("config.json", "generation_config.json"):
@@ -158,7 +169,17 @@ _PARTS = (
 )
 
 
+# A pooling head that transformers makes beside some towers and PaliGemma never runs; counters and
+# tables that older releases stored.
+_UNUSED = re.compile(
+    r"(?:model\.)?vision_tower\.(?:vision_model\.)?(?:head\..+|embeddings\.position_ids)"
+    r"|.+\.rotary_emb\.inv_freq"
+)
+
+
 def _locate(name: str) -> str | None:
+    if _UNUSED.fullmatch(name):
+        return IGNORED
     for pattern, part in _PARTS:
         if match := pattern.fullmatch(name):
             return part + match[1]

@@ -1,0 +1,1 @@
+"""Measurements of edgevlm: latency reports, and pico, the built-in model, with its accuracy."""

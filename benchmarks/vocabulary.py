@@ -1,0 +1,183 @@
+"""A small Gemma-like SentencePiece tokenizer, in the files and with the quirks of the real one."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+# Enough text for a few hundred merges in several scripts.
+CORPUS = """\
+answer en what is in the picture? caption en describe this image in detail
+detect circle ; red circle ; blue square ; the cat ; a dog ; three people on a beach
+what colour is the circle? what shape is red? how many squares are there? is there a cow?
+there is a picture of the red square and the green triangle on a white background
+the quick brown fox jumps over the lazy dog, and the dog does not mind at all.
+a man is riding a wave on top of a surfboard while the sun is setting behind him
+where is the cat standing? the cat is standing in the snow, next to the old tree.
+reading the words on the sign: open, closed, sale, exit, no parking, 24 hours
+numbers 0 1 2 3 4 5 6 7 8 9 10 11 12 2024 1999 3.14159 1,000,000 (50%) [x] {y} <z>
+antwort de welche farbe hat der kreis? beschreibe das bild in einem satz, bitte
+la légende en français : où est le chat ? le garçon mange une pomme près de la fenêtre
+el niño pequeño está jugando con el balón en la playa mañana por la tarde
+opiši sliku; co je na obrázku? který čtverec je červený? zażółć gęślą jaźń
+что на картинке? красный круг и синий квадрат на белом фоне, кошка и собака
+图片 里 有 什么 ？ 红色 的 圆形 和 蓝色 的 正方形 在 白色 背景 上
+画像には何がありますか？ 赤い丸と青い四角があります。 猫は雪の中にいます。
+ما هو لون الدائرة؟ هناك قطة في الصورة על השולחן יש תפוח אדום
+import numpy as np ; def main(argv): return [x for x in range(10) if x % 2 == 0]
+"""
+SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
+TAGS = tuple(
+    f"<{slash}{tag}>"
+    for slash in ("", "/")
+    for tag in ("table", "tr", "td", "h1", "h2", "strong", "em", "b", "i", "u", "code")
+)
+USER_DEFINED = (
+    "<mask>",
+    "<2mass>",
+    "[@BOS@]",
+    *(f"<unused{i}>" for i in range(6)),
+    *("\n" * n for n in range(1, 32)),
+    *("\u2581" * n for n in range(2, 32)),
+    *TAGS,
+)
+LOCATIONS = tuple(f"<loc{i:04}>" for i in range(1024))
+SEGMENTS = tuple(f"<seg{i:03}>" for i in range(128))
+IMAGE = "<image>"
+# A type of SentencePiece's proto; Gemma's own pieces use all but UNUSED.
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
+
+
+@functools.cache
+def sentencepiece_model() -> bytes:
+    """The serialized tokenizer.model: specials, tags and whitespace, bytes, merges, loc, seg."""
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.splitlines()),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=900,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        split_digits=True,
+        character_coverage=0.99,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece=SPECIALS[0],
+        eos_piece=SPECIALS[1],
+        bos_piece=SPECIALS[2],
+        unk_piece=SPECIALS[3],
+        minloglevel=2,
+    )
+    model = _proto(out.getvalue())
+    trained = [(p.piece, p.score, p.type) for p in model.pieces]
+    merges = [p for p in trained if p[2] == _NORMAL and p[0] not in USER_DEFINED]
+    lowest = min(p[1] for p in merges)
+    # Like Gemma: runs of tabs are pieces though the tab itself is only a byte.
+    tabs = [("\t" * n, lowest - 1 - n, _NORMAL) for n in (4, 3, 2)]
+    pieces = [
+        *trained[:4],
+        *((t, 0.0, _USER) for t in USER_DEFINED),
+        *(p for p in trained if p[2] == _BYTE),
+        *merges,
+        *tabs,
+        *((t, 0.0, _USER) for t in (*LOCATIONS, *SEGMENTS)),
+    ]
+    del model.pieces[:]
+    for piece, score, kind in pieces:
+        model.pieces.add(piece=piece, score=score, type=kind)
+    model.trainer_spec.vocab_size = len(pieces)
+    model.trainer_spec.user_defined_symbols.extend(USER_DEFINED)
+    return bytes(model.SerializeToString())
+
+
+@functools.cache
+def n_pieces() -> int:
+    """Pieces of the SentencePiece model; also the id of `<image>`, which follows them."""
+    return len(_proto(sentencepiece_model()).pieces)
+
+
+def _proto(data: bytes) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    pb2: Any = sentencepiece_model_pb2  # its classes are made when the module runs
+    model = pb2.ModelProto()
+    model.ParseFromString(data)
+    return model
+
+
+@functools.cache
+def tokenizer_json() -> str:
+    """The same tokenizer as tokenizer.json, converted by transformers."""
+    import tempfile
+
+    import transformers
+    from transformers.models.gemma import GemmaTokenizerFast
+
+    untyped: Any = transformers
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder), "model")
+        tokenizer = GemmaTokenizerFast.from_pretrained(folder)
+        images = untyped.SiglipImageProcessor()
+        images.image_seq_length = 4
+        untyped.PaliGemmaProcessor(images, tokenizer)
+        tokenizer.save_pretrained(folder)
+        return (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, kind: str = "model") -> None:
+    """Writes a tokenizer as published; `kind` is "model", "json" or "both"."""
+    if kind in ("model", "both"):
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    if kind in ("json", "both"):
+        (folder / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {i: t for i, t in enumerate(SPECIALS)} | {n_pieces(): IMAGE}
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {
+            str(i): {"content": t, **special, "special": True} for i, t in added.items()
+        },
+        "additional_special_tokens": [IMAGE],
+        "bos_token": "<bos>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<eos>",
+        "model_max_length": 1000000000000000019884624838656,
+        "pad_token": "<pad>",
+        "processor_class": "PaliGemmaProcessor",
+        "sp_model_kwargs": {},
+        "spaces_between_special_tokens": False,
+        "tokenizer_class": "GemmaTokenizer",
+        "unk_token": "<unk>",
+        "use_default_system_prompt": False,
+    }
+    names = {f"{n}_token": {"content": f"<{n}>", **special} for n in ("bos", "eos", "pad", "unk")}
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(
+        folder / "special_tokens_map.json",
+        {"additional_special_tokens": [{"content": IMAGE, **special}], **names},
+    )
+    write_json(folder / "added_tokens.json", {IMAGE: n_pieces()})
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes indented JSON as the hub's files are."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove_tokenizer(folder: Path) -> None:
+    """Removes every tokenizer file of a checkpoint."""
+    for path in folder.glob("*token*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,43 @@
+"""From a published checkpoint to a bundle: `export_bundle` is the door.
+
+Importing this package loads nothing heavy; torch, optimum and onnx are needed when an export runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from edgevlm.bundle import Bundle
+from edgevlm.export.quantize import QUANTS, VISION_PRECISIONS
+from edgevlm.types import Progress
+
+__all__ = ["QUANTS", "VISION_PRECISIONS", "export_bundle"]
+
+
+def export_bundle(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    quant: str = "q4_k_m",
+    vision_precision: str = "int8",
+    verify: bool = True,
+    name: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Bundle:
+    """Converts a checkpoint into a bundle in the folder `out` and returns it.
+
+    `source` is a checkpoint folder or a model on the hub (`org/name[@revision]`); `quant` is one
+    of QUANTS, `vision_precision` one of VISION_PRECISIONS. With `verify` the bundle is compared
+    with the source, run by transformers in float32, where transformers is installed. `progress`
+    is called with every step of a long stage.
+
+    Raises SourceError for a checkpoint that is incomplete or unknown, ParityError when the bundle
+    does not answer like its source, ExportError or BundleError when there is no room, EngineMissing
+    without the packages of edgevlm[export]. Whatever happens, `out` is whole or untouched.
+    """
+    from edgevlm.export import pipeline
+
+    options = pipeline.Options(quant, vision_precision, verify, name)
+    return pipeline.run(source, Path(out), options, progress)

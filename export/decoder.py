@@ -1,0 +1,234 @@
+"""The language decoder: safetensors -> GGUF, one tensor in memory at a time.
+
+The only module that imports gguf for writing. Knows llama.cpp's names for each architecture and
+what its graphs expect of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.errors import ExportError
+from edgevlm.export import llama
+from edgevlm.export.parts import EMBED, Part
+from edgevlm.export.progress import Report, Stage
+from edgevlm.export.quantize import Quant
+from edgevlm.export.source import SourceTensor, to_float32
+from edgevlm.export.tokenizer import Vocabulary
+from edgevlm.family import Config
+from edgevlm.specs import TensorPlace
+
+if TYPE_CHECKING:
+    import gguf
+
+TOKEN_EMBEDDING = "token_embd.weight"
+FILE = "decoder.gguf"
+
+_GEMMA_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LAYER = {
+    "gemma": _GEMMA_LAYER | {"post_attention_layernorm": "ffn_norm"},
+    "gemma2": _GEMMA_LAYER
+    | {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+_TOP = {EMBED: TOKEN_EMBEDDING, "norm.weight": "output_norm.weight"}
+# The lossless home of each source type, for files that llama.cpp quantizes afterwards.
+_HOME = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+# llama.cpp divides by the final cap and would assume 30 without the key. PaliGemma 2 was trained
+# without one, and transformers applies none; at this value tanh(x / cap) * cap is x in float32.
+_NO_SOFTCAP = 1e5
+
+
+@dataclass(frozen=True)
+class DecoderSource:
+    """What a GGUF is made of: tensors by canonical name, config, vocabulary, the model's name."""
+
+    tensors: Part
+    config: Config
+    vocabulary: Vocabulary
+    name: str
+
+    @property
+    def home(self) -> str:
+        """The ggml type that holds every matrix of the source without loss."""
+        types = {_HOME[t.dtype] for t in self.tensors.values() if len(t.shape) == 2}
+        return types.pop() if len(types) == 1 else "F32"
+
+
+def write_decoder(source: DecoderSource, folder: Path, quant: Quant, report: Report | None) -> Path:
+    """Writes decoder.gguf into `folder` at a precision; raises SourceError or ExportError."""
+    path = folder / FILE
+    if quant.direct:
+        write_gguf(source, path, quant.direct, report)
+        return path
+    unquantized = folder / "unquantized.gguf"
+    write_gguf(source, unquantized, source.home, report)
+    total = sum(t.elements for t in source.tensors.values())
+    stage = Stage(report, "quantize", int(total * quant.bits / 8), "B")
+    llama.quantize(unquantized, path, quant.ftype, stage)
+    unquantized.unlink()
+    _check_quantized(path, quant)
+    return path
+
+
+def write_gguf(source: DecoderSource, path: Path, type: str, report: Report | None) -> None:
+    """Writes an unquantized GGUF: matrices as `type` ("F32", "F16", "BF16"), vectors as F32."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, source.config["kind"])
+    try:
+        _metadata(writer, source, type)
+        plan = list(_plan(source, type))
+        for name, tensor, stored in plan:
+            kind, size = gguf.GGMLQuantizationType[stored], tensor.elements * _BYTES[stored]
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.uint16), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        stage = Stage(report, "decoder", sum(t.elements * _BYTES[s] for _, t, s in plan), "B")
+        for name, tensor, stored in plan:
+            writer.write_tensor_data(_values(tensor, stored, _gain(name, source.config)))
+            stage.advance(tensor.elements * _BYTES[stored])
+    finally:
+        writer.close()
+
+
+def _plan(source: DecoderSource, type: str) -> Iterator[tuple[str, SourceTensor, str]]:
+    """(GGUF name, source tensor, stored type) in the order of the layers."""
+    layer = _LAYER[source.config["kind"]]
+    for name, target in _TOP.items():
+        yield target, source.tensors[name], type if name == EMBED else "F32"
+    for i in range(source.config["num_hidden_layers"]):
+        for name, target in layer.items():
+            tensor = source.tensors[f"layers.{i}.{name}.weight"]
+            yield f"blk.{i}.{target}.weight", tensor, type if len(tensor.shape) == 2 else "F32"
+
+
+def _gain(name: str, config: Config) -> float:
+    """What a matrix is multiplied by so that llama.cpp's graph computes what the source does.
+
+    Gemma 2 scales its scores by query_pre_attn_scalar ** -0.5, llama.cpp by head_dim ** -0.5. The
+    two are equal in every published checkpoint.
+    """
+    if config["kind"] == "gemma2" and ".attn_q." in name:
+        return math.sqrt(config["head_dim"] / config["query_pre_attn_scalar"])
+    return 1.0
+
+
+def _values(tensor: SourceTensor, stored: str, gain: float) -> NDArray[Any]:
+    raw = tensor.raw()
+    if len(tensor.shape) == 1:
+        # Gemma's norms scale by 1 + weight; llama.cpp's by the weight.
+        return to_float32(raw, tensor.dtype) + np.float32(1)
+    if stored == tensor.dtype and gain == 1.0:
+        return raw
+    values = to_float32(raw, tensor.dtype) * np.float32(gain)
+    if stored == "BF16":
+        return _bfloat16(values)
+    if stored == "F16":
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ExportError(f"{tensor.name}: does not fit into f16; choose bf16 or f32")
+        return half
+    return values
+
+
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounds to nearest even."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    return rounded.astype(np.uint16)
+
+
+def _metadata(writer: gguf.GGUFWriter, source: DecoderSource, type: str) -> None:
+    c = source.config
+    writer.add_name(source.name)
+    writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[type])
+    writer.add_context_length(c["max_position_embeddings"])
+    writer.add_embedding_length(c["hidden_size"])
+    writer.add_block_count(c["num_hidden_layers"])
+    writer.add_feed_forward_length(c["intermediate_size"])
+    writer.add_head_count(c["num_attention_heads"])
+    writer.add_head_count_kv(c["num_key_value_heads"])
+    writer.add_key_length(c["head_dim"])
+    writer.add_value_length(c["head_dim"])
+    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    writer.add_rope_freq_base(c["rope_theta"])
+    if c["kind"] == "gemma2":
+        writer.add_attn_logit_softcapping(c["attn_logit_softcapping"] or _NO_SOFTCAP)
+        writer.add_final_logit_softcapping(_NO_SOFTCAP)
+        # PaliGemma's prefix has no window; llama.cpp would cut one longer than this.
+        writer.add_sliding_window(c["max_position_embeddings"])
+    _vocabulary(writer, source.vocabulary)
+
+
+def _vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    tokens = vocabulary.tokens
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([t.text for t in tokens])
+    writer.add_token_scores([t.score for t in tokens])
+    writer.add_token_types([t.type for t in tokens])
+    adders = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }
+    for name, i in vocabulary.specials.items():
+        adders[name](i)
+    # The prompt spec says where the begin token stands.
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+
+
+def embedding_place(path: Path) -> TensorPlace:
+    """Where the token-embedding table lies in a GGUF file."""
+    for tensor in _read(path):
+        if tensor.name == TOKEN_EMBEDDING:
+            width, rows = (int(n) for n in tensor.shape)
+            return TensorPlace(int(tensor.data_offset), tensor.tensor_type.name, rows, width)
+    raise ExportError(f"{path}: has no {TOKEN_EMBEDDING}")
+
+
+def tensor_types(path: Path) -> Mapping[str, str]:
+    """GGUF tensor name -> ggml type name."""
+    return {t.name: t.tensor_type.name for t in _read(path)}
+
+
+def _read(path: Path) -> list[Any]:
+    import gguf
+
+    return list(gguf.GGUFReader(path).tensors)
+
+
+def _check_quantized(path: Path, quant: Quant) -> None:
+    """llama.cpp falls back where a row is no multiple of a block; refuses a file of fallbacks."""
+    types = {n: t for n, t in tensor_types(path).items() if n.startswith("blk.")}
+    if set(types.values()) <= {"F32", "F16", "BF16"}:
+        raise ExportError(
+            f"quant {quant.name!r}: no row of this decoder is a multiple of 32 wide, so nothing "
+            "would be quantized; choose f16"
+        )

@@ -1,0 +1,114 @@
+"""Where a source is: a folder on this machine, or a model on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgevlm.errors import SourceError
+from edgevlm.export.progress import Report, Stage
+
+# What an export reads; everything else of a repository stays where it is.
+PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def locate(source: str | os.PathLike[str], report: Report | None = None) -> tuple[Path, str]:
+    """The checkpoint's folder and the model's name, of a folder or of `org/name[@revision]`.
+
+    A model on the hub is downloaded into the hub's cache. Raises SourceError.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder, folder.resolve().name
+    if folder.exists():
+        raise SourceError(f"{folder}: is a file; name the checkpoint's folder")
+    match = _HUB_ID.fullmatch(os.fspath(source))
+    if not match or os.fspath(source).startswith("."):
+        raise SourceError(
+            f"{source}: there is no such folder; name one, or a model on the hub as org/name"
+        )
+    return _download(match[1], match[2], report), match[1].split("/")[1]
+
+
+def _download(repo: str, revision: str | None, report: Report | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        with _quiet():
+            found = huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=PATTERNS,
+                tqdm_class=_counter(report),
+            )
+    except errors.GatedRepoError:
+        raise SourceError(
+            f"{where}: access is restricted; accept its licence at https://huggingface.co/{repo} "
+            "and log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise SourceError(f"{where}: has no such revision; leave out the part after @") from None
+    except errors.RepositoryNotFoundError:
+        raise SourceError(
+            f"{where}: is neither a folder here nor a model on the hub; check the spelling, or log "
+            "in with `hf auth login` if it is private"
+        ) from None
+    except errors.HFValidationError as e:
+        raise SourceError(f"{where}: is no valid name on the hub ({_line(e)})") from None
+    except (OSError, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
+        # requests' and httpx's errors are OSErrors in one release of the hub client, not in all.
+        raise SourceError(
+            f"{where}: cannot be downloaded ({_line(e)}); check the network or name a folder"
+        ) from None
+    return Path(found)
+
+
+def _counter(report: Report | None) -> Any:
+    """A stand-in for the hub client's bar over files that tells `report` instead of stderr."""
+    from huggingface_hub import utils
+
+    base: Any = utils.tqdm  # type: ignore[attr-defined]
+
+    class Counter(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self._stage = Stage(report, "download", kwargs.get("total") or 0, "files")
+
+        # tqdm's pools told their bar by iterating over it until 4.67, and tell it so since then.
+        def update(self, n: float | None = 1) -> None:
+            self._stage.advance(int(n or 0))
+
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.iterable:
+                self._stage.advance(1)
+                yield item
+
+    return Counter
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the hub client's own progress bars on stderr."""
+    from huggingface_hub import utils
+
+    # The client re-exports these without saying so to type checkers.
+    bars: Any = utils
+    silent = bars.are_progress_bars_disabled()
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not silent:
+            bars.enable_progress_bars()

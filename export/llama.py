@@ -1,0 +1,116 @@
+"""llama.cpp's own tools, each run in a child process.
+
+A child keeps its messages off this process's stdout, can be stopped in the middle of a long call,
+and takes nothing down with it if llama.cpp aborts. `python -m edgevlm.export.llama` is the child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+from edgevlm.errors import ExportError
+from edgevlm.export import child
+from edgevlm.export.progress import Stage
+
+_POLL_S = 0.05
+
+
+def quantize(source: Path, target: Path, ftype: int, stage: Stage) -> None:
+    """Writes `target`, a GGUF of llama.cpp's file type `ftype`, from an unquantized `source`.
+
+    The stage follows the bytes written. Raises ExportError.
+    """
+    with tempfile.TemporaryFile() as log:
+        with _child(["quantize", source, target, str(ftype)], log) as process:
+            try:
+                while process.poll() is None:
+                    time.sleep(_POLL_S)
+                    if target.exists():
+                        stage.reach(target.stat().st_size)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            raise ExportError(f"{source.name}: llama.cpp cannot quantize it ({_reason(log)})")
+        stage.finish()
+
+
+def tokenize(gguf: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids that llama.cpp gives each text, special tokens neither parsed nor added."""
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as out:
+        with _child(["tokenize", gguf], log, out, subprocess.PIPE) as process:
+            process.communicate(json.dumps(texts).encode())
+        if process.returncode:
+            raise ExportError(f"{gguf.name}: llama.cpp cannot read it ({_reason(log)})")
+        out.seek(0)
+        ids: list[list[int]] = json.load(out)
+        return ids
+
+
+def _child(
+    arguments: list[str | Path],
+    log: IO[bytes],
+    out: IO[bytes] | None = None,
+    stdin: int | None = None,
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        child.command("edgevlm.export.llama", *arguments),
+        stdin=subprocess.DEVNULL if stdin is None else stdin,
+        stdout=out or log,
+        stderr=log,
+        **child.setting(),
+    )
+
+
+def _reason(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+    said = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+    return (said or [line for line in lines if line] or ["no reason given"])[-1]
+
+
+def _quantize(source: str, target: str, ftype: str) -> int:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = int(ftype)
+    # The intermediate file is bf16 where the checkpoint is: no precision is lost twice.
+    params.allow_requantize = False
+    code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+    return int(code)
+
+
+def _tokenize(gguf: str) -> int:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(gguf.encode(), params)
+    if not model:
+        return 1
+    vocab = llama_cpp.llama_model_get_vocab(model)
+    assert vocab
+    results = []
+    for text in json.load(sys.stdin):
+        data = text.encode()
+        buffer = (llama_cpp.llama_token * (len(data) + 8))()
+        n = llama_cpp.llama_tokenize(vocab, data, len(data), buffer, len(buffer), False, False)
+        results.append(list(buffer[:n]))
+    json.dump(results, sys.stdout)
+    return 0
+
+
+def _main() -> int:
+    name, *paths = sys.argv[1:]
+    return _quantize(*paths) if name == "quantize" else _tokenize(*paths)
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,135 @@
+"""The export from start to end: read and check everything, then write, compare, and finish."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from edgevlm import family as families
+from edgevlm.bundle import (
+    FORMAT,
+    Bundle,
+    Component,
+    FileRecord,
+    Manifest,
+    record,
+    write_manifest,
+    writing,
+)
+from edgevlm.errors import ExportError, SourceError
+from edgevlm.export import components, decoder, hub, parity, quantize
+from edgevlm.export.components import Job
+from edgevlm.export.parts import assign
+from edgevlm.export.progress import Report, Stage
+from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint
+from edgevlm.family import Family, Model
+
+_PACKAGES = (
+    "edgevlm",
+    "gguf",
+    "llama-cpp-python",
+    "onnx",
+    "onnxruntime",
+    "optimum",
+    "optimum-onnx",
+    "torch",
+    "transformers",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export; the words of `export_bundle`."""
+
+    quant: str
+    vision_precision: str
+    verify: bool
+    name: str | None
+
+
+def run(
+    source: str | os.PathLike[str], out: Path, options: Options, report: Report | None
+) -> Bundle:
+    """Exports `source` to `out`; see `export_bundle`."""
+    job = prepare(source, options, report)
+    verify = options.verify and parity.available()
+    components.check_disk(job, out)
+    if verify:
+        parity.check_memory(job)
+    try:
+        return _write(job, out, verify)
+    except OSError as e:
+        raise ExportError(
+            f"{out}: the export stopped ({e.strerror or e}); make room or choose another folder"
+        ) from e
+
+
+def _write(job: Job, out: Path, verify: bool) -> Bundle:
+    with writing(out) as folder:
+        manifest = _manifest(job, components.write(job, folder), folder)
+        write_manifest(folder, manifest)
+        if verify:
+            manifest = replace(manifest, parity=parity.verify(job, folder))
+            write_manifest(folder, manifest)
+    return Bundle(out, manifest)
+
+
+def prepare(source: str | os.PathLike[str], options: Options, report: Report | None) -> Job:
+    """Everything that can be checked before the first byte is written; raises ExportError."""
+    quant = quantize.quant(options.quant)
+    vision = quantize.vision_precision(options.vision_precision)
+    folder, name = hub.locate(source, report)
+    checkpoint = read_checkpoint(folder)
+    family, model = describe(checkpoint)
+    parts = assign(checkpoint, family, model)
+    return Job(checkpoint, family, model, parts, quant, vision, options.name or name, report)
+
+
+def describe(checkpoint: Checkpoint) -> tuple[Family, Model]:
+    """The family of a checkpoint and what its config means; raises UnknownFamily, SourceError."""
+    path, config = checkpoint.folder / CONFIG, checkpoint.configs[CONFIG]
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise SourceError(f"{path}: has no 'model_type'; name the folder of a whole checkpoint")
+    family = families.by_model_type(model_type, str(path))
+    try:
+        return family, family.describe(checkpoint.configs)
+    except ValueError as e:
+        raise SourceError(f"{path}: {e}") from None
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as e:
+        raise SourceError(f"{path}: is not a config of a {family.name} ({e!r})") from None
+
+
+def _manifest(job: Job, parts: dict[str, Component], folder: Path) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        family=job.family.name,
+        name=job.name,
+        license=job.family.license,
+        components=parts,
+        image=job.model.image,
+        prompt=job.model.prompt,
+        decoder=job.model.decoder,
+        answer=job.model.answer,
+        token_embedding=decoder.embedding_place(folder / decoder.FILE),
+        source=_source_records(job),
+        versions=_versions(),
+    )
+
+
+def _source_records(job: Job) -> tuple[FileRecord, ...]:
+    files = job.checkpoint.files
+    stage = Stage(job.report, "hash source", sum(f.stat().st_size for f in files), "B")
+    return tuple(record(f, progress=stage.advance) for f in files)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

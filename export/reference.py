@@ -1,0 +1,143 @@
+"""The source model, run by transformers in float32: what a bundle is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.errors import EngineMissing, ExportError
+from edgevlm.export.vision import quiet
+from edgevlm.specs import ImageSpec
+
+try:
+    import torch
+    from transformers import (
+        DynamicCache,
+        GemmaTokenizerFast,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        SiglipImageProcessor,
+    )
+except ImportError as e:
+    raise EngineMissing(
+        f"verification needs torch and transformers ({e.name or e} is not there)",
+        'pip install "edgevlm[export]"',
+    ) from None
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What both sides answer: a picture uint8 [h, w, 3], the user's words, a number of tokens."""
+
+    image: NDArray[np.uint8]
+    prompt: str
+    n_tokens: int
+
+
+def load_processor(folder: Path, image: ImageSpec) -> Any:
+    """transformers' processor for a checkpoint."""
+    # transformers leaves its processors without types.
+    pictures: Any
+    tokenizers: Any = GemmaTokenizerFast
+    processors: Any = PaliGemmaProcessor
+    with quiet():
+        if (folder / "preprocessor_config.json").is_file():
+            pictures = SiglipImageProcessor.from_pretrained(folder)
+        else:
+            pictures = SiglipImageProcessor(size={"height": image.size, "width": image.size})
+        # Older files leave it out, and the processor wants it.
+        pictures.image_seq_length = image.tokens
+        return processors(pictures, tokenizers.from_pretrained(folder))
+
+
+def token_ids(processor: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of each text by itself, without special tokens."""
+    with quiet():
+        return [processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+
+
+def paligemma(folder: Path, processor: Any, request: Request, tokens: NDArray[np.int32]) -> Arrays:
+    """Runs the source over the prefix and then over `tokens`, one at a time.
+
+    Returns pixels [1, 3, size, size], features [1, patches, width], embeddings [1, t, n_embd],
+    prompt_ids [text tokens] and logits [1 + len(tokens), n_vocab].
+    """
+    with quiet(), _without_bars(), torch.inference_mode():
+        model = _load(folder)
+        inputs = processor(
+            images=request.image, text="<image>" + request.prompt, return_tensors="pt"
+        )
+        pixels = inputs["pixel_values"]
+        features = model.model.vision_tower(pixels).last_hidden_state
+        embeddings = model.model.get_image_features(pixels)
+        ids = inputs["input_ids"][0]
+        logits = _logits(model, inputs, tokens)
+    text = ids[ids != model.config.image_token_id]
+    return {
+        "pixels": pixels.numpy(),
+        "features": features.numpy(),
+        "embeddings": embeddings.numpy(),
+        "prompt_ids": text.numpy().astype(np.int32),
+        "logits": logits,
+    }
+
+
+def _logits(model: Any, inputs: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    cache = DynamicCache(config=model.config.get_text_config())
+    out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    rows = [out.logits[0, -1].numpy()]
+    mask = inputs["attention_mask"]
+    for token in tokens:
+        mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+        out = model(
+            input_ids=torch.tensor([[int(token)]]),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        rows.append(out.logits[0, -1].numpy())
+    return np.stack(rows)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar on stderr while it loads shards."""
+    from transformers import utils
+
+    # transformers leaves its logging without types.
+    logging: Any = utils.logging
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+def _load(folder: Path) -> Any:
+    # Checkpoints saved by transformers 5 lack a level that 4.57's tower still has.
+    mapping = dict(PaliGemmaForConditionalGeneration._checkpoint_conversion_mapping)
+    mapping[r"^model\.vision_tower\.(?!vision_model)"] = "model.vision_tower.vision_model."
+    model, info = PaliGemmaForConditionalGeneration.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        key_mapping=mapping,
+        output_loading_info=True,
+    )
+    odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if odd:
+        raise ExportError(
+            f"{folder}: transformers reads another set of tensors ({odd[0]}); export without "
+            "verification and report the checkpoint"
+        )
+    return model.eval()

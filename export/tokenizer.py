@@ -1,0 +1,195 @@
+"""A checkpoint's tokenizer as llama.cpp's "llama" vocabulary: pieces, scores and types.
+
+Knows SentencePiece's tokenizer.model and the BPE tokenizer.json that transformers makes of it.
+Does not know what any token is for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgevlm.errors import EngineMissing, SourceError
+from edgevlm.export.source import Checkpoint, read_json
+from edgevlm.family import Model
+
+# SentencePiece's numbers, which are llama.cpp's as well.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_SPACE = "\u2581"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+# llama.cpp merges the pair of the highest score first; an unused row must never be one.
+_UNUSED_SCORE = -1e9
+_SPECIALS = ("bos", "eos", "unk", "pad")
+
+
+@dataclass
+class Token:
+    """One row of the vocabulary."""
+
+    text: str
+    score: float
+    type: int
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """All rows by id, and the ids of "bos", "eos", "unk" and "pad" where the tokenizer has them."""
+
+    tokens: tuple[Token, ...]
+    specials: Mapping[str, int]
+
+
+def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
+    """The vocabulary in `model.decoder.n_vocab` rows; raises SourceError."""
+    folder = checkpoint.folder
+    path = folder / "tokenizer.model"
+    if path.is_file():
+        tokens = _sentencepiece(path)
+    else:
+        path = folder / "tokenizer.json"
+        tokens = _bpe(path)
+    rows = model.decoder.n_vocab
+    table = {i: t for i, t in enumerate(tokens)}
+    for i, (text, special) in _added(checkpoint).items():
+        _add(table, i, text, CONTROL if special else USER_DEFINED)
+    for i, text in model.markers.items():
+        _add(table, i, text, CONTROL)
+    _mark_whole(table, model.whole_tokens, path)
+    if max(table) >= rows:
+        raise SourceError(f"{path}: has {max(table) + 1} tokens, config.json says {rows}")
+    filled = [table.get(i) or Token(f"[unused-{i}]", _UNUSED_SCORE, UNUSED) for i in range(rows)]
+    return Vocabulary(tuple(map(_spaces, filled)), _specials(filled, checkpoint, path))
+
+
+def _add(table: dict[int, Token], i: int, text: str, kind: int) -> None:
+    """Makes token `i` what the files say of it beyond the tokenizer itself."""
+    token = table.get(i)
+    if token is None:
+        table[i] = Token(text, 0.0, kind)
+    elif token.text == text and token.type in (NORMAL, USER_DEFINED):
+        token.type = kind
+
+
+def _mark_whole(table: dict[int, Token], texts: tuple[str, ...], path: Path) -> None:
+    ids = {t.text: i for i, t in table.items()}
+    missing = [t for t in texts if t not in ids]
+    if missing and len(missing) < len(texts):
+        raise SourceError(f"{path}: lacks {missing[0]} and {len(missing) - 1} more of its tokens")
+    for text in texts if not missing else ():
+        table[ids[text]].type = USER_DEFINED
+
+
+def _spaces(token: Token) -> Token:
+    """llama.cpp compares user-defined tokens with the text as it was typed."""
+    if token.type == USER_DEFINED:
+        return Token(token.text.replace(_SPACE, " "), token.score, token.type)
+    return token
+
+
+def _sentencepiece(path: Path) -> list[Token]:
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise EngineMissing(
+            "export needs sentencepiece and protobuf", 'pip install "edgevlm[export]"'
+        ) from None
+    # Its classes are made when the module runs; type checkers see none of them.
+    pb2: Any = sentencepiece_model_pb2
+    proto = pb2.ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as e:
+        # protobuf's DecodeError has no common place in its releases.
+        raise SourceError(f"{path}: is no SentencePiece model ({e}); download it again") from None
+    if not proto.pieces:
+        raise SourceError(f"{path}: is no SentencePiece model (it is empty); download it again")
+    if proto.trainer_spec.model_type != 2:
+        raise SourceError(f"{path}: is not a BPE model, the only kind this exporter knows")
+    spec = proto.normalizer_spec
+    if spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+        raise SourceError(f"{path}: normalises its text, which llama.cpp cannot do for this model")
+    return [Token(p.piece, p.score, p.type) for p in proto.pieces]
+
+
+def _bpe(path: Path) -> list[Token]:
+    data = read_json(path)
+    model = data.get("model", {})
+    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+        raise SourceError(f"{path}: is not a BPE tokenizer with byte fallback; add tokenizer.model")
+    if not _replaces_spaces(data.get("normalizer")):
+        raise SourceError(f"{path}: has a normalizer that is not known; add tokenizer.model")
+    vocab = model["vocab"]
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise SourceError(f"{path}: its token ids have gaps or repeat; add tokenizer.model")
+    scores = _merge_scores(model["merges"])
+    # Any merged piece outranks one that no merge makes.
+    floor = -float(len(model["merges"]))
+    tokens = [
+        Token(text, scores.get(text, floor - i), BYTE if _BYTE.fullmatch(text) else NORMAL)
+        for text, i in sorted(vocab.items(), key=lambda item: item[1])
+    ]
+    for text, i in vocab.items():
+        # transformers renames the byte of the tab so that runs of tabs can be merged.
+        if text == "\t" and "<0x09>" not in vocab:
+            tokens[i] = Token("<0x09>", tokens[i].score, BYTE)
+        elif text == model.get("unk_token"):
+            tokens[i].type = UNKNOWN
+    return tokens
+
+
+def _replaces_spaces(normalizer: Any) -> bool:
+    return (
+        isinstance(normalizer, dict)
+        and normalizer.get("type") == "Replace"
+        and normalizer.get("pattern") == {"String": " "}
+        and normalizer.get("content") == _SPACE
+    )
+
+
+def _merge_scores(merges: list[Any]) -> dict[str, float]:
+    """Piece -> minus the rank of the first merge that makes it: llama.cpp's order of merging."""
+    scores: dict[str, float] = {}
+    for rank, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        scores.setdefault("".join(pair), -float(rank))
+    return scores
+
+
+def _added(checkpoint: Checkpoint) -> dict[int, tuple[str, bool]]:
+    """Tokens that the tokenizer's side files name: id -> (text, whether it is special)."""
+    found: dict[int, tuple[str, bool]] = {}
+    for i, text, special in _added_entries(checkpoint):
+        found[i] = (text, special or found.get(i, (text, False))[1])
+    return found
+
+
+def _added_entries(checkpoint: Checkpoint) -> Iterator[tuple[int, str, bool]]:
+    folder = checkpoint.folder
+    if (folder / "tokenizer.json").is_file():
+        for entry in read_json(folder / "tokenizer.json").get("added_tokens", []):
+            yield entry["id"], entry["content"], entry["special"]
+    config = checkpoint.configs.get("tokenizer_config.json", {})
+    for i, entry in config.get("added_tokens_decoder", {}).items():
+        yield int(i), entry["content"], entry.get("special", False)
+    if (folder / "added_tokens.json").is_file():
+        for text, i in read_json(folder / "added_tokens.json").items():
+            yield i, text, False
+
+
+def _specials(tokens: list[Token], checkpoint: Checkpoint, path: Path) -> dict[str, int]:
+    ids = {t.text: i for i, t in enumerate(tokens) if t.type in (CONTROL, UNKNOWN)}
+    config = checkpoint.configs.get("tokenizer_config.json", {})
+    found = {}
+    for name in _SPECIALS:
+        text = config.get(f"{name}_token") or f"<{name}>"
+        text = text["content"] if isinstance(text, dict) else text
+        if text in ids:
+            found[name] = ids[text]
+    for name in ("bos", "eos"):
+        if name not in found:
+            raise SourceError(f"{path}: has no <{name}> token; add tokenizer_config.json")
+    return found

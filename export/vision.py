@@ -1,0 +1,239 @@
+"""The vision encoder and the projector: safetensors -> torch modules -> ONNX.
+
+The only module that imports torch and optimum. It knows one torch module for each kind of part
+and how to trace it; what a file on disk becomes afterwards is onnx_files.py's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.errors import EngineMissing
+from edgevlm.export.parts import Part
+from edgevlm.export.progress import Stage
+from edgevlm.family import Config
+
+try:
+    import torch
+    from optimum.exporters.onnx import OnnxConfig, export
+    from optimum.utils import NormalizedConfig
+    from torch import nn
+    from transformers import PretrainedConfig, SiglipVisionConfig
+    from transformers.models.siglip.modeling_siglip import SiglipVisionTransformer
+except ImportError as e:
+    raise EngineMissing(
+        f"export needs torch, transformers and optimum-onnx ({e.name or e} is not there)",
+        'pip install "edgevlm[export]"',
+    ) from None
+
+# The first opset with LayerNormalization is 17; 18 is optimum's default and every onnxruntime
+# that edgevlm accepts has all of it.
+OPSET = 18
+
+Array = NDArray[np.float32]
+
+
+class Encoder(nn.Module):
+    """pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = _siglip_config(config)
+        self.tower = SiglipVisionTransformer(self.config)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features after the last norm."""
+        features: torch.Tensor = self.tower(pixels).last_hidden_state
+        return features
+
+
+class Projector(nn.Module):
+    """features float32 [n, patches, in] -> embeddings float32 [n, patches, out]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        # optimum sets flags on a config of transformers; there is nothing to read in it.
+        self.config: Any = PretrainedConfig()
+        self.linear = nn.Linear(config["in"], config["out"])
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Rows that stand in for token embeddings."""
+        rows: torch.Tensor = self.linear(features)
+        return rows
+
+
+def _siglip_config(config: Config) -> Any:
+    keys = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_channels",
+        "image_size",
+        "patch_size",
+        "hidden_act",
+        "layer_norm_eps",
+    )
+    # transformers leaves its configs without types.
+    make: Any = SiglipVisionConfig
+    siglip = make(**{key: config[key] for key in keys}, vision_use_head=False)
+    siglip._attn_implementation = "eager"
+    return siglip
+
+
+def build_encoder(config: Config, part: Part, stage: Stage) -> Encoder:
+    """The encoder with the checkpoint's weights, float32."""
+    with torch.device("meta"):
+        encoder = Encoder(config)
+    _load(encoder.tower, part, stage)
+    embeddings = encoder.tower.embeddings
+    positions = torch.arange(embeddings.num_positions).expand((1, -1))
+    embeddings.register_buffer("position_ids", positions, persistent=False)
+    return encoder.eval()
+
+
+def build_projector(config: Config, part: Part, stage: Stage) -> Projector:
+    """The projector, divided by sqrt(out): llama.cpp's gemma graphs multiply every row by it."""
+    with torch.device("meta"):
+        projector = Projector(config)
+    _load(projector, part, stage)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.div_(math.sqrt(config["out"]))
+    return projector.eval()
+
+
+def _load(module: nn.Module, part: Part, stage: Stage) -> None:
+    state = {}
+    for name, tensor in part.items():
+        values = tensor.float32()
+        state[name] = torch.from_numpy(values if values.flags.writeable else values.copy())
+        stage.advance(1)
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+class _PartOnnxConfig(OnnxConfig):  # type: ignore[misc]
+    """optimum's description of a module with one input and one output, batch axis dynamic."""
+
+    DEFAULT_ONNX_OPSET = OPSET
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig
+    names: tuple[str, str]
+
+    def __init__(self, config: Any, shape: tuple[int, ...]) -> None:
+        super().__init__(config, task="feature-extraction")
+        self.shape = shape
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {self.names[0]: {0: "n"}}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return OrderedDict({self.names[1]: {0: "n"}})
+
+    def generate_dummy_inputs(self, framework: str = "pt", **_: Any) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(0)
+        # One row: at 896 pixels the attention of each further one takes gigabytes.
+        values = torch.rand((1, *self.shape), generator=generator) * 2 - 1
+        return {self.names[0]: values if framework == "pt" else values.numpy()}
+
+
+class EncoderOnnxConfig(_PartOnnxConfig):
+    """pixels -> features."""
+
+    names = ("pixels", "features")
+
+
+class ProjectorOnnxConfig(_PartOnnxConfig):
+    """features -> embeddings."""
+
+    names = ("features", "embeddings")
+
+
+def trace_encoder(encoder: Encoder, path: Path) -> None:
+    """Writes the encoder as float32 ONNX."""
+    c = encoder.config
+    shape = (c.num_channels, c.image_size, c.image_size)
+    with quiet():
+        export(encoder, EncoderOnnxConfig(c, shape), path, opset=OPSET)
+
+
+def trace_projector(projector: Projector, patches: int, path: Path) -> None:
+    """Writes the projector as float32 ONNX for features of that many patches."""
+    shape = (patches, projector.linear.in_features)
+    with quiet():
+        export(projector, ProjectorOnnxConfig(projector.config, shape), path, opset=OPSET)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings and messages of torch's and optimum's exporters."""
+    loggers = [logging.getLogger(n) for n in ("optimum", "torch.onnx", "transformers")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def activation_noise(encoder: Encoder, pixels: Array) -> dict[str, float]:
+    """Noise over signal that 8-bit activations would bring to each linear map's input.
+
+    Keys are the modules' names under the tower; a value is the variance of rounding to 256 even
+    steps between the smallest and largest value, over the mean square, in the worst picture.
+    """
+    noise: dict[str, float] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            values = inputs[0]
+            low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+            power = float(values.square().mean())
+            share = ((high - low) / 255) ** 2 / 12 / max(power, 1e-30)
+            noise[name] = max(share, noise.get(name, 0.0))
+
+        return hook
+
+    linears = [(n, m) for n, m in encoder.tower.named_modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_pre_hook(watch(n)) for n, m in linears]
+    try:
+        features(encoder, pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return noise
+
+
+def features(encoder: Encoder, pixels: Array) -> Array:
+    """What the encoder makes of pixels, one picture at a time, in torch and float32."""
+    with torch.inference_mode():
+        rows = [encoder(torch.from_numpy(pixels[i : i + 1])).numpy() for i in range(len(pixels))]
+    return np.concatenate(rows)
+
+
+def node_name(module: str) -> str:
+    """Name of the MatMul node that the tracer makes of a linear module of the tower."""
+    # Indices of module lists stay with their list: "layers.0", not "layers/0".
+    path = re.sub(r"\.(?!\d+(?:\.|$))", "/", module)
+    return f"/tower/{path}/MatMul"
+
+
+def drop(encoder: Encoder) -> None:
+    """Frees the encoder's weights while its owner still holds it."""
+    encoder.to("meta")

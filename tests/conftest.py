@@ -1,0 +1,44 @@
+"""Checkpoints and bundles that many tests share; each is made once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgevlm.benchmarks.checkpoints import write_paligemma
+from edgevlm.bundle import Bundle
+
+
+@pytest.fixture(scope="session")
+def paligemma_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny PaliGemma 1 checkpoint in the published layout; treat as read-only."""
+    return write_paligemma(tmp_path_factory.mktemp("paligemma"), version=1)
+
+
+@pytest.fixture(scope="session")
+def paligemma2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny PaliGemma 2 checkpoint in the published layout; treat as read-only."""
+    return write_paligemma(tmp_path_factory.mktemp("paligemma2"), version=2)
+
+
+@pytest.fixture(scope="session")
+def paligemma_bundle(
+    paligemma_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The unquantized bundle (f32, fp32) of `paligemma_checkpoint`; treat as read-only."""
+    return _export(paligemma_checkpoint, tmp_path_factory.mktemp("bundles") / "paligemma")
+
+
+@pytest.fixture(scope="session")
+def paligemma2_bundle(
+    paligemma2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The unquantized bundle (f32, fp32) of `paligemma2_checkpoint`; treat as read-only."""
+    return _export(paligemma2_checkpoint, tmp_path_factory.mktemp("bundles") / "paligemma2")
+
+
+def _export(checkpoint: Path, out: Path) -> Bundle:
+    from edgevlm.export import export_bundle
+
+    return export_bundle(checkpoint, out, quant="f32", vision_precision="fp32", verify=False)

@@ -1,0 +1,256 @@
+"""A whole export: the bundle it makes, how it is compared, and what is left when it fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from edgevlm.benchmarks.checkpoints import write_paligemma
+from edgevlm.bundle import Bundle, open_bundle
+from edgevlm.errors import BundleError, EdgeVLMError, ExportError, ParityError, SourceError
+from edgevlm.export import components, export_bundle, parity
+from edgevlm.export.pipeline import Options, prepare
+from edgevlm.types import Progress
+from tests.test_export_source import with_nan
+
+
+def quick(source: Path, out: Path, **options: Any) -> Bundle:
+    return export_bundle(
+        source, out, **{"quant": "f32", "vision_precision": "fp32", "verify": False, **options}
+    )
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_verified_bundle(tmp_path: Path, version: int, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = write_paligemma(tmp_path / "checkpoint", version=version, layout="c", shards=2)
+    out = tmp_path / "bundle"
+    made = quick(folder, out, name="mine", verify=True)
+    assert capfd.readouterr() == ("", "")
+    found = open_bundle(out, "full").manifest
+    assert found == made.manifest
+    assert (found.name, found.family) == ("mine", "paligemma")
+    assert {r.file for r in found.source} >= {"config.json", "tokenizer.model"}
+    stages = {s.stage: s for s in found.parity}
+    assert {"tokens", "pixels", "features", "embeddings", "prefill"} <= stages.keys()
+    assert all(s.ok for s in stages.values())
+    # The promise: at most 5e-3 on logits with a deviation of 5, and the same greedy tokens.
+    assert stages["answer"].worst <= stages["answer"].tolerance == 0.001
+    assert stages["greedy"].worst == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "checkpoint"]
+
+
+def arrays(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 5, (17, 300)).astype(np.float32)
+    return {
+        "pixels": rng.normal(size=(1, 3, 8, 8)).astype(np.float32),
+        "features": rng.normal(size=(1, 4, 16)).astype(np.float32),
+        "embeddings": rng.normal(size=(1, 4, 16)).astype(np.float32),
+        "prompt_ids": np.array([2, 5, 6], np.int32),
+        "logits": logits,
+        "tokens": logits[:-1].argmax(axis=1).astype(np.int32),
+    }
+
+
+def failed(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> list[str]:
+    job = prepare(checkpoint, Options("f32", "fp32", True, None), None)
+    ours, source = arrays(), arrays()
+    change(ours)
+    return [s.stage for s in parity.compare(job, ours, source) if not s.ok]
+
+
+@pytest.mark.parametrize(
+    ("name", "amount", "stages"),
+    [
+        ("pixels", 1e-3, ["pixels"]),
+        ("features", 1.0, ["features"]),
+        ("embeddings", 1.0, ["embeddings"]),
+        ("prompt_ids", 1, ["prompt"]),
+        ("logits", 0.0, []),
+        ("tokens", 1, ["greedy"]),
+    ],
+)
+def test_each_stage_is_compared(
+    paligemma_checkpoint: Path, name: str, amount: float, stages: list[str]
+) -> None:
+    def change(ours: dict[str, Any]) -> None:
+        ours[name].flat[7 % ours[name].size] += amount
+
+    assert failed(paligemma_checkpoint, change) == stages
+
+
+def test_other_logits_fail_every_stage_of_the_decoder(paligemma_checkpoint: Path) -> None:
+    def change(ours: dict[str, Any]) -> None:
+        ours["logits"] = arrays(1)["logits"]
+
+    assert failed(paligemma_checkpoint, change) == ["prefill", "answer", "divergence"]
+
+
+def test_another_shape_is_an_error(paligemma_checkpoint: Path) -> None:
+    def change(ours: dict[str, Any]) -> None:
+        ours["features"] = ours["features"][:, :2]
+
+    with pytest.raises(ExportError, match="features has shape"):
+        failed(paligemma_checkpoint, change)
+
+
+def test_a_bundle_that_is_off_is_not_kept(
+    paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "probe", lambda *_: arrays(1))
+    monkeypatch.setattr(parity, "_REFERENCES", {"paligemma": lambda *_: arrays()})
+    with pytest.raises(ParityError, match="pixels differs from the source") as caught:
+        quick(paligemma_checkpoint, tmp_path / "out", verify=True)
+    assert caught.value.stage == "pixels" and caught.value.worst > caught.value.tolerance
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_transformers_cannot_run(
+    paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise TypeError("no such thing\nmore")
+
+    monkeypatch.setattr(parity, "probe", lambda *_: arrays())
+    monkeypatch.setattr(parity, "_REFERENCES", {"paligemma": fail})
+    with pytest.raises(ExportError, match=r"cannot run the source \(no such thing\); export"):
+        quick(paligemma_checkpoint, tmp_path / "out", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory_to_verify(
+    paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = type("Memory", (), {"available": 1 << 29})
+    monkeypatch.setattr(psutil, "virtual_memory", free)
+    with pytest.raises(ExportError, match="export without it \\(--no-verify\\)"):
+        quick(paligemma_checkpoint, tmp_path / "out", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_disk(
+    paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ExportError, match="GB of disk"):
+        quick(paligemma_checkpoint, tmp_path / "deep" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up(
+    paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(components, "_write_vision", full)
+    with pytest.raises(ExportError, match="stopped \\(No space left on device\\); make room"):
+        quick(paligemma_checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_estimate_of_disk_covers_what_is_written(
+    paligemma_checkpoint: Path, paligemma_bundle: Bundle
+) -> None:
+    job = prepare(paligemma_checkpoint, Options("f32", "fp32", False, None), None)
+    assert components._disk_bytes(job) >= paligemma_bundle.bytes
+
+
+@pytest.mark.parametrize("stage", ["decoder", "quantize", "vision", "projector", "hash"])
+def test_an_interrupt_leaves_nothing(
+    paligemma_checkpoint: Path, tmp_path: Path, stage: str
+) -> None:
+    def interrupt(step: Progress) -> None:
+        if step.stage == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(paligemma_checkpoint, tmp_path / "out", quant="q8_0", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_at_the_terminal_leaves_nothing(paligemma_checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from edgevlm.export import export_bundle\n"
+        "def say(step): print(step.stage, flush=True)\n"
+        "try: export_bundle(sys.argv[1], sys.argv[2], verify=False, progress=say)\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(paligemma_checkpoint), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+        start_new_session=True,
+    )
+    assert child.stdout
+    child.stdout.readline()
+    os.killpg(child.pid, signal.SIGINT)
+    child.communicate()
+    assert child.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_of_every_stage_reaches_its_end(
+    paligemma_checkpoint: Path, tmp_path: Path
+) -> None:
+    steps: list[Progress] = []
+    quick(paligemma_checkpoint, tmp_path / "out", quant="q4_k_m", progress=steps.append)
+    last = {step.stage: step for step in steps}
+    assert list(last) == ["decoder", "quantize", "vision", "projector", "hash", "hash source"]
+    assert all(step.done == step.total for step in last.values())
+    assert all(0 <= s.done <= s.total and s.unit for s in steps)
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(
+    paligemma_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(BundleError, match="exists and is not a bundle"):
+        quick(paligemma_checkpoint, tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_an_older_bundle_survives_a_failed_export(
+    paligemma_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quick(paligemma_checkpoint, out)
+    before = open_bundle(out).manifest
+    bad = write_paligemma(tmp_path / "bad", edit=with_nan)
+    with pytest.raises(SourceError):
+        quick(bad, out)
+    assert open_bundle(out, "full").manifest == before
+    assert quick(paligemma_checkpoint, out, name="newer").manifest.name == "newer"
+
+
+def test_the_same_export_twice_is_the_same_bundle(
+    paligemma_checkpoint: Path, paligemma_bundle: Bundle, tmp_path: Path
+) -> None:
+    assert quick(paligemma_checkpoint, tmp_path / "out").manifest == paligemma_bundle.manifest
+
+
+def test_importing_the_door_is_light() -> None:
+    heavy = {"torch", "transformers", "optimum", "onnx", "onnxruntime", "llama_cpp", "gguf"}
+    code = "import sys, edgevlm.export; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not heavy & set(done.stdout.split())
+
+
+def test_every_error_is_one_line(paligemma_checkpoint: Path, tmp_path: Path) -> None:
+    for bad in ({"quant": "q9"}, {"vision_precision": "int1"}):
+        with pytest.raises(EdgeVLMError) as caught:
+            quick(paligemma_checkpoint, tmp_path / "out", **bad)
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,156 @@
+"""Models on the hub, played by a small server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from edgevlm.errors import SourceError
+from edgevlm.export.hub import locate
+
+COMMIT = "1" * 40
+REPO = "org/tiny-paligemma"
+# What the hub says of repositories that cannot be read: status and error code.
+REFUSED = {
+    "org/unknown": (404, "RepoNotFound"),
+    "org/gated": (403, "GatedRepo"),
+    "org/broken": (500, ""),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The parts of the hub's API that a download of a snapshot needs."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        type(self).asked.append(self.path)
+        for repo, (status, code) in REFUSED.items():
+            if repo in self.path:
+                return self._send(status, {"X-Error-Code": code}, b"{}", body)
+        if "/revision/nowhere" in self.path:
+            return self._send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", body)
+        if self.path.startswith("/api/models/"):
+            names = sorted(p.name for p in self.folder.iterdir())
+            info = {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+            return self._send(200, {}, json.dumps(info).encode(), body)
+        data = (self.folder / self.path.rsplit("/", 1)[1]).read_bytes()
+        etag = hashlib.sha256(data).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
+        return self._send(200, headers, data, body)
+
+    def _send(self, status: int, headers: dict[str, str], data: bytes, body: bool) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(paligemma_checkpoint: Path) -> Iterator[tuple[str, list[str]]]:
+    """The server's address and the paths it was asked for."""
+    handler = type("Tiny", (Hub,), {"folder": paligemma_checkpoint, "asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", handler.asked
+        server.shutdown()
+
+
+def locate_in_child(source: str, endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """The hub client reads its address and its cache's place when it is imported."""
+    code = (
+        "import sys\n"
+        "from edgevlm.errors import SourceError\n"
+        "from edgevlm.export.hub import locate\n"
+        "steps = []\n"
+        "try: print(*locate(sys.argv[1], steps.append), steps[-1].done, sep='\\n')\n"
+        "except SourceError as e: sys.exit(f'SourceError: {e}')\n"
+    )
+    env = {
+        **{
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("HF_") and "proxy" not in k.lower()
+        },
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code, source],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+
+
+def test_a_model_is_downloaded(
+    hub: tuple[str, list[str]], paligemma_checkpoint: Path, tmp_path: Path
+) -> None:
+    endpoint, asked = hub
+    (paligemma_checkpoint / "pytorch_model.bin").write_bytes(b"not wanted")
+    done = locate_in_child(f"{REPO}@main", endpoint, tmp_path)
+    (paligemma_checkpoint / "pytorch_model.bin").unlink()
+    assert done.returncode == 0 and done.stderr == ""
+    folder, name, files = done.stdout.splitlines()
+    assert int(files) == len(list(Path(folder).iterdir()))
+    assert name == "tiny-paligemma"
+    for wanted in ("config.json", "model.safetensors", "tokenizer.model"):
+        expected = (paligemma_checkpoint / wanted).read_bytes()
+        assert (Path(folder) / wanted).read_bytes() == expected
+    assert not any("pytorch_model.bin" in path for path in asked)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("org/unknown", "is neither a folder here nor a model on the hub"),
+        ("org/gated", "access is restricted; accept its licence"),
+        ("org/broken", "cannot be downloaded"),
+        (f"{REPO}@nowhere", "has no such revision"),
+        ("org/--bad..name", "is no valid name on the hub"),
+    ],
+)
+def test_models_that_cannot_be_had(
+    hub: tuple[str, list[str]], tmp_path: Path, source: str, says: str
+) -> None:
+    done = locate_in_child(source, hub[0], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"SourceError: {source}: ") and says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_network(tmp_path: Path) -> None:
+    done = locate_in_child(REPO, "http://127.0.0.1:9", tmp_path)
+    assert "SourceError: org/tiny-paligemma: cannot be downloaded" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["./org/name", "nowhere", "a/b/c", "../x/y"])
+def test_what_looks_like_a_folder_is_not_asked_of_the_hub(source: str) -> None:
+    with pytest.raises(SourceError, match="there is no such folder"):
+        locate(source)
