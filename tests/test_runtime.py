@@ -1,0 +1,320 @@
+"""The real engines on tiny checkpoints: the original's logits, and what a user can do to them."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import edgevlm
+from edgevlm.benchmarks.checkpoints import write_paligemma
+from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError, EngineMissing, PromptError
+from edgevlm.export import export_bundle
+from edgevlm.image import preprocess
+from edgevlm.runtimes.decoder import LlamaDecoder
+from edgevlm.runtimes.loading import default_threads
+from edgevlm.sampling import Sampling
+from tests.reference import Original
+
+PICTURE = np.random.default_rng(7).integers(0, 256, (70, 110, 3), np.uint8)
+OTHER = np.random.default_rng(8).integers(0, 256, (30, 20, 3), np.uint8)
+# Float32 sums in another order, through three layers, on logits of standard deviation 5; the
+# requirement is 5e-3.
+EXACT = 5e-4
+
+
+@pytest.fixture(scope="module", params=["paligemma", "paligemma2"])
+def pair(request):
+    """A loaded unquantized bundle and its original."""
+    checkpoint = request.getfixturevalue(f"{request.param}_checkpoint")
+    bundle = request.getfixturevalue(f"{request.param}_bundle")
+    with edgevlm.load(bundle.folder) as vlm:
+        yield vlm, Original(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def vlm(paligemma_bundle):
+    with edgevlm.load(paligemma_bundle.folder) as loaded:
+        yield loaded
+
+
+def pixels(vlm, *pictures):
+    spec = vlm.manifest.image
+    return np.stack([preprocess(p, spec) for p in pictures]) if pictures else np.empty((0, 3, 1, 1))
+
+
+def prompt_ids(vlm, prompt):
+    decoder = vlm.parts.decoder
+    return [decoder.bos, *decoder.tokenize(prompt + "\n")]
+
+
+@pytest.mark.parametrize("prompt", ["caption en", "", "detect <loc0100> a  b ; ζωή 🙂"])
+def test_logits_and_greedy_tokens_equal_the_originals(pair, prompt):
+    vlm, original = pair
+    answer = list(vlm.ask(prompt, PICTURE, max_tokens=16).token_ids)
+    ids = prompt_ids(vlm, prompt)
+    expected = original.logits(pixels(vlm, PICTURE), ids, answer)
+    assert 3 < expected.std() < 8
+    assert answer == expected[: len(answer)].argmax(1).tolist()
+    decoder = vlm.parts.decoder
+    rows = np.concatenate([vlm.embed_image(PICTURE), decoder.embed(ids)])
+    decoder.prefill(rows, bidirectional=True, room=16)
+    found = [decoder.logits()]
+    for token in answer:
+        decoder.step(token)
+        found.append(decoder.logits())
+    assert np.abs(np.stack(found) - expected).max() < EXACT
+    decoder.rollback(len(rows))
+    assert np.abs(decoder.extend(answer) - expected[1:]).max() < EXACT
+
+
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        {"query_pre_attn_scalar": 100, "attn_logit_softcapping": None},
+        {"rope_theta": 500.0, "query_pre_attn_scalar": 256},
+    ],
+)
+def test_configs_that_llama_cpp_would_compute_otherwise(text_config, tmp_path):
+    source = write_paligemma(
+        tmp_path / "source",
+        version=2,
+        text_config=text_config,
+        vision_config={"hidden_act": "gelu"},
+    )
+    original = Original(source)
+    bundle = export_bundle(
+        source, tmp_path / "out", quant="f32", vision_precision="fp32", verify=False
+    )
+    with edgevlm.load(bundle.folder) as vlm:
+        answer = list(vlm.ask("caption en", PICTURE, max_tokens=8).token_ids)
+        ids = prompt_ids(vlm, "caption en")
+        expected = original.logits(pixels(vlm, PICTURE), ids, answer)
+        assert answer == expected[: len(answer)].argmax(1).tolist()
+        score = vlm.score("caption en", [vlm.parts.decoder.piece(answer[0]).decode()], PICTURE)
+        z = expected[0].astype(np.float64)
+        assert score == pytest.approx(z[answer[0]] - np.log(np.exp(z).sum()), abs=EXACT)
+
+
+def test_several_pictures_and_none(pair):
+    vlm, original = pair
+    for pictures in ([PICTURE, OTHER], []):
+        answer = list(vlm.ask("caption en", pictures, max_tokens=4).token_ids)
+        ids = prompt_ids(vlm, "caption en")
+        expected = original.logits(pixels(vlm, *pictures), ids, answer)
+        assert answer == expected[: len(answer)].argmax(1).tolist()
+
+
+def test_score_is_the_originals_log_probability(pair):
+    vlm, original = pair
+    texts = ["a red circle", "yes", "<loc0001> x"]
+    found = vlm.score("caption en", texts, PICTURE)
+    for text, score in zip(texts, found, strict=True):
+        tokens = vlm.parts.decoder.tokenize(text)
+        logits = original.logits(pixels(vlm, PICTURE), prompt_ids(vlm, "caption en"), tokens)
+        z = logits[:-1].astype(np.float64)
+        log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
+        assert score == pytest.approx(
+            log_p[range(len(tokens)), tokens].sum(), abs=len(tokens) * EXACT
+        )
+
+
+def prefix_of(vlm, n):
+    """A prompt whose prefix, picture included, has n positions."""
+    fixed = vlm.manifest.image.tokens + len(prompt_ids(vlm, ""))
+    piece = " a"
+    prompt = piece * (n - fixed)
+    while (short := n - vlm.manifest.image.tokens - len(prompt_ids(vlm, prompt))) != 0:
+        prompt = prompt + piece * short if short > 0 else prompt[: short * len(piece)]
+    return prompt
+
+
+@pytest.mark.parametrize("n", [63, 64, 65, 127, 128, 129, 255, 256, 257, 513])
+def test_prefixes_around_the_limits_of_batch_and_context(pair, n):
+    vlm, original = pair
+    prompt = prefix_of(vlm, n)
+    reply = vlm.ask(prompt, PICTURE, max_tokens=2)
+    assert reply.tokens.prompt == n
+    expected = original.logits(pixels(vlm, PICTURE), prompt_ids(vlm, prompt), list(reply.token_ids))
+    assert np.abs(vlm.parts.decoder.logits() - expected[len(reply.token_ids) - 1]).max() < EXACT
+
+
+def test_a_longer_request_after_a_shorter_one_and_back(vlm):
+    short = vlm.ask("caption en", PICTURE, max_tokens=8).token_ids
+    vlm.ask(prefix_of(vlm, 700), PICTURE, max_tokens=300)
+    assert vlm.ask("caption en", PICTURE, max_tokens=8).token_ids == short
+
+
+def test_the_largest_prompt_and_one_token_more(tmp_path):
+    context = 300
+    source = write_paligemma(tmp_path / "source", text_config={"max_position_embeddings": context})
+    bundle = export_bundle(
+        source, tmp_path / "out", quant="f32", vision_precision="fp32", verify=False
+    )
+    with edgevlm.load(bundle.folder) as vlm:
+        reply = vlm.ask(prefix_of(vlm, context - 1), PICTURE, max_tokens=5)
+        assert reply.tokens.prompt == context - 1
+        assert reply.tokens.generated <= 1
+        with pytest.raises(ContextOverflow, match=f"has {context}"):
+            vlm.ask(prefix_of(vlm, context), PICTURE)
+
+
+def test_a_second_question_reuses_the_pictures_rows(vlm):
+    fresh = vlm.ask("ocr", OTHER, max_tokens=8)
+    assert fresh.tokens.cached == 0 and fresh.timings.vision_ms > 0
+    again = vlm.ask("caption en", OTHER, max_tokens=8)
+    assert again.tokens.cached == again.tokens.image and again.timings.vision_ms == 0
+    assert vlm.ask("ocr", OTHER, max_tokens=8).token_ids == fresh.token_ids
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused(vlm):
+    decoder = vlm.parts.decoder
+    for token in (-1, vlm.manifest.decoder.n_vocab):
+        with pytest.raises(EngineError, match="outside the vocabulary"):
+            decoder.embed([token])
+        vlm.ask("x", max_tokens=1)
+        with pytest.raises(EngineError, match="outside the vocabulary"):
+            decoder.step(token)
+
+
+def test_what_llama_cpp_would_abort_on_is_refused(vlm):
+    decoder, width = vlm.parts.decoder, vlm.manifest.decoder.n_embd
+    for rows in (np.zeros((0, width), np.float32), np.zeros((3, width - 1), np.float32)):
+        with pytest.raises(EngineError, match="rows"):
+            decoder.prefill(rows, bidirectional=True, room=1)
+    with pytest.raises(ContextOverflow):
+        decoder.prefill(np.zeros((5, width), np.float32), bidirectional=True, room=10**6)
+    decoder.prefill(np.zeros((5, width), np.float32), bidirectional=True, room=1)
+    for n in (0, 6, -1):
+        with pytest.raises(EngineError, match="cannot go back"):
+            decoder.rollback(n)
+
+
+def test_causal_rows_equal_causal_tokens(vlm):
+    decoder = vlm.parts.decoder
+    tokens = decoder.tokenize("the quick brown fox jumps over the lazy dog " * 80)
+    assert len(tokens) > 600  # more than one batch
+    decoder.prefill(decoder.embed(tokens), bidirectional=False, room=1)
+    at_once = decoder.logits()
+    decoder.prefill(decoder.embed(tokens[:1]), bidirectional=False, room=len(tokens))
+    assert np.abs(decoder.extend(tokens[1:])[-1] - at_once).max() < EXACT
+
+
+def test_sampling_is_repeatable_by_its_seed_and_free_without(vlm):
+    def drawn(**options):
+        return vlm.ask("caption en", PICTURE, max_tokens=12, temperature=1.5, **options).token_ids
+
+    assert drawn(seed=1) == drawn(seed=1)
+    assert len({drawn(seed=s) for s in range(4)} | {drawn(), drawn()}) > 1
+    greedy = vlm.ask("caption en", PICTURE, max_tokens=12).token_ids
+    assert drawn(top_k=1) == drawn(min_p=1.0) == drawn(top_p=1e-6) == greedy
+
+
+def test_repetition_penalty_counts_the_answer_alone(vlm):
+    sampler = Sampling(repetition_penalty=1e6)
+    ids = prompt_ids(vlm, "caption en")
+    rows = np.concatenate([vlm.embed_image(PICTURE), vlm.parts.decoder.embed(ids)])
+    decoder = vlm.parts.decoder
+    decoder.prefill(rows, bidirectional=True, room=20)
+    drawn = []
+    chain = decoder.sampler(sampler)
+    for _ in range(20):
+        best = int(decoder.logits().argmax())
+        drawn.append(chain.sample())
+        if best not in drawn[:-1]:
+            assert drawn[-1] == best
+        decoder.step(drawn[-1])
+    chain.close()
+    assert len(set(drawn)) == 20
+
+
+def test_pieces_are_the_tokenizers_own_text(vlm):
+    decoder = vlm.parts.decoder
+    for text in ("a  b\n\tc", "<loc0012><seg003> cat ; dog", "ζωή 日本語 🙂 नमस्ते", "x" * 300):
+        assert b"".join(map(decoder.piece, decoder.tokenize(text))).decode() == text
+    assert decoder.piece(decoder.bos) == b""
+
+
+@pytest.mark.parametrize("text", ["<image>", "<bos>", "<eos><pad>", "<start_of_turn>"])
+def test_control_tokens_in_user_text_stay_text(vlm, text):
+    spec, decoder = vlm.manifest, vlm.parts.decoder
+    control = {decoder.bos, *spec.answer.stop_tokens}
+    tokens = decoder.tokenize(text)
+    assert not control & set(tokens)
+    assert b"".join(map(decoder.piece, tokens)).decode() == text
+
+
+def test_cancel_from_another_thread_ends_a_prefill(vlm):
+    answer = vlm.stream(prefix_of(vlm, 4000), PICTURE)
+    threading.Timer(0.3, vlm.cancel).start()
+    reply = answer.finish()
+    assert (reply.text, reply.finish_reason) == ("", "cancelled")
+    assert reply.timings.total_ms < 4000  # the whole prefill takes several times as long
+    assert vlm.ask("caption en", PICTURE, max_tokens=4).finish_reason == "length"
+
+
+def test_threads_do_not_change_the_answer(paligemma_bundle, vlm):
+    with edgevlm.load(paligemma_bundle.folder, threads=1) as single:
+        assert (
+            single.ask("ocr", PICTURE, max_tokens=8).token_ids
+            == vlm.ask("ocr", PICTURE, max_tokens=8).token_ids
+        )
+    with pytest.raises(PromptError, match="threads"):
+        edgevlm.load(paligemma_bundle.folder, threads=0)
+    assert default_threads() >= 1
+
+
+def test_devices_that_are_not_there_are_named(paligemma_bundle):
+    with pytest.raises(EngineMissing, match="'npu' cannot run.*choose auto or cpu"):
+        edgevlm.load(paligemma_bundle.folder, device="npu")
+
+
+def test_a_decoder_that_is_none_or_another(paligemma_bundle, tmp_path):
+    manifest = paligemma_bundle.manifest
+    path = tmp_path / "decoder.gguf"
+    path.write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(BundleCorrupt, match="llama.cpp cannot load it"):
+        LlamaDecoder(path, manifest.decoder, manifest.token_embedding, threads=1)
+    other = dataclasses.replace(manifest.decoder, n_embd=99)
+    with pytest.raises(BundleCorrupt, match="another decoder"):
+        LlamaDecoder(paligemma_bundle.path("decoder"), other, manifest.token_embedding, threads=1)
+    place = dataclasses.replace(manifest.token_embedding, offset=10**9)
+    with pytest.raises(BundleCorrupt, match="beyond its end"):
+        LlamaDecoder(paligemma_bundle.path("decoder"), manifest.decoder, place, threads=1)
+
+
+def run(bundle, *arguments):
+    command = [sys.executable, "-m", "edgevlm", *arguments, "-m", str(bundle.folder)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+
+
+def test_the_command_line_on_real_engines_is_quiet(paligemma_bundle, tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "in.png")
+    picture = str(tmp_path / "in.png")
+    child = run(paligemma_bundle, "ask", "caption en", "-i", picture, "--max-tokens", "4")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert out.strip()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_ends_the_program_during_a_prefill(paligemma_bundle, tmp_path, vlm):
+    child = run(paligemma_bundle, "ask", prefix_of(vlm, 4000), "--stats")
+    try:
+        child.communicate(timeout=1.5)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert child.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in err
