@@ -1,0 +1,82 @@
+"""The command `edgevlm`: one file a command, loaded when it is called.
+
+Answers go to stdout, everything else to stderr. An error is one line; the exit code is 1, 2 for
+wrong usage, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+import edgevlm
+from edgevlm.errors import EdgeVLMError
+
+_COMMANDS = {
+    "ask": "edgevlm.cli.ask",
+    "caption": "edgevlm.cli.tasks",
+    "chat": "edgevlm.cli.chat",
+    "detect": "edgevlm.cli.tasks",
+    "doctor": "edgevlm.cli.doctor",
+    "export": "edgevlm.cli.export",
+    "models": "edgevlm.cli.models",
+    "ocr": "edgevlm.cli.tasks",
+}
+
+
+class _Lazy(click.Group):
+    """A group whose commands are imported when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = getattr(importlib.import_module(_COMMANDS[cmd_name]), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(edgevlm.__version__, prog_name="edgevlm")
+def cli() -> None:
+    """Ask vision-language models about pictures, on this machine, offline."""
+
+
+def main() -> None:
+    """Runs the command line; the entry point of the installed script."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        return int(cli.main(prog_name="edgevlm", standalone_mode=False) or 0)
+    except EdgeVLMError as error:
+        click.echo(f"edgevlm: {_one_line(error)}", err=True)
+        return 1
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "edgevlm"
+        message = _one_line(error.format_message()).rstrip(".")
+        click.echo(f"edgevlm: {message}; see `{command} --help`", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        click.echo(f"edgevlm: {_one_line(error.format_message())}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing more to say, and nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

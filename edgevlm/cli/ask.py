@@ -1,0 +1,22 @@
+"""edgevlm ask"""
+
+from __future__ import annotations
+
+import click
+
+from edgevlm.cli.common import Run, answering, json_option, read_sources, show
+
+
+@click.command()
+@click.argument("prompt")
+@answering
+@json_option
+def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
+    """Answer PROMPT about a picture, streamed.
+
+    The prompt goes to the model as it is; PaliGemma models know "answer en QUESTION",
+    "caption en", "detect THING ; THING" and "ocr".
+    """
+    sources = read_sources(images)
+    with run.load() as vlm:
+        show(vlm.stream(prompt, sources, **run.sampling), as_json=as_json, stats=run.stats)

@@ -1,0 +1,121 @@
+"""edgevlm chat"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgevlm.cli.common import Run, answering, print_stats, read_sources, show
+from edgevlm.errors import EdgeVLMError
+
+if TYPE_CHECKING:
+    from edgevlm.runtimes.session import Chat
+
+_HELP = """\
+/image PATH|URL   look at another picture
+/clear            forget picture and questions
+/stats            how long the last answer took
+/help             this text
+/exit             leave (also Ctrl-D)
+Ctrl-C stops an answer. Anything else goes to the model as it is."""
+
+
+@click.command()
+@answering
+def chat(images: tuple[str, ...], run: Run) -> None:
+    """Talk about a picture. /help lists what can be typed besides questions."""
+    sources = read_sources(images)
+    with run.load() as vlm:
+        conversation = vlm.chat()
+        if sources:
+            _look_at(conversation, sources)
+        click.echo(f"{vlm.manifest.name}: ask away; /help for commands.", err=True)
+        _loop(conversation, run)
+
+
+def _loop(conversation: Chat, run: Run) -> None:
+    read_line = _reader()
+    while True:
+        try:
+            line = read_line().strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line:
+            _one_turn(conversation, line, run)
+
+
+def _one_turn(conversation: Chat, line: str, run: Run) -> None:
+    try:
+        if line.startswith("/"):
+            _command(conversation, line)
+        else:
+            answer = conversation.stream(line, **run.sampling)
+            show(answer, as_json=False, stats=run.stats)
+    except EdgeVLMError as error:
+        click.echo(str(error), err=True)
+    except KeyboardInterrupt:
+        click.echo(" (stopped)", err=True)
+
+
+def _command(conversation: Chat, line: str) -> None:
+    name, _, argument = line.partition(" ")
+    if name == "/image" and argument.strip():
+        _look_at(conversation, [_unquote(argument.strip())])
+    elif name == "/clear":
+        conversation.clear()
+        conversation.image = None
+    elif name == "/stats":
+        print_stats(conversation.reply)
+    elif name == "/help":
+        click.echo(_HELP, err=True)
+    else:
+        click.echo(f"{line}: no such command; /help lists them", err=True)
+
+
+def _look_at(conversation: Chat, sources: list[str | bytes]) -> None:
+    """Reads the pictures now, so that a bad one is refused here and a good one is read once."""
+    from edgevlm.image import read_image
+
+    conversation.image = [read_image(source) for source in sources]
+
+
+def _unquote(path: str) -> str:
+    """A path as terminals paste it when a file is dropped: quoted, or with ~."""
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
+        path = path[1:-1]
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _reader() -> Callable[[], str]:
+    """Line editing and history on a terminal, plain lines from a pipe."""
+    if not sys.stdin.isatty():
+        return _next_line
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+
+    from edgevlm.models import directory
+
+    directory().parent.mkdir(parents=True, exist_ok=True)
+    session: PromptSession[str] = PromptSession(
+        "> ",
+        history=FileHistory(str(directory().parent / "chat-history")),
+        completer=WordCompleter(["/image", "/clear", "/stats", "/help", "/exit"], sentence=True),
+        complete_while_typing=False,
+    )
+    return session.prompt
+
+
+def _next_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line

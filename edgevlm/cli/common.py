@@ -1,0 +1,170 @@
+"""Options that the answering commands share, and how answers are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import edgevlm
+from edgevlm.errors import ImageError
+from edgevlm.sampling import SamplingOptions
+from edgevlm.types import Reply
+
+if TYPE_CHECKING:
+    from edgevlm.runtimes.answer import Answer
+    from edgevlm.runtimes.session import VLM
+
+Command = Callable[..., None]
+
+_ANSWERING = (
+    click.option("-m", "--model", envvar="EDGEVLM_MODEL", metavar="MODEL",
+                 help="Bundle folder or installed name  [env: EDGEVLM_MODEL; default: built-in]"),
+    click.option("--max-tokens", type=int, metavar="N", help="Longest answer in tokens."),
+    click.option("--temperature", type=float, metavar="T", help="0 (the default) is greedy."),
+    click.option("--top-k", type=int, metavar="K", help="Draw among the K likeliest tokens."),
+    click.option("--top-p", type=float, metavar="P", help="Draw among the likeliest, up to P."),
+    click.option("--min-p", type=float, metavar="P", help="Drop tokens below P x the likeliest."),
+    click.option("--repetition-penalty", type=float, metavar="R", help="1 is none."),
+    click.option("--seed", type=int, metavar="N", help="Of the random draw."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here; repeatable."),
+    click.option("--threads", type=int, metavar="N", help="Of both engines  [default: cores]"),
+    click.option("--device", default="auto", show_default=True, help="Of the vision encoder."),
+    click.option("--stats", is_flag=True, help="Show how long each stage took (stderr)."),
+)  # fmt: skip
+_IMAGE = click.option(
+    "-i", "--image", "images", multiple=True, metavar="IMAGE",
+    help="Path, URL or - for stdin; repeatable where the model takes several.",
+)  # fmt: skip
+_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+_SAMPLING = tuple(SamplingOptions.__annotations__)
+
+
+def answering(command: Command) -> Command:
+    """Adds the options of model, sampling and device; passes them as `run: Run`."""
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        sampling = {k: v for k in _SAMPLING if (v := values.pop(k)) not in (None, ())}
+        run = Run(
+            values.pop("model"),
+            values.pop("threads"),
+            values.pop("device"),
+            values.pop("stats"),
+            SamplingOptions(**sampling),  # type: ignore[typeddict-item]
+        )
+        command(run=run, **values)
+
+    for option in reversed((*_ANSWERING[:1], _IMAGE, *_ANSWERING[1:])):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def json_option(command: Command) -> Command:
+    """Adds --json."""
+    return _JSON(command)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the common options say."""
+
+    model: str | None
+    threads: int | None
+    device: str
+    stats: bool
+    sampling: SamplingOptions
+
+    def load(self) -> VLM:
+        """Loads the model; says so once when it is the built-in one that nobody asked for."""
+        if self.model is None:
+            click.echo(
+                "Using pico, the small built-in model: it knows drawn scenes only. For photographs "
+                "export a PaliGemma checkpoint (`edgevlm export --help`) and name it with -m.",
+                err=True,
+            )
+        return edgevlm.load(self.model, device=self.device, threads=self.threads)
+
+
+def read_sources(images: tuple[str, ...]) -> list[str | bytes]:
+    """Replaces `-` by the bytes on stdin."""
+    if images.count("-") > 1:
+        raise click.UsageError("stdin (-) can be one picture only")
+    return [_stdin() if image == "-" else image for image in images]
+
+
+def _stdin() -> bytes:
+    data = sys.stdin.buffer.read()
+    if not data:
+        raise ImageError("stdin", "is empty; pipe a picture into the command")
+    return data
+
+
+def show(answer: Answer, *, as_json: bool, stats: bool) -> Reply:
+    """Streams an answer to stdout, or prints it as JSON; then the times, where asked for."""
+    for piece in answer:
+        if not as_json:
+            click.echo(piece.text, nl=False)
+            sys.stdout.flush()
+    reply = answer.reply
+    click.echo(json.dumps(as_dict(reply)) if as_json else "")
+    if stats:
+        print_stats(reply)
+    return reply
+
+
+def as_dict(reply: Reply) -> dict[str, Any]:
+    """A reply as JSON has it; boxes only where there are some."""
+    data = dataclasses.asdict(reply)
+    data["timings"] = {k: round(v, 3) for k, v in data["timings"].items()}
+    if not data["boxes"]:
+        del data["boxes"]
+    return data
+
+
+def print_stats(reply: Reply) -> None:
+    """Prints the stages of an answer as a table to stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    t, n = reply.timings, reply.tokens
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for name, ms, note in (
+        ("load", t.load_ms, ""),
+        ("image decode", t.image_decode_ms, ""),
+        ("preprocess", t.preprocess_ms, ""),
+        ("vision", t.vision_ms, ""),
+        ("projector", t.projector_ms, ""),
+        ("prefill", t.prefill_ms, f"{reply.prefill_tokens_per_s:.0f} tok/s"),
+        ("first token", t.first_token_ms, "since the request"),
+        ("decode", t.decode_ms, f"{reply.decode_tokens_per_s:.1f} tok/s"),
+        ("total", t.total_ms, "since the request"),
+    ):
+        table.add_row(name, f"{ms:.1f} ms", note)
+    table.add_row("tokens in", str(n.prompt), f"image {n.image}, text {n.text}, cached {n.cached}")
+    table.add_row("tokens out", str(n.generated), reply.finish_reason)
+    if peak := peak_memory_bytes():
+        table.add_row("peak memory", f"{peak / 2**20:.0f} MiB", "of this process")
+    Console(stderr=True, markup=False, highlight=False).print(table)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not say."""
+    if os.name == "nt":
+        import psutil
+
+        memory: Any = psutil.Process().memory_info()
+        return int(memory.peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

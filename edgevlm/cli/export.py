@@ -1,0 +1,103 @@
+"""edgevlm export"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from edgevlm.export import QUANTS, VISION_PRECISIONS, export_bundle
+from edgevlm.types import Progress
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--quant",
+    type=click.Choice(QUANTS),
+    default="q4_k_m",
+    show_default=True,
+    help="Of the language decoder.",
+)
+@click.option(
+    "--vision-precision",
+    type=click.Choice(VISION_PRECISIONS),
+    default="int8",
+    show_default=True,
+    help="Of the vision encoder.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare every stage with the original (needs memory for it in float32).",
+)
+@click.option("--name", metavar="NAME", help="Of the model  [default: the source's]")
+def export(source: str, out: Path, quant: str, vision_precision: str, verify: bool,
+           name: str | None) -> None:  # fmt: skip
+    """Convert the checkpoint SOURCE into the bundle OUT.
+
+    SOURCE is a folder or a hub id such as google/paligemma-3b-mix-224, OUT a folder.
+    """
+    from edgevlm.cli.models import parity_table
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    with _Bars(console) as bars:
+        bundle = export_bundle(
+            source,
+            out,
+            quant=quant,
+            vision_precision=vision_precision,
+            verify=verify,
+            name=name,
+            progress=bars.update,
+        )
+    if bundle.manifest.parity:
+        console.print(parity_table(bundle))
+    console.print(f"{out}: {bundle.bytes / 2**20:.1f} MiB")
+    console.print(f"Try it: edgevlm chat -m {out} -i PICTURE")
+
+
+class _Bars:
+    """A progress bar for each stage, with sizes and times."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[amount]}", justify="right"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tasks:
+            self._bars.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Moves the stage's bar, making it when the stage is new."""
+        if not self._tasks:
+            self._bars.start()
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bars.add_task(progress.stage, amount="")
+        self._bars.update(
+            self._tasks[progress.stage],
+            completed=progress.done,
+            total=progress.total,
+            amount=_amount(progress),
+        )
+
+
+def _amount(progress: Progress) -> str:
+    if progress.unit == "B":
+        return f"{progress.done / 2**20:.0f}/{progress.total / 2**20:.0f} MiB"
+    return f"{progress.done}/{progress.total} {progress.unit}"

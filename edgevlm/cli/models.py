@@ -1,0 +1,122 @@
+"""edgevlm models: list, show, verify"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from edgevlm.bundle import Bundle, Component, open_bundle
+from edgevlm.errors import BundleError
+from edgevlm.models import directory, installed, resolve
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def models(ctx: click.Context) -> None:
+    """List models, show one, check its files."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_models)
+
+
+@models.command("list")
+def list_models() -> None:
+    """List the models that go by a name."""
+    table = _table("name", "family", "decoder", "vision", "size", "licence")
+    for name, folder in installed().items():
+        try:
+            bundle = open_bundle(folder)
+        except BundleError as error:
+            click.echo(f"{name}: {error}", err=True)
+            continue
+        parts = bundle.manifest.components
+        table.add_row(
+            name,
+            bundle.manifest.family,
+            parts["decoder"].precision,
+            parts["vision"].precision,
+            _mib(bundle.bytes),
+            bundle.manifest.license,
+        )
+    _console().print(table)
+    click.echo(f"Bundles in {directory()} go by their folder's name.", err=True)
+
+
+@models.command()
+@click.argument("model")
+def show(model: str) -> None:
+    """Show what a bundle says about itself."""
+    bundle = open_bundle(resolve(model))
+    console, manifest, decoder = _console(), bundle.manifest, bundle.manifest.decoder
+    table = _table("", "")
+    for key, value in (
+        ("name", manifest.name),
+        ("family", manifest.family),
+        ("licence", manifest.license),
+        ("folder", str(bundle.folder)),
+        ("picture", f"{manifest.image.size} px, {manifest.image.tokens} tokens"),
+        ("decoder", f"{decoder.architecture}, width {decoder.n_embd}, {decoder.n_layer} layers"),
+        ("context", f"{decoder.context_length} tokens, {decoder.attention} attention"),
+        ("tasks", ", ".join(manifest.prompt.tasks)),
+        *manifest.versions.items(),
+    ):  # fmt: skip
+        table.add_row(key, value)
+    console.print(table)
+    console.print(_files(bundle, lambda _: ""))
+    if manifest.parity:
+        console.print(parity_table(bundle))
+
+
+@models.command()
+@click.argument("model")
+def verify(model: str) -> None:
+    """Hash every byte of a bundle and compare it with its manifest."""
+    bundle = open_bundle(resolve(model), check="full")
+    _console().print(_files(bundle, lambda _: "ok"))
+
+
+def parity_table(bundle: Bundle) -> Table:
+    """How far each stage lies from the source, as it was measured at export."""
+    table = _table("stage", "metric", "worst", "tolerance", "")
+    for stage in bundle.manifest.parity:
+        table.add_row(
+            stage.stage,
+            stage.metric,
+            f"{stage.worst:.3g}",
+            f"{stage.tolerance:.3g}",
+            "ok" if stage.ok else "beyond",
+        )
+    return table
+
+
+def _files(bundle: Bundle, verdict: Callable[[Component], str]) -> Table:
+    table = _table("component", "precision", "file", "size", "sha256", "")
+    for name, component in bundle.manifest.components.items():
+        for entry in component.files:
+            table.add_row(
+                name,
+                component.precision,
+                entry.file,
+                _mib(entry.bytes),
+                entry.sha256[:16],
+                verdict(component),
+            )
+    return table
+
+
+def _console() -> Console:
+    """Names and paths are shown as they are: brackets in them are no markup."""
+    return Console(markup=False, highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,212 @@
+"""The command line: answers on stdout, one line for every error; on engines without weights."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import edgevlm
+from edgevlm import cli
+from edgevlm.runtimes import fakes
+
+BOXES = "<loc0000><loc0000><loc0512><loc0512> circle ; <loc0512><loc0512><loc1023><loc1023> star"
+
+
+class Terminal:
+    """Runs the command line in this process, with a fake model."""
+
+    def __init__(self, monkeypatch, capsys):
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        self.loaded = []
+        self.says("a red circle")
+
+    def says(self, *answers):
+        def load(*args, **options):
+            self.loaded.append((*args, options))
+            return fakes.vlm(answers)
+
+        self._monkeypatch.setattr(edgevlm, "load", load)
+
+    def __call__(self, *arguments, stdin=b""):
+        text = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+        self._monkeypatch.setattr(sys, "stdin", text)
+        self._monkeypatch.setattr(sys, "argv", ["edgevlm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = self._capsys.readouterr()
+        return ended.value.code, out, err
+
+
+@pytest.fixture
+def edge(monkeypatch, capsys):
+    monkeypatch.delenv("EDGEVLM_MODEL", raising=False)
+    return Terminal(monkeypatch, capsys)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.full((60, 80, 3), 200, np.uint8)).save(path)
+    return path
+
+
+def test_ask_prints_the_answer_and_nothing_else(edge, picture):
+    code, out, err = edge("ask", "caption en", "-i", picture, "-m", "some-model")
+    assert (code, out, err) == (0, "a red circle\n", "")
+    assert edge.loaded[0][0] == "some-model"
+
+
+def test_the_built_in_model_introduces_itself_once(edge, picture, monkeypatch):
+    _, out, err = edge("ask", "caption en", "-i", picture)
+    assert out == "a red circle\n"
+    assert err.count("built-in") == 1 and "drawn scenes" in err and "export" in err
+    monkeypatch.setenv("EDGEVLM_MODEL", "mine")
+    assert edge("ask", "caption en", "-i", picture)[2] == ""
+    assert edge.loaded[-1][0] == "mine"
+
+
+def test_json_ends_with_one_object(edge, picture):
+    code, out, _ = edge("ask", "caption en", "-i", picture, "--json")
+    reply = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert reply["text"] == "a red circle"
+    assert len(reply["token_ids"]) == reply["tokens"]["generated"] == 12
+    assert reply["finish_reason"] == "stop"
+    assert set(reply["tokens"]) == {"image", "text", "cached", "generated"}
+    assert reply["timings"]["first_token_ms"] > 0
+    assert "boxes" not in reply
+
+
+def test_options_reach_the_answer(edge, picture):
+    out = edge("ask", "x", "-i", picture, "--max-tokens", 3)[1]
+    assert out == "a r\n"
+    assert edge("ask", "x", "-i", picture, "--stop", "ci", "--stop", "zz")[1] == "a red \n"
+    edge("ask", "x", "--threads", 2, "--device", "cpu")
+    assert edge.loaded[-1][1] == {"device": "cpu", "threads": 2}
+
+
+def test_stats_list_every_stage_on_stderr(edge, picture):
+    _, out, err = edge("ask", "x", "-i", picture, "--stats")
+    assert out == "a red circle\n"
+    for stage in ("load", "image decode", "preprocess", "vision", "projector", "prefill",
+                  "first token", "decode", "image 4, text 3, cached 0", "peak memory"):  # fmt: skip
+        assert stage in err
+
+
+def test_a_picture_from_stdin(edge, picture):
+    code, out, _ = edge("ask", "x", "-i", "-", stdin=picture.read_bytes())
+    assert (code, out) == (0, "a red circle\n")
+    assert edge("ask", "x", "-i", "-") == (
+        1,
+        "",
+        "edgevlm: stdin: is empty; pipe a picture into the command\n",
+    )
+
+
+def test_tasks_use_the_models_own_prompts(edge, picture):
+    text = {t: json.loads(edge(*t.split(), "-i", picture, "--json")[1])["tokens"]["text"]
+            for t in ("caption -l de", "ocr")}  # fmt: skip
+    assert text == {"caption -l de": 1 + len("caption de\n"), "ocr": 1 + len("ocr\n")}
+
+
+def test_detect_lists_and_draws_boxes(edge, picture, tmp_path):
+    edge.says(BOXES)
+    out_file = tmp_path / "boxes.png"
+    code, out, _ = edge("detect", "circle", "star", "-i", picture, "-o", out_file)
+    assert (code, out) == (0, "circle\t0 0 40 30\nstar\t40 30 80 60\n")
+    drawn = np.array(Image.open(out_file))
+    assert drawn.shape == (60, 80, 3) and (drawn != 200).any()
+    reply = json.loads(edge("detect", "circle", "-i", picture, "--json")[1])
+    assert reply["text"] == BOXES
+    assert reply["boxes"][0] == {
+        "x0": 0, "y0": 0, "x1": pytest.approx(40.04, abs=0.01),
+        "y1": pytest.approx(30.03, abs=0.01), "label": "circle", "segment": [],
+    }  # fmt: skip
+
+
+def test_detect_nothing(edge, picture):
+    edge.says("")
+    code, out, err = edge("detect", "cat", "-i", picture)
+    assert (code, out) == (0, "") and "Nothing was found." in err
+    assert json.loads(edge("detect", "cat", "-i", picture, "--json")[1])["boxes"] == []
+
+
+def test_chat(edge, picture, tmp_path):
+    other = tmp_path / "two words.png"
+    other.write_bytes(picture.read_bytes())
+    edge.says("one", "two", "three", "four")
+    typed = ["hi", f"/image {picture}", "what?", "/stats", f"/image '{other}'", "and?", "",
+             "/clear", "now?", "/help", "/fly", "/image nowhere.png", "/exit", "never"]  # fmt: skip
+    code, out, err = edge("chat", "--stats", stdin="\n".join(typed).encode())
+    assert (code, out) == (0, "one\ntwo\nthree\nfour\n")
+    assert "image 0, text 4, cached 0" in err  # no picture yet
+    assert "image 4, text 7, cached 0" in err
+    assert "image 4, text 6, cached 4" in err  # another file, the same pixels
+    assert "image 0, text 6, cached 0" in err  # cleared
+    assert "/image PATH|URL" in err
+    assert "/fly: no such command" in err
+    assert "nowhere.png: no such file" in err
+
+
+def test_chat_stats_before_any_answer(edge):
+    code, _, err = edge("chat", stdin=b"/stats\n")
+    assert code == 0 and "nothing was asked" in err
+
+
+def test_ctrl_c_in_a_chat_stops_the_answer_only(edge, monkeypatch):
+    class Interrupted(fakes.FakeDecoder):
+        def step(self, token):
+            if self._past - self._start == 2 and len(self.prefills) == 1:
+                raise KeyboardInterrupt
+            super().step(token)
+
+    monkeypatch.setattr(fakes, "FakeDecoder", Interrupted)
+    edge.says("abcdef", "second")
+    code, out, err = edge("chat", stdin=b"first?\nsecond?\n")
+    assert (code, out) == (0, "abcsecond\n") and "(stopped)" in err
+
+
+def test_ctrl_c_in_ask_ends_with_130(edge, monkeypatch):
+    monkeypatch.setattr(edgevlm, "load", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert edge("ask", "x")[0] == 130
+
+
+BAD = {
+    "no command": (["fly"], 2, "No such command 'fly'"),
+    "no prompt": (["ask"], 2, "Missing argument 'PROMPT'"),
+    "unknown option": (["ask", "x", "--fast"], 2, "No such option"),
+    "no number": (["ask", "x", "--max-tokens", "many"], 2, "'many' is not a valid integer"),
+    "zero tokens": (["ask", "x", "--max-tokens", "0"], 1, "max_tokens must be at least 1"),
+    "temperature": (["ask", "x", "--temperature", "-1"], 1, "temperature must be 0 or more"),
+    "top-p": (["ask", "x", "--top-p", "2"], 1, "top_p must be"),
+    "seed": (["ask", "x", "--seed", "-5"], 1, "seed must be"),
+    "no file": (["ask", "x", "-i", "none.png"], 1, "none.png: no such file"),
+    "folder": (["ask", "x", "-i", "."], 1, "is a folder"),
+    "unreachable": (["ask", "x", "-i", "http://127.0.0.1:9/a.png"], 1, "cannot be downloaded"),
+    "three pictures": (["ask", "x", *["-i", "{picture}"] * 3], 1, "this model takes 2"),
+    "stdin twice": (["ask", "x", "-i", "-", "-i", "-"], 2, "one picture only"),
+    "long prompt": (["ask", "y" * 600], 1, "shorten the prompt"),
+    "detect without picture": (["detect", "cat"], 2, "name a picture with -i"),
+    "detect two pictures": (["detect", "cat", *["-i", "{picture}"] * 2], 2, "one picture"),
+    "detect nothing": (["detect", "-i", "{picture}"], 2, "Missing argument"),
+    "draw to unknown": (["detect", "c", "-i", "{picture}", "-o", "b.xyz"], 2, "use .png"),
+    "draw to nowhere": (["detect", "c", "-i", "{picture}", "-o", "no/b.png"], 2, "does not exist"),
+    "verify nothing": (["models", "verify", "none"], 1, "no such bundle folder"),
+    "show a folder": (["models", "show", "."], 1, "not a bundle"),
+    "export nothing": (["export", "no-such-folder", "out"], 1, "no-such-folder"),
+    "export quant": (["export", ".", "out", "--quant", "q1"], 2, "'q1' is not one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_line(case, edge, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, code, message = BAD[case]
+    ended, out, err = edge(*(str(picture) if a == "{picture}" else a for a in arguments))
+    assert (ended, out) == (code, "")
+    lines = [line for line in err.splitlines() if "built-in" not in line]
+    assert len(lines) == 1 and lines[0].startswith("edgevlm: ") and message in lines[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["picture.png"]
