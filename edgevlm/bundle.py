@@ -238,9 +238,12 @@ def writing(destination: Path) -> Iterator[Path]:
         yield temporary
         # mkdtemp makes folders for the owner alone; a bundle is as readable as any other folder.
         temporary.chmod(0o777 & ~_umask())
+        # The old one is set aside, not removed, until the new one stands in its place.
+        old = temporary.with_suffix(".old")
         if destination.exists():
-            shutil.rmtree(destination)
+            destination.rename(old)
         temporary.rename(destination)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

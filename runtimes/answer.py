@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 
 from edgevlm.errors import PromptError
-from edgevlm.runtimes.encoder import Cancelled
+from edgevlm.runtimes.engines import Cancelled
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.request import Parts, Request, input_rows
 from edgevlm.runtimes.text import TextStream

@@ -10,20 +10,17 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import llama_cpp as llama
 import numpy as np
-import numpy.typing as npt
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
-from edgevlm.runtimes.encoder import Cancelled
+from edgevlm.runtimes.engines import Cancelled, Float
 from edgevlm.runtimes.hooks import ExactGelu
 from edgevlm.runtimes.rows import EmbeddingRows
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec, TensorPlace
-
-Float = npt.NDArray[np.float32]
 
 # Rows of logits that `extend` computes at once; each costs 4 bytes times the vocabulary.
 _SCORE_ROWS = 16
@@ -31,57 +28,6 @@ _SCORE_ROWS = 16
 _CTX_STEP = 256
 _BATCH_STEP = 64
 _CAUSAL_BATCH = 512
-
-
-class TokenSampler(Protocol):
-    """Draws tokens from the decoder's last logits."""
-
-    def sample(self) -> int:
-        """The next token id; it counts for the repetition penalty from now on."""
-
-    def close(self) -> None:
-        """Frees the chain."""
-
-
-class TextDecoder(Protocol):
-    """A language decoder with one sequence of positions."""
-
-    @property
-    def bos(self) -> int:
-        """The begin-of-sequence token."""
-
-    def tokenize(self, text: str) -> list[int]:
-        """Text -> token ids, nothing added; control tokens in the text stay text."""
-
-    def piece(self, token: int) -> bytes:
-        """The bytes a token stands for; control tokens stand for none."""
-
-    def embed(self, tokens: Sequence[int]) -> Float:
-        """Token ids -> rows float32 [n, n_embd]."""
-
-    def prefill(self, rows: Float, *, bidirectional: bool, room: int) -> None:
-        """Forgets everything, then reads rows float32 [n, n_embd], leaving `room` positions."""
-
-    def extend(self, tokens: Sequence[int]) -> Float:
-        """Reads tokens causally; returns the logits after each, float32 [n, n_vocab]."""
-
-    def step(self, token: int) -> None:
-        """Reads one token."""
-
-    def logits(self) -> Float:
-        """Logits after the last position read, float32 [n_vocab]."""
-
-    def rollback(self, n: int) -> None:
-        """Forgets all but the first n positions."""
-
-    def sampler(self, sampling: Sampling) -> TokenSampler:
-        """A sampler on this decoder's logits."""
-
-    def cancel(self) -> None:
-        """Ends a running prefill from another thread; that call raises Cancelled."""
-
-    def close(self) -> None:
-        """Frees the engine."""
 
 
 class LlamaDecoder:

@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from edgevlm.errors import BundleCorrupt, EngineError, EngineMissing
-
-Float = npt.NDArray[np.float32]
+from edgevlm.runtimes.engines import Cancelled, Float
 
 DEVICES = ("auto", "cpu")
-
-
-class VisionEncoder(Protocol):
-    """Turns pixels into rows that the decoder reads beside its token embeddings."""
-
-    def features(self, pixels: Float) -> Float:
-        """Pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]."""
-
-    def project(self, features: Float) -> Float:
-        """Features -> embeddings float32 [n, tokens, n_embd]."""
-
-    def cancel(self) -> None:
-        """Ends a running call from another thread; that call raises Cancelled."""
-
-    def close(self) -> None:
-        """Frees the engine."""
-
-
-class Cancelled(Exception):
-    """A native call ended early because `cancel` was called."""
 
 
 class OrtEncoder:

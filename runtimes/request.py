@@ -22,8 +22,7 @@ from edgevlm.family import Family
 from edgevlm.image import RGB, ImageSource, preprocess, read_image
 from edgevlm.prompt import Begin, Picture, Segment, check_text, segments
 from edgevlm.runtimes.cache import RowCache, fingerprint
-from edgevlm.runtimes.decoder import TextDecoder
-from edgevlm.runtimes.encoder import VisionEncoder
+from edgevlm.runtimes.engines import TextDecoder, VisionEncoder
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.sampling import Sampling
 

@@ -18,8 +18,7 @@ from edgevlm.family import Family
 from edgevlm.image import ImageSource, read_image
 from edgevlm.prompt import task_prompt
 from edgevlm.runtimes.answer import Answer
-from edgevlm.runtimes.decoder import TextDecoder
-from edgevlm.runtimes.encoder import VisionEncoder
+from edgevlm.runtimes.engines import TextDecoder, VisionEncoder
 from edgevlm.runtimes.request import Parts, Stopwatch, encode, input_rows, prepare
 from edgevlm.sampling import Sampling, SamplingOptions
 from edgevlm.types import Box, Reply
