@@ -240,15 +240,6 @@ def test_pieces_are_the_tokenizers_own_text(vlm):
     assert decoder.piece(decoder.bos) == b""
 
 
-@pytest.mark.parametrize("text", ["<image>", "<bos>", "<eos><pad>", "<start_of_turn>"])
-def test_control_tokens_in_user_text_stay_text(vlm, text):
-    spec, decoder = vlm.manifest, vlm.parts.decoder
-    control = {decoder.bos, *spec.answer.stop_tokens}
-    tokens = decoder.tokenize(text)
-    assert not control & set(tokens)
-    assert b"".join(map(decoder.piece, tokens)).decode() == text
-
-
 def test_cancel_from_another_thread_ends_a_prefill(vlm):
     answer = vlm.stream(prefix_of(vlm, 4000), PICTURE)
     threading.Timer(0.3, vlm.cancel).start()

@@ -1,0 +1,125 @@
+"""What every family must keep, whatever it is built of.
+
+A new family adds its tiny checkpoints to CHECKPOINTS and passes everything below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgevlm
+from edgevlm import family, schema
+from edgevlm.benchmarks.checkpoints import write_paligemma
+from edgevlm.bundle import Bundle, Manifest, open_bundle
+from edgevlm.export import export_bundle
+from edgevlm.image import preprocess
+from edgevlm.runtimes.session import VLM
+
+CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "paligemma-1": ("paligemma", lambda folder: write_paligemma(folder, version=1)),
+    "paligemma-2": ("paligemma", lambda folder: write_paligemma(folder, version=2)),
+}
+PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
+# Every stage of the exporter's own comparison, against the original's code.
+STAGES = ["tokens", "prompt", "pixels", "features", "embeddings", "prefill", "answer", "divergence"]
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write = CHECKPOINTS[request.param][1]
+    return write(tmp_path_factory.mktemp("families") / request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Bundle:
+    """Unquantized and verified: the exporter raises if any stage differs."""
+    out = checkpoint.with_name(checkpoint.name + "-f32")
+    return export_bundle(checkpoint, out, quant="f32", vision_precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def vlm(bundle: Bundle):
+    with edgevlm.load(bundle.folder) as loaded:
+        yield loaded
+
+
+def test_every_family_is_here():
+    assert {name for name, _ in CHECKPOINTS.values()} == set(family.known())
+
+
+def test_it_answers_like_the_original(bundle: Bundle):
+    parity = {s.stage: s for s in bundle.manifest.parity}
+    assert [*parity] == [*STAGES, "greedy"]
+    assert all(s.ok for s in parity.values())
+    assert parity["tokens"].worst == parity["prompt"].worst == parity["pixels"].worst == 0
+    # 5e-3 on logits of standard deviation 5, and the same tokens.
+    assert parity["answer"].worst < 1e-3
+    assert parity["greedy"].worst == 0
+
+
+@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
+def test_quantized_it_stays_within_its_bounds(checkpoint: Path, quant: str, tmp_path: Path):
+    bundle = export_bundle(checkpoint, tmp_path / quant, quant=quant, vision_precision="int8")
+    parity = {s.stage: s for s in bundle.manifest.parity}
+    assert [*parity] == STAGES
+    assert all(0 <= s.worst <= s.tolerance for s in parity.values())
+    assert parity["divergence"].worst > 1e-6  # something was rounded
+
+
+def test_the_manifest_survives_writing_and_reading(bundle: Bundle):
+    reopened = open_bundle(bundle.folder, check="full").manifest
+    assert reopened == bundle.manifest
+    with pytest.raises(schema.SchemaError, match="unknown key 'x'"):
+        schema.read(Manifest, {**dataclasses.asdict(reopened), "x": 1})
+
+
+def test_pixels_are_the_encoders_and_repeatable(vlm: VLM):
+    spec = vlm.manifest.image
+    pixels = preprocess(PICTURE, spec)
+    assert (pixels.shape, pixels.dtype) == ((3, spec.size, spec.size), np.float32)
+    np.testing.assert_array_equal(pixels, preprocess(PICTURE.copy(), spec))
+
+
+def test_a_picture_takes_the_rows_that_the_manifest_says(vlm: VLM):
+    rows = vlm.embed_image(PICTURE)
+    assert rows.shape == (vlm.manifest.image.tokens, vlm.manifest.decoder.n_embd)
+    assert rows.dtype == np.float32 and np.isfinite(rows).all()
+    assert vlm.ask("x", PICTURE, max_tokens=1).tokens.image == len(rows)
+
+
+def test_embedding_rows_are_the_tables(vlm: VLM):
+    place = vlm.manifest.token_embedding
+    assert (place.rows, place.width) == (
+        vlm.manifest.decoder.n_vocab,
+        vlm.manifest.decoder.n_embd,
+    )
+    rows = vlm.parts.decoder.embed([0, place.rows - 1])
+    assert rows.shape == (2, place.width) and np.isfinite(rows).all()
+
+
+@pytest.mark.parametrize("text", ["<image>", "<bos><eos>", "<pad>"])
+def test_user_text_never_becomes_a_marker(vlm: VLM, text: str):
+    decoder = vlm.parts.decoder
+    tokens = decoder.tokenize(text)
+    assert not {decoder.bos, *vlm.manifest.answer.stop_tokens} & set(tokens)
+    assert b"".join(map(decoder.piece, tokens)).decode() == text
+    assert vlm.ask(text, PICTURE, max_tokens=1).tokens.image == vlm.manifest.image.tokens
+
+
+def test_every_task_has_a_prompt_that_can_be_asked(vlm: VLM):
+    for task in vlm.manifest.prompt.tasks:
+        prompt = vlm.task(task, "a cat", language="de")
+        assert "{" not in prompt
+        assert vlm.ask(prompt, PICTURE, max_tokens=2).tokens.generated <= 2
+
+
+def test_the_answer_streams_as_the_reply_says(vlm: VLM):
+    answer = vlm.stream("caption en", PICTURE, max_tokens=12)
+    pieces = list(answer)
+    assert "".join(p.text for p in pieces) == answer.reply.text
+    assert sum((p.token_ids for p in pieces), ()) == answer.reply.token_ids
