@@ -15,7 +15,9 @@ _HEAD = "# The command line\n\nMade by `make docs` from the help texts.\n"
 
 def reference() -> str:
     """The help text of every command, as Markdown."""
-    return "\n".join([_HEAD, *_sections(cli, click.Context(cli, info_name="edgevlm", **cli.context_settings))])
+    return "\n".join(
+        [_HEAD, *_sections(cli, click.Context(cli, info_name="edgevlm", **cli.context_settings))]
+    )
 
 
 def _sections(command: click.Command, context: click.Context) -> list[str]:

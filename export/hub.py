@@ -13,7 +13,7 @@ from edgevlm.errors import SourceError
 from edgevlm.export.progress import Report, Stage
 
 # What an export reads; everything else of a repository stays where it is.
-PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
+PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 

@@ -23,7 +23,7 @@ from edgevlm.export import components, decoder, hub, parity, quantize
 from edgevlm.export.components import Job
 from edgevlm.export.parts import assign
 from edgevlm.export.progress import Report, Stage
-from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint
+from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint, stated_license
 from edgevlm.family import Family, Model
 
 _PACKAGES = (
@@ -107,7 +107,7 @@ def _manifest(job: Job, parts: dict[str, Component], folder: Path) -> Manifest:
         format=FORMAT,
         family=job.family.name,
         name=job.name,
-        license=job.family.license,
+        license=stated_license(job.checkpoint.folder) or job.family.license,
         components=parts,
         image=job.model.image,
         prompt=job.model.prompt,

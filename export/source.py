@@ -23,6 +23,7 @@ from edgevlm.family import Config
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CARD = "README.md"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 # safetensors' names of the types that a checkpoint may have, as numpy reads them; bfloat16 is
@@ -155,6 +156,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise SourceError(f"{path}: must hold a JSON object; download it again")
     return data
+
+
+def stated_license(folder: Path) -> str | None:
+    """The licence that the model card (README.md) states in its front matter, or None."""
+    try:
+        card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    found = re.search(r"^license: *(\S+)", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
 
 
 def _refuse_quantized(folder: Path, config: Config) -> None:

@@ -16,6 +16,7 @@ from edgevlm.benchmarks.vocabulary import remove_tokenizer, write_json
 from edgevlm.errors import ExportError, SourceError, UnknownFamily
 from edgevlm.export.components import Job
 from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.source import stated_license
 
 OPTIONS = Options("f32", "fp32", False, None)
 
@@ -281,3 +282,20 @@ def test_weights_are_read_only_when_needed(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     with pytest.raises(SourceError, match="cannot be read"):
         found.parts["decoder"]["norm.weight"].raw()
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [x]\n---\n# Model", "apache-2.0"),
+        ("# Model\nlicense: mit", None),
+        ("---\nlanguage: en\n---\nlicense: mit", None),
+        (None, None),
+    ],
+)
+def test_the_model_card_states_the_licence(
+    tmp_path: Path, card: str | None, licence: str | None
+) -> None:
+    if card:
+        (tmp_path / "README.md").write_text(card)
+    assert stated_license(tmp_path) == licence

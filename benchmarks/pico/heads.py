@@ -1,0 +1,166 @@
+"""Extra heads that teach encoder and projector what lies under each patch; later dropped."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgevlm.benchmarks.pico.batches import LETTER_SLOTS, LETTERS, MASK_CELLS, WORD_KIND
+from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
+from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, rotate
+from edgevlm.benchmarks.pico.questions import LOC_STEP
+from edgevlm.benchmarks.pico.tokenizer import N_LOC, Tokenizer
+
+MASK_LAYER = 2  # the third of the encoder: the layers after it can build on the masks
+_SIZES = {
+    "kind": WORD_KIND + 1,
+    "colour": len(COLOURS),
+    "centre": 1,
+    "box": 4,
+    "letter": LETTER_SLOTS * len(LETTERS),
+    "letter_index": LETTER_SLOTS * 5,
+}
+
+
+class PatchHeads(nn.Module):
+    """One linear layer from patch features to everything at once."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, sum(_SIZES.values()))
+        nn.init.normal_(self.linear.weight, std=width**-0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def losses(self, features: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Features [n, patches, width] and the targets of batches.py -> one scalar each."""
+        out = dict(
+            zip(_SIZES, self.linear(features).split(tuple(_SIZES.values()), -1), strict=True)
+        )
+        seen = targets["kind"] > 0
+        box_error = (out["box"][seen] - targets["box"][seen] * 4).abs()
+        return {
+            "kind": _entropy(out["kind"], targets["kind"]),
+            "colour": _entropy(out["colour"], targets["colour"]),
+            "centre": F.binary_cross_entropy_with_logits(
+                out["centre"][..., 0], targets["centre"], pos_weight=torch.tensor(4.0)
+            ),
+            "box": box_error.mean() if box_error.numel() else box_error.sum(),
+            "letter": _entropy(out["letter"].unflatten(-1, (LETTER_SLOTS, -1)), targets["letter"]),
+            "letter_index": _entropy(
+                out["letter_index"].unflatten(-1, (LETTER_SLOTS, -1)), targets["letter_index"]
+            ),
+        }
+
+
+class MaskHead(nn.Module):
+    """Teaches an early layer which pixels belong to a shape, whatever its colour.
+
+    Left alone, the encoder takes tens of thousands of pictures to look at form rather than colour.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, MASK_CELLS**2)
+        nn.init.normal_(self.linear.weight, std=width**-0.5)
+
+    def loss(self, layers: list[Tensor], targets: dict[str, Tensor]) -> Tensor:
+        """What the layers made of the patches -> mean cross entropy of the pixels' masks."""
+        patches = layers[MASK_LAYER]
+        logits = self.linear(F.layer_norm(patches, patches.shape[-1:]))
+        mask = targets["mask"]
+        known = (mask >= 0).float()
+        wanted = mask.clamp(min=0).float()
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, known, reduction="sum")
+        return loss / known.sum().clamp(min=1)
+
+
+class RowHeads(nn.Module):
+    """Ties the image rows to the decoder's own words and places.
+
+    A row near the embedding of its object's noun and colour is what the attention of a prompt with
+    these words can find at once; without this, that match is learnt late.
+    """
+
+    def __init__(self, width: int, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.places = nn.Linear(width, 4 * width, bias=False)
+        nn.init.normal_(self.places.weight, std=width**-0.5)
+        # Nouns as they stand in a prompt (after a space) and as they begin an answer.
+        self.nouns = [_word_ids(tokenizer, KINDS, space) for space in (" ", "")]
+        self.colours = [_word_ids(tokenizer, COLOURS, space) for space in (" ", "")]
+        first = tokenizer.first_loc
+        self.place_ids = torch.arange(first, first + N_LOC, LOC_STEP)
+
+    def losses(
+        self, rows: Tensor, embeddings: Tensor, targets: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Image rows [n, patches, width], the embedding table, the targets of batches.py."""
+        seen = (targets["kind"] > 0) & (targets["kind"] < WORD_KIND)
+        found, kind, colour = rows[seen], targets["kind"][seen] - 1, targets["colour"][seen]
+        nouns = [_entropy(found @ embeddings[ids].T, kind) for ids in self.nouns]
+        colours = [_entropy(found @ embeddings[ids].T, colour) for ids in self.colours]
+        box = (targets["box"] + _centres(rows.shape[1]))[seen]
+        near = (torch.arange(len(self.place_ids)) - box[..., None] * (1023 / LOC_STEP)) / 0.75
+        wanted = torch.softmax(-0.5 * near**2, -1)
+        guessed = self.places(found).unflatten(-1, (4, -1)) @ embeddings[self.place_ids].T
+        return {
+            "noun": torch.stack(nouns).mean(),
+            "colour word": torch.stack(colours).mean(),
+            "place": F.cross_entropy(guessed.flatten(0, 1), wanted.flatten(0, 1)),
+        }
+
+
+class NounAttention:
+    """Shows one attention head of the decoder's first layer where a noun of the prompt should look.
+
+    Questions that name a kind stay a guess among the objects until some head finds that kind; here
+    it is told, on the patches of every kind a picture shows.
+    """
+
+    HEAD = 0
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        several = tuple(plural(kind) for kind in KINDS)
+        self.forms = [_word_ids(tokenizer, words, " ") for words in (KINDS, several)]
+
+    def loss(self, model: Pico, rows: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        """Mean -log of the attention that falls on the right patches, among all patches."""
+        decoder = model.language_model.model
+        layer = cast(DecoderLayer, decoder.layers[0])
+        attention, norm = layer.self_attn, layer.input_layernorm
+        size, n_rows = attention.head_dim, rows.shape[1]
+        right = targets["kind"][:, None, :] == torch.arange(1, len(KINDS) + 1)[:, None]
+        shown = right.any(-1)
+        keys = rotate(attention.k_proj(norm(rows)), torch.arange(n_rows))
+        losses = []
+        for ids in self.forms:
+            words = norm(decoder.embed_tokens(ids) * model.config.width**0.5)
+            queries = attention.q_proj(words)[:, self.HEAD * size : (self.HEAD + 1) * size]
+            # Nouns stand five to eleven tokens behind the picture.
+            queries = rotate(queries, n_rows + torch.randint(5, 12, (len(ids),)))
+            log_p = F.log_softmax(torch.einsum("nd,bpd->bnp", queries, keys) * size**-0.5, -1)
+            losses.append(-log_p.masked_fill(~right, -1e9).logsumexp(-1)[shown].mean())
+        return torch.stack(losses).mean()
+
+
+def _word_ids(tokenizer: Tokenizer, words: tuple[str, ...], space: str) -> Tensor:
+    ids = [tokenizer.model.encode(space + word) for word in words]
+    assert all(len(pieces) == 1 for pieces in ids), "every noun and colour is one piece"
+    return torch.tensor([pieces[0] for pieces in ids])
+
+
+def _centres(n_patches: int) -> Tensor:
+    grid = round(n_patches**0.5)
+    middles = (torch.arange(grid) + 0.5) / grid
+    return torch.stack([middles.repeat(grid), middles.repeat_interleave(grid)] * 2, 1)
+
+
+def _entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy where the target is not -1; 0 when there is none."""
+    known = targets >= 0
+    if not bool(known.any()):
+        return logits.sum() * 0
+    return F.cross_entropy(logits[known], targets[known])

@@ -1,0 +1,326 @@
+"""Trains pico: the encoder alone on patch targets, then everything on packed questions, then with
+the true mask.
+
+The schedule counts steps, never minutes, and every snapshot can be resumed.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from edgevlm.benchmarks.pico.batches import Batch, BatchPlan, Stream
+from edgevlm.benchmarks.pico.checkpoint import save_checkpoint
+from edgevlm.benchmarks.pico.heads import MaskHead, NounAttention, PatchHeads, RowHeads
+from edgevlm.benchmarks.pico.model import Pico, PicoConfig
+from edgevlm.benchmarks.pico.monitor import monitor
+from edgevlm.benchmarks.pico.optimiser import make_optimisers
+from edgevlm.benchmarks.pico.tokenizer import Tokenizer, train_tokenizer
+
+log = logging.getLogger(__name__)
+
+N_THREADS = 2
+MASK_WEIGHT = 5.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of the three phases and the learning rates. The rates fall to zero over the last
+    ``decay`` share.
+    """
+
+    vision_steps: int = 1600
+    packed_steps: int = 2400
+    true_steps: int = 800
+    vision_pictures: int = 64
+    packed_pictures: int = 64
+    true_pictures: int = 64
+    lr: float = 2e-3
+    muon_lr: float = 0.016
+    vision_share: float = 0.6  # of the rates above, once the decoder is trained too
+    true_every: int = 5  # in the packed phase: how often a step has the true mask
+    word_share: float = 0.05  # of the pictures
+    object_share: float = 0.25
+    head_weight: float = 0.5  # of the patch targets, once there are answers to learn
+    decay: float = 0.9
+    shards: int = 140
+
+    @property
+    def total(self) -> int:
+        """All steps."""
+        return self.vision_steps + self.packed_steps + self.true_steps
+
+    def phase(self, step: int) -> tuple[str, int]:
+        """The phase of a step and the step at which it ends."""
+        ends = (self.vision_steps, self.vision_steps + self.packed_steps, self.total)
+        for mode, end in zip(("vision", "packed", "true"), ends, strict=True):
+            if step < end:
+                return mode, end
+        raise ValueError(f"step {step} is past the end ({self.total})")
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Factors on the rates of the encoder and of the decoder."""
+        left = (self.total - step) / (self.decay * (self.total - self.vision_steps))
+        fall = min(1.0, left)
+        warm = min(1.0, (step + 1) / 100)
+        if step < self.vision_steps:
+            return warm, 0.3
+        return fall * self.vision_share, fall * min(1.0, (step - self.vision_steps + 1) / 50)
+
+
+class Trainer:
+    """The model with everything needed to continue its training."""
+
+    def __init__(self, folder: Path, config: PicoConfig, schedule: Schedule) -> None:
+        self.folder, self.config, self.schedule = folder, config, schedule
+        self.tokenizer_path = folder / "tokenizer.model"
+        if not self.tokenizer_path.exists():
+            train_tokenizer(self.tokenizer_path)
+        self.tokenizer = Tokenizer(self.tokenizer_path)
+        torch.manual_seed(0)
+        self.model = Pico(config)
+        smooth_places(self.model, self.tokenizer.first_loc)
+        self.heads = PatchHeads(config.vision_width)
+        self.row_heads = RowHeads(config.width, self.tokenizer)
+        self.noun_attention = NounAttention(self.tokenizer)
+        self.mask_head = MaskHead(config.vision_width)
+        self.threads = ThreadPoolExecutor(N_THREADS)
+        vision: list[nn.Module] = [self.model.vision_tower, self.heads]
+        language: list[nn.Module] = [self.model.multi_modal_projector, self.model.language_model]
+        self.optimisers = [
+            make_optimisers(part, schedule.lr, schedule.muon_lr, self.threads)
+            for part in (vision, language)
+        ]
+        self.optimisers.append(
+            [
+                torch.optim.AdamW(
+                    [*self.row_heads.parameters(), *self.mask_head.parameters()], lr=schedule.lr
+                )
+            ]
+        )
+        self.base_rates = [
+            [g["lr"] for o in part for g in o.param_groups] for part in self.optimisers
+        ]
+        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.step = 0
+        self.sums: dict[str, list[float]] = defaultdict(list)
+
+    def resume(self, path: Path, *, weights_only: bool = False) -> None:
+        """Continues from a snapshot, or starts a new schedule from its weights."""
+        snapshot = torch.load(path, weights_only=True)
+        self.model.load_state_dict(snapshot["model"])
+        self.heads.load_state_dict(snapshot["heads"])
+        self.row_heads.load_state_dict(snapshot["row_heads"])
+        self.mask_head.load_state_dict(snapshot["mask_head"])
+        self.ema = snapshot["ema"]
+        if weights_only:
+            return
+        self.step = snapshot["step"]
+        for optimiser, state in zip(self._all_optimisers(), snapshot["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+
+    def save(self) -> None:
+        """A snapshot to resume from, and the averaged weights as a checkpoint folder."""
+        snapshot: dict[str, Any] = {
+            "config": asdict(self.config),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "mask_head": self.mask_head.state_dict(),
+            "row_heads": self.row_heads.state_dict(),
+            "ema": self.ema,
+            "optimisers": [o.state_dict() for o in self._all_optimisers()],
+        }
+        temporary = self.folder / "snapshot.tmp"
+        torch.save(snapshot, temporary)
+        temporary.replace(self.folder / "snapshot.pt")
+        averaged = Pico(self.config)
+        averaged.load_state_dict(self.ema)
+        save_checkpoint(averaged, self.tokenizer_path, self.folder / "hf-latest")
+
+    def run(self, *, save_every: int, log_every: int = 50) -> None:
+        """Trains to the end of the schedule."""
+        while self.step < self.schedule.total:
+            mode, end = self.schedule.phase(self.step)
+            n_pictures = getattr(self.schedule, f"{mode}_pictures")
+            plan = BatchPlan(
+                n_pictures,
+                mode=mode,
+                true_every=self.schedule.true_every if mode == "packed" else 0,
+                word_share=self.schedule.word_share,
+                object_share=self.schedule.object_share,
+            )
+            stream = Stream(
+                self.folder / "data",
+                self.tokenizer_path,
+                self.config,
+                plan,
+                self.step,
+                end - self.step,
+                self.schedule.shards,
+            )
+            for batch in DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=4):
+                started = time.perf_counter()
+                self.train_step(batch, mode)
+                self.sums["seconds"].append(time.perf_counter() - started)
+                self.step += 1
+                if self.step % log_every == 0:
+                    self._report(mode)
+                if self.step % save_every == 0 or self.step == self.schedule.total:
+                    self.save()
+                    if mode != "vision":
+                        self._measure()
+
+    def train_step(self, batch: list[Batch], mode: str) -> None:
+        """One update of all weights.
+
+        Each thread takes a slice when it is free, so a core that other work slows down does not
+        hold up the other.
+        """
+        self._set_rates()
+        params = [p for o in self._all_optimisers() for g in o.param_groups for p in g["params"]]
+        total: list[Tensor | None] = [None] * len(params)
+        for grads in self.threads.map(
+            lambda part: torch.autograd.grad(self._loss(part, mode), params, allow_unused=True),
+            batch,
+        ):
+            for k, grad in enumerate(grads):
+                if grad is not None:
+                    so_far = total[k]
+                    total[k] = grad if so_far is None else so_far.add_(grad)
+        for p, summed in zip(params, total, strict=True):
+            p.grad = None if summed is None else summed.div_(len(batch))
+        torch.nn.utils.clip_grad_norm_(params, 5.0)
+        for part in self.optimisers:
+            for optimiser in part:
+                optimiser.step()
+        self._average()
+
+    def _set_rates(self) -> None:
+        vision, language = self.schedule.rates(self.step)
+        rates = (vision, language, language)
+        for part, base, rate in zip(self.optimisers, self.base_rates, rates, strict=True):
+            groups = [g for o in part for g in o.param_groups]
+            for group, lr in zip(groups, base, strict=True):
+                group["lr"] = lr * rate
+
+    def _loss(self, batch: Batch, mode: str) -> Tensor:
+        features, layers = self.model.features_and_layers(to_pixels(batch.pictures))
+        rows = self.model.image_rows(features)
+        table = self.model.language_model.model.embed_tokens.weight
+        losses = self.heads.losses(features, batch.patches)
+        losses |= self.row_heads.losses(rows, table, batch.patches)
+        losses["noun attention"] = self.noun_attention.loss(self.model, rows, batch.patches)
+        losses["mask"] = MASK_WEIGHT * self.mask_head.loss(layers, batch.patches)
+        loss = torch.stack(list(losses.values())).sum()
+        for name, value in losses.items():
+            self.sums[name].append(float(value.detach()))
+        if mode == "vision":
+            return loss
+        return self._answer_loss(rows, batch) + self.schedule.head_weight * loss
+
+    def _answer_loss(self, rows: Tensor, batch: Batch) -> Tensor:
+        losses, weights = [], []
+        for texts in batch.texts:
+            hidden = self.model.hidden(
+                rows[texts.picture_of], texts.ids, texts.positions, texts.mask
+            )
+            log_probs = F.log_softmax(self.model.logits(hidden.flatten(0, 1)[texts.where]), -1)
+            losses.append(-(log_probs.gather(1, texts.targets) * texts.target_weights).sum(1))
+            weights.append(texts.weights)
+            right = log_probs.detach().argmax(1) == texts.targets[:, 2]
+            self.sums["right"].append(float(right.float().mean()))
+        loss, weight = torch.cat(losses), torch.cat(weights)
+        self.sums["answer"].append(float(loss.detach().mean()))
+        return (loss * weight).sum() / weight.sum()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        keep = 0.99
+        values = dict(self.model.state_dict())
+        torch._foreach_lerp_(list(self.ema.values()), list(values.values()), 1 - keep)
+
+    def _report(self, mode: str) -> None:
+        means = {name: sum(v) / len(v) for name, v in self.sums.items()}
+        self.sums.clear()
+        text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+        log.info("%s step %d/%d  %s", mode, self.step, self.schedule.total, text)
+
+    def _measure(self) -> None:
+        averaged = Pico(self.config)
+        averaged.load_state_dict(self.ema)
+        scores = monitor(averaged.eval(), self.tokenizer)
+        log.info("measured at step %d: %s", self.step, {k: round(v, 3) for k, v in scores.items()})
+        path = self.folder / "curve.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "pictures", *scores])
+            writer.writerow([self.step, self._pictures(), *(f"{v:.4f}" for v in scores.values())])
+
+    def _pictures(self) -> int:
+        s = self.schedule
+        vision = min(self.step, s.vision_steps)
+        packed = min(max(0, self.step - s.vision_steps), s.packed_steps)
+        true = max(0, self.step - s.vision_steps - s.packed_steps)
+        return vision * s.vision_pictures + packed * s.packed_pictures + true * s.true_pictures
+
+    def _all_optimisers(self) -> list[torch.optim.Optimizer]:
+        return [optimiser for part in self.optimisers for optimiser in part]
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] in -1..1, as SigLIP wants it."""
+    return pictures.permute(0, 3, 1, 2).contiguous().float().mul_(2 / 255).sub_(1)
+
+
+@torch.no_grad()
+def whiten_patches(model: Pico, pictures: np.ndarray) -> None:
+    """Starts the patch embedding with the pictures' principal components, all equally strong.
+
+    A patch's mean colour has hundreds of times the variance of its edges; from random weights the
+    encoder sees colours only, for tens of thousands of pictures.
+    """
+    embedding = model.vision_tower.vision_model.embeddings
+    p, g = model.config.patch, model.config.grid
+    pixels = to_pixels(torch.from_numpy(pictures))
+    patches = pixels.view(-1, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    values, vectors = values.flip(0), vectors.flip(1)
+    n = model.config.vision_width
+    scale = (values[:n] + values[n // 4]).rsqrt()
+    weight = vectors[:, :n].T * scale[:, None]
+    embedding.patch_embedding.weight.copy_(weight.view_as(embedding.patch_embedding.weight))
+    assert embedding.patch_embedding.bias is not None
+    embedding.patch_embedding.bias.copy_(-weight @ mean)
+
+
+@torch.no_grad()
+def smooth_places(model: Pico, first_loc: int) -> None:
+    """Starts the embeddings of neighbouring places near to one another, so that coordinates need
+    not be learnt apart.
+    """
+    width = model.config.width
+    places = torch.arange(1024) / 1023
+    frequencies = 0.5 * 2 ** torch.linspace(0, 6, width // 2)
+    angles = 2 * torch.pi * places[:, None] * frequencies
+    waves = (
+        torch.cat([angles.sin(), angles.cos()], 1)
+        * torch.cat([1 / frequencies, 1 / frequencies]) ** 0.35
+    )
+    waves = waves / waves.pow(2).mean().sqrt() * width**-0.5
+    model.language_model.model.embed_tokens.weight[first_loc : first_loc + 1024] = waves

@@ -1,0 +1,70 @@
+"""The built-in model: it is there, it is small, and it answers about the pictures of examples/."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgevlm
+from edgevlm.bundle import open_bundle
+from edgevlm.models import BUILT_IN, installed, resolve
+
+ROOT = Path(__file__).parent.parent
+SHAPES = ROOT / "examples" / "shapes.png"
+# Where the four shapes of examples/shapes.png were drawn, in pixels of 480 x 360.
+CIRCLE, STAR = (43, 48, 167, 172), (296, 215, 414, 322)
+
+
+@pytest.fixture(scope="module")
+def pico():
+    with edgevlm.load() as vlm:
+        yield vlm
+
+
+def test_it_is_the_default_and_goes_by_its_name():
+    assert resolve(None) == installed()[BUILT_IN]
+    bundle = open_bundle(resolve(BUILT_IN), check="full")
+    assert bundle.manifest.name == BUILT_IN
+    assert bundle.manifest.license == "apache-2.0"
+    assert bundle.manifest.parity and all(s.ok for s in bundle.manifest.parity)
+
+
+def test_it_fits_in_twelve_megabytes():
+    assert sum(f.stat().st_size for f in resolve(None).iterdir()) < 12e6
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("answer en what shape is red?", "circle"),
+        ("answer en what is left of the star?", "triangle"),
+        ("answer en how many shapes are there?", "4"),
+        ("answer en is there a blue circle?", "no"),
+        ("answer en what color is the triangle?", "yellow"),
+    ],
+)
+def test_it_answers_about_drawn_shapes(pico, prompt, answer):
+    assert pico.ask(prompt, image=SHAPES).text == answer
+
+
+@pytest.mark.parametrize(("label", "drawn"), [("circle", CIRCLE), ("star", STAR)])
+def test_it_finds_shapes(pico, label, drawn):
+    (box,) = pico.detect(label, image=SHAPES)
+    assert box.label == label
+    width = max(0, min(box.x1, drawn[2]) - max(box.x0, drawn[0]))
+    height = max(0, min(box.y1, drawn[3]) - max(box.y0, drawn[1]))
+    areas = (box.x1 - box.x0) * (box.y1 - box.y0) + (drawn[2] - drawn[0]) * (drawn[3] - drawn[1])
+    assert width * height / (areas - width * height) > 0.5
+
+
+def test_the_first_command_of_the_readme():
+    prompt = "answer en what shape is red?"
+    command = [sys.executable, "-m", "edgevlm", "ask", prompt, "-i", str(SHAPES)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout == "circle\n"
+    assert "built-in" in found.stderr
+    found = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    reply = json.loads(found.stdout)
+    assert (reply["text"], reply["finish_reason"]) == ("circle", "stop")
