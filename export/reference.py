@@ -20,6 +20,7 @@ try:
     from transformers import (
         DynamicCache,
         GemmaTokenizerFast,
+        PaliGemmaConfig,
         PaliGemmaForConditionalGeneration,
         PaliGemmaProcessor,
         SiglipImageProcessor,
@@ -123,12 +124,25 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _config(folder: Path) -> Any:
+    """The checkpoint's config, without the window that transformers puts on PaliGemma 2's answers.
+
+    big_vision, which trained it, has none; it shows once a prefix is longer than 4096 (896 px).
+    """
+    config = PaliGemmaConfig.from_pretrained(folder)
+    text: Any = config.get_text_config()
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = text.max_position_embeddings
+    return config
+
+
 def _load(folder: Path) -> Any:
     # Checkpoints saved by transformers 5 lack a level that 4.57's tower still has.
     mapping = dict(PaliGemmaForConditionalGeneration._checkpoint_conversion_mapping)
     mapping[r"^model\.vision_tower\.(?!vision_model)"] = "model.vision_tower.vision_model."
     model, info = PaliGemmaForConditionalGeneration.from_pretrained(
         folder,
+        config=_config(folder),
         attn_implementation="eager",
         dtype=torch.float32,
         key_mapping=mapping,
