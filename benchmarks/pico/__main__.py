@@ -50,6 +50,8 @@ def train(folder: Path, save_every: int, resume: bool) -> None:
     snapshot = folder / "snapshot.pt"
     if resume and snapshot.exists():
         trainer.resume(snapshot)
+    else:
+        trainer.start()
     trainer.run(save_every=save_every)
 
 

@@ -220,7 +220,7 @@ def _answers(
     # A long answer weighs more than a short one, but not in proportion to its length.
     key = row * 64 + segment[row, column]
     _, inverse, counts = np.unique(key, return_inverse=True, return_counts=True)
-    weights = counts[inverse] ** -0.5
+    weights = counts[inverse] ** -0.65
     return where, targets, spread.astype(np.float32), weights.astype(np.float32)
 
 

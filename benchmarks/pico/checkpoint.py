@@ -11,29 +11,45 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from edgevlm.benchmarks.checkpoints import preprocessor
 from edgevlm.benchmarks.pico.model import Pico, PicoConfig
 from edgevlm.benchmarks.pico.tokenizer import BOS, EOS, IMAGE_ID, PAD, tokenizer_config
+
+# The model card; the exporter reads the licence from it.
+_CARD = """---
+license: apache-2.0
+---
+
+# pico
+
+The weights of edgevlm's built-in model, a PaliGemma in miniature for drawn scenes; benchmarks/pico
+of its repository made them.
+"""
 
 
 def save_checkpoint(model: Pico, tokenizer_path: Path, folder: Path) -> None:
     """Writes the folder in full beside its place, then puts it there: a reader never sees half of
-    it.
+    it. Weights are stored as float16.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
     temporary.chmod(0o755)
     weights = {
-        name: value.detach().contiguous().clone() for name, value in model.state_dict().items()
+        name: value.detach().half().contiguous().clone()
+        for name, value in model.state_dict().items()
     }
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    (temporary / "model.safetensors").chmod(0o644)
     _write(temporary / "config.json", model_config(model.config))
-    _write(temporary / "preprocessor_config.json", preprocessor_config(model.config))
+    sizes = (model.config.side, model.config.n_image_tokens)
+    _write(temporary / "preprocessor_config.json", preprocessor(*sizes))
     _write(
         temporary / "generation_config.json",
         {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},
     )
     (temporary / "tokenizer_config.json").write_text(tokenizer_config() + "\n", encoding="utf-8")
     shutil.copyfile(tokenizer_path, temporary / "tokenizer.model")
+    (temporary / "README.md").write_text(_CARD, encoding="utf-8")
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -62,7 +78,8 @@ def load_checkpoint(folder: Path) -> Pico:
             vocab=text["vocab_size"],
         )
     )
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    weights = load_file(folder / "model.safetensors")
+    model.load_state_dict({name: value.float() for name, value in weights.items()})
     return model.eval()
 
 
@@ -86,7 +103,7 @@ def model_config(config: PicoConfig) -> dict[str, object]:
         "rope_theta": 10000.0,
         "attention_bias": False,
         "tie_word_embeddings": True,
-        "torch_dtype": "float32",
+        "torch_dtype": "float16",
     }
     vision = {
         "model_type": "siglip_vision_model",
@@ -119,24 +136,6 @@ def model_config(config: PicoConfig) -> dict[str, object]:
         "torch_dtype": "float32",
         "text_config": text,
         "vision_config": vision,
-    }
-
-
-def preprocessor_config(config: PicoConfig) -> dict[str, object]:
-    """``preprocessor_config.json`` of a SigLIP image processor."""
-    return {
-        "do_convert_rgb": None,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": config.n_image_tokens,
-        "image_std": [0.5, 0.5, 0.5],
-        "processor_class": "PaliGemmaProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"height": config.side, "width": config.side},
     }
 
 

@@ -20,7 +20,6 @@ def write_examples(folder: Path) -> list[Path]:
         "shapes.png": shapes(),
         "garden.png": garden(),
         "street.jpg": street(),
-        "word.png": word(),
     }
     for name, picture in pictures.items():
         picture.save(folder / name, quality=88, optimize=True)
@@ -52,15 +51,6 @@ def street() -> Image.Image:
     canvas = Image.new("RGB", (640, 360), "#d6dde4")
     _emoji(canvas, OBJECTS["car"][0], 170, 235, 190)
     _emoji(canvas, OBJECTS["bus"][0], 470, 120, 170)
-    return canvas
-
-
-def word() -> Image.Image:
-    """The word "hello" in Pillow's own font."""
-    canvas = Image.new("RGB", (400, 240), "#fdf8ec")
-    ImageDraw.Draw(canvas).text(
-        (200, 120), "hello", fill="#20306a", font=ImageFont.load_default(110), anchor="mm"
-    )
     return canvas
 
 

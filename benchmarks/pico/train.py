@@ -27,6 +27,7 @@ from edgevlm.benchmarks.pico.heads import MaskHead, NounAttention, PatchHeads, R
 from edgevlm.benchmarks.pico.model import Pico, PicoConfig
 from edgevlm.benchmarks.pico.monitor import monitor
 from edgevlm.benchmarks.pico.optimiser import make_optimisers
+from edgevlm.benchmarks.pico.shards import read_shard, wait_for_shard
 from edgevlm.benchmarks.pico.tokenizer import Tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,13 @@ class Trainer:
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.step = 0
         self.sums: dict[str, list[float]] = defaultdict(list)
+
+    def start(self) -> None:
+        """Prepares a first run: the patch embedding starts from the pictures of the first shard."""
+        wait_for_shard(self.folder / "data", 0)
+        pictures, _ = read_shard(self.folder / "data", 0)
+        whiten_patches(self.model, np.array(pictures[:512]))
+        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def resume(self, path: Path, *, weights_only: bool = False) -> None:
         """Continues from a snapshot, or starts a new schedule from its weights."""
@@ -307,6 +315,8 @@ def whiten_patches(model: Pico, pictures: np.ndarray) -> None:
     embedding.patch_embedding.weight.copy_(weight.view_as(embedding.patch_embedding.weight))
     assert embedding.patch_embedding.bias is not None
     embedding.patch_embedding.bias.copy_(-weight @ mean)
+    # Positions no louder than the patches that they are added to.
+    embedding.position_embedding.weight.mul_(0.4)
 
 
 @torch.no_grad()
