@@ -20,7 +20,7 @@ from edgevlm.export import llama
 from edgevlm.export.parts import EMBED, Part
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant
-from edgevlm.export.source import SourceTensor, to_float32
+from edgevlm.export.tensors import SourceTensor, to_float32
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Config
 from edgevlm.specs import TensorPlace

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from edgevlm.errors import SourceError
-from edgevlm.export.source import DTYPES, Checkpoint, SourceTensor
+from edgevlm.export.source import Checkpoint
+from edgevlm.export.tensors import DTYPES, SourceTensor
 from edgevlm.family import IGNORED, Config, Family, Model
 
 Shapes = dict[str, tuple[int, ...]]

@@ -1,93 +1,34 @@
 """A source checkpoint on disk: its JSON files and its tensors, read one at a time.
 
-Knows files, safetensors and their defects. Does not know which tensor means what.
+Knows files, safetensors and their defects; torch's own format is pickles.py's business. Does not
+know which tensor means what.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edgevlm.errors import SourceError
+from edgevlm.export.tensors import DTYPES, SourceTensor
 from edgevlm.family import Config
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Weights in one file, or the index of several; the first that is there is read.
+LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 CARD = "README.md"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
-# safetensors' names of the types that a checkpoint may have, as numpy reads them; bfloat16 is
-# unknown to numpy and read as its 16 bits.
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
-# The exponent's bits, all set in NaN and infinity alone.
-_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 # No header of a real checkpoint comes near; a larger one is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
-_BLOCK_BYTES = 64 << 20
-_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|msgpack|h5|npz)")
-
-Raw = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """A tensor in a safetensors file; `dtype` is safetensors' name, `offset` in bytes."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def elements(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    def raw(self) -> Raw:
-        """The values as stored, in `shape`; bfloat16 as uint16. Raises SourceError."""
-        return self._read(0, self.elements).reshape(self.shape)
-
-    def float32(self) -> NDArray[np.float32]:
-        """The values in `shape`, exactly as stored."""
-        return to_float32(self.raw(), self.dtype)
-
-    def blocks(self) -> Iterator[Raw]:
-        """The flat values as stored, in blocks of bounded size."""
-        count = _BLOCK_BYTES // DTYPES[self.dtype].itemsize
-        for start in range(0, self.elements, count):
-            yield self._read(start, min(count, self.elements - start))
-
-    def _read(self, start: int, count: int) -> Raw:
-        # Plain reads: pages of a memory map would count as memory of this process.
-        dtype = DTYPES[self.dtype]
-        offset = self.offset + start * dtype.itemsize
-        try:
-            values: Raw = np.fromfile(self.file, dtype=dtype, count=count, offset=offset)
-        except OSError as e:
-            raise SourceError(f"{self.file}: cannot be read ({e.strerror})") from None
-        if values.size != count:
-            raise SourceError(f"{self.file}: changed while it was read; start again")
-        if not _finite(values, self.dtype):
-            raise SourceError(
-                f"{self.file}: {self.name} holds NaN or infinity; the checkpoint is damaged, "
-                "download it again"
-            )
-        return values
+_OTHERS = re.compile(r".*\.(bin|pt|pth|ckpt|msgpack|h5|npz)")
 
 
 @dataclass(frozen=True)
@@ -107,44 +48,43 @@ class Checkpoint:
         return (*named, *tokenizers, *self.weights)
 
 
-def to_float32(raw: Raw, dtype: str) -> NDArray[np.float32]:
-    """Stored values -> float32, exactly; `dtype` is safetensors' name."""
-    if dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.astype(np.float32, copy=False)
+def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
+    """Reads a checkpoint's JSON files and the headers of its weights.
 
-
-def _finite(values: Raw, dtype: str) -> bool:
-    mask = _EXPONENT[dtype]
-    bits = values.view(f"<u{values.itemsize}")
-    step = _BLOCK_BYTES // bits.itemsize
-    blocks = (bits[i : i + step] for i in range(0, bits.size, step))
-    return not any(((b & bits.dtype.type(mask)) == mask).any() for b in blocks)
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads a checkpoint's JSON files and the headers of its weights; raises SourceError."""
+    With `tokenizer` the folder must hold one; a vision tower's has none that matters. Raises
+    SourceError, and EngineMissing where the weights are torch's and torch is not there.
+    """
     if not (folder / CONFIG).is_file():
         raise SourceError(
             f"{folder}: has no {CONFIG}; name the folder of a checkpoint as published on the hub"
         )
     configs = {p.name: read_json(p) for p in sorted(folder.glob("*config.json"))}
     _refuse_quantized(folder, configs[CONFIG])
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if tokenizer and not any((folder / name).is_file() for name in TOKENIZERS):
         raise SourceError(
             f"{folder}: has no {' or '.join(TOKENIZERS)}; copy it from the model's page"
         )
-    weight_map = _weight_map(folder)
+    single, index = _layout(folder)
+    weight_map = _weight_map(folder, index)
     tensors: dict[str, SourceTensor] = {}
-    for name in sorted(set(weight_map.values())) if weight_map else [WEIGHTS]:
-        for tensor in read_header(folder / name):
+    for name in sorted(set(weight_map.values())) if weight_map else [single]:
+        for tensor in _read(folder / name):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise SourceError(f"{folder / name}: {tensor.name} is also in {other}; remove one")
             tensors[tensor.name] = tensor
-    _check_index(folder, weight_map, tensors)
+    _check_index(folder / index, weight_map, tensors)
     weights = tuple(sorted({t.file for t in tensors.values()}))
     return Checkpoint(folder, configs, tensors, weights)
+
+
+def _read(path: Path) -> list[SourceTensor]:
+    if path.suffix == ".safetensors":
+        return read_header(path)
+    # Importing it loads torch, which takes seconds.
+    from edgevlm.export.pickles import read_pickle
+
+    return read_pickle(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -179,44 +119,50 @@ def _refuse_quantized(folder: Path, config: Config) -> None:
         )
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _layout(folder: Path) -> tuple[str, str]:
+    """Names of the weight file and of the index that a folder has, either or both."""
+    for names in LAYOUTS:
+        if any((folder / name).is_file() for name in names):
+            return names
+    for single, index in LAYOUTS:
+        stem, suffix = single.split(".")
+        if (folder / f"{single}.part").exists() or list(folder.glob(f"{stem}-*-of-*.{suffix}")):
+            raise SourceError(f"{folder}: has weights but no {index}; download it")
+    others = sorted(p.name for p in folder.iterdir() if _OTHERS.fullmatch(p.name))
+    if others:
+        raise SourceError(
+            f"{folder / others[0]}: only {' and '.join(single for single, _ in LAYOUTS)} are read; "
+            "save the model again with save_pretrained()"
+        )
+    raise SourceError(f"{folder}: has no {WEIGHTS} and no {INDEX}; download the weights")
+
+
+def _weight_map(folder: Path, index: str) -> dict[str, str]:
     """Tensor name -> file of a sharded checkpoint; empty for a single file."""
-    path = folder / INDEX
+    path = folder / index
     if not path.is_file():
-        if not (folder / WEIGHTS).is_file():
-            raise SourceError(_no_weights(folder))
         return {}
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{path}: has no 'weight_map'; download it again")
     for file in sorted(set(map(str, weight_map.values()))):
         if Path(file).name != file or not (folder / file).is_file():
-            raise SourceError(f"{folder / file}: is missing, {INDEX} names it; download it")
+            raise SourceError(f"{folder / file}: is missing, {index} names it; download it")
     return weight_map
 
 
-def _no_weights(folder: Path) -> str:
-    if (folder / (WEIGHTS + ".part")).exists() or list(folder.glob("model-*-of-*.safetensors")):
-        return f"{folder}: has weights but no {INDEX}; download it"
-    pickles = sorted(p.name for p in folder.iterdir() if _PICKLES.fullmatch(p.name))
-    if pickles:
-        return (
-            f"{folder / pickles[0]}: only safetensors are read; "
-            "save the model again with save_pretrained(safe_serialization=True)"
-        )
-    return f"{folder}: has no {WEIGHTS} and no {INDEX}; download the weights"
-
-
 def _check_index(
-    folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, SourceTensor]
+    index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, SourceTensor]
 ) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise SourceError(f"{folder / file}: lacks {name}, which {INDEX} promises; download it")
+            raise SourceError(
+                f"{index.parent / file}: lacks {name}, which {index.name} promises; download it"
+            )
     if weight_map:
         for name, tensor in tensors.items():
             if name not in weight_map:
-                raise SourceError(f"{tensor.file}: holds {name}, which {INDEX} does not know")
+                raise SourceError(f"{tensor.file}: holds {name}, which {index.name} does not know")
 
 
 def read_header(path: Path) -> list[SourceTensor]:

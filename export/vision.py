@@ -1,6 +1,6 @@
 """The vision encoder and the projector: safetensors -> torch modules -> ONNX.
 
-The only module that imports torch and optimum. It knows one torch module for each kind of part
+The only module that imports optimum. It knows one torch module for each kind of part
 and how to trace it; what a file on disk becomes afterwards is onnx_files.py's business.
 """
 

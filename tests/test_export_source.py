@@ -167,6 +167,11 @@ def only_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"x")
 
 
+def only_others(folder: Path) -> None:
+    no_weights(folder)
+    (folder / "model.ckpt").write_bytes(b"x")
+
+
 def no_weights(folder: Path) -> None:
     for path in folder.glob("*.safetensors*"):
         path.unlink()
@@ -208,7 +213,8 @@ def set_key(*path: str, to: Any) -> Callable[[Path], None]:
         (remove_index, "has weights but no model.safetensors.index.json"),
         (empty_index, "has no 'weight_map'"),
         (forget_in_index, "which model.safetensors.index.json does not know"),
-        (only_pickles, "pytorch_model.bin: only safetensors are read"),
+        (only_pickles, "pytorch_model.bin: is no file of torch.save"),
+        (only_others, "model.ckpt: only model.safetensors and pytorch_model.bin are read"),
         (no_weights, "has no model.safetensors and no"),
         (no_config, "has no config.json"),
         (config_not_json, "config.json: cannot be read as JSON"),

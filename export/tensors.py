@@ -1,0 +1,95 @@
+"""One tensor of a weight file: where its values lie and how they are read.
+
+Knows neither the format of the file nor what the tensor means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.errors import SourceError
+
+# safetensors' names of the types that a checkpoint may have, as numpy reads them; bfloat16 is
+# unknown to numpy and read as its 16 bits.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+# The exponent's bits, all set in NaN and infinity alone.
+_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+_BLOCK_BYTES = 64 << 20
+
+Raw = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor in a file of any format; `dtype` is safetensors' name, `offset` in bytes.
+
+    The values lie in one piece, in little-endian C order.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def raw(self) -> Raw:
+        """The values as stored, in `shape`; bfloat16 as uint16. Raises SourceError."""
+        return self._read(0, self.elements).reshape(self.shape)
+
+    def float32(self) -> NDArray[np.float32]:
+        """The values in `shape`, exactly as stored."""
+        return to_float32(self.raw(), self.dtype)
+
+    def blocks(self) -> Iterator[Raw]:
+        """The flat values as stored, in blocks of bounded size."""
+        count = _BLOCK_BYTES // DTYPES[self.dtype].itemsize
+        for start in range(0, self.elements, count):
+            yield self._read(start, min(count, self.elements - start))
+
+    def _read(self, start: int, count: int) -> Raw:
+        # Plain reads: pages of a memory map would count as memory of this process.
+        dtype = DTYPES[self.dtype]
+        offset = self.offset + start * dtype.itemsize
+        try:
+            values: Raw = np.fromfile(self.file, dtype=dtype, count=count, offset=offset)
+        except OSError as e:
+            raise SourceError(f"{self.file}: cannot be read ({e.strerror})") from None
+        if values.size != count:
+            raise SourceError(f"{self.file}: changed while it was read; start again")
+        if not _finite(values, self.dtype):
+            raise SourceError(
+                f"{self.file}: {self.name} holds NaN or infinity; the checkpoint is damaged, "
+                "download it again"
+            )
+        return values
+
+
+def to_float32(raw: Raw, dtype: str) -> NDArray[np.float32]:
+    """Stored values -> float32, exactly; `dtype` is safetensors' name."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32, copy=False)
+
+
+def _finite(values: Raw, dtype: str) -> bool:
+    mask = _EXPONENT[dtype]
+    bits = values.view(f"<u{values.itemsize}")
+    step = _BLOCK_BYTES // bits.itemsize
+    blocks = (bits[i : i + step] for i in range(0, bits.size, step))
+    return not any(((b & bits.dtype.type(mask)) == mask).any() for b in blocks)
