@@ -14,6 +14,8 @@ from edgevlm.export.progress import Report, Stage
 
 # What an export reads; everything else of a repository stays where it is.
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
+# Weights in torch's format, taken from a repository that has no others.
+PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -36,18 +38,15 @@ def locate(source: str | os.PathLike[str], report: Report | None = None) -> tupl
 
 
 def _download(repo: str, revision: str | None, report: Report | None) -> Path:
-    import huggingface_hub
     from huggingface_hub import errors
 
     where = f"{repo}@{revision}" if revision else repo
     try:
         with _quiet():
-            found = huggingface_hub.snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=PATTERNS,
-                tqdm_class=_counter(report),
-            )
+            found = _snapshot(repo, revision, PATTERNS, report)
+            if not any(found.glob("*.safetensors")):
+                found = _snapshot(repo, revision, PATTERNS + PICKLES, report)
+            return found
     except errors.GatedRepoError:
         raise SourceError(
             f"{where}: access is restricted; accept its licence at https://huggingface.co/{repo} "
@@ -67,7 +66,16 @@ def _download(repo: str, revision: str | None, report: Report | None) -> Path:
         raise SourceError(
             f"{where}: cannot be downloaded ({_line(e)}); check the network or name a folder"
         ) from None
-    return Path(found)
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str], report: Report | None) -> Path:
+    import huggingface_hub
+
+    return Path(
+        huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, tqdm_class=_counter(report)
+        )
+    )
 
 
 def _counter(report: Report | None) -> Any:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -70,7 +71,14 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(paligemma_checkpoint: Path) -> Iterator[tuple[str, list[str]]]:
     """The server's address and the paths it was asked for."""
-    handler = type("Tiny", (Hub,), {"folder": paligemma_checkpoint, "asked": []})
+    with serve(paligemma_checkpoint) as served:
+        yield served
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A hub whose one repository is a folder."""
+    handler = type("Tiny", (Hub,), {"folder": folder, "asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", handler.asked
@@ -123,6 +131,22 @@ def test_a_model_is_downloaded(
         expected = (paligemma_checkpoint / wanted).read_bytes()
         assert (Path(folder) / wanted).read_bytes() == expected
     assert not any("pytorch_model.bin" in path for path in asked)
+
+
+def test_torchs_files_are_taken_where_there_are_no_others(tmp_path: Path) -> None:
+    shards = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("config.json", *shards, "training_args.bin"):
+        (repository / name).write_bytes(name.encode())
+    with serve(repository) as (endpoint, asked):
+        done = locate_in_child(REPO, endpoint, tmp_path / "home")
+    assert done.returncode == 0 and done.stderr == ""
+    folder = Path(done.stdout.splitlines()[0])
+    assert sorted(p.name for p in folder.glob("*.bin")) == shards
+    assert (folder / shards[1]).read_bytes() == shards[1].encode()
+    assert (folder / "config.json").is_file()
+    assert not any("training_args" in path for path in asked)
 
 
 @pytest.mark.parametrize(
