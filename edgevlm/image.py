@@ -7,6 +7,7 @@ the EXIF orientation; alpha is dropped as the original models' code drops it (`c
 from __future__ import annotations
 
 import io
+import math
 import os
 import urllib.error
 import urllib.parse
@@ -29,6 +30,7 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | RGB
 MAX_PIXELS = 89_478_485
 MAX_DOWNLOAD_BYTES = 128 << 20
 _TIMEOUT_S = 30
+_STRIP_PIXELS = 1 << 22
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -155,10 +157,72 @@ def _too_large() -> str:
 
 def preprocess(rgb: RGB, spec: ImageSpec) -> Pixels:
     """RGB uint8 [h, w, 3] -> pixels float32 [3, size, size], bit for bit as transformers' slow
-    SiglipImageProcessor (4.57): resized as 8-bit, then scaled in float64, normalised in float32.
+    processors (4.57: SiglipImageProcessor for "stretch", CLIPImageProcessor for the others):
+    resized as 8-bit, then scaled in float64, normalised in float32.
+
+    Raises ImageError for a picture so long and narrow that "pad" or "crop" would swell it.
     """
-    size = (spec.size, spec.size)
-    picture = Image.fromarray(rgb).resize(size, _RESAMPLE[spec.resample])
+    _check_fit(rgb.shape[1], rgb.shape[0], spec)
+    picture = _FIT[spec.fit](Image.fromarray(rgb), spec)
     scaled = (np.asarray(picture).astype(np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+
+
+def _check_fit(width: int, height: int, spec: ImageSpec) -> None:
+    side = max(width, height)
+    # Pillow holds 4 bytes a pixel: what is made here costs 358 MB at most beside the picture. A pad
+    # has only strips of its square in memory, but goes through every row at full width.
+    swollen = {
+        "stretch": 0,
+        "crop": math.prod(_covering(width, height, spec.size)),
+        "pad": max(side * spec.size, side * height // 4),
+    }
+    if swollen[spec.fit] > MAX_PIXELS:
+        raise ImageError(
+            f"the picture of {width} x {height} pixels",
+            "is too long and narrow for this model; cut out a part of it",
+        )
+
+
+def _stretch(picture: Image.Image, spec: ImageSpec) -> Image.Image:
+    return picture.resize((spec.size, spec.size), _RESAMPLE[spec.resample])
+
+
+def _crop(picture: Image.Image, spec: ImageSpec) -> Image.Image:
+    """The middle of the picture whose short side became `size`, as CLIPImageProcessor cuts it."""
+    size = spec.size
+    width, height = _covering(*picture.size, size)
+    left, top = (width - size) // 2, (height - size) // 2
+    # Resizing only the middle (Pillow's `box`) rounds its weights otherwise: not the same pixels.
+    covering = picture.resize((width, height), _RESAMPLE[spec.resample])
+    return covering.crop((left, top, left + size, top + size))
+
+
+def _covering(width: int, height: int, size: int) -> tuple[int, int]:
+    if width <= height:
+        return size, int(size * height / width)
+    return int(size * width / height), size
+
+
+def _pad(picture: Image.Image, spec: ImageSpec) -> Image.Image:
+    """The picture in the middle of a square of the mean colour, as LLaVA's expand2square, resized.
+
+    Pillow resizes the columns first and rows after that, each rounded to 8 bits, and every row by
+    itself: done strip by strip the result is the same, and the square is never in memory.
+    """
+    width, height = picture.size
+    side, resample = max(width, height), _RESAMPLE[spec.resample]
+    left, top = (side - width) // 2, (side - height) // 2
+    background = tuple(int(x * 255) for x in spec.mean)
+    narrow = Image.new("RGB", (spec.size, side), background)
+    rows = max(1, _STRIP_PIXELS // side)
+    for y in range(0, height, rows):
+        n = min(rows, height - y)
+        strip = Image.new("RGB", (side, n), background)
+        strip.paste(picture.crop((0, y, width, y + n)), (left, 0))
+        narrow.paste(strip.resize((spec.size, n), resample), (0, top + y))
+    return narrow.resize((spec.size, spec.size), resample)
+
+
+_FIT = {"stretch": _stretch, "pad": _pad, "crop": _crop}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Attention = Literal["causal", "prefix"]
+Fit = Literal["stretch", "pad", "crop"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
@@ -20,7 +21,8 @@ class ImageSpec:
 
     `size` is the side in pixels, `tokens` the rows that one picture takes in the decoder,
     `mean` and `std` are per channel on the 0..1 scale. `max_pictures` bounds one request.
-    The aspect ratio is not kept: the picture is stretched to the square.
+    `fit` says how it becomes a square: `stretch` does not keep the aspect ratio, `pad` puts it in
+    the middle of a square of the colour `mean`, `crop` keeps only the middle of the long side.
     """
 
     size: int
@@ -29,6 +31,7 @@ class ImageSpec:
     std: tuple[float, float, float]
     resample: Resample = "bicubic"
     max_pictures: int = 1
+    fit: Fit = "stretch"
 
 
 @dataclass(frozen=True)

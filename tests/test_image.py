@@ -45,6 +45,114 @@ def test_pixels_equal_transformers_bit_for_bit(width, height):
     np.testing.assert_array_equal(pixels, expected)
 
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_spec(fit: str, size: int, **options: object) -> ImageSpec:
+    return ImageSpec(size, 576, CLIP_MEAN, CLIP_STD, fit=fit, **options)
+
+
+def squared(picture: Image.Image) -> Image.Image:
+    """The picture on a square canvas of the mean colour, written with numpy."""
+    rgb = np.asarray(picture.convert("RGB"))
+    height, width = rgb.shape[:2]
+    side = max(height, width)
+    canvas = np.empty((side, side, 3), np.uint8)
+    canvas[:] = (122, 116, 104)
+    y, x = (side - height) // 2, (side - width) // 2
+    canvas[y : y + height, x : x + width] = rgb
+    return Image.fromarray(canvas)
+
+
+def clip_pixels(picture: Image.Image, size: int, resample: int = 3) -> np.ndarray:
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        resample=resample,
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+    )
+    # Said outright: a picture 3 pixels high looks to transformers like one of 3 channels.
+    out = processor(picture.convert("RGB"), return_tensors="np", input_data_format="channels_last")
+    return out["pixel_values"][0]
+
+
+def with_alpha(width: int, height: int) -> Image.Image:
+    alpha = Image.fromarray(noise(width, height)[..., 0])
+    picture = Image.fromarray(noise(width, height, 1))
+    picture.putalpha(alpha)
+    return picture
+
+
+PICTURES = {
+    **{
+        f"{w}x{h}": (lambda w=w, h=h: Image.fromarray(noise(w, h)))
+        for w, h in [
+            *[(336, 336), (1, 1), (3, 7), (7, 3), (3, 3), (640, 480), (480, 640), (335, 337)],
+            *[(337, 335), (336, 500), (501, 336), (500, 333), (333, 500), (1023, 767), (50, 51)],
+            *[(101, 100), (1000, 20), (20, 1001), (672, 671), (2000, 1500)],
+        ]
+    },
+    "rgba": lambda: with_alpha(123, 77),
+    "palette": lambda: Image.fromarray(noise(91, 200)).quantize(32),
+    "grey": lambda: Image.fromarray(noise(301, 200)[..., 0]),
+    "grey and alpha": lambda: with_alpha(60, 90).convert("LA"),
+    "photo": lambda: Image.radial_gradient("L").resize((4000, 3000)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_padded_and_cropped_pixels_equal_clips_bit_for_bit(name):
+    picture = PICTURES[name]()
+    rgb = read_image(picture)
+    for size in (336, 55):
+        cropped = preprocess(rgb, clip_spec("crop", size))
+        assert cropped.shape == (3, size, size) and cropped.dtype == np.float32
+        np.testing.assert_array_equal(cropped, clip_pixels(picture, size))
+        padded = preprocess(rgb, clip_spec("pad", size))
+        np.testing.assert_array_equal(padded, clip_pixels(squared(picture), size))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1000), (1000, 1), (2, 999)])
+def test_long_and_narrow_pictures(width, height):
+    picture = Image.fromarray(noise(width, height))
+    rgb = read_image(picture)
+    np.testing.assert_array_equal(
+        preprocess(rgb, clip_spec("pad", 336)), clip_pixels(squared(picture), 336)
+    )
+    np.testing.assert_array_equal(
+        preprocess(rgb, clip_spec("crop", 112)), clip_pixels(picture, 112)
+    )
+
+
+@pytest.mark.parametrize(("name", "number"), [("nearest", 0), ("lanczos", 1), ("bilinear", 2)])
+def test_other_filters_pad_and_crop_the_same(name, number):
+    picture = Image.fromarray(noise(97, 41))
+    rgb = read_image(picture)
+    for fit, seen in (("crop", picture), ("pad", squared(picture))):
+        pixels = preprocess(rgb, clip_spec(fit, 28, resample=name))
+        np.testing.assert_array_equal(pixels, clip_pixels(seen, 28, number))
+
+
+def test_a_pad_in_many_strips_is_the_same(monkeypatch):
+    rgb = noise(90, 333)
+    whole = preprocess(rgb, clip_spec("pad", 56))
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 700)
+    np.testing.assert_array_equal(preprocess(rgb, clip_spec("pad", 56)), whole)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+@pytest.mark.parametrize("shape", [(1, images.MAX_PIXELS), (images.MAX_PIXELS, 1), (1, 300_000)])
+def test_a_picture_that_would_swell_is_refused(fit, shape):
+    rgb = np.zeros((*shape, 3), np.uint8)
+    with pytest.raises(ImageError, match="too long and narrow") as caught:
+        preprocess(rgb, clip_spec(fit, 336))
+    assert f"{shape[1]} x {shape[0]} pixels" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_every_kind_of_source_gives_the_same_picture(tmp_path):
     rgb = noise(30, 20)
     data = encoded(Image.fromarray(rgb))
