@@ -95,7 +95,7 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged or hostile pickle raises whatever its instructions lead to.
     except Exception as e:
-        wanted = re.search(r"GLOBAL (\S+)", str(e))
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(e))
         if wanted:
             raise SourceError(
                 f"{path}: wants to run {wanted[1]}, which was refused; only tensors are read, take "
