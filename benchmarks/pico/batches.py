@@ -1,5 +1,4 @@
-"""Scenes to training tensors: questions packed behind each picture, masks, and what each patch
-should know.
+"""Scenes to training tensors: questions packed behind each picture, and masks.
 
 Two kinds of rows. *Packed*: one row per picture with several questions that cannot see one
 another; the image rows see only themselves, so they are computed once for all. *True*: one
@@ -13,30 +12,32 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS
 from edgevlm.benchmarks.pico.model import PicoConfig
 from edgevlm.benchmarks.pico.questions import LOC_STEP, Question, all_answers
-from edgevlm.benchmarks.pico.scenes import Thing, Word
+from edgevlm.benchmarks.pico.scenes import Thing
 from edgevlm.benchmarks.pico.shards import Facts, read_shard, wait_for_shard
+from edgevlm.benchmarks.pico.targets import (
+    Lexicon,
+    Named,
+    flipped,
+    patch_targets,
+    shape_masks,
+)
 from edgevlm.benchmarks.pico.tokenizer import N_LOC, Tokenizer
 
 # A place one step off is nearly right: the target is spread over its neighbours.
 _SPREAD = np.exp(-0.5 * (np.arange(-2, 3) / 0.75) ** 2)
 _SPREAD /= _SPREAD.sum()
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LETTER_SLOTS = 2
-MASK_CELLS = 7  # along each side of a patch
 SCENES_USED = 1408  # of the 2048 of a shard, so that the share of words can vary
-SLICE = 16  # pictures of a batch that one thread takes at a time
+SLICE = 12  # pictures of a batch that one thread takes at a time
 SHORT = 18  # text tokens of a question with a one-word answer
-WORD_KIND = len(KINDS) + 1  # 0 is background
 
 
 class Row(NamedTuple):
@@ -47,6 +48,18 @@ class Row(NamedTuple):
     is_prompt: list[bool]
     position: list[int]
     tasks: list[str]
+    named: list[Named]
+    written: list[Named]
+
+
+@dataclass
+class Meant:
+    """What states refer to, see targets.Named: int64 [n, 5] (row * t + column, left, number, kind,
+    colour) and boxes, float32 [n, 4].
+    """
+
+    facts: Tensor
+    boxes: Tensor
 
 
 @dataclass
@@ -63,6 +76,8 @@ class Texts:
     targets: Tensor  # int64 [answers, 5]
     target_weights: Tensor  # float32 [answers, 5]
     weights: Tensor  # float32 [answers]
+    nouns: Meant  # of the prompts
+    written: Meant  # of captions and boxes
     tasks: list[str]  # of each question
 
 
@@ -80,7 +95,7 @@ class BatchPlan:
     """How the batches of one phase are built."""
 
     n_pictures: int
-    text_length: int = 96  # packed rows
+    text_length: int = 160  # packed rows
     true_rows: int = 2  # questions per picture, each in its own row
     mode: str = "packed"  # "vision", "packed" or "true"
     word_share: float = 0.05  # of the scenes used
@@ -89,10 +104,16 @@ class BatchPlan:
 
 
 def pack(
-    questions: Iterator[Question], tokenizer: Tokenizer, n_image: int, length: int, most: int
+    questions: Iterator[Question],
+    things: tuple[Thing, ...],
+    lexicon: Lexicon,
+    n_image: int,
+    length: int,
+    most: int,
 ) -> Row:
-    """Fills a row with different questions until nothing more fits."""
-    row = Row([], [], [], [], [])
+    """Fills a row with different questions about the things until nothing more fits."""
+    tokenizer = lexicon.tokenizer
+    row = Row([], [], [], [], [], [], [])
     seen: set[str] = set()
     for question in islice(questions, 3 * most):
         if question.prompt.lower().rstrip("?") in seen:
@@ -103,6 +124,9 @@ def pack(
         if len(row.ids) + n > length:
             continue
         seen.add(question.prompt.lower().rstrip("?"))
+        start = len(row.ids)
+        row.named.extend(lexicon.named(prompt, things, start))
+        row.written.extend(lexicon.written(question, answer, things, start + len(prompt)))
         row.ids.extend(prompt + answer)
         row.segment.extend([len(row.tasks)] * n)
         row.is_prompt.extend([True] * len(prompt) + [False] * len(answer))
@@ -117,7 +141,7 @@ def build(
     pictures: np.ndarray,
     facts: list[Facts],
     plan: BatchPlan,
-    tokenizer: Tokenizer,
+    lexicon: Lexicon,
     config: PicoConfig,
     rng: Random,
 ) -> Batch:
@@ -130,10 +154,10 @@ def build(
             continue
         stream = all_answers(things, word, rng)
         if plan.mode == "packed":
-            made = [pack(stream, tokenizer, p, plan.text_length, 12)]
+            made = [pack(stream, things, lexicon, p, plan.text_length, 20)]
         else:
             n_rows = plan.true_rows if word is None else 1
-            made = [pack(stream, tokenizer, p, plan.text_length, 1) for _ in range(n_rows)]
+            made = [pack(stream, things, lexicon, p, plan.text_length, 1) for _ in range(n_rows)]
         rows += made
         picture_of += [index] * len(made)
     order = (
@@ -147,7 +171,10 @@ def build(
     for members in (list(order)[:short], list(order)[short:]):
         if members:
             laid_out = _lay_out(
-                [rows[k] for k in members], p, tokenizer, image_sees_prompt=plan.mode == "true"
+                [rows[k] for k in members],
+                p,
+                lexicon.tokenizer,
+                image_sees_prompt=plan.mode == "true",
             )
             laid_out["picture_of"] = torch.tensor(
                 [picture_of[k] for k in members], dtype=torch.int64
@@ -166,7 +193,7 @@ def build(
 
 def _lay_out(
     rows: list[Row], p: int, tokenizer: Tokenizer, *, image_sees_prompt: bool
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     n, t = len(rows), max([len(row.ids) for row in rows], default=1)
     ids, positions = np.zeros((n, t), np.int64), np.full((n, t), p, np.int64)
     segment, is_prompt = np.full((n, t), -1), np.zeros((n, t), bool)
@@ -184,7 +211,17 @@ def _lay_out(
         "targets": torch.from_numpy(targets),
         "target_weights": torch.from_numpy(spread),
         "weights": torch.from_numpy(weights),
+        "nouns": _meant([(k * t, n) for k, row in enumerate(rows) for n in row.named]),
+        "written": _meant([(k * t, n) for k, row in enumerate(rows) for n in row.written]),
     }
+
+
+def _meant(named: list[tuple[int, Named]]) -> Meant:
+    facts = [(start + n.column, n.left, n.number, n.kind, n.colour) for start, n in named]
+    return Meant(
+        torch.tensor(facts, dtype=torch.int64).view(-1, 5),
+        torch.tensor([n.box for _, n in named]).view(-1, 4),
+    )
 
 
 def attention_mask(
@@ -222,100 +259,6 @@ def _answers(
     _, inverse, counts = np.unique(key, return_inverse=True, return_counts=True)
     weights = counts[inverse] ** -0.65
     return where, targets, spread.astype(np.float32), weights.astype(np.float32)
-
-
-def patch_targets(facts: list[Facts], grid: int) -> dict[str, np.ndarray]:
-    """What lies under each patch; -1 where a head has nothing to learn.
-
-    kind, colour, centre, letter, letter_index: int64 [n, grid * grid(, slots)]; box: float32 [n,
-    grid * grid, 4], the object's sides relative to the patch's centre.
-    """
-    n, g2 = len(facts), grid * grid
-    out: dict[str, np.ndarray] = {
-        "kind": np.zeros((n, g2), np.int64),
-        "colour": np.full((n, g2), -1, np.int64),
-        "centre": np.zeros((n, g2), np.float32),
-        "box": np.zeros((n, g2, 4), np.float32),
-        "letter": np.full((n, g2, LETTER_SLOTS), -1, np.int64),
-        "letter_index": np.full((n, g2, LETTER_SLOTS), -1, np.int64),
-    }
-    for k, (things, word) in enumerate(facts):
-        _mark_things({name: value[k] for name, value in out.items()}, things, grid)
-        if word is not None:
-            _mark_word({name: value[k] for name, value in out.items()}, word, grid)
-    return out
-
-
-def shape_masks(picture: np.ndarray, things: tuple[Thing, ...], config: PicoConfig) -> np.ndarray:
-    """Which cells of each patch a shape covers: int8 [patches, cells], -1 where it is not known.
-
-    Read off the picture: inside its box a shape is what is nearer in colour to the box's middle
-    than to the ground around its corners.
-    """
-    side, grid = config.side, config.grid
-    mask = np.zeros((side, side), np.int8)
-    for thing in things:
-        x0, y0, x1, y1 = (round(v * side) for v in thing.box)
-        inside = np.s_[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1]
-        if thing.colour is None:
-            mask[inside] = -1
-            continue
-        cx, cy = (x0 + x1) // 2, (y0 + y1) // 2
-        fill = picture[cy - 1 : cy + 2, cx - 1 : cx + 2].reshape(-1, 3).mean(0, np.float32)
-        ys = np.clip([y0 - 2, y0 - 2, y1 + 1, y1 + 1], 0, side - 1)
-        xs = np.clip([x0 - 2, x1 + 1, x0 - 2, x1 + 1], 0, side - 1)
-        ground = np.sort(picture[ys, xs], 0)[1:3].mean(0, np.float32)
-        # |p - fill| < |p - ground|, multiplied out.
-        threshold = (fill @ fill - ground @ ground) / 2
-        mask[inside] = picture[inside] @ (fill - ground) > threshold
-    cell = config.patch // MASK_CELLS
-    parts = mask.reshape(grid, MASK_CELLS, cell, grid, MASK_CELLS, cell).transpose(0, 3, 1, 4, 2, 5)
-    parts = parts.reshape(grid * grid, MASK_CELLS**2, cell * cell)
-    share = parts.mean(-1)
-    return np.where((parts < 0).any(-1), -1, share >= 0.5).astype(np.int8)
-
-
-def _overlap(low: float, high: float, grid: int) -> np.ndarray:
-    """The share of each of the cells along a side that the interval covers."""
-    edges = np.arange(grid) / grid
-    covered = np.minimum(high, edges + 1 / grid) - np.maximum(low, edges)
-    return np.asarray(covered.clip(0, None) * grid)
-
-
-def _mark_things(out: dict[str, np.ndarray], things: tuple[Thing, ...], grid: int) -> None:
-    best = np.full(grid * grid, 0.2)
-    middles = (np.arange(grid) + 0.5) / grid
-    centres = np.stack([np.tile(middles, grid), np.repeat(middles, grid)] * 2, 1)
-    for thing in things:
-        x0, y0, x1, y1 = thing.box
-        cover = np.outer(_overlap(y0, y1, grid), _overlap(x0, x1, grid)).ravel()
-        cx, cy = (min(grid - 1, int(v * grid)) for v in thing.centre)
-        cover[cy * grid + cx] += 2
-        mine = cover > best
-        best[mine] = cover[mine]
-        out["kind"][mine] = 1 + KINDS.index(thing.kind)
-        out["colour"][mine] = COLOURS.index(thing.colour) if thing.colour else -1
-        out["box"][mine] = (np.array(thing.box) - centres)[mine]
-        out["centre"][cy * grid + cx] = 1
-
-
-def _mark_word(out: dict[str, np.ndarray], word: Word, grid: int) -> None:
-    rows = _overlap(word.box[1], word.box[3], grid)
-    inside = np.nonzero(rows > min(0.4, 0.8 * rows.max()))[0]
-    middles = (np.arange(grid) + 0.5) / grid
-    for row in inside:
-        for column in range(grid):
-            cell = row * grid + column
-            for slot in range(LETTER_SLOTS):
-                x = (column + (slot + 0.5) / LETTER_SLOTS) / grid
-                for index, letter in enumerate(word.letters):
-                    if letter[0] <= x < letter[2]:
-                        out["letter"][cell, slot] = LETTERS.index(word.text[index])
-                        out["letter_index"][cell, slot] = index
-                        out["kind"][cell] = WORD_KIND
-                        out["box"][cell] = np.array(word.box) - np.array(
-                            [middles[column], middles[row]] * 2
-                        )
 
 
 def choose_scenes(
@@ -367,15 +310,19 @@ class Stream(IterableDataset[list[Batch]]):
 
     def __iter__(self) -> Iterator[list[Batch]]:
         torch.set_num_threads(1)
-        tokenizer = Tokenizer(self.tokenizer_path)
+        lexicon = Lexicon(Tokenizer(self.tokenizer_path))
         size = self.plan.n_pictures
         per_shard = SCENES_USED // size
         loaded = -1
         for step in range(self.first, self.first + self.steps):
             index = step // per_shard % self.shards
+            # Every other time a shard comes round it is seen in a mirror.
+            mirror = step // per_shard // self.shards % 2 == 1
             if index != loaded:
                 wait_for_shard(self.folder, index)
                 pictures, facts = self._read(index)
+                if mirror:
+                    pictures, facts = flipped(pictures, facts)
                 loaded = index
             start = step % per_shard * size
             rng = Random(f"questions {step}")
@@ -384,7 +331,7 @@ class Stream(IterableDataset[list[Batch]]):
                 plan = replace(plan, mode="true")
             yield [
                 build(
-                    pictures[k : k + SLICE], facts[k : k + SLICE], plan, tokenizer, self.config, rng
+                    pictures[k : k + SLICE], facts[k : k + SLICE], plan, lexicon, self.config, rng
                 )
                 for k in range(start, start + size, SLICE)
             ]

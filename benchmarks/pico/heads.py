@@ -8,12 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.benchmarks.pico.batches import LETTER_SLOTS, LETTERS, MASK_CELLS, WORD_KIND
+from edgevlm.benchmarks.pico.batches import Meant
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
 from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, rotate
 from edgevlm.benchmarks.pico.questions import LOC_STEP
+from edgevlm.benchmarks.pico.targets import (
+    LETTER_SLOTS,
+    LETTERS,
+    MASK_CELLS,
+    MOST,
+    RELATIONS,
+    WORD_KIND,
+)
 from edgevlm.benchmarks.pico.tokenizer import N_LOC, Tokenizer
 
+RELATION_WEIGHT = 2.0  # counts and orders are what the encoder is slowest to learn
+NOUN_LAYER = 1  # the second of the decoder: two more bring what a noun knows to the answer
+WRITTEN_LAYER = 2  # the third: what is next depends on what was written
 MASK_LAYER = 2  # the third of the encoder: the layers after it can build on the masks
 _SIZES = {
     "kind": WORD_KIND + 1,
@@ -87,7 +98,9 @@ class RowHeads(nn.Module):
     def __init__(self, width: int, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.places = nn.Linear(width, 4 * width, bias=False)
-        nn.init.normal_(self.places.weight, std=width**-0.5)
+        self.relations = nn.Linear(width, len(RELATIONS) * MOST)
+        for linear in (self.places, self.relations):
+            nn.init.normal_(linear.weight, std=width**-0.5)
         # Nouns as they stand in a prompt (after a space) and as they begin an answer.
         self.nouns = [_word_ids(tokenizer, KINDS, space) for space in (" ", "")]
         self.colours = [_word_ids(tokenizer, COLOURS, space) for space in (" ", "")]
@@ -106,11 +119,41 @@ class RowHeads(nn.Module):
         near = (torch.arange(len(self.place_ids)) - box[..., None] * (1023 / LOC_STEP)) / 0.75
         wanted = torch.softmax(-0.5 * near**2, -1)
         guessed = self.places(found).unflatten(-1, (4, -1)) @ embeddings[self.place_ids].T
+        related = self.relations(found).unflatten(-1, (len(RELATIONS), MOST))
         return {
+            "relations": RELATION_WEIGHT * _entropy(related, targets["relations"][seen]),
             "noun": torch.stack(nouns).mean(),
             "colour word": torch.stack(colours).mean(),
             "place": F.cross_entropy(guessed.flatten(0, 1), wanted.flatten(0, 1)),
         }
+
+
+class Referents(nn.Module):
+    """Teaches tokens what they refer to, halfway through the decoder: the nouns of a prompt, and
+    the words of a caption or the places of a box what they are about to name.
+
+    From the answers alone, "what colour is the circle?" stays a guess among the colours of the
+    picture for a hundred thousand pictures, though "is the circle red?" is learnt at once; and a
+    box takes one side from one star, the next from another.
+    """
+
+    SIZES = (MOST, MOST, len(KINDS), len(COLOURS), 4)
+
+    def __init__(self, width: int, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.linear = nn.Linear(width, sum(self.SIZES))
+        nn.init.normal_(self.linear.weight, std=width**-0.5)
+
+    def losses(self, layers: list[Tensor], meant: Meant) -> dict[str, Tensor]:
+        """The states [rows, t, width] behind every decoder layer -> one scalar each."""
+        states = layers[self.layer].flatten(0, 1)[meant.facts[:, 0]]
+        out = self.linear(F.rms_norm(states, states.shape[-1:])).split(self.SIZES, -1)
+        any_thing = meant.facts[:, 2] > 0
+        error = (out[4][any_thing] - meant.boxes[any_thing] * 4).abs()
+        names = ("left", "number", "kind", "colour")
+        known = {name: _entropy(out[k], meant.facts[:, k + 1]) for k, name in enumerate(names)}
+        return known | {"box": error.mean() if error.numel() else error.sum()}
 
 
 class NounAttention:
@@ -147,9 +190,7 @@ class NounAttention:
 
 
 def _word_ids(tokenizer: Tokenizer, words: tuple[str, ...], space: str) -> Tensor:
-    ids = [tokenizer.model.encode(space + word) for word in words]
-    assert all(len(pieces) == 1 for pieces in ids), "every noun and colour is one piece"
-    return torch.tensor([pieces[0] for pieces in ids])
+    return torch.tensor([tokenizer.word_id(word, space) for word in words])
 
 
 def _centres(n_patches: int) -> Tensor:

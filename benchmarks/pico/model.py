@@ -257,8 +257,15 @@ class Pico(nn.Module):
         out: Tensor = self.multi_modal_projector.linear(features)
         return out
 
-    def hidden(self, image_rows: Tensor, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Final states of the text tokens.
+    def hidden(
+        self,
+        image_rows: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        seen: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Final states of the text tokens; ``seen`` takes what every layer made of them on the way.
 
         ``image_rows`` [n, p, width]; ``ids`` and ``positions`` int64 [n, t], counted from p;
         ``mask`` bool [n, 1, p + t, p + t], True where a row may look. Returns [n, t, width].
@@ -274,6 +281,8 @@ class Pico(nn.Module):
             last = index == len(decoder.layers) - 1
             # Nothing reads what the last layer makes of the image rows.
             x = layer(x, n_image if last else 0, rope, bias)
+            if seen is not None:
+                seen.append(x[:, -ids.shape[1] :])
         out: Tensor = decoder.norm(x)
         return out
 

@@ -20,6 +20,7 @@ from edgevlm.benchmarks.pico.questions import LOC_STEP
 from edgevlm.benchmarks.pico.scenes import Scene, make_scene
 from edgevlm.benchmarks.pico.shards import model_input
 from edgevlm.benchmarks.pico.simple_scenes import simple_scene
+from edgevlm.benchmarks.pico.targets import Lexicon
 from edgevlm.benchmarks.pico.tokenizer import N_LOC, Tokenizer
 
 N_SCENES = 192
@@ -37,6 +38,7 @@ def monitor(model: Pico, tokenizer: Tokenizer) -> dict[str, float]:
     the second).
     """
     scores: dict[str, float] = {}
+    lexicon = Lexicon(tokenizer)
     for prefix, make in (("", make_scene), ("simple ", simple_scene)):
         right: dict[str, list[bool]] = defaultdict(list)
         scenes = _scenes(make)
@@ -45,7 +47,7 @@ def monitor(model: Pico, tokenizer: Tokenizer) -> dict[str, float]:
             pictures = np.stack([model_input(scene.picture) for scene in chunk])
             facts = [(scene.things, scene.word) for scene in chunk]
             plan = BatchPlan(CHUNK, true_rows=8, mode="true")
-            batch = build(pictures, facts, plan, tokenizer, model.config, Random(f"asked {start}"))
+            batch = build(pictures, facts, plan, lexicon, model.config, Random(f"asked {start}"))
             for task, ok in _exact(model, batch, tokenizer):
                 right[task].append(ok)
         scores |= {prefix + task: sum(v) / len(v) for task, v in sorted(right.items())}

@@ -146,6 +146,11 @@ class Tokenizer:
             return [*(self.model.piece_to_id(letter) for letter in answer), EOS]
         return [*_encode(self, answer), EOS]
 
+    def word_id(self, word: str, space: str = " ") -> int:
+        """The piece of a noun, colour or number of the domain, each of which is one piece."""
+        (piece,) = self.model.encode(space + word)
+        return int(piece)
+
     def text(self, ids: list[int]) -> str:
         """Ids back to text; the end token and padding are dropped."""
         return str(self.model.decode([i for i in ids if i not in (PAD, EOS, BOS) and i < N_PIECES]))

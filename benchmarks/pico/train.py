@@ -22,8 +22,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from edgevlm.benchmarks.pico.batches import Batch, BatchPlan, Stream
-from edgevlm.benchmarks.pico.checkpoint import save_checkpoint
-from edgevlm.benchmarks.pico.heads import MaskHead, NounAttention, PatchHeads, RowHeads
+from edgevlm.benchmarks.pico.checkpoint import load_checkpoint, save_checkpoint
+from edgevlm.benchmarks.pico.heads import (
+    NOUN_LAYER,
+    WRITTEN_LAYER,
+    MaskHead,
+    NounAttention,
+    PatchHeads,
+    Referents,
+    RowHeads,
+)
 from edgevlm.benchmarks.pico.model import Pico, PicoConfig
 from edgevlm.benchmarks.pico.monitor import monitor
 from edgevlm.benchmarks.pico.optimiser import make_optimisers
@@ -46,8 +54,8 @@ class Schedule:
     packed_steps: int = 2400
     true_steps: int = 800
     vision_pictures: int = 64
-    packed_pictures: int = 64
-    true_pictures: int = 64
+    packed_pictures: int = 48
+    true_pictures: int = 48
     lr: float = 2e-3
     muon_lr: float = 0.016
     vision_share: float = 0.6  # of the rates above, once the decoder is trained too
@@ -55,6 +63,7 @@ class Schedule:
     word_share: float = 0.05  # of the pictures
     object_share: float = 0.25
     head_weight: float = 0.5  # of the patch targets, once there are answers to learn
+    referent_weight: float = 0.3  # of what nouns, captions and boxes refer to
     decay: float = 0.9
     shards: int = 140
 
@@ -96,6 +105,8 @@ class Trainer:
         self.heads = PatchHeads(config.vision_width)
         self.row_heads = RowHeads(config.width, self.tokenizer)
         self.noun_attention = NounAttention(self.tokenizer)
+        self.nouns = Referents(config.width, NOUN_LAYER)
+        self.written = Referents(config.width, WRITTEN_LAYER)
         self.mask_head = MaskHead(config.vision_width)
         self.threads = ThreadPoolExecutor(N_THREADS)
         vision: list[nn.Module] = [self.model.vision_tower, self.heads]
@@ -107,7 +118,13 @@ class Trainer:
         self.optimisers.append(
             [
                 torch.optim.AdamW(
-                    [*self.row_heads.parameters(), *self.mask_head.parameters()], lr=schedule.lr
+                    [
+                        *self.row_heads.parameters(),
+                        *self.mask_head.parameters(),
+                        *self.nouns.parameters(),
+                        *self.written.parameters(),
+                    ],
+                    lr=schedule.lr,
                 )
             ]
         )
@@ -118,6 +135,11 @@ class Trainer:
         self.step = 0
         self.sums: dict[str, list[float]] = defaultdict(list)
 
+    def start_from(self, checkpoint: Path) -> None:
+        """Prepares a new schedule from trained weights; the heads are new."""
+        self.model.load_state_dict(load_checkpoint(checkpoint).state_dict())
+        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+
     def start(self) -> None:
         """Prepares a first run: the patch embedding starts from the pictures of the first shard."""
         wait_for_shard(self.folder / "data", 0)
@@ -125,16 +147,16 @@ class Trainer:
         whiten_patches(self.model, np.array(pictures[:512]))
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    def resume(self, path: Path, *, weights_only: bool = False) -> None:
-        """Continues from a snapshot, or starts a new schedule from its weights."""
+    def resume(self, path: Path) -> None:
+        """Continues from a snapshot."""
         snapshot = torch.load(path, weights_only=True)
         self.model.load_state_dict(snapshot["model"])
         self.heads.load_state_dict(snapshot["heads"])
         self.row_heads.load_state_dict(snapshot["row_heads"])
         self.mask_head.load_state_dict(snapshot["mask_head"])
+        self.nouns.load_state_dict(snapshot["nouns"])
+        self.written.load_state_dict(snapshot["written"])
         self.ema = snapshot["ema"]
-        if weights_only:
-            return
         self.step = snapshot["step"]
         for optimiser, state in zip(self._all_optimisers(), snapshot["optimisers"], strict=True):
             optimiser.load_state_dict(state)
@@ -148,6 +170,8 @@ class Trainer:
             "heads": self.heads.state_dict(),
             "mask_head": self.mask_head.state_dict(),
             "row_heads": self.row_heads.state_dict(),
+            "nouns": self.nouns.state_dict(),
+            "written": self.written.state_dict(),
             "ema": self.ema,
             "optimisers": [o.state_dict() for o in self._all_optimisers()],
         }
@@ -233,18 +257,29 @@ class Trainer:
         losses["noun attention"] = self.noun_attention.loss(self.model, rows, batch.patches)
         losses["mask"] = MASK_WEIGHT * self.mask_head.loss(layers, batch.patches)
         loss = torch.stack(list(losses.values())).sum()
-        for name, value in losses.items():
-            self.sums[name].append(float(value.detach()))
+        self._note(losses)
         if mode == "vision":
             return loss
         return self._answer_loss(rows, batch) + self.schedule.head_weight * loss
 
+    def _note(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            self.sums[name].append(float(value.detach()))
+
     def _answer_loss(self, rows: Tensor, batch: Batch) -> Tensor:
-        losses, weights = [], []
+        losses, weights, referents = [], [], []
         for texts in batch.texts:
+            layers: list[Tensor] = []
             hidden = self.model.hidden(
-                rows[texts.picture_of], texts.ids, texts.positions, texts.mask
+                rows[texts.picture_of], texts.ids, texts.positions, texts.mask, layers
             )
+            for name, heads, meant in (
+                ("noun", self.nouns, texts.nouns),
+                ("written", self.written, texts.written),
+            ):
+                learnt = heads.losses(layers, meant)
+                self._note({f"{name} {key}": value for key, value in learnt.items()})
+                referents.append(torch.stack(list(learnt.values())).sum())
             log_probs = F.log_softmax(self.model.logits(hidden.flatten(0, 1)[texts.where]), -1)
             losses.append(-(log_probs.gather(1, texts.targets) * texts.target_weights).sum(1))
             weights.append(texts.weights)
@@ -252,7 +287,8 @@ class Trainer:
             self.sums["right"].append(float(right.float().mean()))
         loss, weight = torch.cat(losses), torch.cat(weights)
         self.sums["answer"].append(float(loss.detach().mean()))
-        return (loss * weight).sum() / weight.sum()
+        meaning = torch.stack(referents).sum() / len(batch.texts)
+        return (loss * weight).sum() / weight.sum() + self.schedule.referent_weight * meaning
 
     @torch.no_grad()
     def _average(self) -> None:
