@@ -14,13 +14,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgevlm.errors import UnknownFamily
-from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
+from edgevlm.specs import AnswerSpec, DecoderSpec, Fit, ImageSpec, PromptSpec
 from edgevlm.types import Box
 
 Config = Mapping[str, Any]
 
 # What Family.locate says of a tensor that checkpoints carry and the model never reads.
 IGNORED = ""
+# What stands before the names of files and tensors of a vision tower from a folder of its own.
+TOWER = "tower/"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a family may look at: a checkpoint's JSON files by name, the shapes of its tensors.
+
+    A vision tower that is a checkpoint of its own has all its names behind TOWER. `template` and
+    `fit` are what the user chose over the checkpoint's own, None for no choice.
+    """
+
+    files: Mapping[str, Config]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    template: str | None = None
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,8 @@ class Model:
     `vision`, `projector` and `text` are the sub-configs that the exporter's builders take; they
     name the kind of each part (`vision["kind"] == "siglip"`). `markers` are tokens, by id, that
     user text can never become; `whole_tokens` are pieces of text that are always one token.
+    `prefix` is what the tokenizer puts before every text, " " for LLaMA's; the template holds it.
+    `skipped` are beginnings of canonical names of tensors that the model carries and never reads.
     """
 
     image: ImageSpec
@@ -41,6 +59,8 @@ class Model:
     text: Config
     markers: Mapping[int, str] = field(default_factory=dict)
     whole_tokens: tuple[str, ...] = ()
+    prefix: str = ""
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,19 +70,22 @@ class Family:
     name: as in manifests and file names.
     license: licence of the published weights, where the checkpoint does not state one.
     model_types: values of `model_type` in config.json that belong to it.
-    describe: the checkpoint's JSON files by name -> Model. Raises ValueError with one line that
-        names the key if the config is not one of this family.
+    describe: Source -> Model. Raises ValueError with one line that names the key if the config is
+        not one of this family, or the choice if the user's is not.
     locate: name of a source tensor -> "vision.…", "projector.…" or "decoder.…" in the canonical
         names of the builders, IGNORED if the model never uses it, None if it is not known.
     boxes: answer text, picture width and height in pixels -> boxes; None if the family has none.
+    tower: Source -> folder or hub name of the vision tower that the checkpoint leaves out, None
+        where it is whole; None if no checkpoint of the family leaves it out.
     """
 
     name: str
     license: str
     model_types: tuple[str, ...]
-    describe: Callable[[Mapping[str, Config]], Model]
+    describe: Callable[[Source], Model]
     locate: Callable[[str], str | None]
     boxes: Callable[[str, int, int], list[Box]] | None = None
+    tower: Callable[[Source], str | None] | None = None
 
 
 def known() -> list[str]:

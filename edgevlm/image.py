@@ -28,6 +28,9 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image | RGB
 
 # Pillow's own threshold for a decompression bomb: 256 MiB of RGB.
 MAX_PIXELS = 89_478_485
+# What a long and narrow picture may become on the way to a square: half a gigabyte, enough for one
+# of 1 x 1000 pixels whose short side becomes 336.
+MAX_RESIZED = 1 << 27
 MAX_DOWNLOAD_BYTES = 128 << 20
 _TIMEOUT_S = 30
 _STRIP_PIXELS = 1 << 22
@@ -171,14 +174,14 @@ def preprocess(rgb: RGB, spec: ImageSpec) -> Pixels:
 
 def _check_fit(width: int, height: int, spec: ImageSpec) -> None:
     side = max(width, height)
-    # Pillow holds 4 bytes a pixel: what is made here costs 358 MB at most beside the picture. A pad
-    # has only strips of its square in memory, but goes through every row at full width.
+    # Pillow holds 4 bytes a pixel. A pad has only strips of its square in memory, but goes through
+    # every row at full width.
     swollen = {
         "stretch": 0,
         "crop": math.prod(_covering(width, height, spec.size)),
         "pad": max(side * spec.size, side * height // 4),
     }
-    if swollen[spec.fit] > MAX_PIXELS:
+    if swollen[spec.fit] > MAX_RESIZED:
         raise ImageError(
             f"the picture of {width} x {height} pixels",
             "is too long and narrow for this model; cut out a part of it",

@@ -6,6 +6,7 @@ part, so that no text a user types can become a picture or a control token.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from edgevlm.errors import PromptError
@@ -31,17 +32,37 @@ class Begin:
     """The begin-of-sequence token."""
 
 
-Segment = Text | Picture | Begin
+@dataclass(frozen=True)
+class Token:
+    """The token with this id."""
+
+    id: int
+
+
+Segment = Text | Picture | Begin | Token
+_ID = re.compile(r"\{id:(\d+)\}")
 
 
 def segments(spec: PromptSpec, prompt: str, n_pictures: int) -> list[Segment]:
     """Fills the template: `{image}` once for each of `n_pictures` pictures, `{prompt}` once."""
+    own = spec.text_template if spec.text_template and not n_pictures else spec.template
+    return _filled(own, prompt, n_pictures)
+
+
+def turn(spec: PromptSpec, prompt: str) -> list[Segment]:
+    """What comes between an answer and the next one."""
+    return _filled(spec.turn, prompt, 0)
+
+
+def _filled(template: tuple[str, ...], prompt: str, n_pictures: int) -> list[Segment]:
     parts: list[Segment] = []
-    for part in spec.template:
+    for part in template:
         if part == "{image}":
             parts += [Picture(i) for i in range(n_pictures)]
         elif part == "{bos}":
             parts.append(Begin())
+        elif token := _ID.fullmatch(part):
+            parts.append(Token(int(token[1])))
         else:
             parts.append(Text(part.replace("{prompt}", prompt, 1)))
     return parts
@@ -52,6 +73,10 @@ def task_prompt(spec: PromptSpec, task: str, prompt: str = "", language: str = "
     if task not in spec.tasks:
         raise PromptError(
             f"this model has no task {task!r}; it has {', '.join(sorted(spec.tasks)) or 'none'}"
+        )
+    if language != "en" and "{language}" not in spec.tasks[task]:
+        raise PromptError(
+            f"this model has no {task} in {language!r}; ask in that language in your own words"
         )
     head, *tail = spec.tasks[task].replace("{language}", language).split("{prompt}")
     return prompt.join([head, *tail])

@@ -41,10 +41,15 @@ class PromptSpec:
     `template` lists the parts in order. A part is `{image}` (the rows of every picture), `{bos}`
     (the begin token) or text, in which `{prompt}` stands for the user's words; every text part is
     tokenized by itself. `tasks` maps a task (caption, answer, detect, ocr) to its prompt, in which
-    `{language}` and `{prompt}` are filled in.
+    `{language}` and `{prompt}` are filled in. A part may also be `{id:N}`, the token with that id.
+    `text_template` is the template of a request without pictures, where it is another. `turn`
+    holds the parts between an answer and the end of the next question, for models that were trained
+    on conversations.
     """
 
     template: tuple[str, ...]
+    text_template: tuple[str, ...] = ()
+    turn: tuple[str, ...] = ()
     tasks: Mapping[str, str] = field(default_factory=dict)
 
 

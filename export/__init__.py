@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edgevlm.bundle import Bundle
 from edgevlm.export.quantize import QUANTS, VISION_PRECISIONS
+from edgevlm.specs import Fit
 from edgevlm.types import Progress
 
 __all__ = ["QUANTS", "VISION_PRECISIONS", "export_bundle"]
@@ -24,14 +25,20 @@ def export_bundle(
     vision_precision: str = "int8",
     verify: bool = True,
     name: str | None = None,
+    vision_tower: str | os.PathLike[str] | None = None,
+    template: str | None = None,
+    image_fit: Fit | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Converts a checkpoint into a bundle in the folder `out` and returns it.
 
     `source` is a checkpoint folder or a model on the hub (`org/name[@revision]`); `quant` is one
     of QUANTS, `vision_precision` one of VISION_PRECISIONS. With `verify` the bundle is compared
-    with the source, run by transformers in float32, where transformers is installed. `progress`
-    is called with every step of a long stage.
+    with the source, run by transformers in float32, where transformers is installed. `vision_tower`
+    is a folder or hub id to take the vision tower from, for checkpoints that leave it out;
+    `template` and `image_fit` choose another prompt template and fit of pictures than the
+    checkpoint's, where its family has several. `progress` is called with every step of a long
+    stage.
 
     Raises SourceError for a checkpoint that is incomplete or unknown, ParityError when the bundle
     does not answer like its source, ExportError or BundleError when there is no room, EngineMissing
@@ -39,5 +46,7 @@ def export_bundle(
     """
     from edgevlm.export import pipeline
 
-    options = pipeline.Options(quant, vision_precision, verify, name)
+    options = pipeline.Options(
+        quant, vision_precision, verify, name, vision_tower, template, image_fit
+    )
     return pipeline.run(source, Path(out), options, progress)

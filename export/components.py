@@ -19,7 +19,7 @@ from edgevlm.bundle import Component, record
 from edgevlm.errors import ExportError
 from edgevlm.export import decoder, images
 from edgevlm.export.decoder import DecoderSource
-from edgevlm.export.parts import Part
+from edgevlm.export.parts import Part, patches
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant, VisionPrecision
 from edgevlm.export.source import Checkpoint
@@ -27,7 +27,7 @@ from edgevlm.export.tokenizer import read_vocabulary
 from edgevlm.family import Family, Model
 
 if TYPE_CHECKING:
-    from edgevlm.export.vision import Encoder
+    from edgevlm.export.towers import Tower
 
 # A linear map whose 8-bit input would carry more noise than this share of its signal stays in
 # float32; each later limit is tried when the features are still too far from their source. Inputs
@@ -121,7 +121,7 @@ def _write_vision(job: Job, folder: Path, work: Path) -> list[Path]:
     return onnx_files.files(target)
 
 
-def _quantize_vision(job: Job, encoder: Encoder, traced: Path, target: Path) -> None:
+def _quantize_vision(job: Job, encoder: Tower, traced: Path, target: Path) -> None:
     """Quantizes as much as keeps the features within the precision's cosine of float32."""
     from edgevlm.export import onnx_files, vision
 
@@ -154,7 +154,7 @@ def _write_projector(job: Job, folder: Path, work: Path) -> list[Path]:
     target, traced = folder / "projector.onnx", work / "projector.onnx"
     stage = Stage(job.report, "projector", len(job.parts["projector"]) + 1, "tensors")
     projector = vision.build_projector(job.model.projector, job.parts["projector"], stage)
-    vision.trace_projector(projector, job.model.image.tokens, traced)
+    vision.trace_projector(projector, job.model.projector, patches(job.model.vision), traced)
     onnx_files.store(traced, target, "fp32")
     stage.advance(1)
     return onnx_files.files(target)

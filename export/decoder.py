@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgevlm.errors import ExportError
 from edgevlm.export import llama
-from edgevlm.export.parts import EMBED, Part
+from edgevlm.export.parts import EMBED, LM_HEAD, Part
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant
 from edgevlm.export.tensors import SourceTensor, to_float32
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TOKEN_EMBEDDING = "token_embd.weight"
 FILE = "decoder.gguf"
 
-_GEMMA_LAYER = {
+_LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -42,15 +42,18 @@ _GEMMA_LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 _LAYER = {
-    "gemma": _GEMMA_LAYER | {"post_attention_layernorm": "ffn_norm"},
-    "gemma2": _GEMMA_LAYER
+    "llama": _LAYER_NAMES | {"post_attention_layernorm": "ffn_norm"},
+    "gemma": _LAYER_NAMES | {"post_attention_layernorm": "ffn_norm"},
+    "gemma2": _LAYER_NAMES
     | {
         "post_attention_layernorm": "post_attention_norm",
         "pre_feedforward_layernorm": "ffn_norm",
         "post_feedforward_layernorm": "post_ffw_norm",
     },
 }
-_TOP = {EMBED: TOKEN_EMBEDDING, "norm.weight": "output_norm.weight"}
+_TOP = {EMBED: TOKEN_EMBEDDING, "norm.weight": "output_norm.weight", LM_HEAD: "output.weight"}
+# Gemma's norms scale by 1 + weight; llama.cpp's by the weight.
+_NORM_OFFSET = {"gemma": 1, "gemma2": 1}
 # The lossless home of each source type, for files that llama.cpp quantizes afterwards.
 _HOME = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -107,7 +110,7 @@ def write_gguf(source: DecoderSource, path: Path, type: str, report: Report | No
         writer.write_ti_data_to_file()
         stage = Stage(report, "decoder", sum(t.elements * _BYTES[s] for _, t, s in plan), "B")
         for name, tensor, stored in plan:
-            writer.write_tensor_data(_values(tensor, stored, _gain(name, source.config)))
+            writer.write_tensor_data(_values(name, tensor, stored, source.config))
             stage.advance(tensor.elements * _BYTES[stored])
     finally:
         writer.close()
@@ -117,7 +120,8 @@ def _plan(source: DecoderSource, type: str) -> Iterator[tuple[str, SourceTensor,
     """(GGUF name, source tensor, stored type) in the order of the layers."""
     layer = _LAYER[source.config["kind"]]
     for name, target in _TOP.items():
-        yield target, source.tensors[name], type if name == EMBED else "F32"
+        if tensor := source.tensors.get(name):
+            yield target, tensor, type if len(tensor.shape) == 2 else "F32"
     for i in range(source.config["num_hidden_layers"]):
         for name, target in layer.items():
             tensor = source.tensors[f"layers.{i}.{name}.weight"]
@@ -135,11 +139,12 @@ def _gain(name: str, config: Config) -> float:
     return 1.0
 
 
-def _values(tensor: SourceTensor, stored: str, gain: float) -> NDArray[Any]:
-    raw = tensor.raw()
+def _values(name: str, tensor: SourceTensor, stored: str, config: Config) -> NDArray[Any]:
+    raw, gain = tensor.raw(), _gain(name, config)
     if len(tensor.shape) == 1:
-        # Gemma's norms scale by 1 + weight; llama.cpp's by the weight.
-        return to_float32(raw, tensor.dtype) + np.float32(1)
+        return to_float32(raw, tensor.dtype) + np.float32(_NORM_OFFSET.get(config["kind"], 0))
+    if config["kind"] == "llama":
+        raw = _interleaved(name, raw, config)
     if stored == tensor.dtype and gain == 1.0:
         return raw
     values = to_float32(raw, tensor.dtype) * np.float32(gain)
@@ -152,6 +157,18 @@ def _values(tensor: SourceTensor, stored: str, gain: float) -> NDArray[Any]:
             raise ExportError(f"{tensor.name}: does not fit into f16; choose bf16 or f32")
         return half
     return values
+
+
+def _interleaved(name: str, raw: NDArray[Any], config: Config) -> NDArray[Any]:
+    """Queries and keys in the order of llama.cpp's "llama" graph, whose rotary positions turn
+    neighbouring rows; transformers' turn rows that lie half a head apart.
+    """
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+    for part, key in heads.items():
+        if f".{part}." in name:
+            halves = raw.reshape(config[key], 2, config["head_dim"] // 2, raw.shape[1])
+            return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(raw.shape))
+    return raw
 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -175,6 +192,9 @@ def _metadata(writer: gguf.GGUFWriter, source: DecoderSource, type: str) -> None
     writer.add_value_length(c["head_dim"])
     writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
     writer.add_rope_freq_base(c["rope_theta"])
+    if c["kind"] == "llama":
+        writer.add_rope_dimension_count(c["head_dim"])
+        writer.add_vocab_size(c["vocab_size"])
     if c["kind"] == "gemma2":
         writer.add_attn_logit_softcapping(c["attn_logit_softcapping"] or _NO_SOFTCAP)
         writer.add_final_logit_softcapping(_NO_SOFTCAP)

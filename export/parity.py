@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edgevlm.bundle import StageParity
 from edgevlm.errors import EdgeVLMError, ExportError, ParityError
-from edgevlm.export import child, images, llama
+from edgevlm.export import child, images, llama, references
 from edgevlm.export.components import Job, distance, elements
 from edgevlm.export.corpus import corpus
 from edgevlm.export.progress import Stage
@@ -57,21 +57,19 @@ def verify(job: Job, folder: Path) -> tuple[StageParity, ...]:
     """Compares the bundle in `folder` with its source; raises ParityError at the first stage
     that is off by more than its tolerance.
     """
-    from edgevlm.export import reference
-
     stage = Stage(job.report, "verify", 4, "steps")
     with _explained(job):
-        processor = reference.load_processor(job.checkpoint.folder, job.model.image)
-        expected = reference.token_ids(processor, corpus())
-    stages = [_tokens(llama.tokenize(folder / "decoder.gguf", corpus()), expected)]
+        reference = references.of(job)
+        expected = reference.token_ids(corpus())
+    texts = [text and job.model.prefix + text for text in corpus()]
+    stages = [_tokens(llama.tokenize(folder / "decoder.gguf", texts), expected)]
     _raise(stages)
     stage.advance(1)
-    request = reference.Request(images.scene(), PROMPT, N_TOKENS)
+    request = references.Request(images.scene(), PROMPT, N_TOKENS)
     ours = probe(folder, request.image, request.prompt, request.n_tokens)
     stage.advance(1)
-    run = _REFERENCES[job.family.name]
     with _explained(job):
-        source = run(job.checkpoint.folder, processor, request, ours["tokens"])
+        source = reference.run(request, ours["tokens"])
     stage.advance(1)
     stages += compare(job, ours, source)
     _raise(stages)
@@ -92,15 +90,6 @@ def _explained(job: Job) -> Iterator[None]:
             f"{job.checkpoint.folder}: transformers cannot run the source ({reason}); "
             "export without verification (--no-verify)"
         ) from e
-
-
-def _paligemma(folder: Path, processor: Any, request: Any, tokens: Array) -> Arrays:
-    from edgevlm.export import reference
-
-    return reference.paligemma(folder, processor, request, tokens)
-
-
-_REFERENCES: dict[str, Callable[[Path, Any, Any, Array], Arrays]] = {"paligemma": _paligemma}
 
 
 def _raise(stages: list[StageParity]) -> None:

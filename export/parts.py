@@ -15,7 +15,7 @@ import numpy as np
 from edgevlm.errors import SourceError
 from edgevlm.export.source import Checkpoint
 from edgevlm.export.tensors import DTYPES, SourceTensor
-from edgevlm.family import IGNORED, Config, Family, Model
+from edgevlm.family import IGNORED, TOWER, Config, Family, Model
 
 Shapes = dict[str, tuple[int, ...]]
 Part = Mapping[str, SourceTensor]
@@ -34,18 +34,81 @@ def siglip(config: Config) -> Shapes:
         "embeddings.position_embedding.weight": (positions, d),
     }
     for i in range(config["num_hidden_layers"]):
-        p = f"encoder.layers.{i}."
-        for name in ("layer_norm1", "layer_norm2"):
-            shapes |= {f"{p}{name}.weight": (d,), f"{p}{name}.bias": (d,)}
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= _linear(f"{p}self_attn.{name}", d, d)
-        shapes |= _linear(f"{p}mlp.fc1", d, mlp) | _linear(f"{p}mlp.fc2", mlp, d)
+        shapes |= _vision_layer(f"encoder.layers.{i}.", d, mlp)
     return shapes | {"post_layernorm.weight": (d,), "post_layernorm.bias": (d,)}
+
+
+def clip(config: Config) -> Shapes:
+    """A CLIP vision tower up to the layer whose output is read; no final norm, no head."""
+    d, mlp, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
+    shapes: Shapes = {
+        "embeddings.class_embedding": (d,),
+        "embeddings.patch_embedding.weight": (d, config["num_channels"], patch, patch),
+        "embeddings.position_embedding.weight": ((config["image_size"] // patch) ** 2 + 1, d),
+        "pre_layrnorm.weight": (d,),
+        "pre_layrnorm.bias": (d,),
+    }
+    for i in range(config["num_hidden_layers"]):
+        shapes |= _vision_layer(f"encoder.layers.{i}.", d, mlp)
+    return shapes
+
+
+def patches(config: Config) -> int:
+    """Rows of features that a tower makes of one picture."""
+    side = config["image_size"] // config["patch_size"]
+    return int(side * side + config.get("class_token", 0))
+
+
+def _vision_layer(prefix: str, d: int, mlp: int) -> Shapes:
+    shapes: Shapes = {}
+    for name in ("layer_norm1", "layer_norm2"):
+        shapes |= {f"{prefix}{name}.weight": (d,), f"{prefix}{name}.bias": (d,)}
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        shapes |= _linear(f"{prefix}self_attn.{name}", d, d)
+    return shapes | _linear(f"{prefix}mlp.fc1", d, mlp) | _linear(f"{prefix}mlp.fc2", mlp, d)
 
 
 def linear(config: Config) -> Shapes:
     """A projector that is one linear map."""
     return _linear("linear", config["in"], config["out"])
+
+
+def mlp(config: Config) -> Shapes:
+    """A projector of several linear maps with GELU between them."""
+    shapes = _linear("0", config["in"], config["out"])
+    for i in range(1, config["depth"]):
+        shapes |= _linear(str(2 * i), config["out"], config["out"])
+    return shapes
+
+
+def ldp(config: Config) -> Shapes:
+    """MobileVLM's projector: two linear maps, then two inverted residual blocks."""
+    d = config["out"]
+    shapes = _linear("mlp.1", config["in"], d) | _linear("mlp.3", d, d)
+    for block in ("mb_block.1.block.", "mb_block.2.block."):
+        squeezed = ldp_squeezed(d)
+        shapes |= {f"{block}0.0.weight": (d, 1, 3, 3), f"{block}2.0.weight": (d, d, 1, 1)}
+        for norm in ("0.1", "2.1"):
+            shapes |= {f"{block}{norm}.weight": (d,), f"{block}{norm}.bias": (d,)}
+        shapes |= {f"{block}1.fc1.weight": (squeezed, d, 1, 1), f"{block}1.fc1.bias": (squeezed,)}
+        shapes |= {f"{block}1.fc2.weight": (d, squeezed, 1, 1), f"{block}1.fc2.bias": (d,)}
+    return shapes
+
+
+def ldp_squeezed(width: int) -> int:
+    """Channels between the two convolutions of squeeze and excitation, as torchvision has them:
+    a quarter, to a multiple of 8, never below nine tenths of it.
+    """
+    quarter = width // 4
+    rounded = max(8, (quarter + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * quarter else rounded
+
+
+def ldpv2(config: Config) -> Shapes:
+    """MobileVLM V2's projector: two linear maps, pooling, one depthwise convolution."""
+    d = config["out"]
+    shapes = _linear("mlp.mlp.0", config["in"], d) | _linear("mlp.mlp.2", d, d)
+    return shapes | {"peg.peg.0.weight": (d, 1, 3, 3), "peg.peg.0.bias": (d,)}
 
 
 def _linear(name: str, columns: int, rows: int) -> Shapes:
@@ -54,12 +117,12 @@ def _linear(name: str, columns: int, rows: int) -> Shapes:
 
 def gemma(config: Config) -> Shapes:
     """A Gemma decoder; its output table is its input table."""
-    return _gemma(config, ("input_layernorm", "post_attention_layernorm"))
+    return _decoder(config, ("input_layernorm", "post_attention_layernorm"))
 
 
 def gemma2(config: Config) -> Shapes:
     """A Gemma 2 decoder: as Gemma, with four norms a layer."""
-    return _gemma(
+    return _decoder(
         config,
         (
             "input_layernorm",
@@ -70,7 +133,15 @@ def gemma2(config: Config) -> Shapes:
     )
 
 
-def _gemma(config: Config, norms: tuple[str, ...]) -> Shapes:
+def llama(config: Config) -> Shapes:
+    """A LLaMA or Mistral decoder; its output table is its own unless the config ties it."""
+    shapes = _decoder(config, ("input_layernorm", "post_attention_layernorm"))
+    if not config["tie_word_embeddings"]:
+        shapes[LM_HEAD] = (config["vocab_size"], config["hidden_size"])
+    return shapes
+
+
+def _decoder(config: Config, norms: tuple[str, ...]) -> Shapes:
     d, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     shapes: Shapes = {EMBED: (config["vocab_size"], d), "norm.weight": (d,)}
@@ -91,7 +162,12 @@ def _gemma(config: Config, norms: tuple[str, ...]) -> Shapes:
 
 KINDS: dict[str, Callable[[Config], Shapes]] = {
     "siglip": siglip,
+    "clip": clip,
     "linear": linear,
+    "mlp": mlp,
+    "ldp": ldp,
+    "ldpv2": ldpv2,
+    "llama": llama,
     "gemma": gemma,
     "gemma2": gemma2,
 }
@@ -109,8 +185,9 @@ def assign(checkpoint: Checkpoint, family: Family, model: Model) -> dict[str, Pa
         for part, config in configs.items()
         for name, shape in KINDS[config["kind"]](config).items()
     }
-    found = _located(checkpoint, family)
-    head = found.pop(f"decoder.{LM_HEAD}", None)
+    found = _located(checkpoint, family, model)
+    tied = f"decoder.{LM_HEAD}" not in expected
+    head = found.pop(f"decoder.{LM_HEAD}", None) if tied else None
     for name in found:
         if name not in expected:
             raise SourceError(f"{_at(found[name])} has no place in this model; check config.json")
@@ -128,11 +205,16 @@ def assign(checkpoint: Checkpoint, family: Family, model: Model) -> dict[str, Pa
     }
 
 
-def _located(checkpoint: Checkpoint, family: Family) -> dict[str, SourceTensor]:
+def _located(checkpoint: Checkpoint, family: Family, model: Model) -> dict[str, SourceTensor]:
     found: dict[str, SourceTensor] = {}
-    for tensor in checkpoint.tensors.values():
-        name = family.locate(tensor.name)
-        if name == IGNORED:
+    tensors = [(t.name, t) for t in checkpoint.tensors.values()]
+    if tower := checkpoint.tower:
+        # A copy inside the checkpoint is rounded; the original projects never look at it.
+        tensors = [(n, t) for n, t in tensors if not (family.locate(n) or "").startswith("vision.")]
+        tensors += [(TOWER + t.name, t) for t in tower.tensors.values()]
+    for source, tensor in tensors:
+        name = family.locate(source)
+        if name == IGNORED or (name and name.startswith(model.skipped)):
             continue
         if name is None:
             raise SourceError(f"{_at(tensor)} is unknown to the family {family.name!r}")

@@ -24,7 +24,8 @@ from edgevlm.export.components import Job
 from edgevlm.export.parts import assign
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint, stated_license
-from edgevlm.family import Family, Model
+from edgevlm.family import TOWER, Family, Model, Source
+from edgevlm.specs import Fit
 
 _PACKAGES = (
     "edgevlm",
@@ -47,6 +48,9 @@ class Options:
     vision_precision: str
     verify: bool
     name: str | None
+    vision_tower: str | os.PathLike[str] | None = None
+    template: str | None = None
+    fit: Fit | None = None
 
 
 def run(
@@ -81,21 +85,52 @@ def prepare(source: str | os.PathLike[str], options: Options, report: Report | N
     quant = quantize.quant(options.quant)
     vision = quantize.vision_precision(options.vision_precision)
     folder, name = hub.locate(source, report)
-    checkpoint = read_checkpoint(folder)
-    family, model = describe(checkpoint)
+    checkpoint = with_tower(read_checkpoint(folder), options, report)
+    family, model = describe(checkpoint, options.template, options.fit)
     parts = assign(checkpoint, family, model)
     return Job(checkpoint, family, model, parts, quant, vision, options.name or name, report)
 
 
-def describe(checkpoint: Checkpoint) -> tuple[Family, Model]:
-    """The family of a checkpoint and what its config means; raises UnknownFamily, SourceError."""
+def with_tower(checkpoint: Checkpoint, options: Options, report: Report | None) -> Checkpoint:
+    """The checkpoint, with the vision tower of another folder where the user or it names one."""
+    family = _family(checkpoint)
+    if family.tower is None:
+        if options.vision_tower:
+            raise SourceError(f"{checkpoint.folder}: a {family.name} has its own vision tower")
+        return checkpoint
+    wanted = options.vision_tower or family.tower(_source(checkpoint))
+    if not wanted:
+        return checkpoint
+    try:
+        folder, _ = hub.locate(wanted, report)
+    except SourceError as e:
+        raise SourceError(f"{e} (the vision tower; --vision-tower names another)") from None
+    return replace(checkpoint, tower=read_checkpoint(folder, tokenizer=False))
+
+
+def _source(checkpoint: Checkpoint, template: str | None = None, fit: Fit | None = None) -> Source:
+    files, tower = dict(checkpoint.configs), checkpoint.tower
+    if tower:
+        files |= {TOWER + name: config for name, config in tower.configs.items()}
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    return Source(files, shapes, template, fit)
+
+
+def _family(checkpoint: Checkpoint) -> Family:
     path, config = checkpoint.folder / CONFIG, checkpoint.configs[CONFIG]
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise SourceError(f"{path}: has no 'model_type'; name the folder of a whole checkpoint")
-    family = families.by_model_type(model_type, str(path))
+    return families.by_model_type(model_type, str(path))
+
+
+def describe(
+    checkpoint: Checkpoint, template: str | None = None, fit: Fit | None = None
+) -> tuple[Family, Model]:
+    """The family of a checkpoint and what its config means; raises UnknownFamily, SourceError."""
+    path, family = checkpoint.folder / CONFIG, _family(checkpoint)
     try:
-        return family, family.describe(checkpoint.configs)
+        return family, family.describe(_source(checkpoint, template, fit))
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
     except (TypeError, KeyError, AttributeError, ArithmeticError) as e:
@@ -120,9 +155,11 @@ def _manifest(job: Job, parts: dict[str, Component], folder: Path) -> Manifest:
 
 
 def _source_records(job: Job) -> tuple[FileRecord, ...]:
-    files = job.checkpoint.files
-    stage = Stage(job.report, "hash source", sum(f.stat().st_size for f in files), "B")
-    return tuple(record(f, progress=stage.advance) for f in files)
+    files = [(f, f.name) for f in job.checkpoint.files]
+    if tower := job.checkpoint.tower:
+        files += [(f, TOWER + f.name) for f in tower.files]
+    stage = Stage(job.report, "hash source", sum(f.stat().st_size for f, _ in files), "B")
+    return tuple(record(f, name, progress=stage.advance) for f, name in files)
 
 
 def _versions() -> dict[str, str]:

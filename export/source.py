@@ -33,16 +33,20 @@ _OTHERS = re.compile(r".*\.(bin|pt|pth|ckpt|msgpack|h5|npz)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: parsed JSON files by name, tensors by source name, weight files."""
+    """A checkpoint folder: parsed JSON files by name, tensors by source name, weight files, and
+    the folder of the vision tower where that is another.
+    """
 
     folder: Path
     configs: Mapping[str, Config]
     tensors: Mapping[str, SourceTensor]
     weights: tuple[Path, ...]
 
+    tower: Checkpoint | None = None
+
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file that the export reads."""
+        """Every file of this folder that the export reads."""
         named = sorted(self.folder / name for name in self.configs)
         tokenizers = [self.folder / n for n in TOKENIZERS if (self.folder / n).is_file()]
         return (*named, *tokenizers, *self.weights)

@@ -23,7 +23,13 @@ _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # llama.cpp merges the pair of the highest score first; an unused row must never be one.
 _UNUSED_SCORE = -1e9
-_SPECIALS = ("bos", "eos", "unk", "pad")
+# What the special tokens are called where tokenizer_config.json does not say.
+_SPECIALS = {
+    "bos": ("<bos>", "<s>"),
+    "eos": ("<eos>", "</s>"),
+    "unk": ("<unk>",),
+    "pad": ("<pad>",),
+}
 
 
 @dataclass
@@ -48,10 +54,10 @@ def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
     folder = checkpoint.folder
     path = folder / "tokenizer.model"
     if path.is_file():
-        tokens = _sentencepiece(path)
+        tokens = _sentencepiece(path, model.prefix)
     else:
         path = folder / "tokenizer.json"
-        tokens = _bpe(path)
+        tokens = _bpe(path, model.prefix)
     rows = model.decoder.n_vocab
     table = {i: t for i, t in enumerate(tokens)}
     for i, (text, special) in _added(checkpoint).items():
@@ -90,7 +96,7 @@ def _spaces(token: Token) -> Token:
     return token
 
 
-def _sentencepiece(path: Path) -> list[Token]:
+def _sentencepiece(path: Path, prefix: str) -> list[Token]:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
@@ -110,17 +116,19 @@ def _sentencepiece(path: Path) -> list[Token]:
     if proto.trainer_spec.model_type != 2:
         raise SourceError(f"{path}: is not a BPE model, the only kind this exporter knows")
     spec = proto.normalizer_spec
-    if spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+    adds_space = bool(spec.add_dummy_prefix)
+    odd = spec.precompiled_charsmap or spec.remove_extra_whitespaces
+    if odd or adds_space != (prefix == " "):
         raise SourceError(f"{path}: normalises its text, which llama.cpp cannot do for this model")
     return [Token(p.piece, p.score, p.type) for p in proto.pieces]
 
 
-def _bpe(path: Path) -> list[Token]:
+def _bpe(path: Path, prefix: str) -> list[Token]:
     data = read_json(path)
     model = data.get("model", {})
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise SourceError(f"{path}: is not a BPE tokenizer with byte fallback; add tokenizer.model")
-    if not _replaces_spaces(data.get("normalizer")):
+    if not _replaces_spaces(data, prefix):
         raise SourceError(f"{path}: has a normalizer that is not known; add tokenizer.model")
     vocab = model["vocab"]
     if sorted(vocab.values()) != list(range(len(vocab))):
@@ -141,12 +149,16 @@ def _bpe(path: Path) -> list[Token]:
     return tokens
 
 
-def _replaces_spaces(normalizer: Any) -> bool:
-    return (
-        isinstance(normalizer, dict)
-        and normalizer.get("type") == "Replace"
-        and normalizer.get("pattern") == {"String": " "}
-        and normalizer.get("content") == _SPACE
+def _replaces_spaces(data: dict[str, Any], prefix: str) -> bool:
+    """Whether spaces become the space piece, with one before every text where `prefix` says so."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    prepend = {"type": "Prepend", "prepend": _SPACE}
+    normalizer = data.get("normalizer")
+    if not prefix:
+        return bool(normalizer == replace)
+    first = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "first", "split": False}
+    return normalizer == {"type": "Sequence", "normalizers": [prepend, replace]} or (
+        normalizer is None and data.get("pre_tokenizer") == first
     )
 
 
@@ -184,11 +196,12 @@ def _specials(tokens: list[Token], checkpoint: Checkpoint, path: Path) -> dict[s
     ids = {t.text: i for i, t in enumerate(tokens) if t.type in (CONTROL, UNKNOWN)}
     config = checkpoint.configs.get("tokenizer_config.json", {})
     found = {}
-    for name in _SPECIALS:
-        text = config.get(f"{name}_token") or f"<{name}>"
-        text = text["content"] if isinstance(text, dict) else text
-        if text in ids:
-            found[name] = ids[text]
+    for name, usual in _SPECIALS.items():
+        stated = config.get(f"{name}_token")
+        stated = stated["content"] if isinstance(stated, dict) else stated
+        for text in (stated,) if stated else usual:
+            if text in ids:
+                found[name] = ids[text]
     for name in ("bos", "eos"):
         if name not in found:
             raise SourceError(f"{path}: has no <{name}> token; add tokenizer_config.json")

@@ -1,14 +1,13 @@
 """The vision encoder and the projector: safetensors -> torch modules -> ONNX.
 
-The only module that imports optimum. It knows one torch module for each kind of part
-and how to trace it; what a file on disk becomes afterwards is onnx_files.py's business.
+The only module that imports optimum. The modules themselves are in towers.py and connectors.py;
+what a file on disk becomes afterwards is onnx_files.py's business.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
 import warnings
 from collections import OrderedDict
@@ -29,8 +28,10 @@ try:
     from optimum.exporters.onnx import OnnxConfig, export
     from optimum.utils import NormalizedConfig
     from torch import nn
-    from transformers import PretrainedConfig, SiglipVisionConfig
-    from transformers.models.siglip.modeling_siglip import SiglipVisionTransformer
+    from transformers import PretrainedConfig
+
+    from edgevlm.export.connectors import CONNECTORS, Linear
+    from edgevlm.export.towers import TOWERS, Tower
 except ImportError as e:
     raise EngineMissing(
         f"export needs torch, transformers and optimum-onnx ({e.name or e} is not there)",
@@ -44,58 +45,10 @@ OPSET = 18
 Array = NDArray[np.float32]
 
 
-class Encoder(nn.Module):
-    """pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = _siglip_config(config)
-        self.tower = SiglipVisionTransformer(self.config)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features after the last norm."""
-        features: torch.Tensor = self.tower(pixels).last_hidden_state
-        return features
-
-
-class Projector(nn.Module):
-    """features float32 [n, patches, in] -> embeddings float32 [n, patches, out]."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        # optimum sets flags on a config of transformers; there is nothing to read in it.
-        self.config: Any = PretrainedConfig()
-        self.linear = nn.Linear(config["in"], config["out"])
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Rows that stand in for token embeddings."""
-        rows: torch.Tensor = self.linear(features)
-        return rows
-
-
-def _siglip_config(config: Config) -> Any:
-    keys = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_channels",
-        "image_size",
-        "patch_size",
-        "hidden_act",
-        "layer_norm_eps",
-    )
-    # transformers leaves its configs without types.
-    make: Any = SiglipVisionConfig
-    siglip = make(**{key: config[key] for key in keys}, vision_use_head=False)
-    siglip._attn_implementation = "eager"
-    return siglip
-
-
-def build_encoder(config: Config, part: Part, stage: Stage) -> Encoder:
+def build_encoder(config: Config, part: Part, stage: Stage) -> Tower:
     """The encoder with the checkpoint's weights, float32."""
     with torch.device("meta"):
-        encoder = Encoder(config)
+        encoder = TOWERS[config["kind"]](config)
     _load(encoder.tower, part, stage)
     embeddings = encoder.tower.embeddings
     positions = torch.arange(embeddings.num_positions).expand((1, -1))
@@ -103,14 +56,13 @@ def build_encoder(config: Config, part: Part, stage: Stage) -> Encoder:
     return encoder.eval()
 
 
-def build_projector(config: Config, part: Part, stage: Stage) -> Projector:
-    """The projector, divided by sqrt(out): llama.cpp's gemma graphs multiply every row by it."""
+def build_projector(config: Config, part: Part, stage: Stage) -> nn.Module:
+    """The projector with the checkpoint's weights, float32."""
     with torch.device("meta"):
-        projector = Projector(config)
+        projector = CONNECTORS[config["kind"]](config)
     _load(projector, part, stage)
-    with torch.no_grad():
-        for parameter in projector.parameters():
-            parameter.div_(math.sqrt(config["out"]))
+    if isinstance(projector, Linear):
+        projector.loaded()
     return projector.eval()
 
 
@@ -161,7 +113,7 @@ class ProjectorOnnxConfig(_PartOnnxConfig):
     names = ("features", "embeddings")
 
 
-def trace_encoder(encoder: Encoder, path: Path) -> None:
+def trace_encoder(encoder: Tower, path: Path) -> None:
     """Writes the encoder as float32 ONNX."""
     c = encoder.config
     shape = (c.num_channels, c.image_size, c.image_size)
@@ -169,11 +121,15 @@ def trace_encoder(encoder: Encoder, path: Path) -> None:
         export(encoder, EncoderOnnxConfig(c, shape), path, opset=OPSET)
 
 
-def trace_projector(projector: Projector, patches: int, path: Path) -> None:
+def trace_projector(projector: nn.Module, config: Config, patches: int, path: Path) -> None:
     """Writes the projector as float32 ONNX for features of that many patches."""
-    shape = (patches, projector.linear.in_features)
+    # optimum reads a config of transformers from the module and sets flags on it.
+    made: Any = projector
+    made.config = PretrainedConfig()
     with quiet():
-        export(projector, ProjectorOnnxConfig(projector.config, shape), path, opset=OPSET)
+        export(
+            projector, ProjectorOnnxConfig(made.config, (patches, config["in"])), path, opset=OPSET
+        )
 
 
 @contextlib.contextmanager
@@ -192,7 +148,7 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def activation_noise(encoder: Encoder, pixels: Array) -> dict[str, float]:
+def activation_noise(encoder: Tower, pixels: Array) -> dict[str, float]:
     """Noise over signal that 8-bit activations would bring to each linear map's input.
 
     Keys are the modules' names under the tower; a value is the variance of rounding to 256 even
@@ -220,7 +176,7 @@ def activation_noise(encoder: Encoder, pixels: Array) -> dict[str, float]:
     return noise
 
 
-def features(encoder: Encoder, pixels: Array) -> Array:
+def features(encoder: Tower, pixels: Array) -> Array:
     """What the encoder makes of pixels, one picture at a time, in torch and float32."""
     with torch.inference_mode():
         rows = [encoder(torch.from_numpy(pixels[i : i + 1])).numpy() for i in range(len(pixels))]
@@ -234,6 +190,6 @@ def node_name(module: str) -> str:
     return f"/tower/{path}/MatMul"
 
 
-def drop(encoder: Encoder) -> None:
+def drop(encoder: Tower) -> None:
     """Frees the encoder's weights while its owner still holds it."""
     encoder.to("meta")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from edgevlm.errors import PromptError
 from edgevlm.runtimes.engines import Cancelled
 from edgevlm.runtimes.interrupt import interruptible
-from edgevlm.runtimes.request import Parts, Request, input_rows
+from edgevlm.runtimes.request import Parts, Request, input_rows, prefill
 from edgevlm.runtimes.text import TextStream
 from edgevlm.types import FinishReason, Piece, Reply, Timings, TokenCounts
 
@@ -75,11 +75,7 @@ class Answer:
         self._stop_if_cancelled()
         with request.watch.timed("prefill_ms"):
             interruptible(
-                lambda: model.decoder.prefill(
-                    prefix,
-                    bidirectional=model.manifest.decoder.attention == "prefix",
-                    room=request.max_tokens,
-                ),
+                lambda: prefill(model, request, prefix, request.max_tokens),
                 model.decoder.cancel,
             )
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
 from edgevlm.runtimes.engines import Cancelled, Float
-from edgevlm.runtimes.hooks import ExactGelu
+from edgevlm.runtimes.hooks import GEGLU, ExactGelu
 from edgevlm.runtimes.rows import EmbeddingRows
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec, TensorPlace
@@ -63,7 +63,9 @@ class LlamaDecoder:
         if found != (spec.n_embd, spec.n_vocab):
             raise BundleCorrupt(path, f"is another decoder (width, vocabulary {found})")
         self._spec, self._threads = spec, threads
-        self._exact = ExactGelu(spec.n_layer) if exact else None
+        self._f32 = exact
+        self._exact = ExactGelu(spec.n_layer) if exact and spec.architecture in GEGLU else None
+        self._shared = np.empty((0, spec.n_embd), np.float32)
         self._rows = EmbeddingRows(path, place)
         self._context: int | None = None
         self._batch: Any = None
@@ -105,7 +107,7 @@ class LlamaDecoder:
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
         return self._rows(tokens)
 
-    def prefill(self, rows: Float, *, bidirectional: bool, room: int) -> None:
+    def prefill(self, rows: Float, *, bidirectional: bool, room: int, shared: int = 0) -> int:
         """See TextDecoder. A bidirectional prefix is one batch: every row sees every other."""
         n = len(rows)
         if n < 1 or rows.shape[1:] != (self._spec.n_embd,):
@@ -114,17 +116,31 @@ class LlamaDecoder:
             raise ContextOverflow(0, n, room, self._spec.context_length)
         self._reserve(n + room, n if bidirectional else min(n, _CAUSAL_BATCH))
         self._cancelled.clear()
-        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
-        self._past = 0
+        kept = self._keep(rows[:shared])
         llama.llama_set_causal_attn(self._context, not bidirectional)
         llama.llama_set_abort_callback(self._context, self._abort, None)
         try:
-            for start in range(0, n, self._n_batch):
-                self._decode_rows(rows[start : start + self._n_batch])
+            # The shared rows end a batch whether they are kept or not, so that what follows them is
+            # computed in the same batches, to the same bits.
+            for begin, end in ((kept, shared), (max(kept, shared), n)):
+                for start in range(begin, end, self._n_batch):
+                    self._decode_rows(rows[start : min(start + self._n_batch, end)])
+            self._shared = rows[:shared].copy()
         finally:
             # A Python callback at every graph node would slow the single steps of decoding.
             llama.llama_set_abort_callback(self._context, llama.ggml_abort_callback(), None)
             llama.llama_set_causal_attn(self._context, True)
+        return kept
+
+    def _keep(self, shared: Float) -> int:
+        """Forgets everything but the state of these rows, if it is there; returns their number."""
+        if 0 < len(shared) <= self._past and np.array_equal(shared, self._shared):
+            self.rollback(len(shared))
+            return len(shared)
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        self._past = 0
+        self._shared = shared[:0]
+        return 0
 
     def _decode_rows(self, rows: Float) -> None:
         data = np.ascontiguousarray(rows, np.float32)
@@ -222,6 +238,7 @@ class LlamaDecoder:
         params.no_perf = True
         if self._exact:
             params.cb_eval = self._exact.callback
+        if self._f32:
             params.type_k = params.type_v = llama.GGML_TYPE_F32
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         _log.clear()

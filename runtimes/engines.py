@@ -59,8 +59,13 @@ class TextDecoder(Protocol):
     def embed(self, tokens: Sequence[int]) -> Float:
         """Token ids -> rows float32 [n, n_embd]."""
 
-    def prefill(self, rows: Float, *, bidirectional: bool, room: int) -> None:
-        """Forgets everything, then reads rows float32 [n, n_embd], leaving `room` positions."""
+    def prefill(self, rows: Float, *, bidirectional: bool, room: int, shared: int = 0) -> int:
+        """Reads rows float32 [n, n_embd] from position 0 on, leaving `room` positions after them.
+
+        The first `shared` rows, fewer than n, are a block that other prompts begin with as well:
+        where the last call had the same block, its state is kept. Returns the rows kept; whether
+        any are makes no difference to the logits.
+        """
 
     def extend(self, tokens: Sequence[int]) -> Float:
         """Reads tokens causally; returns the logits after each, float32 [n, n_vocab]."""

@@ -79,12 +79,13 @@ class FakeDecoder:
         """Rows [n, 4] that hold the token id."""
         return np.repeat(np.array(tokens, np.float32)[:, None], _N_EMBD, 1)
 
-    def prefill(self, rows: Float, *, bidirectional: bool, room: int) -> None:
-        """Starts the next answer."""
+    def prefill(self, rows: Float, *, bidirectional: bool, room: int, shared: int = 0) -> int:
+        """Starts the next answer; keeps nothing."""
         self.prefills.append(rows)
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         self._script = [_FIRST_BYTE + b for b in answer] + [_END]
         self._past = self._start = len(rows)
+        return 0
 
     def extend(self, tokens: Sequence[int]) -> Float:
         """Logits [n, n_vocab] after each token."""
@@ -156,7 +157,7 @@ def vlm(
         image=ImageSpec(size, tokens, (0.5,) * 3, (0.5,) * 3, max_pictures=max_pictures),
         prompt=PromptSpec(
             ("{image}", "{bos}", "{prompt}\n"),
-            {"caption": "caption {language}", "detect": "detect {prompt}", "ocr": "ocr"},
+            tasks={"caption": "caption {language}", "detect": "detect {prompt}", "ocr": "ocr"},
         ),
         decoder=DecoderSpec("fake", "prefix", _N_EMBD, 1, _N_VOCAB, context_length),
         answer=AnswerSpec(stop_tokens=(_END,)),

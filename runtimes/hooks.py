@@ -23,6 +23,8 @@ for _name in ("ggml_backend_tensor_get", "ggml_backend_tensor_set"):
     _function.restype = None
     _function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 
+# Architectures whose feed-forward is gated by GELU.
+GEGLU = ("gemma", "gemma2")
 _GATE, _UP, _GEGLU = b"ffn_gate", b"ffn_up", b"ffn_geglu"
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from edgevlm.errors import EdgeVLMError
 from edgevlm.image import preprocess
 from edgevlm.runtimes.loading import Settings, load_bundle
-from edgevlm.runtimes.request import prepare
+from edgevlm.runtimes.request import prefill, prepare
 from edgevlm.sampling import Sampling
 
 
@@ -38,8 +38,7 @@ def probe(folder: Path, source: Path, target: Path) -> None:
         blocks = [
             embeddings[0] if isinstance(p, int) else model.decoder.embed(p) for p in request.parts
         ]
-        bidirectional = model.manifest.decoder.attention == "prefix"
-        model.decoder.prefill(np.concatenate(blocks), bidirectional=bidirectional, room=n_tokens)
+        prefill(model, request, np.concatenate(blocks), n_tokens)
         logits, tokens = [model.decoder.logits()], []
         for _ in range(n_tokens):
             tokens.append(int(logits[-1].argmax()))

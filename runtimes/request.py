@@ -20,13 +20,14 @@ from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
 from edgevlm.image import RGB, ImageSource, preprocess, read_image
-from edgevlm.prompt import Begin, Picture, Segment, check_text, segments
+from edgevlm.prompt import Begin, Picture, Segment, Token, check_text, segments, turn
 from edgevlm.runtimes.cache import RowCache, fingerprint
 from edgevlm.runtimes.engines import TextDecoder, VisionEncoder
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.sampling import Sampling
 
 Float = npt.NDArray[np.float32]
+History = Sequence[tuple[str, Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,42 @@ class Request:
     max_tokens: int
     n_cached: int = 0
 
+    def shared(self, model: Parts) -> int:
+        """Rows up to the last picture's: what other questions about it begin with. None of a
+        prefix whose rows all see the question.
+        """
+        if not self.pictures or model.manifest.decoder.attention == "prefix":
+            return 0
+        last = max(i for i, part in enumerate(self.parts) if isinstance(part, int))
+        sizes = (
+            model.manifest.image.tokens if isinstance(part, int) else len(part)
+            for part in self.parts[: last + 1]
+        )
+        return sum(sizes)
+
+
+def prefill(model: Parts, request: Request, rows: Float, room: int) -> None:
+    """The decoder reads the input's rows; state that it kept counts as cached."""
+    kept = model.decoder.prefill(
+        rows,
+        bidirectional=model.manifest.decoder.attention == "prefix",
+        room=room,
+        shared=request.shared(model),
+    )
+    request.n_cached = max(request.n_cached, kept)
+
 
 def prepare(
-    model: Parts, prompt: str, images: Sequence[ImageSource], sampling: Sampling
+    model: Parts,
+    prompt: str,
+    images: Sequence[ImageSource],
+    sampling: Sampling,
+    history: History = (),
 ) -> Request:
     """Reads the pictures, tokenizes the prompt and checks that all of it fits.
 
-    Raises ImageError, PromptError or ContextOverflow.
+    `history` holds the questions before it with the tokens of their answers. Raises ImageError,
+    PromptError or ContextOverflow.
     """
     watch = Stopwatch()
     spec = model.manifest
@@ -97,7 +127,7 @@ def prepare(
         )
     with watch.timed("image_decode_ms"):
         pictures = [read_image(image) for image in images]
-    parts = [_part(model.decoder, s) for s in segments(spec.prompt, prompt, len(pictures))]
+    parts = _conversation(model, prompt, history, len(pictures))
     n_image = len(pictures) * spec.image.tokens
     n_text = sum(len(p) for p in parts if isinstance(p, list))
     context = spec.decoder.context_length
@@ -108,9 +138,22 @@ def prepare(
     return Request(pictures, parts, sampling, watch, n_image, n_text, room)
 
 
+def _conversation(
+    model: Parts, prompt: str, history: History, n_pictures: int
+) -> list[list[int] | int]:
+    spec, decoder = model.manifest.prompt, model.decoder
+    prompts = [*(question for question, _ in history), prompt]
+    parts = [_part(decoder, s) for s in segments(spec, prompts[0], n_pictures)]
+    for (_, answer), following in zip(history, prompts[1:], strict=True):
+        parts += [list(answer), *(_part(decoder, s) for s in turn(spec, following))]
+    return parts
+
+
 def _part(decoder: TextDecoder, segment: Segment) -> list[int] | int:
     if isinstance(segment, Picture):
         return segment.index
+    if isinstance(segment, Token):
+        return [segment.id]
     return [decoder.bos] if isinstance(segment, Begin) else decoder.tokenize(segment.text)
 
 

@@ -18,7 +18,15 @@ from edgevlm.image import ImageSource, read_image
 from edgevlm.prompt import task_prompt
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.engines import TextDecoder, VisionEncoder
-from edgevlm.runtimes.request import Parts, Stopwatch, encode, input_rows, prepare
+from edgevlm.runtimes.request import (
+    History,
+    Parts,
+    Stopwatch,
+    encode,
+    input_rows,
+    prefill,
+    prepare,
+)
 from edgevlm.sampling import Sampling, SamplingOptions
 from edgevlm.types import Box, Reply
 
@@ -59,8 +67,11 @@ class VLM:
 
         Raises ImageError, PromptError or ContextOverflow before anything is computed.
         """
+        return self._start(prompt, image, (), Sampling.of(options))
+
+    def _start(self, prompt: str, image: Images, history: History, sampling: Sampling) -> Answer:
         self.parts.cancelled.clear()
-        request = prepare(self.parts, prompt, _several(image), Sampling.of(options))
+        request = prepare(self.parts, prompt, _several(image), sampling, history)
         self._turn += 1
         turn = self._turn
         return Answer(
@@ -121,8 +132,7 @@ class VLM:
             raise PromptError(f"a continuation of {longest} tokens does not fit the context")
         self._turn += 1
         prefix = input_rows(model, request)
-        bidirectional = self.manifest.decoder.attention == "prefix"
-        model.decoder.prefill(prefix, bidirectional=bidirectional, room=longest)
+        prefill(model, request, prefix, longest)
         first = model.decoder.logits()[None]
         scores = np.zeros(len(ids))
         for i, tokens in enumerate(ids):
@@ -159,18 +169,31 @@ class VLM:
 class Chat:
     """Questions about the same picture, whose rows are computed once.
 
-    The families so far answer each question on its own: earlier turns are kept for the reader in
-    `turns`, not for the model. `image` may be set to another picture at any time.
+    Models that were trained on conversations are told what was asked and answered before; the
+    others answer each question on its own. `turns` keeps all of them for the reader. `image` may be
+    set to another picture at any time; the model then starts afresh.
     """
 
     def __init__(self, vlm: VLM, image: Images = None) -> None:
         self._vlm = vlm
-        self.image: Images = image
+        self._image = image
+        self._first = 0
         self.turns: list[tuple[str, Answer]] = []
+
+    @property
+    def image(self) -> Images:
+        """What the questions are about."""
+        return self._image
+
+    @image.setter
+    def image(self, image: Images) -> None:
+        self._image, self._first = image, len(self.turns)
 
     def stream(self, prompt: str, **options: Unpack[SamplingOptions]) -> Answer:
         """Starts the next answer; see VLM.stream."""
-        answer = self._vlm.stream(prompt, self.image, **options)
+        turns = self.turns[self._first :] if self._vlm.manifest.prompt.turn else []
+        history = [(question, answer.reply.token_ids) for question, answer in turns]
+        answer = self._vlm._start(prompt, self._image, history, Sampling.of(options))
         self.turns.append((prompt, answer))
         return answer
 
@@ -188,6 +211,7 @@ class Chat:
     def clear(self) -> None:
         """Forgets the turns; the picture stays."""
         self.turns.clear()
+        self._first = 0
 
     def __enter__(self) -> Self:
         return self

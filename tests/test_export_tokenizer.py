@@ -31,8 +31,8 @@ def ids_of_bundle(folder: Path, gguf: Path) -> list[list[int]]:
 
 
 def ids_of_transformers(folder: Path) -> list[list[int]]:
-    from edgevlm.export import reference
     from edgevlm.export.pipeline import describe
+    from edgevlm.export.references import paligemma as reference
     from edgevlm.export.source import read_checkpoint
 
     image = describe(read_checkpoint(folder))[1].image

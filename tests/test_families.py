@@ -15,6 +15,7 @@ import pytest
 import edgevlm
 from edgevlm import family, schema
 from edgevlm.benchmarks.checkpoints import write_paligemma
+from edgevlm.benchmarks.llava_checkpoints import write_llava
 from edgevlm.bundle import Bundle, Manifest, open_bundle
 from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
@@ -23,6 +24,8 @@ from edgevlm.runtimes.session import VLM
 CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "paligemma-1": ("paligemma", lambda folder: write_paligemma(folder, version=1)),
     "paligemma-2": ("paligemma", lambda folder: write_paligemma(folder, version=2)),
+    "mobilepalo": ("llava", write_llava),
+    "llava-1.5-hf": ("llava", lambda folder: write_llava(folder, layout="hf")),
 }
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 # Every stage of the exporter's own comparison, against the original's code.
@@ -112,8 +115,8 @@ def test_user_text_never_becomes_a_marker(vlm: VLM, text: str):
 
 
 def test_every_task_has_a_prompt_that_can_be_asked(vlm: VLM):
-    for task in vlm.manifest.prompt.tasks:
-        prompt = vlm.task(task, "a cat", language="de")
+    for task, words in vlm.manifest.prompt.tasks.items():
+        prompt = vlm.task(task, "a cat", language="de" if "{language}" in words else "en")
         assert "{" not in prompt
         assert vlm.ask(prompt, PICTURE, max_tokens=2).tokens.generated <= 2
 

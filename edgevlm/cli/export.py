@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 from rich.console import Console
@@ -37,8 +38,24 @@ from edgevlm.types import Progress
     help="Compare every stage with the original (needs memory for it in float32).",
 )
 @click.option("--name", metavar="NAME", help="Of the model  [default: the source's]")
+@click.option(
+    "--vision-tower",
+    metavar="SOURCE",
+    help="Folder or hub id of the vision tower, for checkpoints without it.",
+)
+@click.option(
+    "--template",
+    metavar="NAME",
+    help="Prompt template, where the family has several, such as vicuna_v1.",
+)
+@click.option(
+    "--image-fit",
+    type=click.Choice(["pad", "crop"]),
+    help="How a picture becomes square  [default: as the checkpoint says]",
+)
 def export(source: str, out: Path, quant: str, vision_precision: str, verify: bool,
-           name: str | None) -> None:  # fmt: skip
+           name: str | None, vision_tower: str | None, template: str | None,
+           image_fit: Literal["pad", "crop"] | None) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE into the bundle OUT.
 
     SOURCE is a folder or a hub id such as google/paligemma-3b-mix-224, OUT a folder.
@@ -54,6 +71,9 @@ def export(source: str, out: Path, quant: str, vision_precision: str, verify: bo
             vision_precision=vision_precision,
             verify=verify,
             name=name,
+            vision_tower=vision_tower,
+            template=template,
+            image_fit=image_fit,
             progress=bars.update,
         )
     if bundle.manifest.parity:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgevlm.boxes import parse_loc
-from edgevlm.family import IGNORED, Config, Family, Model
+from edgevlm.family import IGNORED, Config, Family, Model, Source
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, Resample
 
 # config.json omits what equals transformers' defaults for SiglipVisionConfig, GemmaConfig and
@@ -60,7 +60,10 @@ _LOCATIONS = tuple(f"<loc{i:04}>" for i in range(1024))
 _SEGMENTS = tuple(f"<seg{i:03}>" for i in range(128))
 
 
-def _describe(files: Mapping[str, Config]) -> Model:
+def _describe(source: Source) -> Model:
+    if source.template or source.fit:
+        raise ValueError("PaliGemma has one prompt template and one fit of pictures to choose from")
+    files = source.files
     config = files["config.json"]
     vision = _VISION | dict(config.get("vision_config", {}))
     kind = config.get("text_config", {}).get("model_type", "gemma")
@@ -91,7 +94,13 @@ def _describe(files: Mapping[str, Config]) -> Model:
         ),
         answer=AnswerSpec(stop_tokens=_stop_tokens(files, text)),
         vision={"kind": "siglip", **vision},
-        projector={"kind": "linear", "in": vision["hidden_size"], "out": text["hidden_size"]},
+        projector={
+            "kind": "linear",
+            "in": vision["hidden_size"],
+            "out": text["hidden_size"],
+            # llama.cpp's gemma graphs multiply every row by sqrt(width), transformers' only text.
+            "scale": text["hidden_size"] ** -0.5,
+        },
         text={"kind": kind, **text},
         markers={_image_token(config): "<image>"},
         whole_tokens=_LOCATIONS + _SEGMENTS,

@@ -1,10 +1,9 @@
-"""The source model, run by transformers in float32: what a bundle is compared with."""
+"""PaliGemma, run by transformers in float32 with eager attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.errors import EngineMissing, ExportError
+from edgevlm.export.components import Job
+from edgevlm.export.references import Arrays, Request
 from edgevlm.export.vision import quiet
 from edgevlm.specs import ImageSpec
 
@@ -31,16 +32,38 @@ except ImportError as e:
         'pip install "edgevlm[export]"',
     ) from None
 
-Arrays = dict[str, NDArray[Any]]
 
+class Reference:
+    """See references.Source."""
 
-@dataclass(frozen=True)
-class Request:
-    """What both sides answer: a picture uint8 [h, w, 3], the user's words, a number of tokens."""
+    def __init__(self, job: Job) -> None:
+        self._folder = job.checkpoint.folder
+        self._processor = load_processor(self._folder, job.model.image)
 
-    image: NDArray[np.uint8]
-    prompt: str
-    n_tokens: int
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """See references.Source."""
+        return token_ids(self._processor, texts)
+
+    def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
+        """See references.Source."""
+        with quiet(), _without_bars(), torch.inference_mode():
+            model = _load(self._folder)
+            inputs = self._processor(
+                images=request.image, text="<image>" + request.prompt, return_tensors="pt"
+            )
+            pixels = inputs["pixel_values"]
+            features = model.model.vision_tower(pixels).last_hidden_state
+            embeddings = model.model.get_image_features(pixels)
+            ids = inputs["input_ids"][0]
+            logits = _logits(model, inputs, tokens)
+        text = ids[ids != model.config.image_token_id]
+        return {
+            "pixels": pixels.numpy(),
+            "features": features.numpy(),
+            "embeddings": embeddings.numpy(),
+            "prompt_ids": text.numpy().astype(np.int32),
+            "logits": logits,
+        }
 
 
 def load_processor(folder: Path, image: ImageSpec) -> Any:
@@ -63,32 +86,6 @@ def token_ids(processor: Any, texts: list[str]) -> list[list[int]]:
     """The ids of each text by itself, without special tokens."""
     with quiet():
         return [processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
-
-
-def paligemma(folder: Path, processor: Any, request: Request, tokens: NDArray[np.int32]) -> Arrays:
-    """Runs the source over the prefix and then over `tokens`, one at a time.
-
-    Returns pixels [1, 3, size, size], features [1, patches, width], embeddings [1, t, n_embd],
-    prompt_ids [text tokens] and logits [1 + len(tokens), n_vocab].
-    """
-    with quiet(), _without_bars(), torch.inference_mode():
-        model = _load(folder)
-        inputs = processor(
-            images=request.image, text="<image>" + request.prompt, return_tensors="pt"
-        )
-        pixels = inputs["pixel_values"]
-        features = model.model.vision_tower(pixels).last_hidden_state
-        embeddings = model.model.get_image_features(pixels)
-        ids = inputs["input_ids"][0]
-        logits = _logits(model, inputs, tokens)
-    text = ids[ids != model.config.image_token_id]
-    return {
-        "pixels": pixels.numpy(),
-        "features": features.numpy(),
-        "embeddings": embeddings.numpy(),
-        "prompt_ids": text.numpy().astype(np.int32),
-        "logits": logits,
-    }
 
 
 def _logits(model: Any, inputs: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -1,0 +1,328 @@
+"""LLaVA's shape: a CLIP tower, a small connector, a LLaMA-like decoder that reads causally.
+
+MobilePALO and PALO, MobileVLM and MobileVLM V2, LLaVA-1.5 in its own layout and in transformers',
+and what differs from them only in its decoder. Facts from haotian-liu/LLaVA, mbzuai-oryx/PALO,
+Meituan-AutoML/MobileVLM and transformers 4.57 (models/llava).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from edgevlm.family import IGNORED, TOWER, Config, Family, Model, Source
+from edgevlm.specs import AnswerSpec, DecoderSpec, Fit, ImageSpec, PromptSpec
+
+# transformers' defaults (CLIPVisionConfig, LlamaConfig, MistralConfig), which a config.json omits.
+_VISION: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_LLAMA: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MISTRAL: dict[str, Any] = _LLAMA | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+# The decoder by `model_type`, of config.json itself or of its text_config.
+_DECODERS = {
+    "palo": _LLAMA,
+    "mobilevlm": _LLAMA,
+    "llava": _LLAMA,
+    "llava_llama": _LLAMA,
+    "llama": _LLAMA,
+    "llava_mistral": _MISTRAL,
+    "mistral": _MISTRAL,
+}
+_OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral")
+# CLIP's normalisation (openai/CLIP), for towers without a preprocessor_config.json.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+# OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
+_CLIP_HEAD = 64
+_POOLED = 144  # rows that MobileVLM V2's connector leaves of any picture
+
+_SYSTEM = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "
+)
+_LLAMA_2 = (
+    "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand "
+    "the visual content that the user provides, and assist the user with a variety of tasks using "
+    "natural language.\n<</SYS>>\n\n"
+)
+# What stands before the picture and after the user's words (llava/conversation.py), and what
+# separates the picture from them.
+_TEMPLATES = {
+    "vicuna_v1": (_SYSTEM.format("user") + "USER: ", " ASSISTANT:"),
+    "llava_v1": (_SYSTEM.format("human") + "USER: ", " ASSISTANT:"),
+    "llava_llama_2": (_LLAMA_2, " [/INST]"),
+    "mistral_instruct": ("[INST] ", " [/INST]"),
+    "hf": ("USER: ", " ASSISTANT:"),
+    "plain": ("", ""),
+}
+# What stands before the words of later questions, where it is not what stands before the first.
+_AGAIN = {"vicuna_v1": "USER: ", "llava_v1": "USER: ", "llava_llama_2": "[INST] "}
+
+
+def _describe(source: Source) -> Model:
+    config = source.files["config.json"]
+    own = config["model_type"] in _OWN_LAYOUT
+    text = _text(config if own else config.get("text_config", {}), config["model_type"])
+    vision = _vision(source, config)
+    projector = _projector(config, vision, text, own)
+    grid = vision["image_size"] // vision["patch_size"]
+    tokens = {"ldp": ((grid + 1) // 2) ** 2, "ldpv2": _POOLED}.get(
+        projector["kind"], grid * grid + vision["class_token"]
+    )
+    stops = _stop_tokens(source, config, text)
+    return Model(
+        image=_image(source, vision, tokens, own),
+        prompt=_prompt(source, config, "vicuna_v1" if own else "hf", stops[0]),
+        decoder=DecoderSpec(
+            architecture="llama",
+            attention="causal",
+            n_embd=text["hidden_size"],
+            n_layer=text["num_hidden_layers"],
+            n_vocab=text["vocab_size"],
+            context_length=text["max_position_embeddings"],
+        ),
+        # The originals answer until their chat ends a turn, at most 1024 tokens (llava/serve).
+        answer=AnswerSpec(stop_tokens=stops, max_tokens=512),
+        vision={"kind": "clip", **vision},
+        projector=projector,
+        text={"kind": "llama", **text},
+        markers={} if own else {_image_token(config): "<image>"},
+        prefix=" ",
+        skipped=tuple(
+            f"vision.encoder.layers.{i}."
+            for i in range(vision["num_hidden_layers"], vision["depth"])
+        ),
+    )
+
+
+def _text(config: Config, model_type: str) -> dict[str, Any]:
+    kind = config.get("model_type", model_type)
+    if kind not in _DECODERS:
+        raise ValueError(f"text_config.model_type {kind!r} is not one of {', '.join(_DECODERS)}")
+    text = {key: config.get(key, value) for key, value in _DECODERS[kind].items()}
+    text["num_key_value_heads"] = text["num_key_value_heads"] or text["num_attention_heads"]
+    text["head_dim"] = text["head_dim"] or text["hidden_size"] // text["num_attention_heads"]
+    text["rope_theta"] = _rope_theta(config, text)
+    # llama.cpp's graph has no window: up to its length the answers are the same.
+    window = text.pop("sliding_window")
+    if window:
+        text["max_position_embeddings"] = min(window, text["max_position_embeddings"])
+    for key, known in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if text[key] != known:
+            raise ValueError(f"{key} is {text[key]!r}; only {known!r} is known")
+    return text
+
+
+def _rope_theta(config: Config, text: Config) -> float:
+    rope: Mapping[str, Any] = config.get("rope_parameters") or text["rope_scaling"] or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"the decoder scales its positions ({kind!r}); only 'default' is known")
+    return float(rope.get("rope_theta", text["rope_theta"]))
+
+
+def _vision(source: Source, config: Config) -> dict[str, Any]:
+    """The tower as far as its features are read: from its own config, or else from its tensors."""
+    given = source.files.get(f"{TOWER}config.json")
+    found = dict(given.get("vision_config", given) if given else config.get("vision_config", {}))
+    kind = found.get("model_type", "clip_vision_model")
+    if kind not in ("clip_vision_model", "clip"):
+        raise ValueError(f"the vision tower is a {kind!r}; only clip_vision_model is known")
+    if not found:
+        found = _from_shapes(source)
+    vision = {key: found.get(key, value) for key, value in _VISION.items()}
+    layer = config.get("mm_vision_select_layer", config.get("vision_feature_layer", -2))
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer is {layer!r}; only one layer can be read")
+    depth = vision["num_hidden_layers"]
+    vision["depth"] = depth
+    vision["num_hidden_layers"] = layer if layer >= 0 else depth + 1 + layer
+    if not 0 < vision["num_hidden_layers"] <= depth:
+        raise ValueError(f"vision layer {layer} is not one of a tower of {depth}")
+    select = config.get(
+        "mm_vision_select_feature", config.get("vision_feature_select_strategy", "patch")
+    )
+    if select not in _SELECT:
+        raise ValueError(f"the feature selection {select!r} is not one of {', '.join(_SELECT)}")
+    vision["class_token"] = _SELECT[select]
+    return vision
+
+
+# Whether the class token's row is read with the patches'.
+_SELECT = {"patch": False, "default": False, "cls_patch": True, "full": True}
+
+
+def _from_shapes(source: Source) -> dict[str, Any]:
+    shapes = {
+        name.removeprefix("vision."): shape
+        for raw, shape in source.shapes.items()
+        if (name := _locate(raw) or "").startswith("vision.")
+    }
+    try:
+        width, channels, patch, _ = shapes["embeddings.patch_embedding.weight"]
+        positions, _ = shapes["embeddings.position_embedding.weight"]
+        mlp, _ = shapes["encoder.layers.0.mlp.fc1.weight"]
+    except (KeyError, ValueError):
+        raise ValueError("it holds no vision tower; name one (--vision-tower)") from None
+    layers = [int(m[1]) for n in shapes if (m := re.match(r"encoder\.layers\.(\d+)\.", n))]
+    return {
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": max(layers) + 1,
+        "num_attention_heads": width // _CLIP_HEAD,
+        "num_channels": channels,
+        "image_size": round((positions - 1) ** 0.5) * patch,
+        "patch_size": patch,
+    }
+
+
+def _projector(config: Config, vision: Config, text: Config, own: bool) -> dict[str, Any]:
+    sizes = {"in": vision["hidden_size"], "out": text["hidden_size"]}
+    if not own:
+        act, bias = config.get("projector_hidden_act", "gelu"), "multimodal_projector_bias"
+        if act != "gelu" or not config.get(bias, True):
+            raise ValueError(f"projector_hidden_act {act!r} or {bias} is not known; LLaVA has gelu")
+        return {"kind": "mlp", "depth": 2, **sizes}
+    name = str(config.get("mm_projector_type", "linear"))
+    if depth := re.fullmatch(r"mlp(\d+)x_gelu", name):
+        return {"kind": "mlp", "depth": int(depth[1]), **sizes}
+    known = {"linear": "linear", "ldpnet": "ldp", "ldpnetv2": "ldpv2"}
+    if name not in known:
+        raise ValueError(
+            f"mm_projector_type {name!r} is not one of {', '.join(known)}, mlp<N>x_gelu"
+        )
+    return {"kind": known[name], **sizes}
+
+
+def _image(source: Source, vision: Config, tokens: int, own: bool) -> ImageSpec:
+    files = source.files
+    processor = files.get(f"{TOWER}preprocessor_config.json")
+    if processor is None:
+        processor = files.get("preprocessor_config.json", {})
+    ratio = files["config.json"].get("image_aspect_ratio")
+    if ratio not in (None, "square", "pad"):
+        raise ValueError(f"image_aspect_ratio {ratio!r} is not known; LLaVA-1.5 has pad or square")
+    padded = ratio == "pad" if own else processor.get("do_pad", False)
+    fit: Fit = "pad" if padded else "crop"
+    mean, std = processor.get("image_mean", _MEAN), processor.get("image_std", _STD)
+    return ImageSpec(
+        size=vision["image_size"],
+        tokens=tokens,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        fit=source.fit or fit,
+    )
+
+
+def _prompt(source: Source, config: Config, default: str, eos: int) -> PromptSpec:
+    if config.get("mm_use_im_start_end"):
+        raise ValueError("mm_use_im_start_end is set; no model of this shape was published with it")
+    name = source.template or default
+    if name not in _TEMPLATES:
+        raise ValueError(f"the template {name!r} is not one of {', '.join(_TEMPLATES)}")
+    before, after = _TEMPLATES[name]
+    # Every piece is tokenized by itself, so each begins with the tokenizer's space; an empty one
+    # has none.
+    head = (f" {before}",) if before else ()
+    return PromptSpec(
+        tasks={"caption": "Describe the image.", "ocr": "What is the text in the image?"},
+        template=("{bos}", *head, "{image}", f" \n{{prompt}}{after}"),
+        text_template=("{bos}", f" {before}{{prompt}}{after}"),
+        turn=(f"{{id:{eos}}}", f" {_AGAIN.get(name, before)}{{prompt}}{after}"),
+    )
+
+
+def _image_token(config: Config) -> int:
+    return int(config.get("image_token_index", config.get("image_token_id", 32000)))
+
+
+def _stop_tokens(source: Source, config: Config, text: Config) -> tuple[int, ...]:
+    eos = text["eos_token_id"]
+    for found in (config, source.files.get("generation_config.json", {})):
+        eos = found.get("eos_token_id") or eos
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+# LLaVA's own layout, then transformers' up to 4.51 and from 4.52, then a tower of its own.
+_PARTS = (
+    (re.compile(r"model\.vision_tower\.vision_tower\.vision_model\.(.+)"), "vision."),
+    (re.compile(r"(?:model\.)?vision_tower\.vision_model\.(.+)"), "vision."),
+    (re.compile(re.escape(TOWER) + r"vision_model\.(.+)"), "vision."),
+    (re.compile(r"model\.mm_projector\.(?:model\.)?(.+\..+)"), "projector."),
+    (re.compile(r"model\.mm_projector\.(weight|bias)"), "projector.linear."),
+    (re.compile(r"(?:model\.)?multi_modal_projector\.(.+)"), "projector."),
+    (re.compile(r"(?:language_model\.)?(lm_head\.weight)"), "decoder."),
+    (re.compile(r"(?:model\.language_model|language_model\.model)\.(.+)"), "decoder."),
+    (re.compile(r"model\.((?:layers|embed_tokens|norm)\..+)"), "decoder."),
+)
+_HF_PROJECTOR = {"projector.linear_1.": "projector.0.", "projector.linear_2.": "projector.2."}
+# CLIP's other half and heads, the last norm (for the class token alone), stored tables.
+_UNUSED = re.compile(
+    r".*vision_model\.(?:post_layernorm\..+|embeddings\.position_ids)"
+    rf"|{re.escape(TOWER)}(?:text_model\..+|logit_scale|(?:visual|text)_projection\.weight)"
+    r"|.+\.rotary_emb\.inv_freq"
+)
+
+
+def _locate(name: str) -> str | None:
+    if _UNUSED.fullmatch(name):
+        return IGNORED
+    for pattern, part in _PARTS:
+        if match := pattern.fullmatch(name):
+            found = part + match[1]
+            for hf, ours in _HF_PROJECTOR.items():
+                found = found.replace(hf, ours)
+            return found
+    return None
+
+
+def _tower(source: Source) -> str | None:
+    """The name in `mm_vision_tower`, unless the checkpoint holds a tower's tensors itself."""
+    inside = any((_locate(name) or "").startswith("vision.") for name in source.shapes)
+    config: Mapping[str, Any] = source.files["config.json"]
+    name = config.get("mm_vision_tower", config.get("vision_tower"))
+    return None if inside or not name else str(name)
+
+
+FAMILY = Family(
+    name="llava",
+    license="other",
+    model_types=(*_OWN_LAYOUT, "llava"),
+    describe=_describe,
+    locate=_locate,
+    tower=_tower,
+)

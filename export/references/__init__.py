@@ -1,0 +1,47 @@
+"""The source models, run in float32 by code that is not edgevlm's: what bundles are compared with.
+
+One module for each family, named as the family is, with a class `Reference`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.export.components import Job
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What both sides answer: a picture uint8 [h, w, 3], the user's words, a number of tokens."""
+
+    image: NDArray[np.uint8]
+    prompt: str
+    n_tokens: int
+
+
+class Source(Protocol):
+    """A source model."""
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text by itself, without special tokens."""
+
+    def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
+        """Reads the request and then `tokens`, one at a time.
+
+        Returns pixels [1, 3, size, size], features [1, patches, width], embeddings
+        [1, rows, n_embd], prompt_ids [text tokens] and logits [1 + len(tokens), n_vocab].
+        """
+
+
+def of(job: Job) -> Source:
+    """The source of an export; raises EngineMissing without torch and transformers."""
+    module = importlib.import_module(f"edgevlm.export.references.{job.family.name}")
+    source: Source = module.Reference(job)
+    return source

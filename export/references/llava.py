@@ -1,0 +1,198 @@
+"""LLaVA's shape: transformers' CLIP and LLaMA in float32, and the connector computed plainly.
+
+No release of transformers reads the original layouts, so the parts take the checkpoint's tensors
+one by one; nothing here uses the modules that were exported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from edgevlm.export.components import Job
+from edgevlm.export.parts import Part
+from edgevlm.export.references import Arrays, Request
+from edgevlm.export.vision import quiet
+from edgevlm.family import Config
+from edgevlm.specs import ImageSpec
+
+_IMAGE = "<image>"
+# transformers leaves its classes without types.
+_hf: Any = transformers
+
+
+class Reference:
+    """See references.Source."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        folder = job.checkpoint.folder
+        with quiet():
+            if job.model.markers or not (folder / "tokenizer.model").is_file():
+                self._tokenizer = _hf.AutoTokenizer.from_pretrained(folder)
+            else:
+                self._tokenizer = _hf.LlamaTokenizer(str(folder / "tokenizer.model"), legacy=True)
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """See references.Source."""
+        with quiet():
+            return [self._tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+
+    def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
+        """See references.Source."""
+        model = self._job.model
+        before, after = self._pieces(request.prompt)
+        with quiet(), torch.inference_mode():
+            pixels = _pixels(request.image, model.image)
+            features = _features(pixels, model.vision, self._job.parts["vision"])
+            projector = _tensors(self._job.parts["projector"])
+            rows = _CONNECTORS[model.projector["kind"]](features, projector)
+            decoder = _decoder(model.text, self._job.parts["decoder"])
+            embed = decoder.get_input_embeddings()
+            text = [embed(torch.tensor([ids])) for ids in (before, after)]
+            logits = _logits(decoder, torch.cat([text[0], rows, text[1]], 1), tokens)
+        return {
+            "pixels": pixels.numpy(),
+            "features": features.numpy(),
+            "embeddings": rows.numpy(),
+            "prompt_ids": np.array(before + after, np.int32),
+            "logits": logits,
+        }
+
+    def _pieces(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The ids before and after the picture, from the prompt as one text."""
+        _, *parts = self._job.model.prompt.template
+        parts = [p.removeprefix(" ") if p != "{image}" else _IMAGE for p in parts]
+        text = "".join(parts).replace("{prompt}", prompt)
+        if self._job.model.markers:
+            ids = self._tokenizer(text)["input_ids"]
+            place = ids.index(self._tokenizer.convert_tokens_to_ids(_IMAGE))
+            return ids[:place], ids[place + 1 :]
+        # llava/mm_utils.py, tokenizer_image_token: every chunk by itself, one begin token in all.
+        before, after = (self._tokenizer(chunk)["input_ids"] for chunk in text.split(_IMAGE))
+        return before, after[1:]
+
+
+def _pixels(image: NDArray[np.uint8], spec: ImageSpec) -> Tensor:
+    picture = Image.fromarray(image)
+    if spec.fit == "pad":
+        picture = _expand2square(picture, tuple(int(x * 255) for x in spec.mean))
+    size = {"height": spec.size, "width": spec.size}
+    processor = _hf.CLIPImageProcessor(
+        size={"shortest_edge": spec.size}, crop_size=size, image_mean=spec.mean, image_std=spec.std
+    )
+    pixels: Tensor = processor(picture, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def _expand2square(picture: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
+
+
+def _tensors(part: Part) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(t.float32().copy()) for name, t in part.items()}
+
+
+def _features(pixels: Tensor, config: Config, part: Part) -> Tensor:
+    keys = ("kind", "depth", "class_token")
+    settings = {k: v for k, v in config.items() if k not in keys}
+    tower = _hf.CLIPVisionModel(
+        _hf.CLIPVisionConfig(**settings, attn_implementation="eager")
+    ).eval()
+    state = {f"vision_model.{name}": value for name, value in _tensors(part).items()}
+    _load(tower, state, allowed="vision_model.post_layernorm.")
+    states = tower(pixels, output_hidden_states=True).hidden_states[-1]
+    features: Tensor = states if config["class_token"] else states[:, 1:]
+    return features
+
+
+def _decoder(config: Config, part: Part) -> Any:
+    settings = {k: v for k, v in config.items() if k != "kind"}
+    made = _hf.LlamaConfig(**settings, attn_implementation="eager")
+    with torch.device("meta"):
+        decoder = _hf.LlamaForCausalLM(made)
+    head = "lm_head.weight"
+    state = {n if n == head else f"model.{n}": v for n, v in _tensors(part).items()}
+    if config["tie_word_embeddings"]:
+        state[head] = state["model.embed_tokens.weight"]
+    decoder.load_state_dict(state, strict=True, assign=True)
+    decoder.model.rotary_emb = type(decoder.model.rotary_emb)(made)
+    return decoder.eval()
+
+
+def _load(module: torch.nn.Module, state: dict[str, Tensor], allowed: str) -> None:
+    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+    wrong = [*unexpected, *(name for name in missing if not name.startswith(allowed))]
+    assert not wrong, wrong
+
+
+def _logits(decoder: Any, rows: Tensor, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    cache = _hf.DynamicCache(config=decoder.config)
+    out = decoder(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    found = [out.logits[0, -1].numpy()]
+    for token in tokens:
+        step = torch.tensor([[int(token)]])
+        out = decoder(input_ids=step, past_key_values=cache, use_cache=True)
+        found.append(out.logits[0, -1].numpy())
+    return np.stack(found)
+
+
+def _linear(x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
+    return F.linear(x, w["linear.weight"], w["linear.bias"])
+
+
+def _mlp(x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
+    x = F.linear(x, w["0.weight"], w["0.bias"])
+    for i in range(2, len(w), 2):
+        x = F.linear(F.gelu(x), w[f"{i}.weight"], w[f"{i}.bias"])
+    return x
+
+
+def _ldp(x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
+    x = F.gelu(F.linear(x, w["mlp.1.weight"], w["mlp.1.bias"]))
+    x = _grid(F.linear(x, w["mlp.3.weight"], w["mlp.3.bias"]))
+    for block, stride in (("mb_block.1.block.", 1), ("mb_block.2.block.", 2)):
+        y = F.conv2d(x, w[f"{block}0.0.weight"], None, stride, 1, groups=x.shape[1])
+        y = F.hardswish(_norm(y, w[f"{block}0.1.weight"], w[f"{block}0.1.bias"]))
+        squeezed = F.adaptive_avg_pool2d(y, 1)
+        squeezed = F.relu(F.conv2d(squeezed, w[f"{block}1.fc1.weight"], w[f"{block}1.fc1.bias"]))
+        gates = F.conv2d(squeezed, w[f"{block}1.fc2.weight"], w[f"{block}1.fc2.bias"])
+        y = F.conv2d(y * F.hardsigmoid(gates), w[f"{block}2.0.weight"])
+        y = _norm(y, w[f"{block}2.1.weight"], w[f"{block}2.1.bias"])
+        x = x + y if stride == 1 else y
+    return x.flatten(2).transpose(1, 2)
+
+
+def _ldpv2(x: Tensor, w: Mapping[str, Tensor]) -> Tensor:
+    x = F.gelu(F.linear(x, w["mlp.mlp.0.weight"], w["mlp.mlp.0.bias"]))
+    x = _grid(F.linear(x, w["mlp.mlp.2.weight"], w["mlp.mlp.2.bias"]))
+    x = F.adaptive_avg_pool2d(x, (12, 12))
+    x = x + F.conv2d(x, w["peg.peg.0.weight"], w["peg.peg.0.bias"], 1, 1, groups=x.shape[1])
+    return x.flatten(2).transpose(1, 2)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    mean = x.mean(1, keepdim=True)
+    variance = (x - mean).square().mean(1, keepdim=True)
+    normed = (x - mean) * torch.rsqrt(variance + 1e-5)
+    return normed * weight[:, None, None] + bias[:, None, None]
+
+
+def _grid(x: Tensor) -> Tensor:
+    side = math.isqrt(x.shape[1])
+    return x.permute(0, 2, 1).reshape(x.shape[0], x.shape[2], side, side)
+
+
+_CONNECTORS = {"linear": _linear, "mlp": _mlp, "ldp": _ldp, "ldpv2": _ldpv2}

@@ -1,0 +1,218 @@
+"""LLaVA's shape: every published layout, against the parts of transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image
+
+import edgevlm
+from edgevlm.benchmarks.llava_checkpoints import Tiny, write_llava
+from edgevlm.bundle import Bundle
+from edgevlm.errors import SourceError
+from edgevlm.export import export_bundle
+from edgevlm.runtimes.request import input_rows, prefill, prepare
+from edgevlm.sampling import Sampling
+from tests.multilingual import PROMPTS
+
+PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
+PROMPT = "what is in the picture? опиши 图片"
+LLAMA = Path(__file__).parents[2] / "shared/data/tokenizers/llama.model"
+# The prompt that MobilePALO was trained with, on both sides of the picture (palo/conversation.py).
+VICUNA_PIECES = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. USER: ",
+    "\n{} ASSISTANT:",
+)
+# Every model of this shape in its original layout, by what sets it apart.
+OWN = {
+    "mobilepalo": {},
+    "mobilepalo-bin": {"weights": "bin", "shards": 3, "dtype": "bfloat16"},
+    "mobilepalo-tower": {"tower": "folder", "weights": "bin", "dtype": "float16"},
+    "palo-7b": {"projector": "mlp2x_gelu", "config": {"mm_vision_select_layer": -2}},
+    "mobilevlm": {"model_type": "mobilevlm", "tower": "folder"},
+    "mobilevlm-v2": {"model_type": "mobilevlm", "projector": "ldpnetv2", "tower": "folder"},
+    "llava-1.5": {"model_type": "llava_llama", "projector": "mlp2x_gelu", "shards": 2},
+    "llava-linear": {"model_type": "llava_llama", "projector": "linear", "tied": True},
+    "bakllava": {"model_type": "llava_mistral", "projector": "mlp2x_gelu", "kv_heads": 2},
+    "firellava": {"projector": "mlp2x_gelu", "text_config": {"rope_theta": 1e6}},
+}
+
+
+def greedy(vlm: edgevlm.VLM, picture: np.ndarray, prompt: str, n: int) -> tuple[np.ndarray, list]:
+    """Logits [1 + n, n_vocab] after the prompt and after each of the n likeliest tokens."""
+    request = prepare(vlm.parts, prompt, [picture], Sampling(max_tokens=n))
+    prefill(vlm.parts, request, input_rows(vlm.parts, request), n)
+    logits, tokens = [vlm.parts.decoder.logits()], []
+    for _ in range(n):
+        tokens.append(int(logits[-1].argmax()))
+        vlm.parts.decoder.step(tokens[-1])
+        logits.append(vlm.parts.decoder.logits())
+    return np.stack(logits), tokens
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_it_answers_like_the_original(name: str, tmp_path: Path):
+    from tests.llava_reference import Original
+
+    options = OWN[name]
+    source = write_llava(tmp_path / name, **options)
+    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    assert all(stage.ok for stage in bundle.manifest.parity)
+    with edgevlm.load(bundle.folder) as vlm:
+        ours, tokens = greedy(vlm, PICTURE, PROMPT, 16)
+    theirs = Original(Tiny(**options)).logits(PICTURE, PROMPT, tokens)
+    assert theirs[:-1].argmax(1).tolist() == tokens
+    assert np.abs(ours - theirs).max() < 5e-3
+    ask_and_chat(bundle, tmp_path)
+
+
+def ask_and_chat(bundle: Bundle, folder: Path) -> None:
+    """The command line answers about the picture, and goes on about it in a chat."""
+    Image.fromarray(PICTURE).save(folder / "picture.png")
+    about = ["-m", str(bundle.folder), "-i", str(folder / "picture.png"), "--max-tokens", "3"]
+    edgevlm = [sys.executable, "-m", "edgevlm"]
+    asked = subprocess.run([*edgevlm, "ask", PROMPT, "--json", *about], capture_output=True)
+    assert asked.returncode == 0, asked.stderr.decode()
+    reply = json.loads(asked.stdout.splitlines()[-1])
+    assert len(reply["token_ids"]) == 3
+    typed = f"{PROMPT}\nand now?\n/stats\n".encode()
+    talked = subprocess.run([*edgevlm, "chat", *about], input=typed, capture_output=True)
+    assert talked.returncode == 0, talked.stderr.decode()
+    assert talked.stdout.decode().startswith(reply["text"])
+    # The second question follows the first and its answer.
+    told = re.search(r"text (\d+), cached (\d+)", talked.stderr.decode())
+    assert int(told[1]) > reply["tokens"]["text"] + 3
+    assert int(told[2]) > bundle.manifest.image.tokens
+
+
+@pytest.mark.parametrize("layout", ["hf", "hf-4.52"])
+def test_transformers_layout_answers_like_transformers(layout: str, tmp_path: Path):
+    import torch
+    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration
+
+    source = write_llava(tmp_path / layout, layout=layout)
+    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    with edgevlm.load(bundle.folder) as vlm:
+        ours, tokens = greedy(vlm, PICTURE, "what is it?", 16)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        source, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    pixels = CLIPImageProcessor.from_pretrained(source)(PICTURE, return_tensors="pt").pixel_values
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    rows = "<image>" * bundle.manifest.image.tokens
+    ids = tokenizer(f"USER: {rows}\nwhat is it? ASSISTANT:")["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids + tokens]), pixel_values=pixels).logits
+    assert np.abs(ours - logits[0, -17:].numpy()).max() < 5e-3
+
+
+def test_a_chat_goes_on_as_the_original_does(tmp_path: Path):
+    from tests.llava_reference import VICUNA, Original
+
+    bundle = export_bundle(
+        write_llava(tmp_path / "source"), tmp_path / "out", quant="f32", vision_precision="fp32"
+    )
+    with edgevlm.load(bundle.folder) as vlm, vlm.chat(PICTURE) as chat:
+        first = chat.ask("what is it?", max_tokens=5)
+        second = chat.ask("and its colour?", max_tokens=5)
+        chat.image = PICTURE[::-1]
+        assert chat.ask("what is it?", max_tokens=5).tokens.text == first.tokens.text
+    original = Original(Tiny())
+    before, after = original.ids("what is it?", VICUNA)
+    again = original.tokenizer.encode("USER: and its colour? ASSISTANT:")
+    assert second.tokens.text == len(before) + len(after) + 5 + 1 + len(again)
+    said = [*first.token_ids, 2, *again]
+    logits = original.logits(PICTURE, "what is it?", said + list(second.token_ids))
+    assert logits[len(said) : -1].argmax(1).tolist() == list(second.token_ids)
+
+
+@pytest.mark.skipif(not LLAMA.is_file(), reason="needs the real LLaMA tokenizer in ../shared/data")
+@pytest.mark.parametrize("language", PROMPTS)
+def test_token_ids_in_ten_languages(language: str, llama: edgevlm.VLM):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA))
+    for question in PROMPTS[language]:
+        request = prepare(llama.parts, question, [PICTURE], Sampling())
+        before, after = VICUNA_PIECES
+        assert request.parts == [
+            [1],
+            processor.encode(before),
+            0,
+            processor.encode(after.format(question)),
+        ]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny model with the real LLaMA vocabulary."""
+    folder = tmp_path_factory.mktemp("llama")
+    source = write_llava(folder / "source", tokenizer=LLAMA, layers=1)
+    with edgevlm.load(export_bundle(source, folder / "out", verify=False).folder) as vlm:
+        yield vlm
+
+
+def test_a_second_question_reads_only_its_own_words(tmp_path: Path):
+    source = write_llava(tmp_path / "source")
+    bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
+    with edgevlm.load(bundle.folder) as vlm:
+        vlm.ask("what colour is it?", PICTURE, max_tokens=4)
+        again, _ = greedy(vlm, PICTURE, PROMPT, 4)
+        reply = vlm.ask(PROMPT, PICTURE, max_tokens=4)
+        assert reply.tokens.cached > bundle.manifest.image.tokens
+        other = vlm.ask(PROMPT, PICTURE[:, ::-1], max_tokens=4)
+        assert other.tokens.cached == 0
+    with edgevlm.load(bundle.folder) as vlm:
+        fresh, _ = greedy(vlm, PICTURE, PROMPT, 4)
+    assert np.array_equal(again, fresh)
+
+
+def test_the_named_tower_wins_over_the_copy_inside(tmp_path: Path):
+    inside = write_llava(tmp_path / "inside", seed=1)
+    write_llava(tmp_path / "apart", seed=2, tower="folder")
+    tower = tmp_path / "apart-tower"
+    own = export_bundle(inside, tmp_path / "own", quant="f32", verify=False)
+    named = export_bundle(inside, tmp_path / "named", quant="f32", verify=False, vision_tower=tower)
+    assert any(r.file.startswith("tower/") for r in named.manifest.source)
+    with edgevlm.load(own.folder) as a, edgevlm.load(named.folder) as b:
+        assert not np.allclose(a.embed_image(PICTURE), b.embed_image(PICTURE), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"projector": "resampler"}, ["mm_projector_type 'resampler'", "ldpnet", "mlp<N>x_gelu"]),
+        ({"config": {"image_aspect_ratio": "anyres"}}, ["image_aspect_ratio 'anyres'"]),
+        ({"config": {"mm_use_im_start_end": True}}, ["mm_use_im_start_end"]),
+        ({"config": {"mm_vision_select_layer": -9}}, ["vision layer -9"]),
+        ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, ["'linear'"]),
+        ({"tower_config": {"model_type": "siglip_vision_model"}, "tower": "folder"}, ["siglip"]),
+    ],
+)
+def test_what_is_not_known_is_refused_in_one_line(options, words, tmp_path: Path):
+    source = write_llava(tmp_path / "source", **options)
+    with pytest.raises(SourceError) as raised:
+        export_bundle(source, tmp_path / "out")
+    assert "\n" not in str(raised.value) and all(word in str(raised.value) for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_tower_says_how_to_name_one(tmp_path: Path):
+    source = write_llava(tmp_path / "source", tower="folder", config={"mm_vision_tower": "./none"})
+    with pytest.raises(SourceError, match="--vision-tower"):
+        export_bundle(source, tmp_path / "out")
+
+
+def test_pictures_are_padded_unless_they_are_to_be_cropped(tmp_path: Path):
+    source = write_llava(tmp_path / "source")
+    for fit in (None, "crop"):
+        out = tmp_path / str(fit)
+        bundle = export_bundle(source, out, quant="f32", vision_precision="fp32", image_fit=fit)
+        assert bundle.manifest.image.fit == (fit or "pad")
+        assert all(stage.ok for stage in bundle.manifest.parity)
