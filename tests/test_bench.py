@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from edgevlm.benchmarks.latency import runner, stats
-from edgevlm.benchmarks.latency.gather import Configuration, distinct_names
+from edgevlm.benchmarks.latency.gather import Configuration, configurations
 from edgevlm.benchmarks.latency.measure import Job, measure, overhead_ms
 from edgevlm.benchmarks.latency.memory import Memory
 from edgevlm.benchmarks.latency.physics import int8_instructions
@@ -289,9 +289,12 @@ def test_limits_use_the_decoders_own_tensors(picture, tmp_path):
 
 
 def test_names_show_only_what_differs():
-    names = distinct_names(["pico", "pico"], [["cpu", "1 thread"], ["cpu", "2 threads"]])
-    assert names == ["pico, 1 thread", "pico, 2 threads"]
-    assert distinct_names(["pico"], [["cpu", "1 thread"]]) == ["pico"]
+    bundle, a, b = open_bundle(built_in()), Path("x/a.png"), Path("b.png")
+    names = [c.name for c in configurations([bundle], [a, b], ["cpu"], [1, 2])]
+    assert names == [
+        f"pico, {p}, {t}" for p in ("a.png", "b.png") for t in ("1 thread", "2 threads")
+    ]
+    assert [c.name for c in configurations([bundle], [a], ["cpu"], [None])] == ["pico"]
 
 
 def test_the_newest_instructions_set_the_8_bit_peak():

@@ -6,6 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from edgevlm.benchmarks.latency.report import (
     Settings,
     Workload,
 )
+from edgevlm.benchmarks.latency.sections import count
 from edgevlm.benchmarks.latency.stats import Metric, metric
 from edgevlm.bundle import Bundle
 from edgevlm.image import read_image
@@ -126,8 +128,29 @@ def _workload(image: Path, facts: Mapping[str, Any]) -> Workload:
     )
 
 
-def distinct_names(names: Sequence[str], details: Sequence[Sequence[str]]) -> list[str]:
-    """Names with those details that not all of them share, so that a reader can tell them apart."""
-    shown = [column for column in zip(*details, strict=True) if len(set(column)) > 1]
-    rows = list(zip(*shown, strict=True)) if shown else [()] * len(names)
-    return [", ".join((name, *row)) for name, row in zip(names, rows, strict=True)]
+def configurations(
+    bundles: Sequence[Bundle],
+    images: Sequence[Path],
+    devices: Sequence[str],
+    threads: Sequence[int | None],
+) -> tuple[Configuration, ...]:
+    """Every combination, by names that say just what tells them apart."""
+    names = [bundle.manifest.name for bundle in bundles]
+    if len(set(names)) < len(names):
+        names = [f"{bundle.manifest.name} in {bundle.folder}" for bundle in bundles]
+    found = []
+    for (name, bundle), image, device, n in product(
+        zip(names, bundles, strict=True), images, devices, threads
+    ):
+        details = (
+            image.name if len(images) > 1 else "",
+            device if len(devices) > 1 else "",
+            _threads(n) if len(threads) > 1 else "",
+        )
+        label = ", ".join(filter(None, (name, *details)))
+        found.append(Configuration(label, bundle, image, device, n))
+    return tuple(found)
+
+
+def _threads(n: int | None) -> str:
+    return "default threads" if n is None else count(n, "thread")

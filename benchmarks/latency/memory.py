@@ -17,7 +17,7 @@ class Memory:
     """Resident size at marks: "base", "vision" and "decoder" loaded, picture "seen", "answered".
 
     Pages of memory-mapped weights count once they are touched, so a component is what its load and
-    its first use added.
+    its first use added. What is freed in between (the decoded picture) stays with the first.
     """
 
     def __init__(self) -> None:
@@ -29,14 +29,17 @@ class Memory:
 
     def samples(self) -> dict[str, tuple[float, ...]]:
         """Bytes by metric, from the marks, and the peak so far."""
-        at = self._marks
         parts = {
             "peak_rss_bytes": peak_bytes(),
-            "memory_base_bytes": at["base"],
-            "memory_vision_bytes": at["vision"] - at["base"] + at["seen"] - at["decoder"],
-            "memory_decoder_bytes": at["decoder"] - at["vision"] + at["answered"] - at["seen"],
+            "memory_base_bytes": self._marks["base"],
+            "memory_vision_bytes": self._added("base", "vision") + self._added("decoder", "seen"),
+            "memory_decoder_bytes": self._added("vision", "decoder")
+            + self._added("seen", "answered"),
         }
-        return {name: (float(max(value, 0)),) for name, value in parts.items()}
+        return {name: (float(value),) for name, value in parts.items()}
+
+    def _added(self, before: str, after: str) -> int:
+        return max(self._marks[after] - self._marks[before], 0)
 
     def drop_file_cache(self, folder: Path) -> str:
         """Asks the system to forget the bundle's pages; returns why not, "" if it was asked."""

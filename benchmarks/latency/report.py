@@ -34,7 +34,7 @@ class Quantity:
 QUANTITIES: Mapping[str, Quantity] = {
     "load_cold_ms": Quantity("ms", "lower", "load, files read from storage"),
     "load_warm_ms": Quantity("ms", "lower", "load, files in memory"),
-    "first_token_cold_ms": Quantity("ms", "lower", "first token of a fresh process, after load"),
+    "first_token_cold_ms": Quantity("ms", "lower", "first token, fresh process"),
     "first_token_warm_ms": Quantity("ms", "lower", "first token, new picture"),
     "first_token_cached_ms": Quantity("ms", "lower", "first token, same picture again"),
     "image_decode_ms": Quantity("ms", "lower", "picture file to pixels"),
@@ -43,16 +43,16 @@ QUANTITIES: Mapping[str, Quantity] = {
     "projector_ms": Quantity("ms", "lower", "projector"),
     "prefill_ms": Quantity("ms", "lower", "prefill of picture and text"),
     "prefill_tokens_per_s": Quantity("tok/s", "higher", "prefill rate"),
-    "inter_token_ms": Quantity("ms", "lower", "between two tokens of an answer"),
+    "inter_token_ms": Quantity("ms", "lower", "between two tokens"),
     "decode_tokens_per_s": Quantity("tok/s", "higher", "decode rate within an answer"),
     "decode_empty_tokens_per_s": Quantity("tok/s", "higher", "decode rate at empty context"),
     "decode_long_tokens_per_s": Quantity("tok/s", "higher", "decode rate at long context"),
     "end_to_end_ms": Quantity("ms", "lower", "whole answer, new picture"),
-    "cpu_ms": Quantity("ms", "lower", "processor time of that answer, all threads"),
-    "energy_j": Quantity("J", "lower", "energy of that answer, whole package"),
+    "cpu_ms": Quantity("ms", "lower", "processor time of that answer"),
+    "energy_j": Quantity("J", "lower", "energy of that answer"),
     "peak_rss_bytes": Quantity("B", "lower", "peak resident memory"),
     "memory_base_bytes": Quantity("B", "lower", "Python and libraries"),
-    "memory_vision_bytes": Quantity("B", "lower", "vision encoder and projector"),
+    "memory_vision_bytes": Quantity("B", "lower", "vision, projector, picture"),
     "memory_decoder_bytes": Quantity("B", "lower", "decoder and its context"),
     "temperature_c": Quantity("\u00b0C", "lower", "hottest sensor after an answer"),
     "frequency_mhz": Quantity("MHz", "higher", "mean core frequency after an answer"),
@@ -211,7 +211,7 @@ class Report:
             (r.metrics[name].median, name)
             for r in self.results
             for name in STAGES
-            if name in r.metrics
+            if name in r.metrics and r.metrics[name].median > 0
         ]
         return (min(found)[1], min(found)[0]) if found else None
 
