@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from edgevlm.benchmarks.latency.report import QUANTITIES, STAGES, Physics, read_
 from edgevlm.benchmarks.latency.sensors import Sensors, power_mode
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError
+from edgevlm.export import child
 from edgevlm.models import built_in
 from edgevlm.runtimes import fakes
 
@@ -307,9 +309,9 @@ def test_the_stopwatch_costs_next_to_nothing():
 
 
 def test_a_worker_that_dies_is_an_error_with_its_last_words(picture, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "")
-    monkeypatch.setattr(runner, "environment", lambda: {"PYTHONHOME": "/nowhere"})
-    with pytest.raises(BenchError, match="ended early, status 1"):
+    dying = [sys.executable, "-c", "raise SystemExit('out of memory')"]
+    monkeypatch.setattr(child, "command", lambda module: dying)
+    with pytest.raises(BenchError, match=r"ended early, status 1 \(out of memory\)"):
         list(runner.child_round(job(picture)))
 
 

@@ -92,21 +92,21 @@ class _Round:
     emit: Emit
 
 
-def _answers(round: _Round, vlm: VLM, memory: Memory) -> None:
+def _answers(shared: _Round, vlm: VLM, memory: Memory) -> None:
     encoder = _Marking(vlm.parts.encoder, memory)
-    reply = _ask(round, _fresh(vlm, encoder), warm=False)[0]
+    reply = _ask(shared, _fresh(vlm, encoder), warm=False)[0]
     memory.mark("answered")
     cold = {"first_token_cold_ms": (reply.timings.first_token_ms,)}
-    round.emit(Event(cold, {"vision_positions": encoder.positions}))
+    shared.emit(Event(cold, {"vision_positions": encoder.positions}))
     start = time.perf_counter()
-    for _ in range(round.job.pairs):
+    for _ in range(shared.job.pairs):
         # A new VLM on the same engines remembers no picture.
         asked = _fresh(vlm, vlm.parts.encoder)
-        reply, samples = _ask(round, asked, warm=True)
-        again = _ask(round, asked, warm=False)[0]
+        reply, samples = _ask(shared, asked, warm=True)
+        again = _ask(shared, asked, warm=False)[0]
         samples["first_token_cached_ms"] = (again.timings.first_token_ms,)
-        round.emit(Event(samples, _workload(round, reply, again)))
-        if time.perf_counter() - start > round.job.seconds:
+        shared.emit(Event(samples, _workload(shared, reply, again)))
+        if time.perf_counter() - start > shared.job.seconds:
             return
 
 
@@ -119,17 +119,17 @@ def _fresh(vlm: VLM, encoder: VisionEncoder) -> VLM:
     )  # fmt: skip
 
 
-def _ask(round: _Round, vlm: VLM, *, warm: bool) -> tuple[Reply, dict[str, tuple[float, ...]]]:
+def _ask(shared: _Round, vlm: VLM, *, warm: bool) -> tuple[Reply, dict[str, tuple[float, ...]]]:
     """One whole answer; its samples are taken only where `warm` says they count."""
-    job, sensors = round.job, round.sensors
+    job, sensors = shared.job, shared.sensors
     before, cpu = sensors.read(), time.process_time()
-    answer = vlm.stream(round.prompt, job.image, max_tokens=job.tokens)
+    answer = vlm.stream(shared.prompt, job.image, max_tokens=job.tokens)
     elapsed = [piece.elapsed_ms for piece in answer if piece.token_ids]
     cpu_s, after, reply = time.process_time() - cpu, sensors.read(), answer.reply
     if reply.tokens.generated < job.tokens:
         raise PromptError(
             f"the context leaves room for {reply.tokens.generated} of {job.tokens} tokens; "
-            "shorten the prompt or --tokens"
+            "ask for fewer or shorten the prompt"
         )
     if not warm:
         return reply, {}
@@ -155,9 +155,9 @@ def _ask(round: _Round, vlm: VLM, *, warm: bool) -> tuple[Reply, dict[str, tuple
     return reply, samples | {name: (v,) for name, v in optional.items() if v is not None}
 
 
-def _workload(round: _Round, reply: Reply, again: Reply) -> dict[str, Any]:
+def _workload(shared: _Round, reply: Reply, again: Reply) -> dict[str, Any]:
     return {
-        "prompt": round.prompt,
+        "prompt": shared.prompt,
         "image_tokens": reply.tokens.image,
         "text_tokens": reply.tokens.text,
         "cached_tokens": again.tokens.cached,

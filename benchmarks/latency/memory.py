@@ -45,7 +45,7 @@ class Memory:
         """Asks the system to forget the bundle's pages; returns why not, "" if it was asked."""
         if not hasattr(os, "posix_fadvise"):
             return "this system cannot drop single files from its cache"
-        for path in folder.iterdir():
+        for path in _files(folder):
             with path.open("rb") as f:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return ""
@@ -63,10 +63,14 @@ class Memory:
         after = self.bytes_read()
         if before is None or after is None:
             return "whether the files came from storage cannot be read here"
-        size = sum(path.stat().st_size for path in folder.iterdir())
+        size = sum(path.stat().st_size for path in _files(folder))
         if after - before < _COLD_PART * size:
             return (
                 f"the system kept the files in memory ({after - before} of {size} bytes were read "
                 "from storage)"
             )
         return ""
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file()]

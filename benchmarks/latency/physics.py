@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edgevlm.benchmarks.latency.process import environment
 from edgevlm.benchmarks.latency.report import Physics
 from edgevlm.errors import BenchError
+from edgevlm.export import child
 
 _THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 # A matrix of 256 MiB is beyond every cache; a product of 1536 rows is beyond every overhead.
@@ -40,18 +39,15 @@ _INT8 = (
 
 def measure_physics(threads: int, flags: Sequence[str]) -> Physics:
     """Measures for about two seconds, with that many threads. Raises BenchError."""
-    child = subprocess.run(
-        [sys.executable, "-m", __name__],
-        capture_output=True,
-        text=True,
-        env=environment() | dict.fromkeys(_THREADS, str(threads)),
-        check=False,
-    )
-    if child.returncode:
+    setting = child.setting()
+    setting["env"] |= dict.fromkeys(_THREADS, str(threads))
+    command = child.command(__name__)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **setting)
+    if done.returncode:
         raise BenchError(
-            f"the machine's peaks could not be measured: {child.stderr.strip()[-200:]}"
+            f"the machine's peaks could not be measured ({done.stderr.strip()[-200:]})"
         )
-    peaks = json.loads(child.stdout)
+    peaks = json.loads(done.stdout)
     name, ratio = int8_instructions(flags)
     return Physics(threads, peaks["bytes_per_s"], peaks["float32_ops_per_s"], ratio, name)
 

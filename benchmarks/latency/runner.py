@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,9 +21,9 @@ from edgevlm.benchmarks.latency.gather import Configuration, Gathered
 from edgevlm.benchmarks.latency.machine import software, this_machine
 from edgevlm.benchmarks.latency.measure import Job
 from edgevlm.benchmarks.latency.physics import measure_physics
-from edgevlm.benchmarks.latency.process import environment
 from edgevlm.benchmarks.latency.report import VERSION, Physics, Report, Result
 from edgevlm.errors import BenchError
+from edgevlm.export import child
 from edgevlm.types import Progress
 
 _FEWEST_ROUNDS = 3
@@ -102,7 +101,6 @@ def _rounds(
         for one in open_ones:
             progress(Progress(one.configuration.name, one.rounds, _most(plan), "rounds"))
             _one_round(plan, one, run)
-            progress(Progress(one.configuration.name, one.rounds, _most(plan), "rounds"))
         open_ones = [one for one in open_ones if not _done(plan, one)]
 
 
@@ -121,8 +119,8 @@ def _done(plan: Plan, one: Gathered) -> bool:
 def _one_round(plan: Plan, one: Gathered, run: Round) -> None:
     configuration = one.configuration
     job = Job(
-        folder=str(configuration.bundle.folder),
-        image=str(configuration.image),
+        folder=str(configuration.bundle.folder.absolute()),
+        image=str(configuration.image.absolute()),
         device=configuration.device,
         threads=configuration.threads,
         prompt=plan.prompt,
@@ -158,31 +156,33 @@ def child_round(job: Job) -> Events:
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", "edgevlm.benchmarks.latency.worker"],
+            child.command("edgevlm.benchmarks.latency.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
             encoding="utf-8",
-            env=environment(),
-        ) as child,
+            **child.setting(),
+        ) as process,
     ):
-        assert child.stdin and child.stdout
+        assert process.stdin and process.stdout
         try:
             # A child that died at once is told of below, by its status and last words.
             with suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(asdict(job)))
-                child.stdin.close()
+                process.stdin.write(json.dumps(asdict(job)))
+                process.stdin.close()
             done = False
-            for line in child.stdout:
+            for line in process.stdout:
                 event = json.loads(line)
                 if "error" in event:
                     raise BenchError(event["error"])
                 done = done or "done" in event
                 yield event
-        finally:
-            child.kill()
+        except BaseException:
+            process.kill()
+            raise
+        status = process.wait()
         if not done:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["no message"])[-1]
-            raise BenchError(f"its process ended early, status {child.wait()} ({last})")
+            raise BenchError(f"its process ended early, status {status} ({last})")
