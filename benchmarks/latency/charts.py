@@ -125,7 +125,7 @@ def _roofline(report: Report) -> str:
         )
     ]
     axes = ("operations per byte", "GFLOP/s")
-    return plot([*points, *roofs], *axes, log=True, height=380)
+    return plot([*points, *roofs], *axes, log_y=True, height=380)
 
 
 def _roof(physics: Physics, ops_per_s: float, text: str, low: float, high: float) -> Curve:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from edgevlm.benchmarks.latency.cost import cost
+from edgevlm.benchmarks.latency.cost import Cost, cost
 from edgevlm.benchmarks.latency.gather import Configuration, Gathered
 from edgevlm.benchmarks.latency.machine import software, this_machine
 from edgevlm.benchmarks.latency.measure import Job
@@ -142,10 +143,15 @@ def _one_round(plan: Plan, one: Gathered, run: Round) -> None:
 def _results(
     plan: Plan, gathered: list[Gathered], physics: Mapping[int, Physics]
 ) -> Iterator[Result]:
+    # Reading the tensor table takes seconds where the vocabulary is large.
+    costs: dict[Path, Cost] = {}
     for one in gathered:
         if one.measured:
+            bundle = one.configuration.bundle
+            needs = costs.get(bundle.folder) or cost(bundle)
+            costs[bundle.folder] = needs
             limits = physics.get(one.facts["threads"])
-            yield one.result(cost(one.configuration.bundle), limits, plan.target_spread)
+            yield one.result(needs, limits, plan.target_spread)
 
 
 def child_round(job: Job) -> Events:

@@ -16,6 +16,8 @@ _BAR, _GAP = 22, 12
 _LETTER = 7.2
 _LONGEST = 34
 _COLOURS = 8
+# A logarithmic axis shows zero here.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,13 @@ def _bar(row: Bar, series: list[str], left: float, y: float, scale: float) -> li
 
 
 def plot(
-    curves: Sequence[Curve], x_title: str, y_title: str, *, log: bool = False, height: int = 320
+    curves: Sequence[Curve], x_title: str, y_title: str, *, log_y: bool = False, height: int = 320
 ) -> str:
-    """Lines and labelled points over two axes, both logarithmic where `log` says so."""
+    """Lines and labelled points over a logarithmic x axis and a y axis that may be one."""
     xs = [x for c in curves for x, _ in c.points]
     ys = [y for c in curves for _, y in c.points]
-    across = _Axis(xs, 60, WIDTH - 24, log)
-    up = _Axis(ys, height - 44, 34, log)
+    across = _Axis(xs, 60, WIDTH - 24, log=True)
+    up = _Axis(ys, height - 44, 34, log=log_y)
     parts = _legend([c.name for c in curves], 60)
     for x in across.ticks:
         at = across(x)
@@ -126,11 +128,11 @@ def _curve(curve: Curve, i: int, points: list[tuple[float, float]]) -> list[str]
 class _Axis:
     """Maps values to pixels from `start` to `end`; linear axes begin at 0, log ones at a decade."""
 
-    def __init__(self, values: Sequence[float], start: float, end: float, log: bool) -> None:
+    def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool) -> None:
         self._log = log
         if log:
-            low = float(math.floor(math.log10(min(values))))
-            high = max(float(math.ceil(math.log10(max(values)))), low + 1)
+            low = float(math.floor(math.log10(max(min(values), _LEAST))))
+            high = max(float(math.ceil(math.log10(max(*values, _LEAST)))), low + 1)
             self.ticks = [10.0**e for e in range(int(low), int(high) + 1)]
         else:
             low, high = 0.0, max(values) or 1.0
@@ -139,7 +141,7 @@ class _Axis:
         self._start = start
 
     def __call__(self, value: float) -> float:
-        at = math.log10(value) if self._log else value
+        at = math.log10(max(value, _LEAST)) if self._log else value
         return self._start + (at - self._low) * self._scale
 
 
