@@ -45,7 +45,7 @@ def result(name="pico", factor=1.0, **changes) -> Result:
     del metrics["energy_j"]
     given = Result(
         name=name,
-        model=Model("pico", "paligemma", "apache-2.0", 7 << 20,
+        model=Model("pico", False, "paligemma", "apache-2.0", 7 << 20,
                     {"vision": Part("int8", 5, {"v.onnx": "ab"})}),
         workload=Workload("a.png", "c0de", (80, 60), "caption en", 64, 4, 64, 32, 480),
         settings=Settings("auto", "CPUExecutionProvider", 2, True, ("AVX2",)),
@@ -195,6 +195,11 @@ def test_a_busy_machine_and_an_unsettled_spread_are_said():
     assert warnings(report()) == []
 
 
+def test_a_synthetic_model_is_called_so():
+    made_up = dataclasses.replace(result().model, synthetic=True)
+    assert "synthetic, random weights" in to_html(report(result(model=made_up)))
+
+
 def test_amounts_have_three_digits():
     shown = [amount(v, "ms") for v in (0.1234, 1.234, 12.34, 1234.5)]
     assert shown == ["0.123 ms", "1.23 ms", "12.3 ms", "1,234 ms"]
@@ -245,6 +250,8 @@ def test_bad_input_is_one_line(edge, tmp_path):
         (("compare", a, a, "--threshold", "fast"), 2, "'fast' is no number"),
         (("compare", a, tmp_path / "b.json"), 1, "b.json: cannot be read"),
         (("no-model",), 1, "no such bundle folder"),
+        (("--synthetic", "gpt"), 1, "'gpt' cannot be synthesized; choose from paligemma-3b-224"),
+        (("--synthetic", "paligemma-3b-224", "--quant", "q1"), 1, "choose from q8_0"),
         (("-i", "none.png"), 1, "none.png: no such file"),
         (("--out", a), 2, "is a file"),
         (("--runs", "0"), 2, "0 is not in the range"),

@@ -22,6 +22,7 @@ from edgevlm.benchmarks.latency.report import (
 )
 from edgevlm.benchmarks.latency.sections import count
 from edgevlm.benchmarks.latency.stats import Metric, metric
+from edgevlm.benchmarks.synthetic.models import PREFIX
 from edgevlm.bundle import Bundle
 from edgevlm.image import read_image
 
@@ -112,7 +113,14 @@ def _model(bundle: Bundle) -> Model:
         name: Part(c.precision, sum(f.bytes for f in c.files), {f.file: f.sha256 for f in c.files})
         for name, c in manifest.components.items()
     }
-    return Model(manifest.name, manifest.family, manifest.license, bundle.bytes, parts)
+    return Model(
+        name=manifest.name,
+        synthetic=manifest.name.startswith(PREFIX),
+        family=manifest.family,
+        license=manifest.license,
+        bytes=bundle.bytes,
+        components=parts,
+    )
 
 
 def _workload(image: Path, facts: Mapping[str, Any]) -> Workload:

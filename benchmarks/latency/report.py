@@ -107,9 +107,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Model:
-    """The bundle that was measured."""
+    """The bundle that was measured; `synthetic` ones have random weights, of the real sizes."""
 
     name: str
+    synthetic: bool
     family: str
     license: str
     bytes: int

@@ -56,6 +56,11 @@ def title(report: Report) -> str:
 def warnings(report: Report) -> list[str]:
     """What a reader must know before trusting a number."""
     found = list(report.notes)
+    if made_up := [r.name for r in report.results if r.model.synthetic]:
+        found.append(
+            f"{', '.join(made_up)}: synthetic, random weights at the real size; times and memory "
+            "are meant, answers are noise"
+        )
     load, cores = report.machine.load_average, report.machine.usable_cores
     if load is not None and load > _BUSY * cores:
         found.append(

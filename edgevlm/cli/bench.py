@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from edgevlm.benchmarks.latency.report import Report
     from edgevlm.benchmarks.latency.sections import Section
+    from edgevlm.bundle import Bundle
     from edgevlm.types import Progress
 
 _WORSE, _INTERRUPTED = 3, 130
@@ -41,6 +44,23 @@ def bench() -> None:
 
 @bench.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option(
+    "--synthetic",
+    "made_up",
+    multiple=True,
+    metavar="NAME",
+    help="A model of random weights at the real size, such as paligemma-3b-224: its speed here "
+    "before any download; repeatable.",
+)
+@click.option(
+    "--quant",
+    "quants",
+    multiple=True,
+    default=("q4_k_m",),
+    show_default=True,
+    metavar="Q",
+    help="Of synthetic models; repeatable.",
+)
 @click.option(
     "-i",
     "--image",
@@ -83,9 +103,10 @@ def bench() -> None:
     help="Write report.json, .csv, .md and .html.",
 )
 @click.option("--quick", is_flag=True, help="One short round: an impression, not a report.")
-def run(models: tuple[str, ...], images: tuple[Path, ...], prompt: str | None,
-        tokens: int | None, runs: int | None, devices: tuple[str, ...],
-        threads: tuple[int, ...], out: Path | None, quick: bool) -> None:  # fmt: skip
+def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ...],
+        images: tuple[Path, ...], prompt: str | None, tokens: int | None, runs: int | None,
+        devices: tuple[str, ...], threads: tuple[int, ...], out: Path | None,
+        quick: bool) -> None:  # fmt: skip
     """Measure MODELs: bundle folders or installed names, pico if none is named.
 
     Every stage from the picture file to the last token, cold, warm and with a known picture;
@@ -97,17 +118,16 @@ def run(models: tuple[str, ...], images: tuple[Path, ...], prompt: str | None,
     from edgevlm.benchmarks.latency import files
     from edgevlm.benchmarks.latency.gather import configurations
     from edgevlm.benchmarks.latency.runner import Plan, run_plan
-    from edgevlm.bundle import open_bundle
     from edgevlm.image import read_image
-    from edgevlm.models import resolve
 
-    bundles = [open_bundle(resolve(m)) for m in models or (os.environ.get("EDGEVLM_MODEL"),)]
     for image in images:
         read_image(image)
     if out:
         files.make_folder(out)
     console = Console(stderr=True, markup=False, highlight=False)
     with tempfile.TemporaryDirectory() as folder, console.status("measuring") as status:
+        making = "making {}, once".format
+        bundles = _bundles(models, made_up, quants, lambda name: status.update(making(name)))
 
         def show(progress: Progress) -> None:
             status.update(f"{progress.stage}: round {progress.done + 1} of {progress.total}")
@@ -124,6 +144,24 @@ def run(models: tuple[str, ...], images: tuple[Path, ...], prompt: str | None,
     if not report.complete:
         interrupted = any("interrupted" in note for note in report.notes)
         click.get_current_context().exit(_INTERRUPTED if interrupted else 1)
+
+
+def _bundles(
+    models: tuple[str, ...],
+    made_up: tuple[str, ...],
+    quants: tuple[str, ...],
+    starts: Callable[[str], None],
+) -> list[Bundle]:
+    """The bundles named, the synthetic ones, or the default one where none is asked for."""
+    from edgevlm.benchmarks.synthetic.make import synthetic
+    from edgevlm.bundle import open_bundle
+    from edgevlm.models import resolve
+
+    names: tuple[str | None, ...] = models
+    if not models and not made_up:
+        names = (os.environ.get("EDGEVLM_MODEL"),)
+    found = [open_bundle(resolve(name)) for name in names]
+    return found + [synthetic(name, quant, starts) for name in made_up for quant in quants]
 
 
 @bench.command()
