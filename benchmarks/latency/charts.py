@@ -32,8 +32,8 @@ def charts(report: Report) -> list[tuple[str, str, str]]:
         ),
         (
             "Decode",
-            "Tokens per second behind nothing, in an answer and behind a long context. The mark is "
-            "the memory's limit.",
+            "Tokens per second behind nothing, in an answer and behind a long context. A mark, "
+            "where it is within four times the bars, is the memory's limit.",
             _decode(results),
         ),
         (

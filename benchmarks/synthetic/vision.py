@@ -84,10 +84,12 @@ class _Graph:
         )
         opset = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+        data = path.with_name(f"{path.name}.data")
         onnx.save_model(
-            model, str(path), save_as_external_data=True, location=f"{path.name}.data",
-            size_threshold=1024,
-        )  # fmt: skip
+            model, str(path), save_as_external_data=True, location=data.name, size_threshold=1024
+        )
+        # onnx makes the data readable for the owner alone.
+        data.chmod(path.stat().st_mode)
 
 
 def write_encoder(path: Path, config: Config) -> None:

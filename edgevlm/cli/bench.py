@@ -175,7 +175,7 @@ def _bundles(
     help="Smaller changes do not matter.",
 )
 @click.option("--force", is_flag=True, help="Compare different machines or different work.")
-def compare(a: Path, b: Path, threshold: str, force: bool) -> None:  # fmt: skip
+def compare(a: Path, b: Path, threshold: str, force: bool) -> None:
     """Compare report B with report A (two report.json).
 
     A change counts when it is larger than the threshold and than the noise of both. The exit code
