@@ -10,6 +10,7 @@ Importing this package loads no engine; `load` does.
 
 from edgevlm.api import load
 from edgevlm.errors import (
+    BenchError,
     BundleCorrupt,
     BundleError,
     BundleNotFound,
@@ -30,6 +31,7 @@ from edgevlm.types import Box, Piece, Progress, Reply, Timings, TokenCounts
 __version__ = "0.1.0"
 
 __all__ = [
+    "BenchError",
     "Box",
     "BundleCorrupt",
     "BundleError",

@@ -11,6 +11,7 @@
     │  └ ContextOverflow    picture, prompt and answer do not fit the context
     ├ EngineMissing         an optional package or a device is not there
     ├ EngineError           an engine failed on a valid request
+    ├ BenchError            a measurement failed, or reports cannot be compared
     └ ExportError
        ├ SourceError        the source checkpoint lacks something or holds something unknown
        └ ParityError        the exported model does not answer like its source
@@ -106,6 +107,10 @@ class EngineMissing(EdgeVLMError):
 
 class EngineError(EdgeVLMError):
     """An engine (onnxruntime, llama.cpp) failed on a request that was checked before."""
+
+
+class BenchError(EdgeVLMError):
+    """A latency report cannot be made, read or compared."""
 
 
 class ExportError(EdgeVLMError):

@@ -100,8 +100,9 @@ def write_gguf(source: DecoderSource, path: Path, type: str, report: Report | No
 
     writer = gguf.GGUFWriter(path, source.config["kind"])
     try:
-        _metadata(writer, source, type)
-        plan = list(_plan(source, type))
+        metadata(writer, source)
+        writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[type])
+        plan = list(layout(source, type))
         for name, tensor, stored in plan:
             kind, size = gguf.GGMLQuantizationType[stored], tensor.elements * _BYTES[stored]
             writer.add_tensor_info(name, tensor.shape, np.dtype(np.uint16), size, raw_dtype=kind)
@@ -116,7 +117,7 @@ def write_gguf(source: DecoderSource, path: Path, type: str, report: Report | No
         writer.close()
 
 
-def _plan(source: DecoderSource, type: str) -> Iterator[tuple[str, SourceTensor, str]]:
+def layout(source: DecoderSource, type: str) -> Iterator[tuple[str, SourceTensor, str]]:
     """(GGUF name, source tensor, stored type) in the order of the layers."""
     layer = _LAYER[source.config["kind"]]
     for name, target in _TOP.items():
@@ -178,10 +179,10 @@ def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return rounded.astype(np.uint16)
 
 
-def _metadata(writer: gguf.GGUFWriter, source: DecoderSource, type: str) -> None:
+def metadata(writer: gguf.GGUFWriter, source: DecoderSource) -> None:
+    """Adds everything but tensors and file type: sizes, constants, the vocabulary."""
     c = source.config
     writer.add_name(source.name)
-    writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[type])
     writer.add_context_length(c["max_position_embeddings"])
     writer.add_embedding_length(c["hidden_size"])
     writer.add_block_count(c["num_hidden_layers"])

@@ -7,6 +7,7 @@ id; every such request is refused here first.
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -310,6 +311,12 @@ def default_repack() -> bool:
     the same, and the second copy of the weights is saved (docs/performance.md).
     """
     return b"AVX512_VNNI = 1" not in llama.llama_print_system_info()
+
+
+def cpu_features() -> list[str]:
+    """What this build of llama.cpp uses of the processor, such as AVX2."""
+    found: list[bytes] = re.findall(rb"(\w+) = 1", llama.llama_print_system_info())
+    return [name.decode() for name in found]
 
 
 _log: list[str] = []

@@ -32,6 +32,11 @@ class OrtEncoder:
         self._lock = threading.Lock()
         self._run: ort.RunOptions | None = None
 
+    @property
+    def provider(self) -> str:
+        """The execution provider that runs the graphs, in onnxruntime's words."""
+        return str(self._vision.get_providers()[0])
+
     def features(self, pixels: Float) -> Float:
         """See VisionEncoder."""
         return self._call(self._vision, "pixels", pixels)

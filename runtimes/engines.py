@@ -20,6 +20,10 @@ class Cancelled(Exception):
 class VisionEncoder(Protocol):
     """Turns pixels into rows that the decoder reads beside its token embeddings."""
 
+    @property
+    def provider(self) -> str:
+        """What really runs it, in the engine's own words."""
+
     def features(self, pixels: Float) -> Float:
         """Pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]."""
 

@@ -30,6 +30,8 @@ _N_EMBD = 4
 class FakeEncoder:
     """VisionEncoder whose rows all hold the mean of the pixels; `calls` counts pictures seen."""
 
+    provider = "fake"
+
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
         self.calls = 0

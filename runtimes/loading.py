@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,13 @@ class Settings:
     repack: bool | None = None
 
 
-def load_bundle(folder: Path, settings: Settings) -> VLM:
-    """Opens, checks and loads a bundle. Raises BundleError and EngineMissing."""
+def load_bundle(
+    folder: Path, settings: Settings, loaded: Callable[[str], None] = lambda _: None
+) -> VLM:
+    """Opens, checks and loads a bundle; `loaded` is told "vision" and "decoder" as each stands.
+
+    Raises BundleError and EngineMissing.
+    """
     start = time.perf_counter()
     bundle = open_bundle(folder)
     manifest = bundle.manifest
@@ -40,7 +46,9 @@ def load_bundle(folder: Path, settings: Settings) -> VLM:
     encoder = OrtEncoder(
         bundle.path("vision"), bundle.path("projector"), threads=threads, device=settings.device
     )
+    loaded("vision")
     decoder = _decoder(bundle, threads, settings.repack)
+    loaded("decoder")
     load_ms = (time.perf_counter() - start) * 1e3
     return VLM(manifest, kind, encoder, decoder, load_ms=load_ms)
 

@@ -43,7 +43,7 @@ ENGINES = {
     ),
     "torch": ("edgevlm.export", "edgevlm.benchmarks"),
     "transformers": ("edgevlm.export", "edgevlm.benchmarks"),
-    "onnx": ("edgevlm.export",),
+    "onnx": ("edgevlm.export", "edgevlm.benchmarks.synthetic.vision"),
     "optimum": ("edgevlm.export",),
 }
 

@@ -17,6 +17,7 @@ from edgevlm.errors import EdgeVLMError
 
 _COMMANDS = {
     "ask": "edgevlm.cli.ask",
+    "bench": "edgevlm.cli.bench",
     "caption": "edgevlm.cli.tasks",
     "chat": "edgevlm.cli.chat",
     "detect": "edgevlm.cli.tasks",

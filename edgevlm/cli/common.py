@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -133,6 +132,8 @@ def print_stats(reply: Reply) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from edgevlm.runtimes.memory import peak_bytes
+
     t, n = reply.timings, reply.tokens
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
@@ -152,19 +153,6 @@ def print_stats(reply: Reply) -> None:
         table.add_row(name, f"{ms:.1f} ms", note)
     table.add_row("tokens in", str(n.prompt), f"image {n.image}, text {n.text}, cached {n.cached}")
     table.add_row("tokens out", str(n.generated), reply.finish_reason)
-    if peak := peak_memory_bytes():
+    if peak := peak_bytes():
         table.add_row("peak memory", f"{peak / 2**20:.0f} MiB", "of this process")
     Console(stderr=True, markup=False, highlight=False).print(table)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far, in bytes; 0 where the system does not say."""
-    if os.name == "nt":
-        import psutil
-
-        memory: Any = psutil.Process().memory_info()
-        return int(memory.peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

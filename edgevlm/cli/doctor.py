@@ -58,14 +58,13 @@ def _engines() -> list[tuple[str, str]]:
     import llama_cpp
     import onnxruntime
 
-    from edgevlm.runtimes.decoder import default_repack
+    from edgevlm.runtimes.decoder import cpu_features, default_repack
 
     providers = ", ".join(onnxruntime.get_available_providers())
-    features = re.findall(rb"(\w+) = 1", llama_cpp.llama_print_system_info())
     return [
         ("vision", f"onnxruntime {onnxruntime.__version__}, CPU (offered: {providers})"),
         ("decoder", f"llama-cpp-python {llama_cpp.__version__}, CPU"),
-        ("llama.cpp", " ".join(f.decode() for f in features)),
+        ("llama.cpp", " ".join(cpu_features())),
         ("repacking", "on" if default_repack() else "off (AVX-512 VNNI)"),
     ]
 

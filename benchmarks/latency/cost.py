@@ -1,0 +1,114 @@
+"""What a bundle needs at least: bytes read and operations done, stage by stage.
+
+The decoder's numbers come from its tensor table. The graphs' are estimates from the size of their
+files: one multiply-add for every weight and position, attention left out (4 % in SigLIP-So400m at
+224 px).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFReader
+
+from edgevlm.benchmarks.latency.report import Limit, Physics
+from edgevlm.benchmarks.latency.stats import Metric
+from edgevlm.bundle import Bundle
+
+_WEIGHT_BYTES = {"fp32": 4, "f32": 4, "fp16": 2, "f16": 2, "bf16": 2}
+_KV_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and operations of one bundle.
+
+    decoder_bytes: read for every token of an answer (all matrices, the output table included, a
+    tied embedding table once). layer_weights: weights that multiply every position of a prefill.
+    output_weights: those of the last layer's table, used for the last position only.
+    attention_ops: a position attending to one other. kv_bytes: read for each earlier position.
+    graph_weights: by "vision" and "projector".
+    """
+
+    decoder_bytes: int
+    layer_weights: int
+    output_weights: int
+    attention_ops: int
+    kv_bytes: int
+    graph_weights: Mapping[str, float]
+
+
+def cost(bundle: Bundle) -> Cost:
+    """Reads the tensor table of the decoder and the sizes of the graphs."""
+    reader = GGUFReader(bundle.path("decoder"))
+    tensors = {t.name: t for t in reader.tensors}
+    output = tensors.get("output.weight", tensors["token_embd.weight"])
+    layers = [t for name, t in tensors.items() if name.startswith("blk.")]
+    heads, kv, key, value = (int(_number(reader, bundle, name)) for name in (
+        "attention.head_count", "attention.head_count_kv",
+        "attention.key_length", "attention.value_length",
+    ))  # fmt: skip
+    n_layer = bundle.manifest.decoder.n_layer
+    return Cost(
+        decoder_bytes=sum(int(t.n_bytes) for t in layers) + int(output.n_bytes),
+        layer_weights=sum(int(t.n_elements) for t in layers if len(t.shape) > 1),
+        output_weights=int(output.n_elements),
+        attention_ops=2 * n_layer * heads * (key + value),
+        kv_bytes=_KV_BYTES * n_layer * kv * (key + value),
+        graph_weights={
+            name: sum(f.bytes for f in bundle.manifest.components[name].files)
+            / _WEIGHT_BYTES.get(bundle.manifest.components[name].precision, 1)
+            for name in ("vision", "projector")
+        },
+    )
+
+
+def _number(reader: GGUFReader, bundle: Bundle, name: str) -> Any:
+    """A number of the decoder; what a file leaves out follows from the width, as in llama.cpp."""
+    prefix = bundle.manifest.decoder.architecture
+    if field := reader.get_field(f"{prefix}.{name}"):
+        return field.contents()
+    if name == "attention.head_count_kv":
+        return _number(reader, bundle, "attention.head_count")
+    return bundle.manifest.decoder.n_embd // _number(reader, bundle, "attention.head_count")
+
+
+def limits(
+    needs: Cost, bundle: Bundle, physics: Physics, metrics: Mapping[str, Metric],
+    n_prompt: int, n_positions: int,
+) -> dict[str, Limit]:  # fmt: skip
+    """Stage -> what the machine would need at its measured peaks, beside what was measured.
+
+    `n_prompt` is the length of the prefill, `n_positions` the rows in the vision encoder.
+    """
+    parts = bundle.manifest.components
+    found = {}
+    for name in ("vision", "projector"):
+        ops = 2 * needs.graph_weights[name] * n_positions
+        size = sum(f.bytes for f in parts[name].files)
+        if (ms := _median(metrics, f"{name}_ms")) is not None:
+            found[name] = _limit(physics, parts[name].precision, ops, size, ms)
+    precision = parts["decoder"].precision
+    if (ms := _median(metrics, "prefill_ms")) is not None:
+        ops = 2 * (needs.layer_weights * n_prompt + needs.output_weights)
+        ops += needs.attention_ops * n_prompt**2
+        found["prefill"] = _limit(physics, precision, ops, needs.decoder_bytes, ms)
+    if rate := _median(metrics, "decode_tokens_per_s"):
+        ops = 2 * (needs.layer_weights + needs.output_weights) + needs.attention_ops * n_prompt
+        size = needs.decoder_bytes + needs.kv_bytes * n_prompt
+        found["decode"] = _limit(physics, precision, ops, size, 1e3 / rate)
+    return found
+
+
+def _limit(
+    physics: Physics, precision: str, ops: float, n_bytes: float, measured_ms: float
+) -> Limit:
+    peak = physics.float32_ops_per_s if precision in _WEIGHT_BYTES else physics.int8_ops_per_s
+    floor_ms = 1e3 * max(ops / peak, n_bytes / physics.bytes_per_s)
+    return Limit(ops, n_bytes, peak, floor_ms, measured_ms)
+
+
+def _median(metrics: Mapping[str, Metric], name: str) -> float | None:
+    return metrics[name].median if name in metrics else None

@@ -1,0 +1,69 @@
+"""Which machine and which software a report is from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from edgevlm.benchmarks.latency.report import Machine
+from edgevlm.benchmarks.latency.sensors import SYS, power_mode
+
+_PACKAGES = ("edgevlm", "onnxruntime", "llama-cpp-python", "numpy", "pillow")
+
+
+def this_machine(sys_root: Path = SYS) -> Machine:
+    """Describes the machine that runs this."""
+    cpu, flags = _processor()
+    return Machine(
+        cpu=cpu,
+        architecture=platform.machine(),
+        flags=flags,
+        physical_cores=psutil.cpu_count(logical=False) or 1,
+        usable_cores=_usable_cores(),
+        memory_bytes=psutil.virtual_memory().total,
+        system=platform.platform(),
+        power=power_mode(sys_root),
+        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
+def software() -> dict[str, str]:
+    """Versions of what a measurement depends on."""
+    versions = {"python": platform.python_version()}
+    return versions | {name: metadata.version(name) for name in _PACKAGES}
+
+
+def differences(a: Machine, b: Machine) -> list[str]:
+    """What makes two machines different ones for a comparison; empty for the same."""
+    found = []
+    for name in ("cpu", "architecture", "physical_cores", "usable_cores"):
+        if (x := getattr(a, name)) != (y := getattr(b, name)):
+            found.append(f"{name.replace('_', ' ')} {x} and {y}")
+    # Firmware and kernels keep a varying part of the memory for themselves.
+    if abs(a.memory_bytes - b.memory_bytes) > 0.05 * max(a.memory_bytes, b.memory_bytes):
+        sizes = (f"{m.memory_bytes / 2**30:.1f}" for m in (a, b))
+        found.append(f"memory {' and '.join(sizes)} GiB")
+    return found
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> tuple[str, tuple[str, ...]]:
+    """Name and flags; platform.processor() is empty or generic on Linux."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    name = re.search(r"^(?:model name|Model)\s*: (.+)", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)", text, re.MULTILINE)
+    fallback = platform.processor() or platform.machine()
+    return name[1] if name else fallback, tuple(flags[1].split()) if flags else ()

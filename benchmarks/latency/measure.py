@@ -1,0 +1,235 @@
+"""One round in one process: load, a first answer, pairs of a new and a known picture, bare decode.
+
+Everything goes through the runtime's own Answer, so what is timed is what users get. The manifest
+is changed in one point: no token ends an answer, so that each has the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from edgevlm.benchmarks.latency.memory import Memory
+from edgevlm.benchmarks.latency.sensors import Sensors
+from edgevlm.errors import PromptError
+from edgevlm.runtimes.engines import Float, VisionEncoder
+from edgevlm.runtimes.request import Parts, Stopwatch
+from edgevlm.runtimes.session import VLM
+from edgevlm.sampling import Sampling
+from edgevlm.types import Reply
+
+# How deep the context of the long-context rate is, where the model's own context allows it.
+LONG_CONTEXT = 1024
+_QUESTION = "What is in the picture?"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one round measures, as the parent sends it to the worker.
+
+    prompt: None for the model's own caption prompt. tokens: length of every answer. A pair is an
+    answer about a new picture and one about the same again; there are at least one and at most
+    `pairs`, as many as fit into `seconds`.
+    """
+
+    folder: str
+    image: str
+    device: str
+    threads: int | None
+    prompt: str | None
+    tokens: int
+    pairs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the worker reports: samples by metric, and facts about the configuration."""
+
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+
+
+Emit = Callable[[Event], None]
+# Loads the model; is told "vision" and "decoder" as each stands.
+Open = Callable[[Callable[[str], None]], VLM]
+
+
+def measure(job: Job, open_model: Open, memory: Memory, sensors: Sensors, emit: Emit) -> None:
+    """Runs one round and emits what it found, piece by piece. Raises EdgeVLMError."""
+    memory.mark("base")
+    cold = memory.drop_file_cache(Path(job.folder))
+    before = memory.bytes_read()
+    vlm = open_model(memory.mark)
+    why_not = cold or memory.why_not_cold(before, Path(job.folder))
+    if why_not:
+        emit(Event(unavailable={"load_cold_ms": why_not}))
+    else:
+        emit(Event({"load_cold_ms": (vlm.load_ms,)}))
+    prompt = job.prompt if job.prompt is not None else _default_prompt(vlm)
+    with vlm:
+        _answers(_Round(job, prompt, sensors, emit), vlm, memory)
+        emit(Event(memory.samples(), unavailable=sensors.unavailable()))
+        emit(_bare_decode(vlm.parts, job.tokens))
+    gc.collect()
+    with open_model(lambda _: None) as again:
+        emit(Event({"load_warm_ms": (again.load_ms,)}))
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What the answers of a round share."""
+
+    job: Job
+    prompt: str
+    sensors: Sensors
+    emit: Emit
+
+
+def _answers(shared: _Round, vlm: VLM, memory: Memory) -> None:
+    encoder = _Marking(vlm.parts.encoder, memory)
+    reply = _ask(shared, _fresh(vlm, encoder), warm=False)[0]
+    memory.mark("answered")
+    cold = {"first_token_cold_ms": (reply.timings.first_token_ms,)}
+    shared.emit(Event(cold, {"vision_positions": encoder.positions}))
+    start = time.perf_counter()
+    for _ in range(shared.job.pairs):
+        # A new VLM on the same engines remembers no picture.
+        asked = _fresh(vlm, vlm.parts.encoder)
+        reply, samples = _ask(shared, asked, warm=True)
+        again = _ask(shared, asked, warm=False)[0]
+        samples["first_token_cached_ms"] = (again.timings.first_token_ms,)
+        shared.emit(Event(samples, _workload(shared, reply, again)))
+        if time.perf_counter() - start > shared.job.seconds:
+            return
+
+
+def _fresh(vlm: VLM, encoder: VisionEncoder) -> VLM:
+    manifest = vlm.manifest
+    endless = replace(manifest.answer, stop_tokens=(), stop_strings=())
+    return VLM(
+        replace(manifest, answer=endless), vlm.parts.family, encoder, vlm.parts.decoder,
+        load_ms=vlm.load_ms,
+    )  # fmt: skip
+
+
+def _ask(shared: _Round, vlm: VLM, *, warm: bool) -> tuple[Reply, dict[str, tuple[float, ...]]]:
+    """One whole answer; its samples are taken only where `warm` says they count."""
+    job, sensors = shared.job, shared.sensors
+    before, cpu = sensors.read(), time.process_time()
+    answer = vlm.stream(shared.prompt, job.image, max_tokens=job.tokens)
+    elapsed = [piece.elapsed_ms for piece in answer if piece.token_ids]
+    cpu_s, after, reply = time.process_time() - cpu, sensors.read(), answer.reply
+    if reply.tokens.generated < job.tokens:
+        raise PromptError(
+            f"the context leaves room for {reply.tokens.generated} of {job.tokens} tokens; "
+            "ask for fewer or shorten the prompt"
+        )
+    if not warm:
+        return reply, {}
+    t = reply.timings
+    samples: dict[str, tuple[float, ...]] = {
+        "first_token_warm_ms": (t.first_token_ms,),
+        "image_decode_ms": (t.image_decode_ms,),
+        "preprocess_ms": (t.preprocess_ms,),
+        "vision_ms": (t.vision_ms,),
+        "projector_ms": (t.projector_ms,),
+        "prefill_ms": (t.prefill_ms,),
+        "prefill_tokens_per_s": (reply.prefill_tokens_per_s,),
+        "inter_token_ms": tuple(b - a for a, b in pairwise(elapsed)),
+        "decode_tokens_per_s": (reply.decode_tokens_per_s,),
+        "end_to_end_ms": (t.total_ms,),
+        "cpu_ms": (cpu_s * 1e3,),
+    }
+    optional = {
+        "energy_j": sensors.joules(before, after),
+        "temperature_c": after.temperature_c,
+        "frequency_mhz": after.frequency_mhz,
+    }
+    return reply, samples | {name: (v,) for name, v in optional.items() if v is not None}
+
+
+def _workload(shared: _Round, reply: Reply, again: Reply) -> dict[str, Any]:
+    return {
+        "prompt": shared.prompt,
+        "image_tokens": reply.tokens.image,
+        "text_tokens": reply.tokens.text,
+        "cached_tokens": again.tokens.cached,
+        "generated": reply.tokens.generated,
+    }
+
+
+def _bare_decode(parts: Parts, tokens: int) -> Event:
+    """The decoder alone, behind one position and behind a long context."""
+    deep = min(LONG_CONTEXT, parts.manifest.decoder.context_length - tokens)
+    return Event(
+        {
+            "decode_empty_tokens_per_s": (_decode_rate(parts, 1, tokens),),
+            "decode_long_tokens_per_s": (_decode_rate(parts, deep, tokens),),
+        },
+        {"long_context": deep},
+    )
+
+
+def _decode_rate(parts: Parts, depth: int, tokens: int) -> float:
+    """Tokens per second of `tokens` greedy steps behind `depth` begin tokens."""
+    decoder = parts.decoder
+    decoder.prefill(decoder.embed([decoder.bos] * depth), bidirectional=False, room=tokens)
+    sampler = decoder.sampler(Sampling())
+    try:
+        token = sampler.sample()
+        start = time.perf_counter()
+        for _ in range(tokens):
+            decoder.step(token)
+            token = sampler.sample()
+        return tokens / (time.perf_counter() - start)
+    finally:
+        sampler.close()
+
+
+def _default_prompt(vlm: VLM) -> str:
+    return vlm.task("caption") if "caption" in vlm.manifest.prompt.tasks else _QUESTION
+
+
+class _Marking:
+    """A VisionEncoder that notes its positions and the memory after the first picture."""
+
+    def __init__(self, encoder: VisionEncoder, memory: Memory) -> None:
+        self._encoder, self._memory = encoder, memory
+        self.provider = encoder.provider
+        self.positions = 0
+
+    def features(self, pixels: Float) -> Float:
+        """See VisionEncoder."""
+        features = self._encoder.features(pixels)
+        self.positions = features.shape[1]
+        return features
+
+    def project(self, features: Float) -> Float:
+        """See VisionEncoder."""
+        rows = self._encoder.project(features)
+        self._memory.mark("seen")
+        return rows
+
+    def cancel(self) -> None:
+        """See VisionEncoder."""
+        self._encoder.cancel()
+
+    def close(self) -> None:
+        """See VisionEncoder."""
+        self._encoder.close()
+
+
+def overhead_ms(times: int = 2000) -> float:
+    """What the stopwatch reads, on average, for a stage that does nothing."""
+    watch = Stopwatch()
+    for _ in range(times):
+        with watch.timed("empty"):
+            pass
+    return watch.ms["empty"] / times

@@ -1,0 +1,199 @@
+"""A report in words and tables, once; Markdown, page and terminal each show these sections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from edgevlm.benchmarks.latency.report import QUANTITIES, Limit, Report, Result
+
+Row = tuple[str, ...]
+
+_SUMMARY = (
+    ("first token", "first_token_warm_ms"),
+    ("same picture", "first_token_cached_ms"),
+    ("fresh process", "first_token_cold_ms"),
+    ("load", "load_warm_ms"),
+    ("decode", "decode_tokens_per_s"),
+    ("peak memory", "peak_rss_bytes"),
+)
+# Above this part of the cores, other programs are likely to be in the numbers.
+_BUSY = 0.3
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, some paragraphs, and a table where `head` is not empty. The first column is text.
+
+    `narrow` are the columns that fit into a terminal; one that has none is not shown there.
+    """
+
+    title: str
+    paragraphs: tuple[str, ...] = ()
+    head: Row = ()
+    rows: tuple[Row, ...] = ()
+    narrow: tuple[int, ...] = ()
+
+
+def amount(value: float, unit: str) -> str:
+    """A number for people: three digits, bytes as MiB or GiB."""
+    if unit == "B":
+        value, unit = (value / 2**30, "GiB") if value >= 2**30 else (value / 2**20, "MiB")
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f} {unit}"
+
+
+def count(n: int, thing: str) -> str:
+    """Such as "1 thread" or "2 threads"."""
+    return f"{n} {thing}{'' if n == 1 else 's'}"
+
+
+def title(report: Report) -> str:
+    """The headline of a report."""
+    return f"edgevlm latency report{'' if report.complete else ' (partial)'}"
+
+
+def warnings(report: Report) -> list[str]:
+    """What a reader must know before trusting a number."""
+    found = list(report.notes)
+    if made_up := [r.name for r in report.results if r.model.synthetic]:
+        found.append(
+            f"{', '.join(made_up)}: synthetic, random weights at the real size; times and memory "
+            "are meant, answers are noise"
+        )
+    load, cores = report.machine.load_average, report.machine.usable_cores
+    if load is not None and load > _BUSY * cores:
+        found.append(
+            f"the machine was busy before the start (load average {load:.1f} on {cores} cores): "
+            "it can do better than this"
+        )
+    unsettled = [r.name for r in report.results if not r.settled]
+    if unsettled:
+        found.append(
+            f"the spread of {', '.join(unsettled)} stayed above {report.target_spread:.0%} "
+            "(1.57 IQR / \u221an of first token and decode): small differences mean nothing"
+        )
+    return found
+
+
+def sections(report: Report) -> list[Section]:
+    """Everything there is to say, the summary first."""
+    return [
+        summary(report),
+        *(s for result in report.results for s in _details(report, result)),
+        _machine(report),
+    ]
+
+
+def summary(report: Report) -> Section:
+    """One row a configuration, medians."""
+    rows = []
+    for result in report.results:
+        cells = (_median(result, name) for _, name in _SUMMARY)
+        rows.append((result.name, *cells, amount(result.model.bytes, "B")))
+    head = ("configuration", *(text for text, _ in _SUMMARY), "on disk")
+    return Section("Summary", ("Medians.",), head, tuple(rows), (0, 1, 2, 5, 6))
+
+
+def _median(result: Result, name: str) -> str:
+    metric = result.metrics.get(name)
+    return amount(metric.median, metric.unit) if metric else "-"
+
+
+def _details(report: Report, result: Result) -> Iterator[Section]:
+    rows = []
+    for name, metric in result.metrics.items():
+        values = (metric.median, metric.min, metric.p90, metric.p99, metric.max, metric.std)
+        cells = (amount(value, metric.unit) for value in values)
+        rows.append((QUANTITIES[name].text, *cells, str(len(metric.samples))))
+    missing = (f"{QUANTITIES[n].text}: {why}" for n, why in result.unavailable.items())
+    unavailable = tuple(f"Not available: {text}." for text in missing)
+    head = ("quantity", "median", "min", "p90", "p99", "max", "std", "samples")
+    # Quantity, median, min, p90, samples.
+    yield Section(result.name, (_asked(result), *unavailable), head, tuple(rows), (0, 1, 2, 3, 7))
+    if result.limits:
+        yield _limits(report, result)
+    yield _components(result)
+
+
+def _asked(result: Result) -> str:
+    work, settings = result.workload, result.settings
+    width, height = work.image_size
+    return (
+        f'Asked "{work.prompt}" about {work.image} ({width} x {height}): {work.image_tokens} '
+        f"tokens of the picture ({work.cached_tokens} of them known when it was asked again), "
+        f"{work.text_tokens} of text, {work.generated} generated, greedy. "
+        f"{count(result.rounds, 'whole round')}, each in a process of its own; "
+        f"{count(settings.threads, 'thread')}, {settings.provider}, weight repacking "
+        f"{'on' if settings.repack else 'off'}; long context: {work.long_context} tokens."
+    )
+
+
+def _limits(report: Report, result: Result) -> Section:
+    rows = tuple(_limit_row(name, limit) for name, limit in result.limits.items())
+    peaks = next(p for p in report.physics if p.threads == result.settings.threads)
+    return Section(
+        f"{result.name}: how much of this machine is used",
+        (
+            f"Measured with numpy on {count(peaks.threads, 'thread')}: "
+            f"{peaks.bytes_per_s / 1e9:.1f} GB/s, "
+            f"{peaks.float32_ops_per_s / 1e9:.0f} GFLOP/s in float32; 8-bit weights could go "
+            f"{peaks.int8_ratio:.3g} times as fast ({peaks.int8_instructions}). A stage that "
+            "reaches 100 % is as fast as that; weights that fit into the caches can go beyond.",
+        ),
+        ("stage", "operations", "bytes", "limited by", "at best", "measured", "reached"),
+        rows,
+        (0, 3, 4, 5, 6),
+    )
+
+
+def _limit_row(name: str, limit: Limit) -> Row:
+    arithmetic = limit.floor_ms <= 1.001e3 * limit.ops / limit.ops_per_s
+    return (
+        name,
+        f"{limit.ops / 1e9:,.3g} G",
+        amount(limit.bytes, "B"),
+        "arithmetic" if arithmetic else "memory",
+        amount(limit.floor_ms, "ms"),
+        amount(limit.measured_ms, "ms"),
+        f"{limit.percent:.0f} %",
+    )
+
+
+def _components(result: Result) -> Section:
+    model = result.model
+    rows = tuple(
+        (part_name, part.precision, amount(part.bytes, "B"), file, sha256)
+        for part_name, part in model.components.items()
+        for file, sha256 in part.sha256.items()
+    )
+    about = f"{model.name} ({model.family}, {model.license}), {amount(model.bytes, 'B')}."
+    head = ("component", "precision", "size", "file", "sha256")
+    return Section(f"{result.name}: the bundle", (about,), head, rows)
+
+
+def _machine(report: Report) -> Section:
+    machine = report.machine
+    shortest = report.shortest_stage()
+    rows = [
+        ("date", report.created),
+        ("command", report.command),
+        ("processor", machine.cpu),
+        ("architecture", machine.architecture),
+        ("cores", f"{machine.physical_cores} physical, {machine.usable_cores} usable"),
+        ("memory", amount(machine.memory_bytes, "B")),
+        ("system", machine.system),
+        ("power", ", ".join(machine.power) or "not readable"),
+        ("flags", " ".join(machine.flags) or "not readable"),
+        *report.software.items(),
+    ]
+    if report.results:
+        rows.append(("llama.cpp", " ".join(report.results[0].settings.llama_cpp)))
+    if shortest:
+        name, ms = shortest
+        rows.append((
+            "overhead of measuring",
+            f"{report.overhead_ms * 1e3:.2f} \u00b5s a stage, {report.overhead_ms / ms:.2%} of the "
+            f"shortest ({QUANTITIES[name].text})",
+        ))  # fmt: skip
+    return Section("Machine and software", (), ("", ""), tuple(rows))

@@ -1,0 +1,67 @@
+"""`python -m edgevlm.benchmarks.latency.worker`: one round; a Job as JSON in, Events as lines out.
+
+A process of its own, so that no configuration inherits another's memory, threads or caches. The
+last line is {"error": ...} where the round failed; without it and without "done" it was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgevlm import schema
+from edgevlm.benchmarks.latency.measure import Event, Job, measure, overhead_ms
+from edgevlm.benchmarks.latency.memory import Memory
+from edgevlm.benchmarks.latency.sensors import Sensors
+from edgevlm.errors import EdgeVLMError
+from edgevlm.runtimes.decoder import cpu_features, default_repack
+from edgevlm.runtimes.loading import Settings, default_threads, load_bundle
+from edgevlm.runtimes.session import VLM
+
+
+def run(job: Job, send: Callable[[dict[str, Any]], None]) -> None:
+    """Measures one round with the real engines and sends what it finds."""
+    facts = {
+        "threads": job.threads or default_threads(),
+        "repack": default_repack(),
+        "llama_cpp": cpu_features(),
+        "overhead_ms": overhead_ms(),
+    }
+
+    def open_model(loaded: Callable[[str], None]) -> VLM:
+        vlm = load_bundle(Path(job.folder), Settings(job.threads, job.device), loaded)
+        send({"facts": facts | {"provider": vlm.parts.encoder.provider}})
+        return vlm
+
+    def emit(event: Event) -> None:
+        send(dataclasses.asdict(event))
+
+    measure(job, open_model, Memory(), Sensors(), emit)
+    send({"done": True})
+
+
+def main() -> None:
+    """Reads the job from stdin; stdout carries nothing but the events."""
+    # Ctrl-C reaches the whole group of processes; the parent ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whatever a native library prints goes to stderr.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(line: dict[str, Any]) -> None:
+        print(json.dumps(line), file=out, flush=True)
+
+    try:
+        run(schema.read(Job, json.loads(sys.stdin.read())), send)
+    except EdgeVLMError as error:
+        send({"error": str(error)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""How much memory this process holds, and held at most."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def resident_bytes() -> int:
+    """Resident size of this process, memory-mapped weights included, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    if os.name == "nt":
+        memory: Any = psutil.Process().memory_info()
+        return int(memory.peak_wset)
+    # On Linux ru_maxrss begins with what the parent held when it started this process.
+    if sys.platform == "linux" and (kib := re.search(r"VmHWM:\s+(\d+) kB", _status())):
+        return int(kib[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status() -> str:
+    return Path("/proc/self/status").read_text(encoding="utf-8")
