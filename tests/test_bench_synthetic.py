@@ -5,7 +5,7 @@ import pytest
 from gguf import GGUFReader
 
 import edgevlm
-from edgevlm.benchmarks.full_size import ROWS
+from edgevlm.benchmarks.published import ROWS
 from edgevlm.benchmarks.synthetic import make as synthetic
 from edgevlm.benchmarks.synthetic.decoder import QUANTS
 from edgevlm.benchmarks.synthetic.models import CONFIGS

@@ -12,7 +12,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from edgevlm.export.decoder import TOKEN_EMBEDDING, DecoderSource, layout, metadata
 from edgevlm.export.parts import KINDS
-from edgevlm.export.source import SourceTensor
+from edgevlm.export.tensors import SourceTensor
 from edgevlm.export.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, Token, Vocabulary
 from edgevlm.family import Model
 

@@ -20,7 +20,7 @@ from edgevlm.bundle import (
 )
 from edgevlm.errors import BenchError
 from edgevlm.export.decoder import FILE, embedding_place
-from edgevlm.family import Config, by_model_type
+from edgevlm.family import Config, Source, by_model_type
 from edgevlm.models import directory
 
 
@@ -49,7 +49,7 @@ def make(destination: Path, name: str, config: Config, quant: str) -> None:
     from edgevlm.benchmarks.synthetic.vision import write_encoder, write_projector
 
     family = by_model_type(config["model_type"], name)
-    model = family.describe({"config.json": config})
+    model = family.describe(Source({"config.json": config}))
     with writing(destination) as folder:
         write_decoder(folder / FILE, name, model, quant)
         write_encoder(folder / "vision.onnx", model.vision)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.benchmarks.full_size import CONFIG
+from edgevlm.benchmarks.published import PALIGEMMA
 
 # Begins the name of every synthetic model, in its manifest and so in every report.
 PREFIX = "synthetic-"
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    "paligemma-3b-224": CONFIG,
-    "paligemma2-3b-224": CONFIG
+    "paligemma-3b-224": PALIGEMMA,
+    "paligemma2-3b-224": PALIGEMMA
     | {
         "text_config": {
             "hidden_size": 2304,
