@@ -1,4 +1,4 @@
-"""How far each precision lies from the original, on tiny random PaliGemma 1 and 2 checkpoints.
+"""How far each precision and each published layout lies from the original, on tiny random models.
 
     python -m edgevlm.benchmarks.exactness [--out docs/exactness.md]
 
@@ -10,11 +10,14 @@ redundancy, so a quantization that trained weights hardly notice shows here at i
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import click
 
 from edgevlm.benchmarks.checkpoints import write_paligemma
+from edgevlm.benchmarks.llava_checkpoints import ORIGINALS, write_llava
 from edgevlm.bundle import Bundle
 from edgevlm.export import export_bundle
 
@@ -34,8 +37,10 @@ _HEAD = """\
 # Exactness
 
 Made by `python -m edgevlm.benchmarks.exactness --out docs/exactness.md`: tiny random checkpoints in
-the published layout (three decoder layers of width 256, logits of standard deviation about 5)
-against transformers in float32 with eager attention, over the prefix and 16 greedy tokens.
+the published layouts (two or three decoder layers of width 256, logits of standard deviation about
+5) against transformers in float32 with eager attention, over the prefix and 16 greedy tokens. For
+the original layouts of LLaVA's shape, which transformers does not read, its CLIP and LLaMA are
+joined by a connector computed apart from the one that is exported.
 
 * tokens: texts of a corpus (accents, CJK, emoji, runs of spaces, `<loc>`) tokenized differently
 * pixels: largest difference
@@ -48,15 +53,30 @@ against transformers in float32 with eager attention, over the prefix and 16 gre
 """
 
 
-def table(rows: list[tuple[int, str, str, Bundle]]) -> str:
+Models = Mapping[str, Callable[[Path], Path]]
+# Exported at every precision; the layouts below at full precision alone.
+_MODELS: Models = {
+    "PaliGemma 1": lambda folder: write_paligemma(folder, version=1),
+    "PaliGemma 2": lambda folder: write_paligemma(folder, version=2),
+    "MobilePALO": write_llava,
+}
+_LAYOUTS: Models = {
+    name: partial(write_llava, **options) for name, options in ORIGINALS.items()
+} | {
+    f"llava-1.5, transformers ({layout})": partial(write_llava, layout=layout)
+    for layout in ("hf", "hf-4.52")
+}
+
+
+def table(rows: list[tuple[str, str, str, Bundle]]) -> str:
     """The parity of the bundles as Markdown."""
     lines = [
-        f"| PaliGemma | decoder | vision | {' | '.join(_COLUMNS)} |",
+        f"| model | decoder | vision | {' | '.join(_COLUMNS)} |",
         "|" + "---|" * (3 + len(_COLUMNS)),
     ]
-    for version, decoder, vision, bundle in rows:
+    for name, decoder, vision, bundle in rows:
         worst = {s.stage: f"{s.worst:.2g}" for s in bundle.manifest.parity}
-        cells = [str(version), decoder, vision, *(worst.get(c, "") for c in _COLUMNS)]
+        cells = [name, decoder, vision, *(worst.get(c, "") for c in _COLUMNS)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -66,20 +86,28 @@ def table(rows: list[tuple[int, str, str, Bundle]]) -> str:
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the page there."
 )
 def main(out: Path | None) -> None:
-    """Exports every combination, verified, and prints the table."""
-    rows = []
+    """Exports every combination, verified, and prints the tables."""
+    combinations = [(d, v) for d in DECODERS for v in VISIONS]
     with tempfile.TemporaryDirectory() as scratch:
-        for version in (1, 2):
-            source = write_paligemma(Path(scratch) / f"source{version}", version=version)
-            for decoder in DECODERS:
-                for vision in VISIONS:
-                    target = Path(scratch) / f"{version}-{decoder}-{vision}"
-                    bundle = export_bundle(source, target, quant=decoder, vision_precision=vision)
-                    rows.append((version, decoder, vision, bundle))
-    text = table(rows)
+        precisions = table(_rows(Path(scratch), _MODELS, combinations))
+        layouts = table(_rows(Path(scratch), _LAYOUTS, combinations[:1]))
+    text = f"## Precisions\n\n{precisions}\n## Layouts of LLaVA's shape\n\n{layouts}"
     click.echo(text)
     if out:
         out.write_text(_HEAD + text, encoding="utf-8")
+
+
+def _rows(
+    scratch: Path, models: Models, combinations: list[tuple[str, str]]
+) -> list[tuple[str, str, str, Bundle]]:
+    rows = []
+    for name, write in models.items():
+        source = write(scratch / name)
+        for decoder, vision in combinations:
+            target = scratch / f"{name}-{decoder}-{vision}"
+            bundle = export_bundle(source, target, quant=decoder, vision_precision=vision)
+            rows.append((name, decoder, vision, bundle))
+    return rows
 
 
 if __name__ == "__main__":

@@ -38,6 +38,19 @@ LAYOUTS = {
         "lm_head.weight",
     ),
 }
+# Every model of this shape in its original project's layout, by what sets it apart.
+ORIGINALS: dict[str, dict[str, Any]] = {
+    "mobilepalo": {},
+    "mobilepalo-bin": {"weights": "bin", "shards": 3, "dtype": "bfloat16"},
+    "mobilepalo-tower": {"tower": "folder", "weights": "bin", "dtype": "float16"},
+    "palo-7b": {"projector": "mlp2x_gelu"},
+    "mobilevlm": {"model_type": "mobilevlm", "tower": "folder"},
+    "mobilevlm-v2": {"model_type": "mobilevlm", "projector": "ldpnetv2", "tower": "folder"},
+    "llava-1.5": {"model_type": "llava_llama", "projector": "mlp2x_gelu", "shards": 2},
+    "llava-linear": {"model_type": "llava_llama", "projector": "linear", "tied": True},
+    "bakllava": {"model_type": "llava_mistral", "projector": "mlp2x_gelu", "kv_heads": 2},
+    "firellava": {"projector": "mlp2x_gelu", "text_config": {"rope_theta": 1e6}},
+}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import sentencepiece
 from PIL import Image
 
 import edgevlm
-from edgevlm.benchmarks.llava_checkpoints import Tiny, write_llava
+from edgevlm.benchmarks.llava_checkpoints import ORIGINALS, Tiny, write_llava
 from edgevlm.bundle import Bundle
 from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle
@@ -31,19 +31,6 @@ VICUNA_PIECES = (
     "helpful, detailed, and polite answers to the user's questions. USER: ",
     "\n{} ASSISTANT:",
 )
-# Every model of this shape in its original layout, by what sets it apart.
-OWN = {
-    "mobilepalo": {},
-    "mobilepalo-bin": {"weights": "bin", "shards": 3, "dtype": "bfloat16"},
-    "mobilepalo-tower": {"tower": "folder", "weights": "bin", "dtype": "float16"},
-    "palo-7b": {"projector": "mlp2x_gelu", "config": {"mm_vision_select_layer": -2}},
-    "mobilevlm": {"model_type": "mobilevlm", "tower": "folder"},
-    "mobilevlm-v2": {"model_type": "mobilevlm", "projector": "ldpnetv2", "tower": "folder"},
-    "llava-1.5": {"model_type": "llava_llama", "projector": "mlp2x_gelu", "shards": 2},
-    "llava-linear": {"model_type": "llava_llama", "projector": "linear", "tied": True},
-    "bakllava": {"model_type": "llava_mistral", "projector": "mlp2x_gelu", "kv_heads": 2},
-    "firellava": {"projector": "mlp2x_gelu", "text_config": {"rope_theta": 1e6}},
-}
 
 
 def greedy(vlm: edgevlm.VLM, picture: np.ndarray, prompt: str, n: int) -> tuple[np.ndarray, list]:
@@ -58,11 +45,11 @@ def greedy(vlm: edgevlm.VLM, picture: np.ndarray, prompt: str, n: int) -> tuple[
     return np.stack(logits), tokens
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", ORIGINALS)
 def test_it_answers_like_the_original(name: str, tmp_path: Path):
     from tests.llava_reference import Original
 
-    options = OWN[name]
+    options = ORIGINALS[name]
     source = write_llava(tmp_path / name, **options)
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
     assert all(stage.ok for stage in bundle.manifest.parity)

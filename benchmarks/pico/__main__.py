@@ -5,6 +5,7 @@ examples``.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,18 +39,28 @@ def draw(folder: Path, shards: int, workers: int) -> None:
 @click.option(
     "--resume/--restart", default=True, help="Continue from FOLDER/snapshot.pt when it is there."
 )
-def train(folder: Path, save_every: int, resume: bool) -> None:
+@click.option(
+    "--start-from",
+    type=click.Path(path_type=Path, exists=True),
+    help="Checkpoint folder with trained weights to go on from, in a schedule of their own.",
+)
+def train(folder: Path, save_every: int, resume: bool, start_from: Path | None) -> None:
     """Train pico on the scenes of FOLDER/data; the checkpoint is FOLDER/hf-latest."""
     import torch
 
     from edgevlm.benchmarks.pico.model import PicoConfig
-    from edgevlm.benchmarks.pico.train import Schedule, Trainer
+    from edgevlm.benchmarks.pico.train import CONTINUED, Schedule, Trainer
 
     torch.set_num_threads(1)  # the trainer has threads of its own
-    trainer = Trainer(folder, PicoConfig(), Schedule())
+    if start_from:
+        # The weights know their own vocabulary.
+        shutil.copyfile(start_from / "tokenizer.model", folder / "tokenizer.model")
+    trainer = Trainer(folder, PicoConfig(), CONTINUED if start_from else Schedule())
     snapshot = folder / "snapshot.pt"
     if resume and snapshot.exists():
         trainer.resume(snapshot)
+    elif start_from:
+        trainer.start_from(start_from)
     else:
         trainer.start()
     trainer.run(save_every=save_every)

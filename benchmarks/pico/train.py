@@ -90,6 +90,20 @@ class Schedule:
         return fall * self.vision_share, fall * min(1.0, (step - self.vision_steps + 1) / 50)
 
 
+# From trained weights: the encoder learns counts and orders alone, then everything together.
+CONTINUED = Schedule(
+    vision_steps=200,
+    packed_steps=2350,
+    true_steps=150,
+    lr=1.5e-3,
+    muon_lr=0.01,
+    vision_share=0.9,
+    true_every=8,
+    word_share=0.0,
+    decay=0.7,
+)
+
+
 class Trainer:
     """The model with everything needed to continue its training."""
 
