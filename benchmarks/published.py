@@ -102,12 +102,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def write(name: str, folder: Path) -> list[str]:
-    """Writes the checkpoint of that name; returns what `edgevlm export` needs beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return WRITERS[name](folder)
+    """Writes the checkpoint of that name unless it is there; returns what `edgevlm export` needs
+    beside it.
+    """
+    if not any(folder.glob("*.index.json")):
+        folder.mkdir(parents=True, exist_ok=True)
+        WRITERS[name](folder)
+    return ["--vision-tower", str(_tower(folder))] if _tower(folder).exists() else []
 
 
-def write_paligemma(folder: Path) -> list[str]:
+def _tower(folder: Path) -> Path:
+    return folder.with_name(folder.name + "-tower")
+
+
+def write_paligemma(folder: Path) -> None:
     """PaliGemma-3B-224: bfloat16 safetensors."""
     write_json(folder / "config.json", PALIGEMMA)
     write_json(folder / "preprocessor_config.json", preprocessor(224, 256))
@@ -124,17 +132,16 @@ def write_paligemma(folder: Path) -> list[str]:
     }
     tensors = {p + n: s for p, config in parts.items() for n, s in _shapes(config).items()}
     _write_safetensors(folder, tensors)
-    return []
 
 
-def write_mobilepalo(folder: Path) -> list[str]:
+def write_mobilepalo(folder: Path) -> None:
     """MobilePALO-1.7B: bfloat16 .bin shards, its CLIP tower in a folder of its own."""
     write_json(folder / "config.json", MOBILEPALO)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
     specials = ("<unk>", "<s>", "</s>")
     (folder / "tokenizer.model").write_bytes(_tokenizer(32000, specials, [], prefix=True))
-    tower = folder.with_name(folder.name + "-tower")
+    tower = _tower(folder)
     tower.mkdir(exist_ok=True)
     write_json(tower / "config.json", CLIP)
     write_json(tower / "preprocessor_config.json", clip_preprocessor(336))
@@ -146,10 +153,9 @@ def write_mobilepalo(folder: Path) -> list[str]:
     for name, shape in _shapes(model.text).items():
         tensors[name if name == "lm_head.weight" else f"model.{name}"] = shape
     _write_pickles(folder, tensors)
-    return ["--vision-tower", str(tower)]
 
 
-WRITERS: dict[str, Callable[[Path], list[str]]] = {
+WRITERS: dict[str, Callable[[Path], None]] = {
     "paligemma-3b-224": write_paligemma,
     "mobilepalo-1.7b": write_mobilepalo,
 }

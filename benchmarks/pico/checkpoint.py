@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from edgevlm.benchmarks.checkpoints import preprocessor
@@ -137,16 +136,6 @@ def model_config(config: PicoConfig) -> dict[str, object]:
         "text_config": text,
         "vision_config": vision,
     }
-
-
-def load_any(path: Path) -> Pico:
-    """A checkpoint folder, or a training snapshot (``.pt``)."""
-    if path.is_dir():
-        return load_checkpoint(path)
-    snapshot = torch.load(path, weights_only=True)
-    model = Pico(PicoConfig(**snapshot["config"]))
-    model.load_state_dict(snapshot["ema"])
-    return model.eval()
 
 
 def _write(path: Path, value: object) -> None:

@@ -1,0 +1,1 @@
+"""edgevlm beside other projects on the same weights, picture, prompt and machine."""

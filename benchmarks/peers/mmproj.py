@@ -1,0 +1,78 @@
+"""A checkpoint of LLaVA's shape as llama.cpp's multimodal projector file, in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from edgevlm.export.components import Job
+from edgevlm.export.tensors import SourceTensor
+
+_LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out",
+    "layer_norm1": "ln1",
+    "layer_norm2": "ln2",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+_TOP = {
+    "embeddings.class_embedding": "v.class_embd",
+    "embeddings.patch_embedding.weight": "v.patch_embd.weight",
+    "embeddings.position_embedding.weight": "v.position_embd.weight",
+    "pre_layrnorm.weight": "v.pre_ln.weight",
+    "pre_layrnorm.bias": "v.pre_ln.bias",
+}
+# edgevlm's kinds -> llama.cpp's types, and what its tensors begin with.
+_PROJECTORS = {"mlp": ("mlp", "mm."), "ldp": ("ldp", "mm.model."), "ldpv2": ("ldpv2", "mm.model.")}
+
+
+def write_mmproj(job: Job, path: Path) -> None:
+    """Writes the tower and the projector of an export; raises KeyError for other families'."""
+    vision, image = job.model.vision, job.model.image
+    kind, prefix = _PROJECTORS[job.model.projector["kind"]]
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", kind)
+    for key, value in (
+        ("image_size", vision["image_size"]),
+        ("patch_size", vision["patch_size"]),
+        ("embedding_length", vision["hidden_size"]),
+        ("feed_forward_length", vision["intermediate_size"]),
+        ("projection_dim", job.model.decoder.n_embd),
+        ("block_count", vision["num_hidden_layers"]),
+        ("attention.head_count", vision["num_attention_heads"]),
+    ):
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision["layer_norm_eps"])
+    writer.add_array("clip.vision.image_mean", list(image.mean))
+    writer.add_array("clip.vision.image_std", list(image.std))
+    # Neither GELU nor SiLU: CLIP's own x * sigmoid(1.702 x).
+    writer.add_bool("clip.use_gelu", False)
+    for name, tensor in _tensors(job, prefix):
+        values = tensor.float32()
+        if name.endswith(("fc1.weight", "fc2.weight", ".2.0.weight")):
+            values = values.reshape(values.shape[:2])  # convolutions of one pixel
+        half = values.ndim > 1 and name != "v.position_embd.weight"
+        writer.add_tensor(name, values.astype(np.float16 if half else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tensors(job: Job, prefix: str) -> Iterator[tuple[str, SourceTensor]]:
+    for name, tensor in job.parts["vision"].items():
+        if name in _TOP:
+            yield _TOP[name], tensor
+            continue
+        layer, rest = name.removeprefix("encoder.layers.").split(".", 1)
+        part, kind = rest.rsplit(".", 1)
+        yield f"v.blk.{layer}.{_LAYER[part]}.{kind}", tensor
+    for name, tensor in job.parts["projector"].items():
+        yield prefix + name.replace("mlp.mlp.", "mlp.").replace("peg.peg.", "peg."), tensor
