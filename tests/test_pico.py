@@ -42,6 +42,8 @@ def test_it_fits_in_twelve_megabytes():
         ("answer en what is left of the star?", "triangle"),
         ("answer en how many shapes are there?", "4"),
         ("answer en is there a blue circle?", "no"),
+        ("answer en what colour is the star?", "green"),
+        ("caption en", "a red circle, a blue square, a yellow triangle and a green star"),
     ],
 )
 def test_it_answers_about_drawn_shapes(pico, prompt, answer):

@@ -358,13 +358,13 @@ def _alike_kinds(things: Things, rng: Random) -> tuple[str, ...]:
 
 
 THING_MAKERS: tuple[tuple[Maker, float], ...] = (
-    (caption, 1.6),
-    (colour, 2.0),
+    (caption, 2.4),
+    (colour, 1.2),
     (shape, 0.6),
     (what, 0.3),
     (count, 1.8),
     (exists, 0.8),
     (truth, 0.5),
     (position, 0.9),
-    (detect, 2.6),
+    (detect, 3.2),
 )
