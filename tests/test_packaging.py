@@ -39,6 +39,7 @@ ENGINES = {
         "edgevlm.runtimes.decoder",
         "edgevlm.runtimes.hooks",
         "edgevlm.export",
+        "edgevlm.benchmarks.peers.mtmd",
         "edgevlm.cli.doctor",
     ),
     "torch": ("edgevlm.export", "edgevlm.benchmarks"),
