@@ -10,7 +10,7 @@ from edgevlm.benchmarks.synthetic import make as synthetic
 from edgevlm.benchmarks.synthetic.decoder import QUANTS
 from edgevlm.benchmarks.synthetic.models import CONFIGS
 from edgevlm.bundle import open_bundle
-from edgevlm.family import by_model_type
+from edgevlm.family import Source, by_model_type
 
 SMALL = {
     "model_type": "paligemma",
@@ -46,7 +46,7 @@ def test_a_synthetic_bundle_answers(kind, quant, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_name_has_a_family_that_reads_its_config(name):
     config = CONFIGS[name]
-    model = by_model_type(config["model_type"], name).describe({"config.json": config})
+    model = by_model_type(config["model_type"], name).describe(Source({"config.json": config}))
     assert (model.image.tokens, model.decoder.n_vocab) == (256, ROWS)
 
 

@@ -24,6 +24,8 @@ from edgevlm.export.pipeline import Options, prepare
 from edgevlm.types import Progress
 from tests.test_export_source import with_nan
 
+REFERENCE = "edgevlm.export.references.paligemma.Reference.run"
+
 
 def quick(source: Path, out: Path, **options: Any) -> Bundle:
     return export_bundle(
@@ -109,7 +111,7 @@ def test_a_bundle_that_is_off_is_not_kept(
     paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "probe", lambda *_: arrays(1))
-    monkeypatch.setattr(parity, "_REFERENCES", {"paligemma": lambda *_: arrays()})
+    monkeypatch.setattr(REFERENCE, lambda *_: arrays())
     with pytest.raises(ParityError, match="pixels differs from the source") as caught:
         quick(paligemma_checkpoint, tmp_path / "out", verify=True)
     assert caught.value.stage == "pixels" and caught.value.worst > caught.value.tolerance
@@ -123,7 +125,7 @@ def test_a_source_that_transformers_cannot_run(
         raise TypeError("no such thing\nmore")
 
     monkeypatch.setattr(parity, "probe", lambda *_: arrays())
-    monkeypatch.setattr(parity, "_REFERENCES", {"paligemma": fail})
+    monkeypatch.setattr(REFERENCE, fail)
     with pytest.raises(ExportError, match=r"cannot run the source \(no such thing\); export"):
         quick(paligemma_checkpoint, tmp_path / "out", verify=True)
     assert list(tmp_path.iterdir()) == []
