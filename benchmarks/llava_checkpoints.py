@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.benchmarks.checkpoints import Tensors, write_safetensors, write_weights
-from edgevlm.benchmarks.vocabulary import CORPUS, write_json
+from edgevlm.benchmarks.vocabulary import count_pieces, llama_model, write_json
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
@@ -59,7 +57,8 @@ class Tiny:
 
     `tower` says where the vision tower is: "inside" the weights, or in a "folder" of its own,
     written beside the checkpoint as CLIP is published. `weights` is "safetensors" or "bin";
-    `tokenizer` names another tokenizer.model than the small one made here.
+    `tokenizer` names another tokenizer.model than the small one; where `legacy` is not set,
+    transformers puts its space before a whole text only, not behind every special token.
     """
 
     layout: str = "own"
@@ -68,6 +67,7 @@ class Tiny:
     tower: str = "inside"
     weights: str = "safetensors"
     tokenizer: Path | None = None
+    legacy: bool = True
     shards: int = 1
     dtype: str = "float32"
     seed: int = 0
@@ -95,8 +95,8 @@ class Tiny:
     @property
     def n_vocab(self) -> int:
         """Rows of the embedding: the pieces, and spare ones with `<image>` for transformers."""
-        pieces = count_pieces(self.tokenizer.read_bytes()) if self.tokenizer else n_pieces()
-        return pieces + (0 if self.own else 64)
+        model = self.tokenizer.read_bytes() if self.tokenizer else llama_model()
+        return count_pieces(model) + (0 if self.own else 64)
 
 
 def write_llava(folder: Path, **options: Any) -> Path:
@@ -166,7 +166,7 @@ def _config(tiny: Tiny, tower: Path) -> dict[str, Any]:
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "ignore_index": -100,
-        "image_token_index": n_pieces(),
+        "image_token_index": count_pieces(llama_model()),
         "model_type": "llava",
         "pad_token_id": 0,
         "projector_hidden_act": "gelu",
@@ -367,48 +367,8 @@ def write_bin(folder: Path, data: Tensors, dtype: str, shards: int) -> None:
     write_json(folder / "pytorch_model.bin.index.json", index)
 
 
-@functools.cache
-def sentencepiece_model() -> bytes:
-    """A small tokenizer.model with LLaMA's conventions: a space before every text, bytes."""
-    import sentencepiece
-
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=900,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        split_digits=True,
-        character_coverage=0.99,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    return out.getvalue()
-
-
-@functools.cache
-def n_pieces() -> int:
-    """Pieces of the SentencePiece model; also the id of `<image>` in transformers' layout."""
-    return count_pieces(sentencepiece_model())
-
-
-def count_pieces(model: bytes) -> int:
-    """Pieces of a serialized SentencePiece model."""
-    import sentencepiece
-
-    return int(sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size())
-
-
 def _write_tokenizer(folder: Path, tiny: Tiny) -> None:
-    model = tiny.tokenizer.read_bytes() if tiny.tokenizer else sentencepiece_model()
+    model = tiny.tokenizer.read_bytes() if tiny.tokenizer else llama_model()
     (folder / "tokenizer.model").write_bytes(model)
     special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -416,7 +376,7 @@ def _write_tokenizer(folder: Path, tiny: Tiny) -> None:
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "legacy": True,
+        "legacy": tiny.legacy,
         "model_max_length": 2048,
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
@@ -425,7 +385,13 @@ def _write_tokenizer(folder: Path, tiny: Tiny) -> None:
         tokens = {k: {"__type": "AddedToken", "content": v, **special} for k, v in names.items()}
         write_json(folder / "tokenizer_config.json", config | tokens)
         return
-    added = {0: "<unk>", 1: "<s>", 2: "</s>", n_pieces(): "<image>", n_pieces() + 1: "<pad>"}
+    added = {
+        0: "<unk>",
+        1: "<s>",
+        2: "</s>",
+        count_pieces(llama_model()): "<image>",
+        count_pieces(llama_model()) + 1: "<pad>",
+    }
     entries = {str(i): {"content": t, **special, "special": True} for i, t in added.items()}
     more = {"added_tokens_decoder": entries, "pad_token": "<pad>", "trust_remote_code": False}
     write_json(folder / "tokenizer_config.json", config | names | more)

@@ -48,6 +48,10 @@ USER_DEFINED = (
 LOCATIONS = tuple(f"<loc{i:04}>" for i in range(1024))
 SEGMENTS = tuple(f"<seg{i:03}>" for i in range(128))
 IMAGE = "<image>"
+_GEMMA = {
+    **{f"{name}_id": i for i, name in enumerate(("pad", "eos", "bos", "unk"))},
+    **{f"{text[1:-1]}_piece": text for text in SPECIALS},
+}
 # A type of SentencePiece's proto; Gemma's own pieces use all but UNUSED.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
 
@@ -55,32 +59,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
 @functools.cache
 def sentencepiece_model() -> bytes:
     """The serialized tokenizer.model: specials, tags and whitespace, bytes, merges, loc, seg."""
-    import sentencepiece
-
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=900,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        split_digits=True,
-        character_coverage=0.99,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece=SPECIALS[0],
-        eos_piece=SPECIALS[1],
-        bos_piece=SPECIALS[2],
-        unk_piece=SPECIALS[3],
-        minloglevel=2,
-    )
-    model = _proto(out.getvalue())
+    model = _proto(_trained(add_dummy_prefix=False, **_GEMMA))
     trained = [(p.piece, p.score, p.type) for p in model.pieces]
     merges = [p for p in trained if p[2] == _NORMAL and p[0] not in USER_DEFINED]
     lowest = min(p[1] for p in merges)
@@ -103,9 +82,42 @@ def sentencepiece_model() -> bytes:
 
 
 @functools.cache
+def llama_model() -> bytes:
+    """A small tokenizer.model with LLaMA's conventions: a space before every text, bytes."""
+    return _trained(add_dummy_prefix=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+
+
+def _trained(**conventions: Any) -> bytes:
+    """A BPE model of the corpus with byte fallback, nothing normalised."""
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.splitlines()),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=900,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        split_digits=True,
+        character_coverage=0.99,
+        minloglevel=2,
+        **conventions,
+    )
+    return out.getvalue()
+
+
+@functools.cache
 def n_pieces() -> int:
     """Pieces of the SentencePiece model; also the id of `<image>`, which follows them."""
-    return len(_proto(sentencepiece_model()).pieces)
+    return count_pieces(sentencepiece_model())
+
+
+def count_pieces(model: bytes) -> int:
+    """Pieces of a serialized SentencePiece model."""
+    return len(_proto(model).pieces)
 
 
 def _proto(data: bytes) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,7 @@ class Model:
     name the kind of each part (`vision["kind"] == "siglip"`). `markers` are tokens, by id, that
     user text can never become; `whole_tokens` are pieces of text that are always one token.
     `prefix` is what the tokenizer puts before every text, " " for LLaMA's; the template holds it.
+    With `prefix_once` it does so only before a whole prompt that has none of its own.
     `skipped` are beginnings of canonical names of tensors that the model carries and never reads.
     """
 
@@ -60,7 +62,13 @@ class Model:
     markers: Mapping[int, str] = field(default_factory=dict)
     whole_tokens: tuple[str, ...] = ()
     prefix: str = ""
+    prefix_once: bool = False
     skipped: tuple[str, ...] = ()
+
+    def prefixed(self, text: str) -> str:
+        """What the tokenizer makes of a text given to it alone, before it cuts it up."""
+        own = self.prefix_once and text.startswith(self.prefix)
+        return text if own or not text else self.prefix + text
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,27 @@ class Family:
     locate: Callable[[str], str | None]
     boxes: Callable[[str, int, int], list[Box]] | None = None
     tower: Callable[[Source], str | None] | None = None
+
+
+def place(
+    name: str, parts: Iterable[tuple[re.Pattern[str], str]], unused: re.Pattern[str]
+) -> str | None:
+    """`locate` by patterns: what follows a pattern's prefix stands behind its part's."""
+    if unused.fullmatch(name):
+        return IGNORED
+    for pattern, part in parts:
+        if match := pattern.fullmatch(name):
+            return part + match[1]
+    return None
+
+
+def stop_tokens(files: Mapping[str, Config], default: int | list[int]) -> tuple[int, ...]:
+    """The end tokens; generation_config.json wins over config.json, that over the decoder's."""
+    eos = default
+    for name in ("config.json", "generation_config.json"):
+        found = files.get(name, {}).get("eos_token_id")
+        eos = eos if found is None else found
+    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def known() -> list[str]:

@@ -14,13 +14,15 @@ class TokenCounts:
 
     `image` and `text` are the positions of the prompt; `cached` says how many of them did not
     have to be computed again (picture rows whose embeddings were known, or decoder state that was
-    kept); `generated` counts the answer without its end token.
+    kept); `kept` says how many of those the decoder did not read again; `generated` counts the
+    answer without its end token.
     """
 
     image: int = 0
     text: int = 0
     cached: int = 0
     generated: int = 0
+    kept: int = 0
 
     @property
     def prompt(self) -> int:
@@ -101,9 +103,9 @@ class Reply:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens per second of the decoder's prefill; 0 when nothing was computed."""
-        ms = self.timings.prefill_ms
-        return self.tokens.prompt * 1e3 / ms if ms else 0.0
+        """Tokens that the decoder's prefill read per second; 0 when nothing was computed."""
+        ms, read = self.timings.prefill_ms, self.tokens.prompt - self.tokens.kept
+        return read * 1e3 / ms if ms else 0.0
 
 
 @dataclass(frozen=True)

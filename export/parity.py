@@ -61,7 +61,7 @@ def verify(job: Job, folder: Path) -> tuple[StageParity, ...]:
     with _explained(job):
         reference = references.of(job)
         expected = reference.token_ids(corpus())
-    texts = [text and job.model.prefix + text for text in corpus()]
+    texts = [job.model.prefixed(text) for text in corpus()]
     stages = [_tokens(llama.tokenize(folder / "decoder.gguf", texts), expected)]
     _raise(stages)
     stage.advance(1)

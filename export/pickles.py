@@ -61,6 +61,7 @@ def _records(path: Path) -> dict[int, int]:
             return dict(_record(path, f, entry) for entry in entries)
     except OSError as e:
         raise SourceError(f"{path}: cannot be read ({e.strerror})") from None
+    # zipfile's own words for what a damaged directory can claim; the third is an unknown version.
     except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError):
         raise SourceError(f"{path}: is truncated or damaged; download it again") from None
 

@@ -51,7 +51,9 @@ class Answer:
         if family.boxes and len(request.pictures) == 1:
             height, width = request.pictures[0].shape[:2]
             boxes = family.boxes(self._text.text, width, height)
-        counts = TokenCounts(request.n_image, request.n_text, request.n_cached, len(self._tokens))
+        counts = TokenCounts(
+            request.n_image, request.n_text, request.n_cached, len(self._tokens), request.n_kept
+        )
         return Reply(
             self._text.text, tuple(self._tokens), self._reason, counts, self._timings, tuple(boxes)
         )

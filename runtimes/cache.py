@@ -32,6 +32,10 @@ class RowCache:
             self._rows.move_to_end(key)
         return self._rows.get(key)
 
+    def clear(self) -> None:
+        """Forgets every picture."""
+        self._rows.clear()
+
     def put(self, key: str, rows: Float) -> None:
         """Keeps the rows of a picture; the oldest ones go when there is no room."""
         self._rows[key] = rows

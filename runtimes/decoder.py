@@ -138,10 +138,15 @@ class LlamaDecoder:
         if 0 < len(shared) <= self._past and np.array_equal(shared, self._shared):
             self.rollback(len(shared))
             return len(shared)
-        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
-        self._past = 0
-        self._shared = shared[:0]
+        self.clear()
         return 0
+
+    def clear(self) -> None:
+        """See TextDecoder."""
+        if self._context is not None:
+            llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        self._past = 0
+        self._shared = self._shared[:0]
 
     def _decode_rows(self, rows: Float) -> None:
         data = np.ascontiguousarray(rows, np.float32)

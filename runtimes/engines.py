@@ -71,6 +71,9 @@ class TextDecoder(Protocol):
         any are makes no difference to the logits.
         """
 
+    def clear(self) -> None:
+        """Forgets everything, so that the next prefill reads every row."""
+
     def extend(self, tokens: Sequence[int]) -> Float:
         """Reads tokens causally; returns the logits after each, float32 [n, n_vocab]."""
 

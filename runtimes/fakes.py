@@ -89,6 +89,9 @@ class FakeDecoder:
         self._past = self._start = len(rows)
         return 0
 
+    def clear(self) -> None:
+        """Nothing is kept from one prefill to the next."""
+
     def extend(self, tokens: Sequence[int]) -> Float:
         """Logits [n, n_vocab] after each token."""
         rows = [np.empty((0, _N_VOCAB), np.float32)]

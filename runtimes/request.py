@@ -69,7 +69,7 @@ class Request:
     """A checked request. `parts` are, in order, token ids or the index of a picture.
 
     `n_image` and `n_text` count positions; `max_tokens` is what the context leaves for the answer
-    or less; `n_cached` is counted when the rows are made.
+    or less; `n_cached` and `n_kept` are counted when the rows are made and read.
     """
 
     pictures: list[RGB]
@@ -80,6 +80,7 @@ class Request:
     n_text: int
     max_tokens: int
     n_cached: int = 0
+    n_kept: int = 0
 
     def shared(self, model: Parts) -> int:
         """Rows up to the last picture's: what other questions about it begin with. None of a
@@ -97,13 +98,13 @@ class Request:
 
 def prefill(model: Parts, request: Request, rows: Float, room: int) -> None:
     """The decoder reads the input's rows; state that it kept counts as cached."""
-    kept = model.decoder.prefill(
+    request.n_kept = model.decoder.prefill(
         rows,
         bidirectional=model.manifest.decoder.attention == "prefix",
         room=room,
         shared=request.shared(model),
     )
-    request.n_cached = max(request.n_cached, kept)
+    request.n_cached = max(request.n_cached, request.n_kept)
 
 
 def prepare(

@@ -147,6 +147,12 @@ class VLM:
         """The rows that stand for a picture in the decoder, float32 [tokens, n_embd]."""
         return encode(self.parts, read_image(image), Stopwatch())
 
+    def forget(self) -> None:
+        """Drops what is remembered of pictures: the next answer computes everything anew."""
+        self._turn += 1
+        self.parts.cache.clear()
+        self.parts.decoder.clear()
+
     def cancel(self) -> None:
         """Ends the running answer within one token; may be called from any thread."""
         self.parts.cancelled.set()

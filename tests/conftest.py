@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle
+
+# A run in the background inherits an ignored Ctrl-C; the programs that tests interrupt must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

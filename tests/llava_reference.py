@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from edgevlm.benchmarks.llava_checkpoints import MEAN, STD, Tiny, sentencepiece_model, tensors
+from edgevlm.benchmarks.llava_checkpoints import MEAN, STD, Tiny, tensors
+from edgevlm.benchmarks.vocabulary import llama_model
 
 Float = npt.NDArray[np.float32]
 # palo/conversation.py, conv_vicuna_v1 with the question filled in.
@@ -43,7 +44,7 @@ class Original:
                 if not k.startswith((VISION, PROJECTOR)) and "inv_freq" not in k
             }
         )
-        self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+        self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=llama_model())
 
     def _stored(self, name: str, value: Float) -> torch.Tensor:
         """The value as its file rounds it; a tower's own folder keeps float32."""

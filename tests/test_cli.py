@@ -75,7 +75,7 @@ def test_json_ends_with_one_object(edge, picture):
     assert reply["text"] == "a red circle"
     assert len(reply["token_ids"]) == reply["tokens"]["generated"] == 12
     assert reply["finish_reason"] == "stop"
-    assert set(reply["tokens"]) == {"image", "text", "cached", "generated"}
+    assert set(reply["tokens"]) == {"image", "text", "cached", "generated", "kept"}
     assert reply["timings"]["first_token_ms"] > 0
     assert "boxes" not in reply
 

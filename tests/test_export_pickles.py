@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.benchmarks.vocabulary import remove_tokenizer, write_json
 from edgevlm.errors import SourceError
+from edgevlm.export.pickles import read_pickle
 from edgevlm.export.source import read_checkpoint
 from edgevlm.export.tensors import SourceTensor
-
-torch = pytest.importorskip("torch")
-from edgevlm.export.pickles import read_pickle  # noqa: E402
 
 INDEX = "pytorch_model.bin.index.json"
 

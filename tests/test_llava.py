@@ -80,12 +80,12 @@ def ask_and_chat(bundle: Bundle, folder: Path) -> None:
     assert int(told[2]) > bundle.manifest.image.tokens
 
 
-@pytest.mark.parametrize("layout", ["hf", "hf-4.52"])
-def test_transformers_layout_answers_like_transformers(layout: str, tmp_path: Path):
+@pytest.mark.parametrize(("layout", "legacy"), [("hf", True), ("hf-4.52", True), ("hf", False)])
+def test_transformers_layout_answers_like_transformers(layout: str, legacy: bool, tmp_path: Path):
     import torch
     from transformers import AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration
 
-    source = write_llava(tmp_path / layout, layout=layout)
+    source = write_llava(tmp_path / layout, layout=layout, legacy=legacy)
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
     with edgevlm.load(bundle.folder) as vlm:
         ours, tokens = greedy(vlm, PICTURE, "what is it?", 16)
@@ -152,7 +152,13 @@ def test_a_second_question_reads_only_its_own_words(tmp_path: Path):
         vlm.ask("what colour is it?", PICTURE, max_tokens=4)
         again, _ = greedy(vlm, PICTURE, PROMPT, 4)
         reply = vlm.ask(PROMPT, PICTURE, max_tokens=4)
-        assert reply.tokens.cached > bundle.manifest.image.tokens
+        assert reply.tokens.cached == reply.tokens.kept > bundle.manifest.image.tokens
+        read = reply.tokens.prompt - reply.tokens.kept
+        assert reply.prefill_tokens_per_s == pytest.approx(read * 1e3 / reply.timings.prefill_ms)
+        vlm.forget()
+        forgot = vlm.ask(PROMPT, PICTURE, max_tokens=4)
+        assert (forgot.tokens.cached, forgot.tokens.kept) == (0, 0)
+        assert forgot.timings.vision_ms > 0 and forgot.token_ids == reply.token_ids
         other = vlm.ask(PROMPT, PICTURE[:, ::-1], max_tokens=4)
         assert other.tokens.cached == 0
     with edgevlm.load(bundle.folder) as vlm:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from edgevlm.benchmarks.latency.measure import endless
 from edgevlm.runtimes.loading import Settings, load_bundle
-from edgevlm.runtimes.session import VLM
 
 
 def answer(given: dict[str, Any]) -> dict[str, float]:
     """Loads everything, asks once to warm up and once to measure; no picture is remembered."""
     with load_bundle(Path(given["bundle"]), Settings(given["threads"])) as vlm:
-        # End tokens would make the answers differ in length.
-        endless = dataclasses.replace(vlm.manifest.answer, stop_tokens=())
-        manifest = dataclasses.replace(vlm.manifest, answer=endless)
+        asked = endless(vlm, vlm.parts.encoder)
         for _ in range(2):
-            fresh = VLM(manifest, vlm.parts.family, vlm.parts.encoder, vlm.parts.decoder)
-            vlm.parts.decoder.prefill(vlm.parts.decoder.embed([1]), bidirectional=False, room=1)
-            reply = fresh.ask(given["words"], given["image"], max_tokens=given["n_tokens"] + 1)
+            asked.forget()
+            reply = asked.ask(given["words"], given["image"], max_tokens=given["n_tokens"] + 1)
     timings = reply.timings
     return {
         "encode_ms": timings.vision_ms + timings.projector_ms,

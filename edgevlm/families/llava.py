@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.family import IGNORED, TOWER, Config, Family, Model, Source
+from edgevlm.family import TOWER, Config, Family, Model, Source, place, stop_tokens
 from edgevlm.specs import AnswerSpec, DecoderSpec, Fit, ImageSpec, PromptSpec
 
 # transformers' defaults (CLIPVisionConfig, LlamaConfig, MistralConfig), which a config.json omits.
@@ -68,6 +68,7 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 # OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
 _CLIP_HEAD = 64
+_TOKENIZER = "tokenizer_config.json"
 _POOLED = 144  # rows that MobileVLM V2's connector leaves of any picture
 
 _SYSTEM = (
@@ -103,10 +104,11 @@ def _describe(source: Source) -> Model:
     tokens = {"ldp": ((grid + 1) // 2) ** 2, "ldpv2": _POOLED}.get(
         projector["kind"], grid * grid + vision["class_token"]
     )
-    stops = _stop_tokens(source, config, text)
+    once = not own and source.files.get(_TOKENIZER, {}).get("legacy") is False
+    stops = stop_tokens(source.files, text["eos_token_id"])
     return Model(
         image=_image(source, vision, tokens, own),
-        prompt=_prompt(source, config, "vicuna_v1" if own else "hf", stops[0]),
+        prompt=_prompt(source, config, "vicuna_v1" if own else "hf", stops[0], once),
         decoder=DecoderSpec(
             architecture="llama",
             attention="causal",
@@ -122,6 +124,7 @@ def _describe(source: Source) -> Model:
         text={"kind": "llama", **text},
         markers={} if own else {_image_token(config): "<image>"},
         prefix=" ",
+        prefix_once=once,
         skipped=tuple(
             f"vision.encoder.layers.{i}."
             for i in range(vision["num_hidden_layers"], vision["depth"])
@@ -248,33 +251,27 @@ def _image(source: Source, vision: Config, tokens: int, own: bool) -> ImageSpec:
     )
 
 
-def _prompt(source: Source, config: Config, default: str, eos: int) -> PromptSpec:
+def _prompt(source: Source, config: Config, default: str, eos: int, once: bool) -> PromptSpec:
     if config.get("mm_use_im_start_end"):
         raise ValueError("mm_use_im_start_end is set; no model of this shape was published with it")
     name = source.template or default
     if name not in _TEMPLATES:
         raise ValueError(f"the template {name!r} is not one of {', '.join(_TEMPLATES)}")
     before, after = _TEMPLATES[name]
-    # Every piece is tokenized by itself, so each begins with the tokenizer's space; an empty one
-    # has none.
+    # LLaVA's own code tokenizes every piece by itself, so each begins with the tokenizer's space
+    # (an empty one has none); so do transformers' tokenizers, unless they are told to do it once.
     head = (f" {before}",) if before else ()
+    space = "" if once else " "
     return PromptSpec(
         tasks={"caption": "Describe the image.", "ocr": "What is the text in the image?"},
-        template=("{bos}", *head, "{image}", f" \n{{prompt}}{after}"),
+        template=("{bos}", *head, "{image}", f"{space}\n{{prompt}}{after}"),
         text_template=("{bos}", f" {before}{{prompt}}{after}"),
-        turn=(f"{{id:{eos}}}", f" {_AGAIN.get(name, before)}{{prompt}}{after}"),
+        turn=(f"{{id:{eos}}}", f"{space}{_AGAIN.get(name, before)}{{prompt}}{after}"),
     )
 
 
 def _image_token(config: Config) -> int:
     return int(config.get("image_token_index", config.get("image_token_id", 32000)))
-
-
-def _stop_tokens(source: Source, config: Config, text: Config) -> tuple[int, ...]:
-    eos = text["eos_token_id"]
-    for found in (config, source.files.get("generation_config.json", {})):
-        eos = found.get("eos_token_id") or eos
-    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 # LLaVA's own layout, then transformers' up to 4.51 and from 4.52, then a tower of its own.
@@ -284,12 +281,12 @@ _PARTS = (
     (re.compile(re.escape(TOWER) + r"vision_model\.(.+)"), "vision."),
     (re.compile(r"model\.mm_projector\.(?:model\.)?(.+\..+)"), "projector."),
     (re.compile(r"model\.mm_projector\.(weight|bias)"), "projector.linear."),
-    (re.compile(r"(?:model\.)?multi_modal_projector\.(.+)"), "projector."),
+    (re.compile(r"(?:model\.)?multi_modal_projector\.linear_1\.(.+)"), "projector.0."),
+    (re.compile(r"(?:model\.)?multi_modal_projector\.linear_2\.(.+)"), "projector.2."),
     (re.compile(r"(?:language_model\.)?(lm_head\.weight)"), "decoder."),
     (re.compile(r"(?:model\.language_model|language_model\.model)\.(.+)"), "decoder."),
     (re.compile(r"model\.((?:layers|embed_tokens|norm)\..+)"), "decoder."),
 )
-_HF_PROJECTOR = {"projector.linear_1.": "projector.0.", "projector.linear_2.": "projector.2."}
 # CLIP's other half and heads, the last norm (for the class token alone), stored tables.
 _UNUSED = re.compile(
     r".*vision_model\.(?:post_layernorm\..+|embeddings\.position_ids)"
@@ -299,15 +296,7 @@ _UNUSED = re.compile(
 
 
 def _locate(name: str) -> str | None:
-    if _UNUSED.fullmatch(name):
-        return IGNORED
-    for pattern, part in _PARTS:
-        if match := pattern.fullmatch(name):
-            found = part + match[1]
-            for hf, ours in _HF_PROJECTOR.items():
-                found = found.replace(hf, ours)
-            return found
-    return None
+    return place(name, _PARTS, _UNUSED)
 
 
 def _tower(source: Source) -> str | None:

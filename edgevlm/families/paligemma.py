@@ -6,11 +6,10 @@ Facts from google-research/big_vision (proj/paligemma) and transformers 4.57 (mo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from edgevlm.boxes import parse_loc
-from edgevlm.family import IGNORED, Config, Family, Model, Source
+from edgevlm.family import Config, Family, Model, Source, place, stop_tokens
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, Resample
 
 # config.json omits what equals transformers' defaults for SiglipVisionConfig, GemmaConfig and
@@ -92,7 +91,7 @@ def _describe(source: Source) -> Model:
             n_vocab=text["vocab_size"],
             context_length=text["max_position_embeddings"],
         ),
-        answer=AnswerSpec(stop_tokens=_stop_tokens(files, text)),
+        answer=AnswerSpec(stop_tokens=stop_tokens(files, text["eos_token_id"])),
         vision={"kind": "siglip", **vision},
         projector={
             "kind": "linear",
@@ -161,14 +160,6 @@ def _image_token(config: Config) -> int:
     return int(config.get("image_token_index", config.get("image_token_id", 256000)))
 
 
-def _stop_tokens(files: Mapping[str, Config], text: Config) -> tuple[int, ...]:
-    eos = text["eos_token_id"]
-    for name in ("config.json", "generation_config.json"):
-        found = files.get(name, {}).get("eos_token_id")
-        eos = eos if found is None else found
-    return tuple(eos) if isinstance(eos, list) else (eos,)
-
-
 # The layouts of transformers up to 4.51, from 4.52, and from 5.0, in this order of parts.
 _PARTS = (
     (re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)"), "vision."),
@@ -187,12 +178,7 @@ _UNUSED = re.compile(
 
 
 def _locate(name: str) -> str | None:
-    if _UNUSED.fullmatch(name):
-        return IGNORED
-    for pattern, part in _PARTS:
-        if match := pattern.fullmatch(name):
-            return part + match[1]
-    return None
+    return place(name, _PARTS, _UNUSED)
 
 
 FAMILY = Family(
