@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from edgevlm.errors import PromptError
 from edgevlm.runtimes.engines import Cancelled
-from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.request import Parts, Request, input_rows, prefill
 from edgevlm.runtimes.text import TextStream
 from edgevlm.types import FinishReason, Piece, Reply, Timings, TokenCounts
@@ -76,10 +75,7 @@ class Answer:
         prefix = input_rows(model, request)
         self._stop_if_cancelled()
         with request.watch.timed("prefill_ms"):
-            interruptible(
-                lambda: prefill(model, request, prefix, request.max_tokens),
-                model.decoder.cancel,
-            )
+            prefill(model, request, prefix, request.max_tokens)
 
     def _draw(self) -> Generator[Piece, None, None]:
         request, decoder, watch = self._request, self._model.decoder, self._request.watch

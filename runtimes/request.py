@@ -98,11 +98,14 @@ class Request:
 
 def prefill(model: Parts, request: Request, rows: Float, room: int) -> None:
     """The decoder reads the input's rows; state that it kept counts as cached."""
-    request.n_kept = model.decoder.prefill(
-        rows,
-        bidirectional=model.manifest.decoder.attention == "prefix",
-        room=room,
-        shared=request.shared(model),
+    request.n_kept = interruptible(
+        lambda: model.decoder.prefill(
+            rows,
+            bidirectional=model.manifest.decoder.attention == "prefix",
+            room=room,
+            shared=request.shared(model),
+        ),
+        model.decoder.cancel,
     )
     request.n_cached = max(request.n_cached, request.n_kept)
 

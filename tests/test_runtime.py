@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from PIL import Image
@@ -258,6 +259,21 @@ def test_threads_do_not_change_the_answer(paligemma_bundle, vlm):
     with pytest.raises(PromptError, match="threads"):
         edgevlm.load(paligemma_bundle.folder, threads=0)
     assert default_threads() >= 1
+
+
+def test_all_decoding_runs_on_one_thread(vlm, monkeypatch):
+    threads = set()
+    decode = llama_cpp.llama_decode
+
+    def noted(context, batch):
+        threads.add(threading.get_ident())
+        return decode(context, batch)
+
+    monkeypatch.setattr(llama_cpp, "llama_decode", noted)
+    vlm.ask("caption en", PICTURE, max_tokens=3)
+    vlm.score("caption en", ["a cat", "a dog"], PICTURE)
+    # OpenMP gives every thread a team of workers of its own; two teams slow each other down.
+    assert len(threads) == 1
 
 
 def test_devices_that_are_not_there_are_named(paligemma_bundle):
