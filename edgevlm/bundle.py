@@ -5,8 +5,9 @@
     projector.onnx   features -> embeddings float32 [n, tokens, n_embd]
     decoder.gguf     the language decoder with its tokenizer
 
-Large ONNX weights lie beside the graph in files named in the manifest. This module knows files,
-hashes and the manifest; it does not know what an engine makes of them.
+A bundle may hold the vision encoder at further precisions, as vision.PRECISION.onnx. Large ONNX
+weights lie beside the graph in files named in the manifest. This module knows files, hashes and the
+manifest; it does not know what an engine makes of them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,10 @@ class StageParity:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a runtime needs to know about a bundle; stored as edgevlm.json."""
+    """Everything a runtime needs to know about a bundle; stored as edgevlm.json.
+
+    `alternatives` are further vision encoders by precision; the main one is in `components`.
+    """
 
     format: int
     family: str
@@ -91,6 +95,12 @@ class Manifest:
     source: tuple[FileRecord, ...] = ()
     parity: tuple[StageParity, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    alternatives: Mapping[str, Component] = field(default_factory=dict)
+
+    @property
+    def all_components(self) -> tuple[Component, ...]:
+        """Every component with its files, the alternatives after the main ones."""
+        return (*self.components.values(), *self.alternatives.values())
 
 
 @dataclass(frozen=True)
@@ -105,9 +115,26 @@ class Bundle:
         return self.folder / self.manifest.components[component].files[0].file
 
     @property
+    def vision_precisions(self) -> tuple[str, ...]:
+        """The precisions at which the vision encoder is there, the main one first."""
+        return (self.manifest.components["vision"].precision, *self.manifest.alternatives)
+
+    def vision(self, precision: str) -> Path:
+        """The vision encoder at one of `vision_precisions`; raises BundleError for another."""
+        if precision == self.vision_precisions[0]:
+            return self.path("vision")
+        try:
+            return self.folder / self.manifest.alternatives[precision].files[0].file
+        except KeyError:
+            raise BundleError(
+                f"{self.folder}: has no {precision} vision encoder, only "
+                f"{', '.join(self.vision_precisions)}; `edgevlm export --vision-precision` adds one"
+            ) from None
+
+    @property
     def bytes(self) -> int:
-        """Size of all components on disk, in bytes."""
-        return sum(r.bytes for c in self.manifest.components.values() for r in c.files)
+        """Size of all components on disk, alternatives included, in bytes."""
+        return sum(r.bytes for c in self.manifest.all_components for r in c.files)
 
 
 def record(
@@ -149,7 +176,7 @@ def open_bundle(
     manifest = _read_manifest(root)
     bundle = Bundle(root, manifest)
     done = 0
-    for component in manifest.components.values():
+    for component in manifest.all_components:
         for entry in component.files:
             _check_file(root, entry, check)
             done += entry.bytes
@@ -180,15 +207,27 @@ def _read_manifest(root: Path) -> Manifest:
         raise BundleCorrupt(path, str(e)) from None
     if manifest.format != FORMAT:
         raise BundleCorrupt(path, f"format {manifest.format} was never released")
+    _check_components(path, manifest)
+    return manifest
+
+
+def _check_components(path: Path, manifest: Manifest) -> None:
     if set(manifest.components) != set(COMPONENTS) or not all(
         c.files for c in manifest.components.values()
     ):
         raise BundleCorrupt(path, f"'components' must be {', '.join(COMPONENTS)}, each with files")
-    for component in manifest.components.values():
-        for entry in component.files:
-            if not entry.file or Path(entry.file).name != entry.file:
-                raise BundleCorrupt(path, f"{entry.file!r} is not a plain file name")
-    return manifest
+    main = manifest.components["vision"].precision
+    for name, component in manifest.alternatives.items():
+        if name != component.precision or name == main or not component.files:
+            raise BundleCorrupt(
+                path, f"'alternatives.{name}' must be another {name} vision encoder with files"
+            )
+    names = [entry.file for c in manifest.all_components for entry in c.files]
+    for name in names:
+        if not name or Path(name).name != name:
+            raise BundleCorrupt(path, f"{name!r} is not a plain file name")
+        if names.count(name) > 1:
+            raise BundleCorrupt(path, f"{name!r} is named twice")
 
 
 def _check_file(root: Path, entry: FileRecord, check: Check) -> None:

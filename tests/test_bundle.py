@@ -43,6 +43,66 @@ def test_what_is_written_is_read(folder):
     assert bundle.bytes == 3000
 
 
+@pytest.fixture
+def several(folder):
+    """The same bundle with a second vision encoder of 500 bytes, qdq8."""
+    path = folder / "vision.qdq8.onnx"
+    path.write_bytes(b"q" * 500)
+    other = dataclasses.asdict(Component("qdq8", (record(path),)))
+    edit(folder, lambda m: m.update(alternatives={"qdq8": other}))
+    return folder
+
+
+def test_vision_encoders_are_found_by_precision(several):
+    bundle = open_bundle(several, check="full")
+    assert bundle.vision_precisions == ("f32", "qdq8")
+    assert bundle.vision("f32") == bundle.path("vision") == several / "vision.onnx"
+    assert bundle.vision("qdq8") == several / "vision.qdq8.onnx"
+    assert bundle.bytes == 3500
+    with pytest.raises(BundleError, match="has no fp16 vision encoder, only f32, qdq8"):
+        bundle.vision("fp16")
+    # What is read is what was written.
+    bundles.write_manifest(several, bundle.manifest)
+    assert open_bundle(several) == bundle
+
+
+def test_a_bundle_from_before_alternatives_is_read(folder):
+    edit(folder, lambda m: m.pop("alternatives"))
+    assert open_bundle(folder).vision_precisions == ("f32",)
+
+
+def test_a_damaged_alternative_is_named(several):
+    path = several / "vision.qdq8.onnx"
+    path.write_bytes(b"Q" + b"q" * 499)
+    with pytest.raises(BundleCorrupt, match=r"vision.qdq8.onnx: was changed"):
+        open_bundle(several)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"precision": "fp16"}, "'alternatives.qdq8' must be another qdq8"),
+        ({"files": []}, "'alternatives.qdq8' must be another qdq8"),
+        ({"colour": "red"}, "unknown key 'alternatives.qdq8.colour'"),
+    ],
+)
+def test_a_wrong_alternative_is_refused(several, change, problem):
+    edit(several, lambda m: m["alternatives"]["qdq8"].update(change))
+    with pytest.raises(BundleCorrupt) as caught:
+        open_bundle(several)
+    assert problem in str(caught.value)
+
+
+def test_an_alternative_is_another_precision_in_another_file(several):
+    edit(several, lambda m: m["components"]["vision"].update(precision="qdq8"))
+    with pytest.raises(BundleCorrupt, match="another qdq8"):
+        open_bundle(several)
+    edit(several, lambda m: m["components"]["vision"].update(precision="f32"))
+    edit(several, lambda m: m["alternatives"]["qdq8"]["files"][0].update(file="vision.onnx"))
+    with pytest.raises(BundleCorrupt, match="'vision.onnx' is named twice"):
+        open_bundle(several)
+
+
 @pytest.mark.parametrize("name", FILES.values())
 def test_a_damaged_component_is_named(folder, name):
     path = folder / name

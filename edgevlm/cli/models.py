@@ -36,7 +36,7 @@ def list_models() -> None:
             name,
             bundle.manifest.family,
             parts["decoder"].precision,
-            parts["vision"].precision,
+            ", ".join(bundle.vision_precisions),
             _mib(bundle.bytes),
             bundle.manifest.license,
         )
@@ -93,7 +93,9 @@ def parity_table(bundle: Bundle) -> Table:
 
 def _files(bundle: Bundle, verdict: Callable[[Component], str]) -> Table:
     table = _table("component", "precision", "file", "size", "sha256", "")
-    for name, component in bundle.manifest.components.items():
+    parts = [*bundle.manifest.components.items()]
+    parts += [("vision", component) for component in bundle.manifest.alternatives.values()]
+    for name, component in parts:
         for entry in component.files:
             table.add_row(
                 name,
