@@ -59,6 +59,8 @@ class DecoderSpec:
 
     `attention` is `prefix` where picture and prompt attend to each other both ways and only the
     answer is causal, `causal` otherwise. `context_length` is the largest number of positions.
+    `extra_norms` says that the GGUF's metadata holds norms which llama.cpp's graph lacks; the runtime
+    adds them, and without it the file would answer nonsense.
     """
 
     architecture: str
@@ -67,6 +69,7 @@ class DecoderSpec:
     n_layer: int
     n_vocab: int
     context_length: int
+    extra_norms: bool = False
 
 
 @dataclass(frozen=True)

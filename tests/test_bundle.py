@@ -103,6 +103,15 @@ def test_an_alternative_is_another_precision_in_another_file(several):
         open_bundle(several)
 
 
+def test_extra_norms_are_stated_and_false_where_a_manifest_is_silent(folder):
+    manifest = open_bundle(folder).manifest
+    decoder = dataclasses.replace(manifest.decoder, extra_norms=True)
+    bundles.write_manifest(folder, dataclasses.replace(manifest, decoder=decoder))
+    assert open_bundle(folder).manifest.decoder == decoder
+    edit(folder, lambda data: data["decoder"].pop("extra_norms"))
+    assert open_bundle(folder).manifest.decoder == manifest.decoder
+
+
 @pytest.mark.parametrize("name", FILES.values())
 def test_a_damaged_component_is_named(folder, name):
     path = folder / name
