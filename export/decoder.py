@@ -206,10 +206,13 @@ def metadata(writer: gguf.GGUFWriter, source: DecoderSource) -> None:
 
 def _vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     tokens = vocabulary.tokens
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_model("gpt2" if vocabulary.merges else "llama")
+    writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list([t.text for t in tokens])
-    writer.add_token_scores([t.score for t in tokens])
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores([t.score for t in tokens])
     writer.add_token_types([t.type for t in tokens])
     adders = {
         "bos": writer.add_bos_token_id,

@@ -13,7 +13,7 @@ from edgevlm.errors import SourceError
 from edgevlm.export.progress import Report, Stage
 
 # What an export reads; everything else of a repository stays where it is.
-PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]
+PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "README.md"]
 # Weights in torch's format, taken from a repository that has no others.
 PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")

@@ -24,7 +24,8 @@ INDEX = "model.safetensors.index.json"
 # Weights in one file, or the index of several; the first that is there is read.
 LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 CARD = "README.md"
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+# Each is a whole tokenizer, the last with merges.txt beside it; the first that is there is read.
+TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
 
 # No header of a real checkpoint comes near; a larger one is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
@@ -48,7 +49,8 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """Every file of this folder that the export reads."""
         named = sorted(self.folder / name for name in self.configs)
-        tokenizers = [self.folder / n for n in TOKENIZERS if (self.folder / n).is_file()]
+        names = (*TOKENIZERS, "merges.txt")
+        tokenizers = [self.folder / n for n in names if (self.folder / n).is_file()]
         return (*named, *tokenizers, *self.weights)
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint's tokenizer as llama.cpp's "llama" vocabulary: pieces, scores and types.
+"""A checkpoint's tokenizer as llama.cpp's vocabulary: pieces, their types, scores or merges.
 
-Knows SentencePiece's tokenizer.model and the BPE tokenizer.json that transformers makes of it.
-Does not know what any token is for.
+Knows SentencePiece's tokenizer.model and the BPE tokenizer.json that transformers makes of it;
+byte-level BPE is byte_pairs.py's business. Does not know what any token is for.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import EngineMissing, SourceError
-from edgevlm.export.source import Checkpoint, read_json
-from edgevlm.family import Model
+from edgevlm.export.byte_pairs import BytePairs, is_byte_level, read_byte_pairs
+from edgevlm.export.source import TOKENIZERS, Checkpoint, read_json
+from edgevlm.family import Config, Model
 
 # SentencePiece's numbers, which are llama.cpp's as well.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -25,8 +26,8 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNUSED_SCORE = -1e9
 # What the special tokens are called where tokenizer_config.json does not say.
 _SPECIALS = {
-    "bos": ("<bos>", "<s>"),
-    "eos": ("<eos>", "</s>"),
+    "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|endoftext|>"),
+    "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
     "unk": ("<unk>",),
     "pad": ("<pad>",),
 }
@@ -43,32 +44,55 @@ class Token:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All rows by id, and the ids of "bos", "eos", "unk" and "pad" where the tokenizer has them."""
+    """All rows by id, and the ids of "bos", "eos", "unk" and "pad" where the tokenizer has them.
+
+    With `merges` ("left right", the first one first) it is a byte-level BPE, cut beforehand as
+    llama.cpp does under the name `pre`; without any it is SentencePiece's, merged by scores.
+    """
 
     tokens: tuple[Token, ...]
     specials: Mapping[str, int]
+    merges: tuple[str, ...] = ()
+    pre: str = "default"
 
 
 def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
     """The vocabulary in `model.decoder.n_vocab` rows; raises SourceError."""
-    folder = checkpoint.folder
-    path = folder / "tokenizer.model"
-    if path.is_file():
-        tokens = _sentencepiece(path, model.prefix)
+    path = _file(checkpoint.folder)
+    pairs = _byte_pairs(checkpoint, model.prefix) if is_byte_level(checkpoint.folder) else None
+    if pairs:
+        table = {i: Token(text, 0.0, NORMAL) for i, text in pairs.pieces.items()}
     else:
-        path = folder / "tokenizer.json"
-        tokens = _bpe(path, model.prefix)
-    rows = model.decoder.n_vocab
-    table = {i: t for i, t in enumerate(tokens)}
+        read = _sentencepiece if path.suffix == ".model" else _bpe
+        table = dict(enumerate(read(path, model.prefix)))
     for i, (text, special) in _added(checkpoint).items():
         _add(table, i, text, CONTROL if special else USER_DEFINED)
     for i, text in model.markers.items():
         _add(table, i, text, CONTROL)
+    _mark_specials(table, checkpoint)
     _mark_whole(table, model.whole_tokens, path)
+    rows = model.decoder.n_vocab
     if max(table) >= rows:
         raise SourceError(f"{path}: has {max(table) + 1} tokens, config.json says {rows}")
     filled = [table.get(i) or Token(f"[unused-{i}]", _UNUSED_SCORE, UNUSED) for i in range(rows)]
-    return Vocabulary(tuple(map(_spaces, filled)), _specials(filled, checkpoint, path))
+    _refuse_twins(filled, path)
+    specials = _specials(filled, checkpoint, path)
+    if pairs:
+        return Vocabulary(tuple(filled), specials, pairs.merges, pairs.pre)
+    return Vocabulary(tuple(map(_spaces, filled)), specials)
+
+
+def _file(folder: Path) -> Path:
+    """The first tokenizer file of a folder that has one."""
+    return next(folder / name for name in TOKENIZERS if (folder / name).is_file())
+
+
+def _byte_pairs(checkpoint: Checkpoint, prefix: str) -> BytePairs:
+    kind = str(checkpoint.configs.get("tokenizer_config.json", {}).get("tokenizer_class") or "")
+    pairs = read_byte_pairs(checkpoint.folder, kind)
+    if prefix:
+        raise SourceError(f"{checkpoint.folder}: its tokenizer has bytes where pieces are expected")
+    return pairs
 
 
 def _add(table: dict[int, Token], i: int, text: str, kind: int) -> None:
@@ -78,6 +102,35 @@ def _add(table: dict[int, Token], i: int, text: str, kind: int) -> None:
         table[i] = Token(text, 0.0, kind)
     elif token.text == text and token.type in (NORMAL, USER_DEFINED):
         token.type = kind
+
+
+def _mark_specials(table: dict[int, Token], checkpoint: Checkpoint) -> None:
+    """What the tokenizer's config gives a role is special in transformers, listed or not."""
+    config = checkpoint.configs.get("tokenizer_config.json", {})
+    stated = set(map(_content, config.get("additional_special_tokens") or ()))
+    stated |= {text for name in _SPECIALS for text in _texts(config, name)}
+    for token in table.values():
+        if token.text in stated and token.type in (NORMAL, USER_DEFINED):
+            token.type = CONTROL
+
+
+def _texts(config: Config, name: str) -> tuple[str, ...]:
+    """What the token of a role may be called."""
+    stated = _content(config.get(f"{name}_token"))
+    return (stated,) if stated else _SPECIALS[name]
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token that is stated plainly or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _refuse_twins(tokens: list[Token], path: Path) -> None:
+    """llama.cpp aborts on two rows of one text."""
+    seen: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if seen.setdefault(token.text, i) != i:
+            raise SourceError(f"{path}: tokens {seen[token.text]} and {i} are both {token.text!r}")
 
 
 def _mark_whole(table: dict[int, Token], texts: tuple[str, ...], path: Path) -> None:
@@ -126,8 +179,8 @@ def _sentencepiece(path: Path, prefix: str) -> list[Token]:
 def _bpe(path: Path, prefix: str) -> list[Token]:
     data = read_json(path)
     model = data.get("model", {})
-    if model.get("type") != "BPE" or not model.get("byte_fallback"):
-        raise SourceError(f"{path}: is not a BPE tokenizer with byte fallback; add tokenizer.model")
+    if model.get("type") != "BPE":
+        raise SourceError(f"{path}: is not a BPE tokenizer; add tokenizer.model")
     if not _replaces_spaces(data, prefix):
         raise SourceError(f"{path}: has a normalizer that is not known; add tokenizer.model")
     vocab = model["vocab"]
@@ -196,10 +249,8 @@ def _specials(tokens: list[Token], checkpoint: Checkpoint, path: Path) -> dict[s
     ids = {t.text: i for i, t in enumerate(tokens) if t.type in (CONTROL, UNKNOWN)}
     config = checkpoint.configs.get("tokenizer_config.json", {})
     found = {}
-    for name, usual in _SPECIALS.items():
-        stated = config.get(f"{name}_token")
-        stated = stated["content"] if isinstance(stated, dict) else stated
-        for text in (stated,) if stated else usual:
+    for name in _SPECIALS:
+        for text in _texts(config, name):
             if text in ids:
                 found[name] = ids[text]
     for name in ("bos", "eos"):

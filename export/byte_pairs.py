@@ -1,0 +1,121 @@
+"""Byte-level BPE as GPT-2 has it: tokenizer.json, or vocab.json beside merges.txt.
+
+Knows the pre-tokenizers that llama.cpp has under a name of its own and refuses the others. Does not
+know what any token is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgevlm.errors import SourceError
+from edgevlm.export.source import read_json
+
+# How a text is cut before any merge (openai/gpt-2 encoder.py; meta-llama/llama3 tokenizer.py).
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# (pattern, whether a piece that is in the vocabulary is taken whole) -> llama.cpp's name.
+_PRE = {
+    (_GPT2, False): "gpt-2",
+    (_LLAMA3, True): "llama-bpe",
+    (_LLAMA3, False): "smaug-bpe",
+}
+# llama.cpp's names for tokenizers that share GPT-2's pattern, by transformers' class.
+_CLASSES = {"GPT2Tokenizer": "gpt-2", "CodeGenTokenizer": "phi-2"}
+
+
+@dataclass(frozen=True)
+class BytePairs:
+    """Pieces by id in GPT-2's alphabet of bytes, merges "left right" in their order.
+
+    `pre` is llama.cpp's name of what cuts a text before them.
+    """
+
+    pieces: Mapping[int, str]
+    merges: tuple[str, ...]
+    pre: str
+
+
+def is_byte_level(folder: Path) -> bool:
+    """Whether the folder's tokenizer is one of bytes."""
+    if (folder / "tokenizer.model").is_file():
+        return False
+    path = folder / "tokenizer.json"
+    return not path.is_file() or not read_json(path).get("model", {}).get("byte_fallback")
+
+
+def read_byte_pairs(folder: Path, kind: str) -> BytePairs:
+    """Reads the tokenizer; `kind` is the `tokenizer_class` that its config states, "" for none.
+
+    Raises SourceError.
+    """
+    path, kind = folder / "tokenizer.json", kind.removesuffix("Fast")
+    if path.is_file():
+        found = _from_json(path, read_json(path), kind)
+    else:
+        path = folder / "vocab.json"
+        found = _from_pair(path, folder / "merges.txt", kind or "GPT2Tokenizer")
+    missing = set(_alphabet()) - set(found.pieces.values())
+    if missing:
+        raise SourceError(f"{path}: lacks {len(missing)} of the 256 bytes; download it again")
+    for merge in found.merges:
+        if merge.count(" ") != 1:
+            raise SourceError(f"{path}: {merge!r} is no merge of two pieces; download it again")
+    return found
+
+
+def _from_json(path: Path, data: dict[str, Any], kind: str) -> BytePairs:
+    model = data.get("model", {})
+    odd = [k for k in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
+    if model.get("type") != "BPE" or odd:
+        raise SourceError(
+            f"{path}: is not a BPE tokenizer of bytes or of pieces with byte fallback"
+        )
+    if data.get("normalizer"):
+        raise SourceError(f"{path}: has a normalizer that is not known; add tokenizer.model")
+    pre = _PRE.get((_pattern(data.get("pre_tokenizer")), bool(model.get("ignore_merges"))))
+    if pre is None:
+        raise SourceError(f"{path}: has a pre-tokenizer that is none of {', '.join(_PRE.values())}")
+    merges = tuple(m if isinstance(m, str) else " ".join(m) for m in model["merges"])
+    pieces = {i: text for text, i in model["vocab"].items()}
+    return BytePairs(pieces, merges, _CLASSES.get(kind, pre) if pre == "gpt-2" else pre)
+
+
+def _pattern(pre_tokenizer: Any) -> str:
+    """The pattern by which a pre-tokenizer cuts, "" for one that does anything else."""
+    step = pre_tokenizer or {}
+    *splits, last = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(splits) > 1:
+        return ""
+    if not splits:
+        return _GPT2 if last.get("use_regex", True) else ""
+    split = splits[0]
+    plain = split.get("behavior") == "Isolated" and not split.get("invert")
+    if split.get("type") != "Split" or not plain or last.get("use_regex", True):
+        return ""
+    return str(split["pattern"].get("Regex", ""))
+
+
+def _from_pair(path: Path, merges: Path, kind: str) -> BytePairs:
+    if kind not in _CLASSES:
+        known = ", ".join(_CLASSES)
+        raise SourceError(f"{path}: belongs to a {kind}, none of {known}; add tokenizer.json")
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{merges}: cannot be read ({e}); download it again") from None
+    ranks = tuple(line for line in lines if line and not line.startswith("#version"))
+    return BytePairs({i: text for text, i in read_json(path).items()}, ranks, _CLASSES[kind])
+
+
+def _alphabet() -> list[str]:
+    """GPT-2's 256 characters for bytes: printable ones stand for themselves, the rest follow."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in sorted(printable)] + [chr(0x100 + i) for i in range(len(others))]

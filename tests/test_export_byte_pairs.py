@@ -1,0 +1,185 @@
+"""llama.cpp must cut and merge bytes as transformers does, with GPT-2's tokenizer and LLaMA-3's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import pytest
+from transformers import AutoTokenizer, CodeGenTokenizerFast, GPT2TokenizerFast
+
+from edgevlm.benchmarks import byte_vocabulary
+from edgevlm.benchmarks.vocabulary import write_json
+from edgevlm.errors import SourceError
+from edgevlm.export import llama
+from edgevlm.export.corpus import corpus
+from edgevlm.export.decoder import DecoderSource, metadata
+from edgevlm.export.source import Checkpoint, read_json
+from edgevlm.export.tokenizer import CONTROL, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
+from tests.multilingual import PROMPTS
+
+GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"
+needs_gpt2 = pytest.mark.skipif(
+    not GPT2.is_dir(), reason="needs GPT-2's vocabulary, ../shared/data"
+)
+TEXTS = [*corpus(), *(q for questions in PROMPTS.values() for q in questions), "I'LL we'Ve 12345"]
+# What a decoder's metadata says beside the vocabulary; nothing of it matters to tokens.
+SIZES = dict.fromkeys(
+    (
+        "max_position_embeddings",
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ),
+    32,
+) | {"kind": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4}
+
+
+def vocabulary(folder: Path, rows: int) -> Vocabulary:
+    configs = {p.name: read_json(p) for p in folder.glob("*config.json")}
+    model: Any = SimpleNamespace(
+        decoder=SimpleNamespace(n_vocab=rows), prefix="", markers={}, whole_tokens=()
+    )
+    return read_vocabulary(Checkpoint(folder, configs, {}, ()), model)
+
+
+def ids(table: Vocabulary, texts: list[str], path: Path) -> list[list[int]]:
+    """What llama.cpp makes of the texts with a file of nothing but the vocabulary."""
+    writer = gguf.GGUFWriter(path, "llama")
+    metadata(writer, DecoderSource({}, SIZES | {"vocab_size": len(table.tokens)}, table, "x"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return llama.tokenize(path, texts)
+
+
+def compare(folder: Path, rows: int, tokenizer: Any, scratch: Path) -> Vocabulary:
+    table = vocabulary(folder, rows)
+    for text, ours in zip(TEXTS, ids(table, TEXTS, scratch / "x.gguf"), strict=True):
+        assert ours == tokenizer(text, add_special_tokens=False)["input_ids"], text
+    return table
+
+
+@needs_gpt2
+@pytest.mark.parametrize("files", ["pair", "json"])
+def test_gpt2(files: str, tmp_path: Path):
+    tokenizer = GPT2TokenizerFast(str(GPT2 / "vocab.json"), str(GPT2 / "merges.txt"))
+    if files == "json":
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "vocab.json").unlink()
+    else:
+        shutil.copytree(GPT2, tmp_path, dirs_exist_ok=True)
+    table = compare(tmp_path, 50304, tokenizer, tmp_path)
+    assert table.pre == "gpt-2" and len(table.merges) == 50000
+    assert table.tokens[50256].type == CONTROL
+    assert table.specials == {"bos": 50256, "eos": 50256} | (
+        {"unk": 50256} if files == "json" else {}
+    )
+
+
+@needs_gpt2
+def test_codegen(tmp_path: Path):
+    """Microsoft's Phi-2: GPT-2 with runs of spaces and tabs that are one token."""
+    tokenizer = CodeGenTokenizerFast(str(GPT2 / "vocab.json"), str(GPT2 / "merges.txt"))
+    tokenizer.add_tokens([" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)])
+    tokenizer.save_pretrained(tmp_path)
+    table = compare(tmp_path, 51200, tokenizer, tmp_path)
+    assert table.pre == "phi-2"
+    assert (table.tokens[50257].text, table.tokens[50257].type) == (" " * 31, USER_DEFINED)
+
+
+def test_llama3(tmp_path: Path):
+    byte_vocabulary.write_llama3(tmp_path, pad=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    n = byte_vocabulary.n_pieces()
+    table = compare(tmp_path, n + 7, tokenizer, tmp_path)
+    assert table.pre == "llama-bpe"
+    types = {t.text: t.type for t in table.tokens}
+    assert all(types[text] == CONTROL for text in (*byte_vocabulary.SPECIALS, "<pad>"))
+    assert types["Ġthe"] == NORMAL
+    special = byte_vocabulary.special_id
+    assert table.specials["bos"] == special("<|begin_of_text|>") == tokenizer.bos_token_id
+    assert table.specials["eos"] == special("<|eot_id|>") == tokenizer.eos_token_id
+    # What a user types is never one of them.
+    typed = [f"a{text}b" for text in (*byte_vocabulary.SPECIALS, "<pad>")]
+    found = {i for row in ids(table, typed, tmp_path / "y.gguf") for i in row}
+    assert {table.tokens[i].type for i in found} == {NORMAL}
+
+
+def test_merges_that_never_make_a_piece_of_the_vocabulary(tmp_path: Path):
+    """LLaMA-3 takes a piece that is in its vocabulary whole, other files of its kind do not."""
+    byte_vocabulary.write_llama3(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"]["merges"] = data["model"]["merges"][:100]
+    for ignore, pre in ((True, "llama-bpe"), (False, "smaug-bpe")):
+        data["model"]["ignore_merges"] = ignore
+        write_json(tmp_path / "tokenizer.json", data)
+        table = compare(
+            tmp_path, byte_vocabulary.n_pieces(), AutoTokenizer.from_pretrained(tmp_path), tmp_path
+        )
+        assert table.pre == pre
+
+
+def other_pattern(data: dict[str, Any]) -> None:
+    data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += r"|\d"
+
+
+def other_step(data: dict[str, Any]) -> None:
+    data["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})
+
+
+def leading_space(data: dict[str, Any]) -> None:
+    data["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+
+
+def lacking_byte(data: dict[str, Any]) -> None:
+    del data["model"]["vocab"]["Ā"]
+
+
+def odd_merge(data: dict[str, Any]) -> None:
+    data["model"]["merges"].append("a")
+
+
+def twins(data: dict[str, Any]) -> None:
+    data["added_tokens"][-1]["content"] = data["added_tokens"][-2]["content"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (other_pattern, "pre-tokenizer that is none of gpt-2, llama-bpe"),
+        (other_step, "pre-tokenizer that is none of"),
+        (leading_space, "pre-tokenizer that is none of"),
+        (lambda data: data.update(normalizer={"type": "NFC"}), "has a normalizer"),
+        (lambda data: data["model"].update(end_of_word_suffix="</w>"), "is not a BPE tokenizer of"),
+        (lacking_byte, "lacks 1 of the 256 bytes"),
+        (odd_merge, "'a' is no merge of two pieces"),
+        (twins, "are both '<|reserved_special_token_4|>'"),
+    ],
+)
+def test_what_llama_cpp_would_read_differently_is_refused(
+    damage: Callable[[dict[str, Any]], None], says: str, tmp_path: Path
+):
+    byte_vocabulary.write_llama3(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    damage(data)
+    write_json(tmp_path / "tokenizer.json", data)
+    with pytest.raises(SourceError) as raised:
+        vocabulary(tmp_path, byte_vocabulary.n_pieces())
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_pair_of_files_of_another_kind_is_refused(tmp_path: Path):
+    write_json(tmp_path / "vocab.json", {"a": 0})
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
+    with pytest.raises(SourceError, match="belongs to a Qwen2Tokenizer"):
+        vocabulary(tmp_path, 1)
