@@ -18,7 +18,7 @@ import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
 from edgevlm.runtimes.engines import Cancelled, Float
-from edgevlm.runtimes.hooks import GEGLU, ExactGelu
+from edgevlm.runtimes.hooks import GraphHook, graph_hook
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.rows import EmbeddingRows
 from edgevlm.sampling import Sampling
@@ -61,12 +61,13 @@ class LlamaDecoder:
         if not self._model:
             raise BundleCorrupt(path, f"llama.cpp cannot load it ({_last_log()})")
         self._vocab = llama.llama_model_get_vocab(self._model)
-        found = (llama.llama_model_n_embd(self._model), llama.llama_vocab_n_tokens(self._vocab))
-        if found != (spec.n_embd, spec.n_vocab):
-            raise BundleCorrupt(path, f"is another decoder (width, vocabulary {found})")
+        model, vocabulary = self._model, llama.llama_vocab_n_tokens(self._vocab)
+        found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
+        if found != (spec.n_embd, spec.n_layer, spec.n_vocab):
+            raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
         self._spec, self._threads = spec, threads
         self._f32 = exact
-        self._exact = ExactGelu(spec.n_layer) if exact and spec.architecture in GEGLU else None
+        self._hook = graph_hook(path, spec, exact=exact)
         self._shared = np.empty((0, spec.n_embd), np.float32)
         self._rows = EmbeddingRows(path, place)
         self._context: int | None = None
@@ -191,8 +192,8 @@ class LlamaDecoder:
             batch.seq_id[i][0] = 0
             batch.logits[i] = i >= first_logits
         _log.clear()
-        if self._exact:
-            self._exact.start()
+        if self._hook:
+            self._hook.start()
         # Always on the same thread, a prefill's: a second one would have OpenMP workers of its own,
         # and with more of them than cores OpenMP stops spinning at its barriers. That made decode
         # 1.4 times slower in MobilePALO, 10 times in pico.
@@ -201,9 +202,17 @@ class LlamaDecoder:
             raise Cancelled
         if status != 0:
             raise EngineError(f"llama.cpp could not decode, status {status} ({_last_log()})")
-        if self._exact:
-            self._exact.check()
+        if self._hook:
+            self._check(self._hook)
         self._past += n
+
+    def _check(self, hook: GraphHook) -> None:
+        try:
+            hook.check()
+        except EngineError:
+            # The state of these positions is not what was asked for; nothing may build on it.
+            self.clear()
+            raise
 
     def logits(self) -> Float:
         """See TextDecoder."""
@@ -222,9 +231,9 @@ class LlamaDecoder:
             raise EngineError(f"llama.cpp could not go back to {n} of {self._past} positions")
         self._past = n
 
-    def sampler(self, sampling: Sampling) -> LlamaSampler:
+    def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> LlamaSampler:
         """See TextDecoder."""
-        return LlamaSampler(self, sampling, self._spec)
+        return LlamaSampler(self, sampling, self._spec, penalized)
 
     def sample(self, chain: llama.llama_sampler_p) -> int:
         """Draws from the last logits with a llama.cpp sampler chain."""
@@ -246,8 +255,8 @@ class LlamaDecoder:
         params.n_outputs_max = _SCORE_ROWS
         params.n_threads = params.n_threads_batch = self._threads
         params.no_perf = True
-        if self._exact:
-            params.cb_eval = self._exact.callback
+        if self._hook:
+            params.cb_eval = self._hook.callback
         if self._f32:
             params.type_k = params.type_v = llama.GGML_TYPE_F32
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -279,11 +288,19 @@ class LlamaDecoder:
 class LlamaSampler:
     """llama.cpp's sampler chain: penalty, top-k, top-p, min-p, temperature, draw; or greedy."""
 
-    def __init__(self, decoder: LlamaDecoder, sampling: Sampling, spec: DecoderSpec) -> None:
+    def __init__(
+        self,
+        decoder: LlamaDecoder,
+        sampling: Sampling,
+        spec: DecoderSpec,
+        penalized: Sequence[int] = (),
+    ) -> None:
         self._decoder = decoder
         self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         for sampler in _chain(sampling, spec.n_vocab, spec.context_length):
             llama.llama_sampler_chain_add(self._chain, sampler)
+        for token in penalized:
+            llama.llama_sampler_accept(self._chain, token)
 
     def sample(self) -> int:
         """See TokenSampler."""
@@ -297,7 +314,7 @@ class LlamaSampler:
 def _chain(s: Sampling, n_vocab: int, window: int) -> list[llama.llama_sampler_p]:
     chain = []
     if s.repetition_penalty != 1.0:
-        # Over the whole answer and nothing else, as transformers counts with inputs_embeds.
+        # Over the whole answer, and not the prompt, as transformers counts with inputs_embeds.
         penalty = s.repetition_penalty
         chain.append(llama.llama_sampler_init_penalties(n_vocab, window, penalty, 0.0, 0.0))
     if s.temperature == 0.0:
