@@ -34,6 +34,28 @@ def parse_loc(text: str, width: int, height: int) -> list[Box]:
     return boxes
 
 
+# After MiniGPT-v2: a phrase in the picture, where there is one, and its boxes. What stands in
+# braces and is no box does not end the list.
+_GROUNDED = re.compile(r"(?:<p>([^<>]*)</p>\s*)?(\{[^{}]*\}(?:\s*<delim>\s*\{[^{}]*\})*)")
+_PERCENT = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}", re.ASCII)
+
+
+def parse_percent(text: str, width: int, height: int) -> list[Box]:
+    """Reads `<p>label</p> {<X0><Y0><X1><Y1>}<delim>{…}`, hundredths of the picture's sides, into
+    boxes in pixels of a width x height picture. The label may be missing. Text that is no box, and
+    a box that lies outside of the picture or ends before it begins, is passed over.
+    """
+    boxes = []
+    for group in _GROUNDED.finditer(text):
+        label = (group[1] or "").strip()
+        for match in _PERCENT.finditer(group[2]):
+            x0, y0, x1, y1 = (int(number) for number in match.groups())
+            if x0 <= x1 <= 100 and y0 <= y1 <= 100:
+                x, y = width / 100, height / 100
+                boxes.append(Box(x0 * x, y0 * y, x1 * x, y1 * y, label))
+    return boxes
+
+
 # Colours that stand out on photographs, in turn for each new label.
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45")
 
