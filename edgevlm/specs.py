@@ -59,8 +59,8 @@ class DecoderSpec:
 
     `attention` is `prefix` where picture and prompt attend to each other both ways and only the
     answer is causal, `causal` otherwise. `context_length` is the largest number of positions.
-    `extra_norms` says that the GGUF's metadata holds norms which llama.cpp's graph lacks; the runtime
-    adds them, and without it the file would answer nonsense.
+    `extra_norms` says that the GGUF's metadata holds norms which llama.cpp's graph lacks; edgevlm's
+    runtime adds them, and without it the file would answer nonsense.
     """
 
     architecture: str
@@ -74,11 +74,18 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class AnswerSpec:
-    """How an answer ends and how long it may be when the caller does not say."""
+    """How an answer ends, how long it may be when the caller does not say, and what is left out.
+
+    With `strip`, blanks around it are no part of it, nor is a `role` ("Assistant:") that a model
+    says before it. The repetition penalty counts `penalized` tokens as if the answer had them.
+    """
 
     stop_tokens: tuple[int, ...]
     stop_strings: tuple[str, ...] = ()
     max_tokens: int = 256
+    strip: bool = False
+    role: str = ""
+    penalized: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ class Answer:
         self._model = model
         self._request = request
         self._superseded = superseded
-        self._text = TextStream((*model.manifest.answer.stop_strings, *request.sampling.stop))
+        spec = model.manifest.answer
+        stop = (*spec.stop_strings, *request.sampling.stop)
+        self._text = TextStream(stop, strip=spec.strip, role=spec.role)
         self._tokens: list[int] = []
         self._reason: FinishReason = "cancelled"
         self._timings = Timings(load_ms=load_ms)
@@ -80,7 +82,7 @@ class Answer:
     def _draw(self) -> Generator[Piece, None, None]:
         request, decoder, watch = self._request, self._model.decoder, self._request.watch
         stop_tokens = set(self._model.manifest.answer.stop_tokens)
-        sampler = decoder.sampler(request.sampling)
+        sampler = decoder.sampler(request.sampling, self._model.manifest.answer.penalized)
         try:
             token = sampler.sample()
             watch.ms["first_token_ms"] = watch.elapsed_ms

@@ -86,8 +86,10 @@ class TextDecoder(Protocol):
     def rollback(self, n: int) -> None:
         """Forgets all but the first n positions."""
 
-    def sampler(self, sampling: Sampling) -> TokenSampler:
-        """A sampler on this decoder's logits."""
+    def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> TokenSampler:
+        """A sampler on this decoder's logits, whose repetition penalty counts `penalized` tokens
+        from the start.
+        """
 
     def cancel(self) -> None:
         """Ends a running prefill from another thread; that call raises Cancelled."""

@@ -114,7 +114,7 @@ class FakeDecoder:
         """Goes back to n positions."""
         self._past = n
 
-    def sampler(self, sampling: Sampling) -> FakeSampler:
+    def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> FakeSampler:
         """Greedy, whatever is asked for."""
         return FakeSampler(self)
 

@@ -1,4 +1,4 @@
-"""Tokens' bytes -> text that may be shown: whole characters, nothing of a stop string."""
+"""Tokens' bytes -> text that may be shown: whole characters, nothing that is not the answer's."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ class TextStream:
 
     A character whose bytes have not all come, and text that may be the start of a stop string, are
     held back. `stopped` is set when a stop string was found; it and what follows are not released.
+    With `strip`, neither are blanks around the answer and `role` before it; see AnswerSpec.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], *, strip: bool = False, role: str = "") -> None:
         self._stop = tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+        self._strip = _Strip(role) if strip else None
         self.text = ""
         self.stopped = False
 
@@ -28,11 +30,14 @@ class TextStream:
         found = [i for s in self._stop if (i := self._held.find(s)) >= 0]
         if found:
             self.stopped = True
-            return self._release(min(found))
-        return self._release(len(self._held) if end else len(self._held) - self._open_tail())
+            return self._release(min(found), last=True)
+        n = len(self._held) if end else len(self._held) - self._open_tail()
+        return self._release(n, last=end)
 
-    def _release(self, n: int) -> str:
+    def _release(self, n: int, *, last: bool) -> str:
         piece, self._held = self._held[:n], self._held[n:]
+        if self._strip:
+            piece = self._strip(piece, last=last)
         self.text += piece
         return piece
 
@@ -42,3 +47,27 @@ class TextStream:
         return next(
             (n for n in lengths if any(s.startswith(self._held[-n:]) for s in self._stop)), 0
         )
+
+
+class _Strip:
+    """str.strip on a text that comes in pieces, after the role that may begin it."""
+
+    def __init__(self, role: str) -> None:
+        self._role = role
+        self._held = ""
+        self._begun = False
+
+    def __call__(self, text: str, *, last: bool) -> str:
+        """Adds a piece; returns what is certain to stand between the blanks."""
+        self._held += text
+        if not self._begun:
+            self._held = self._held.lstrip()
+            while self._role and self._held.startswith(self._role):
+                self._held = self._held[len(self._role) :].lstrip()
+            # Nothing yet, or what may become the role.
+            if self._role.startswith(self._held) and not last:
+                return ""
+            self._begun = True
+        n = len(self._held.rstrip())
+        piece, self._held = self._held[:n], self._held[n:]
+        return piece

@@ -1,11 +1,15 @@
 """What an answer is made of, on engines without weights."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from edgevlm.boxes import parse_percent
 from edgevlm.errors import ContextOverflow, ImageError, PromptError
 from edgevlm.runtimes import fakes
+from edgevlm.runtimes.session import VLM
 from edgevlm.runtimes.text import TextStream
 
 RED = np.full((10, 20, 3), (255, 0, 0), np.uint8)
@@ -114,6 +118,36 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
     assert not stream.stopped
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "a red circle",
+        "  a red\n circle \n###Human: and now?",
+        " Assistant: Assistant:\n yes ",
+        "Assis",
+        " Assist ant: b",
+        "Assistant:",
+        "A###",
+        " \n ",
+        "été  \u2003",
+    ],
+)
+def test_a_role_and_blanks_around_an_answer_are_never_shown(said):
+    fake = fakes.vlm(said)
+    spec = dataclasses.replace(
+        fake.manifest.answer, stop_strings=("###",), strip=True, role="Assistant:"
+    )
+    manifest = dataclasses.replace(fake.manifest, answer=spec)
+    vlm = VLM(manifest, fake.parts.family, fake.parts.encoder, fake.parts.decoder)
+    answer = vlm.stream("x")
+    shown = ""
+    for piece in answer:
+        shown += piece.text
+        assert shown == answer.reply.text == shown.lstrip()
+    # How TinyGPT-V's own code reads an answer.
+    assert shown == said.split("###")[0].split("Assistant:")[-1].strip()
+
+
 def test_cancel_ends_the_answer_at_the_next_token():
     vlm = fakes.vlm("abcdef")
     answer = vlm.stream("x")
@@ -159,6 +193,31 @@ def test_detect_gives_boxes_in_pixels():
     assert (cat.x0, cat.y0, cat.x1, cat.y1) == pytest.approx((200 * 512 / 1023, 0, 200, 100))
     (rows,) = vlm.parts.decoder.prefills
     assert rows[5:, 0].tolist() == vlm.parts.decoder.tokenize("detect cat ; dog\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{<10><20><30><40>}", [(20, 10, 60, 20, "")]),
+        ("a <p> red ball </p> {<0><0><100><100>} here", [(0, 0, 200, 50, "red ball")]),
+        (
+            "<p>dog</p> {<1><2><3><4>}<delim>{<5><6><7><8>}, <p>cat</p>{<9><9><9><9>}",
+            [(2, 1, 6, 2, "dog"), (10, 3, 14, 4, "dog"), (18, 4.5, 18, 4.5, "cat")],
+        ),
+        # The phrase is of the list, whatever is wrong with its first box.
+        ("<p>dog</p> {<1><2><3>} <delim> {<1><2><3><4>}", [(2, 1, 6, 2, "dog")]),
+        ("<p>dog</p> is {<1><2><3><4>}", [(2, 1, 6, 2, "")]),
+        ("{<1><2><3><101>} {<30><0><20><9>} {<0><9><9><8>} {<-1><0><1><1>}", []),
+        ("{<1><2><3><4> {<1><2><3><4><5>} <1><2><3><4> {<٣><2><3><4>}", []),
+        ("{<" + "9" * 9999 + "><2><3><4>} <p>x</p> {} {", []),
+        ("", []),
+    ],
+)
+def test_boxes_in_hundredths_become_pixels(text, expected):
+    found = parse_percent(text, 200, 50)
+    assert [b.label for b in found] == [label for *_, label in expected]
+    corners = [corner for *box, _ in expected for corner in box]
+    assert [c for b in found for c in (b.x0, b.y0, b.x1, b.y1)] == pytest.approx(corners)
 
 
 def test_an_unknown_task_names_the_known_ones():
