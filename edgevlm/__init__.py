@@ -26,7 +26,7 @@ from edgevlm.errors import (
     SourceError,
     UnknownFamily,
 )
-from edgevlm.types import Box, Piece, Progress, Reply, Timings, TokenCounts
+from edgevlm.types import Box, Devices, Piece, Placement, Progress, Reply, Timings, TokenCounts
 
 __version__ = "0.1.0"
 
@@ -38,6 +38,7 @@ __all__ = [
     "BundleNotFound",
     "BundleTooNew",
     "ContextOverflow",
+    "Devices",
     "EdgeVLMError",
     "EngineError",
     "EngineMissing",
@@ -45,6 +46,7 @@ __all__ = [
     "ImageError",
     "ParityError",
     "Piece",
+    "Placement",
     "Progress",
     "PromptError",
     "Reply",

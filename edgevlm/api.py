@@ -17,17 +17,23 @@ def load(
     model: str | os.PathLike[str] | None = None,
     *,
     device: str = "auto",
+    vision_device: str | None = None,
+    decoder_device: str | None = None,
     threads: int | None = None,
     repack: bool | None = None,
 ) -> VLM:
     """Loads a model: a bundle folder, the name of an installed one, or None for the built-in pico.
 
-    device: where the vision encoder runs, "auto" or "cpu". threads: None for the physical cores.
-    repack: llama.cpp's weight re-ordering at load; None follows what was measured.
-    Raises BundleError for a folder that is no sound bundle, EngineMissing for a device.
+    device: what it runs on, "auto", "cpu", "gpu", "npu" or a name such as "cuda", "openvino",
+    "vulkan" (docs/devices.md lists them); vision_device and decoder_device override it for one
+    half. threads: None for the physical cores. repack: llama.cpp's weight re-ordering at load; None
+    follows what was measured. `VLM.devices` says what runs where, and why.
+    Raises BundleError for a folder that is no sound bundle, EngineMissing for a device that is not
+    installed, EngineError for one that cannot run its half; "auto" falls back instead.
     """
     from edgevlm.runtimes.loading import Settings, load_bundle
 
     if threads is not None and threads < 1:
         raise PromptError("threads must be at least 1")
-    return load_bundle(resolve(model), Settings(threads, device, repack))
+    settings = Settings(threads, device, repack, vision_device, decoder_device)
+    return load_bundle(resolve(model), settings)

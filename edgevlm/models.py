@@ -20,6 +20,15 @@ def directory() -> Path:
     return Path(platformdirs.user_data_dir("edgevlm", appauthor=False)) / "models"
 
 
+def cache_directory() -> Path:
+    """What can be made again: $EDGEVLM_HOME/cache or the user's cache folder."""
+    if home := os.environ.get("EDGEVLM_HOME"):
+        return Path(home) / "cache"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("edgevlm", appauthor=False))
+
+
 def built_in() -> Path:
     """The folder of the built-in model."""
     return Path(__file__).parent / "assets" / BUILT_IN

@@ -109,6 +109,49 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where one half of a model runs: what was asked for, what really runs it, and why.
+
+    `asked` is the caller's word ("auto", "gpu"), `device` the word of what runs ("cpu",
+    "openvino:npu"), `engine` the engine's own name for it, `hardware` the device's name where the
+    engine knows one. `placed` of `total` `unit` ("nodes" of the graphs, "layers" of the decoder)
+    run there and the rest on the CPU; on the CPU both are 0. `precision` is that of the file.
+    `cosine` is how near the features come to the CPU's, 1 at best, None where there was nothing to
+    compare. `notes` say why something else did not run, one reason each.
+    """
+
+    asked: str
+    device: str
+    engine: str
+    hardware: str = ""
+    placed: int = 0
+    total: int = 0
+    unit: str = ""
+    precision: str = ""
+    cosine: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [self.device]
+        if self.total > self.placed:
+            left = self.total - self.placed
+            parts.append(f"{self.placed} of {self.total} {self.unit}, {left} on the CPU")
+        elif self.total:
+            parts.append(f"all {self.total} {self.unit}")
+        if self.cosine is not None:
+            parts.append(f"cosine with the CPU {self.cosine:.4f}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where the two halves of a loaded model run."""
+
+    vision: Placement
+    decoder: Placement
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a long stage has come: `done` of `total` in `unit` ("B", "tensors", "layers")."""
 

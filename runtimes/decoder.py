@@ -17,6 +17,7 @@ import llama_cpp as llama
 import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
+from edgevlm.runtimes.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.engines import Cancelled, Float
 from edgevlm.runtimes.hooks import GraphHook, graph_hook
 from edgevlm.runtimes.interrupt import interruptible
@@ -33,12 +34,13 @@ _CAUSAL_BATCH = 512
 
 
 class LlamaDecoder:
-    """TextDecoder on llama.cpp's low-level API, CPU.
+    """TextDecoder on llama.cpp's low-level API.
 
     `exact` keeps the KV cache in float32, flash attention off and GELU out of its table, for
-    decoders in f32. `repack` lets llama.cpp re-order quantized weights at load; None follows the
-    measured rule in `default_repack`. Raises BundleCorrupt if the file does not hold the decoder of
-    `spec`.
+    decoders in f32. `repack` lets llama.cpp re-order quantized weights at load. `offload` says what
+    runs on another device than the CPU; `layers` is how many layers of how many really do. Raises
+    BundleCorrupt if the file does not hold the decoder of `spec`, EngineError if the device does
+    not take its layers.
     """
 
     def __init__(
@@ -49,17 +51,26 @@ class LlamaDecoder:
         *,
         threads: int,
         exact: bool = False,
-        repack: bool | None = None,
+        repack: bool = True,
+        offload: Offload = ON_THE_CPU,
     ) -> None:
         _quiet()
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
-        params.n_gpu_layers = 0
-        params.use_extra_bufts = default_repack() if repack is None else repack
+        params.n_gpu_layers = offload.layers
+        # An empty list is the CPU alone; without one llama.cpp takes every device it finds.
+        handles = [offload.device.handle] if offload.device else []
+        devices = (ctypes.c_void_p * (len(handles) + 1))(*handles)
+        params.devices = ctypes.cast(devices, ctypes.c_void_p)
+        params.use_extra_bufts = repack
         _log.clear()
+        _layers[:] = 0, 0
         self._model = llama.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model and offload.device:
+            raise EngineError(f"{offload.device.name} cannot load the decoder ({_last_log()})")
         if not self._model:
             raise BundleCorrupt(path, f"llama.cpp cannot load it ({_last_log()})")
+        self.layers = _offloaded()
         self._vocab = llama.llama_model_get_vocab(self._model)
         model, vocabulary = self._model, llama.llama_vocab_n_tokens(self._vocab)
         found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
@@ -330,15 +341,6 @@ def _chain(s: Sampling, n_vocab: int, window: int) -> list[llama.llama_sampler_p
     ]
 
 
-def default_repack() -> bool:
-    """Whether llama.cpp should re-order quantized weights at load on this machine.
-
-    Off where AVX-512 VNNI is there: without it q4_k_m prefill was measured 1.4 times faster, decode
-    the same, and the second copy of the weights is saved (docs/performance.md).
-    """
-    return b"AVX512_VNNI = 1" not in llama.llama_print_system_info()
-
-
 def cpu_features() -> list[str]:
     """What this build of llama.cpp uses of the processor, such as AVX2."""
     found: list[bytes] = re.findall(rb"(\w+) = 1", llama.llama_print_system_info())
@@ -346,6 +348,8 @@ def cpu_features() -> list[str]:
 
 
 _log: list[str] = []
+# Layers that the last model loaded has on a device, of how many: llama.cpp says so in its log only.
+_layers = [0, 0]
 
 
 @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -354,10 +358,16 @@ def _collect(level: int, text: bytes, _: object) -> None:
     if level >= 3:
         _log.append(text.decode("utf-8", "replace").strip())
         del _log[:-20]
+    elif match := re.search(rb"offloaded (\d+)/(\d+) layers", text):
+        _layers[:] = map(int, match.groups())
 
 
 def _quiet() -> None:
     llama.llama_log_set(_collect, None)
+
+
+def _offloaded() -> tuple[int, int]:
+    return _layers[0], _layers[1]
 
 
 def _last_log() -> str:

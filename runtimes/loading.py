@@ -1,34 +1,37 @@
-"""A bundle -> a VLM: engines chosen, files checked, load time measured."""
+"""A bundle -> a VLM: devices and settings chosen, files checked, load time measured."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from edgevlm import family
 from edgevlm.bundle import MANIFEST, Bundle, open_bundle
-from edgevlm.runtimes.decoder import LlamaDecoder
-from edgevlm.runtimes.encoder import OrtEncoder
+from edgevlm.errors import EngineError
+from edgevlm.runtimes import backends, devices, ggml, providers, rules
+from edgevlm.runtimes.backends import ON_THE_CPU, LlamaDevice, Offload
+from edgevlm.runtimes.decoder import LlamaDecoder, cpu_features
+from edgevlm.runtimes.ort import Ort
+from edgevlm.runtimes.placing import Wish, open_encoder
 from edgevlm.runtimes.session import VLM
+from edgevlm.types import Devices, Placement
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model runs here.
+    """How a model runs here; None follows the measured rules (`rules.py`).
 
-    threads: of both engines; None for the number of physical cores this process may use.
-    device: where the encoder runs ("auto" or "cpu").
-    repack: whether llama.cpp re-orders quantized weights at load; None for the measured rule.
+    threads: of both engines. device: what both halves run on; vision_device and decoder_device
+    override it for one. repack: whether llama.cpp re-orders quantized weights at load.
     """
 
     threads: int | None = None
     device: str = "auto"
     repack: bool | None = None
+    vision_device: str | None = None
+    decoder_device: str | None = None
 
 
 def load_bundle(
@@ -36,38 +39,88 @@ def load_bundle(
 ) -> VLM:
     """Opens, checks and loads a bundle; `loaded` is told "vision" and "decoder" as each stands.
 
-    Raises BundleError and EngineMissing.
+    Raises BundleError, EngineMissing for a device that is not installed and EngineError for one
+    that cannot run its half.
     """
     start = time.perf_counter()
     bundle = open_bundle(folder)
     manifest = bundle.manifest
     kind = family.by_name(manifest.family, str(folder / MANIFEST))
-    threads = settings.threads or default_threads()
-    encoder = OrtEncoder(
-        bundle.path("vision"), bundle.path("projector"), threads=threads, device=settings.device
+    facts = rules.this_machine(cpu_features(), manifest.components["decoder"].precision)
+    threads = settings.threads or rules.decide("threads", facts)
+    ort, offered = Ort(), ggml.devices()
+    for_vision, for_decoder = words(settings, ort, offered)
+    wish = Wish(
+        for_vision,
+        threads,
+        spin=rules.decide("spinning", facts),
+        cpu_precisions=rules.decide("vision", facts),
     )
+    encoder, vision = open_encoder(bundle, wish, ort)
     loaded("vision")
-    decoder = _decoder(bundle, threads, settings.repack)
+    repack = rules.decide("repacking", facts) if settings.repack is None else settings.repack
+    decoder, placed = open_decoder(bundle, for_decoder, offered, threads=threads, repack=repack)
     loaded("decoder")
     load_ms = (time.perf_counter() - start) * 1e3
-    return VLM(manifest, kind, encoder, decoder, load_ms=load_ms)
+    return VLM(manifest, kind, encoder, decoder, load_ms=load_ms, devices=Devices(vision, placed))
 
 
-def _decoder(bundle: Bundle, threads: int, repack: bool | None) -> LlamaDecoder:
-    manifest = bundle.manifest
-    return LlamaDecoder(
-        bundle.path("decoder"),
-        manifest.decoder,
-        manifest.token_embedding,
-        threads=threads,
-        # Who keeps the decoder in f32 wants the original's numbers, not speed.
-        exact=manifest.components["decoder"].precision == "f32",
-        repack=repack,
+def words(settings: Settings, ort: Ort, offered: Sequence[LlamaDevice]) -> tuple[str, str]:
+    """The words for the encoder and the decoder; raises EngineMissing for one nobody knows."""
+    return devices.split(
+        settings.device,
+        settings.vision_device,
+        settings.decoder_device,
+        vision_words={*providers.WORDS, *(o.provider.word for o in ort.offers())},
+        decoder_words={*backends.WORDS, *(d.backend.word for d in offered)},
     )
 
 
-def default_threads() -> int:
-    """Physical cores that this process may run on: hyper-threads only slow matrix products."""
-    physical = psutil.cpu_count(logical=False) or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
+def open_decoder(
+    bundle: Bundle, word: str, offered: Sequence[LlamaDevice], *, threads: int, repack: bool
+) -> tuple[LlamaDecoder, Placement]:
+    """The bundle's decoder on the first device that has room for layers of it, or on the CPU.
+
+    Raises EngineMissing where nothing of that name is offered, EngineError where what was named
+    takes no layer.
+    """
+    spec = bundle.manifest.decoder
+    # Who keeps the decoder in f32 wants the original's numbers, not speed.
+    exact = bundle.manifest.components["decoder"].precision == "f32"
+    notes: list[str] = []
+
+    def on(offload: Offload) -> LlamaDecoder:
+        return LlamaDecoder(
+            bundle.path("decoder"),
+            spec,
+            bundle.manifest.token_embedding,
+            threads=threads,
+            exact=exact,
+            repack=repack,
+            offload=offload,
+        )
+
+    found = backends.candidates(word, offered)
+    if exact and word == "auto" and found:
+        notes.append(f"{found[0].name}: the decoder is in f32, for the CPU's exact numbers")
+        found = []
+    needs = ggml.layer_bytes(bundle.path("decoder"), spec, exact) if found else None
+    for device in found:
+        assert needs is not None
+        layers = backends.layers_that_fit(needs, device.free_bytes, spec.context_length)
+        if layers == 0:
+            notes.append(backends.too_small(device, needs, spec.context_length))
+            continue
+        try:
+            decoder = on(Offload(device, layers))
+        except EngineError as e:
+            notes.append(str(e))
+            continue
+        placed, total = decoder.layers
+        if placed:
+            return decoder, backends.placement(word, Offload(device, placed), total, notes)
+        decoder.close()
+        notes.append(f"{device.name}: llama.cpp put no layer there")
+    if found and word != "auto":
+        raise backends.refused(word, notes)
+    return on(ON_THE_CPU), backends.placement(word, ON_THE_CPU, spec.n_layer + 1, notes)

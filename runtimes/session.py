@@ -28,7 +28,7 @@ from edgevlm.runtimes.request import (
     prepare,
 )
 from edgevlm.sampling import Sampling, SamplingOptions
-from edgevlm.types import Box, Reply
+from edgevlm.types import Box, Devices, Placement, Reply
 
 if TYPE_CHECKING:
     from typing import Self
@@ -43,7 +43,7 @@ class VLM:
 
     `image` is a path, URL, bytes, PIL image or array uint8 [h, w, 3], a list of those where the
     model takes several, or None. Options are those of `edgevlm.sampling.Sampling`; without any the
-    answer is greedy.
+    answer is greedy. `devices` says where the two halves run.
     """
 
     def __init__(
@@ -54,9 +54,11 @@ class VLM:
         decoder: TextDecoder,
         *,
         load_ms: float = 0.0,
+        devices: Devices | None = None,
     ) -> None:
         self.manifest = manifest
         self.load_ms = load_ms
+        self.devices = devices or _only("cpu", encoder.provider)
         self.parts = Parts(manifest, family, encoder, decoder)
         self._turn = 0
 
@@ -187,6 +189,11 @@ class Chat:
         self.turns: list[tuple[str, Answer]] = []
 
     @property
+    def devices(self) -> Devices:
+        """Where the two halves of the model run."""
+        return self._vlm.devices
+
+    @property
     def image(self) -> Images:
         """What the questions are about."""
         return self._image
@@ -224,6 +231,10 @@ class Chat:
 
     def __exit__(self, *_: object) -> None:
         self._vlm.cancel()
+
+
+def _only(device: str, engine: str) -> Devices:
+    return Devices(Placement("auto", device, engine), Placement("auto", device, engine))
 
 
 def _several(image: Images) -> Sequence[ImageSource]:

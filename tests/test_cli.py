@@ -84,15 +84,18 @@ def test_options_reach_the_answer(edge, picture):
     out = edge("ask", "x", "-i", picture, "--max-tokens", 3)[1]
     assert out == "a r\n"
     assert edge("ask", "x", "-i", picture, "--stop", "ci", "--stop", "zz")[1] == "a red \n"
-    edge("ask", "x", "--threads", 2, "--device", "cpu")
-    assert edge.loaded[-1][1] == {"device": "cpu", "threads": 2}
+    edge("ask", "x", "--threads", 2, "--device", "npu", "--decoder-device", "gpu")
+    assert edge.loaded[-1][1] == {
+        "device": "npu", "vision_device": None, "decoder_device": "gpu", "threads": 2
+    }  # fmt: skip
 
 
 def test_stats_list_every_stage_on_stderr(edge, picture):
     _, out, err = edge("ask", "x", "-i", picture, "--stats")
     assert out == "a red circle\n"
     for stage in ("load", "image decode", "preprocess", "vision", "projector", "prefill",
-                  "first token", "decode", "image 4, text 3, cached 0", "peak memory"):  # fmt: skip
+                  "first token", "decode", "image 4, text 3, cached 0", "peak memory",
+                  "vision on cpu", "decoder on cpu"):  # fmt: skip
         assert stage in err
 
 

@@ -34,13 +34,13 @@ LAYERS = (
 )
 # Engines belong to one module each; the exporter's own are imported where a checkpoint is read.
 ENGINES = {
-    "onnxruntime": ("edgevlm.runtimes.encoder", "edgevlm.export", "edgevlm.cli.doctor"),
+    "onnxruntime": ("edgevlm.runtimes.ort", "edgevlm.export"),
     "llama_cpp": (
         "edgevlm.runtimes.decoder",
+        "edgevlm.runtimes.ggml",
         "edgevlm.runtimes.hooks",
         "edgevlm.export",
         "edgevlm.benchmarks.peers.mtmd",
-        "edgevlm.cli.doctor",
     ),
     "torch": ("edgevlm.export", "edgevlm.benchmarks"),
     "transformers": ("edgevlm.export", "edgevlm.benchmarks"),

@@ -20,23 +20,28 @@ from edgevlm.benchmarks.latency.measure import Event, Job, measure, overhead_ms
 from edgevlm.benchmarks.latency.memory import Memory
 from edgevlm.benchmarks.latency.sensors import Sensors
 from edgevlm.errors import EdgeVLMError
-from edgevlm.runtimes.decoder import cpu_features, default_repack
-from edgevlm.runtimes.loading import Settings, default_threads, load_bundle
+from edgevlm.runtimes import rules
+from edgevlm.runtimes.decoder import cpu_features
+from edgevlm.runtimes.loading import Settings, load_bundle
 from edgevlm.runtimes.session import VLM
 
 
 def run(job: Job, send: Callable[[dict[str, Any]], None]) -> None:
     """Measures one round with the real engines and sends what it finds."""
-    facts = {
-        "threads": job.threads or default_threads(),
-        "repack": default_repack(),
-        "llama_cpp": cpu_features(),
-        "overhead_ms": overhead_ms(),
-    }
+    overhead = overhead_ms()
 
     def open_model(loaded: Callable[[str], None]) -> VLM:
         vlm = load_bundle(Path(job.folder), Settings(job.threads, job.device), loaded)
-        send({"facts": facts | {"provider": vlm.parts.encoder.provider}})
+        decoder = vlm.manifest.components["decoder"].precision
+        machine = rules.this_machine(cpu_features(), decoder)
+        facts = {
+            "threads": job.threads or rules.decide("threads", machine),
+            "repack": rules.decide("repacking", machine),
+            "llama_cpp": cpu_features(),
+            "overhead_ms": overhead,
+            "provider": vlm.devices.vision.engine,
+        }
+        send({"facts": facts})
         return vlm
 
     def emit(event: Event) -> None:

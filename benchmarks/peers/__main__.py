@@ -20,7 +20,7 @@ import click
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.export import pipeline
 from edgevlm.export.child import command, setting
-from edgevlm.runtimes.loading import default_threads
+from edgevlm.runtimes.rules import physical_cores
 
 METRICS = {"encode_ms": "encode", "first_token_ms": "first token", "token_ms": "one more token"}
 PROMPT = "What is in the picture?"
@@ -50,7 +50,7 @@ def main(checkpoint: Path, bundle: Path, image: Path, vision_tower: Path | None,
             "image": str(image.absolute()),
             "prompt": _whole_prompt(opened),
             "words": PROMPT,
-            "threads": default_threads(),
+            "threads": physical_cores(),
             "n_tokens": tokens,
         }
         modules = {"llama.cpp": "mtmd", "edgevlm": "ours"}

@@ -19,4 +19,4 @@ def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
     """
     sources = read_sources(images)
     with run.load() as vlm:
-        show(vlm.stream(prompt, sources, **run.sampling), as_json=as_json, stats=run.stats)
+        show(vlm.stream(prompt, sources, **run.sampling), as_json=as_json, stats=run.stats_of(vlm))

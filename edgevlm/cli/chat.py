@@ -58,7 +58,7 @@ def _one_turn(conversation: Chat, line: str, run: Run) -> None:
             _command(conversation, line)
         else:
             answer = conversation.stream(line, **run.sampling)
-            show(answer, as_json=False, stats=run.stats)
+            show(answer, as_json=False, stats=conversation.devices if run.stats else None)
     except EdgeVLMError as error:
         click.echo(str(error), err=True)
     except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def _command(conversation: Chat, line: str) -> None:
         conversation.clear()
         conversation.image = None
     elif name == "/stats":
-        print_stats(conversation.reply)
+        print_stats(conversation.reply, conversation.devices)
     elif name == "/help":
         click.echo(_HELP, err=True)
     else:

@@ -14,7 +14,7 @@ import click
 import edgevlm
 from edgevlm.errors import ImageError
 from edgevlm.sampling import SamplingOptions
-from edgevlm.types import Reply
+from edgevlm.types import Devices, Reply
 
 if TYPE_CHECKING:
     from edgevlm.runtimes.answer import Answer
@@ -34,7 +34,10 @@ _ANSWERING = (
     click.option("--seed", type=int, metavar="N", help="Of the random draw."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here; repeatable."),
     click.option("--threads", type=int, metavar="N", help="Of both engines  [default: cores]"),
-    click.option("--device", default="auto", show_default=True, help="Of the vision encoder."),
+    click.option("--device", default="auto", show_default=True, metavar="DEVICE",
+                 help="auto, cpu, gpu, npu or one that `edgevlm doctor` lists."),
+    click.option("--vision-device", metavar="DEVICE", help="Of the encoder alone."),
+    click.option("--decoder-device", metavar="DEVICE", help="Of the decoder alone."),
     click.option("--stats", is_flag=True, help="Show how long each stage took (stderr)."),
 )  # fmt: skip
 _IMAGE = click.option(
@@ -43,6 +46,7 @@ _IMAGE = click.option(
 )  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 _SAMPLING = tuple(SamplingOptions.__annotations__)
+_LOADING = ("device", "vision_device", "decoder_device", "threads")
 
 
 def answering(command: Command) -> Command:
@@ -53,10 +57,9 @@ def answering(command: Command) -> Command:
         sampling = {k: v for k in _SAMPLING if (v := values.pop(k)) not in (None, ())}
         run = Run(
             values.pop("model"),
-            values.pop("threads"),
-            values.pop("device"),
             values.pop("stats"),
             SamplingOptions(**sampling),  # type: ignore[typeddict-item]
+            {name: values.pop(name) for name in _LOADING},
         )
         command(run=run, **values)
 
@@ -75,10 +78,13 @@ class Run:
     """What the common options say."""
 
     model: str | None
-    threads: int | None
-    device: str
     stats: bool
     sampling: SamplingOptions
+    loading: dict[str, Any]
+
+    def stats_of(self, vlm: VLM) -> Devices | None:
+        """What `show` needs to print statistics; None where nobody asked for them."""
+        return vlm.devices if self.stats else None
 
     def load(self) -> VLM:
         """Loads the model; says so once when it is the built-in one that nobody asked for."""
@@ -88,7 +94,7 @@ class Run:
                 "export a PaliGemma checkpoint (`edgevlm export --help`) and name it with -m.",
                 err=True,
             )
-        return edgevlm.load(self.model, device=self.device, threads=self.threads)
+        return edgevlm.load(self.model, **self.loading)
 
 
 def read_sources(images: tuple[str, ...]) -> list[str | bytes]:
@@ -105,8 +111,8 @@ def _stdin() -> bytes:
     return data
 
 
-def show(answer: Answer, *, as_json: bool, stats: bool) -> Reply:
-    """Streams an answer to stdout, or prints it as JSON; then the times, where asked for."""
+def show(answer: Answer, *, as_json: bool, stats: Devices | None) -> Reply:
+    """Streams an answer to stdout, or prints it as JSON; then times and devices, where given."""
     for piece in answer:
         if not as_json:
             click.echo(piece.text, nl=False)
@@ -114,7 +120,7 @@ def show(answer: Answer, *, as_json: bool, stats: bool) -> Reply:
     reply = answer.reply
     click.echo(json.dumps(as_dict(reply)) if as_json else "")
     if stats:
-        print_stats(reply)
+        print_stats(reply, stats)
     return reply
 
 
@@ -127,8 +133,8 @@ def as_dict(reply: Reply) -> dict[str, Any]:
     return data
 
 
-def print_stats(reply: Reply) -> None:
-    """Prints the stages of an answer as a table to stderr."""
+def print_stats(reply: Reply, devices: Devices) -> None:
+    """Prints the stages of an answer, and what ran them, as a table to stderr."""
     from rich.console import Console
     from rich.table import Table
 
@@ -155,4 +161,9 @@ def print_stats(reply: Reply) -> None:
     table.add_row("tokens out", str(n.generated), reply.finish_reason)
     if peak := peak_bytes():
         table.add_row("peak memory", f"{peak / 2**20:.0f} MiB", "of this process")
-    Console(stderr=True, markup=False, highlight=False).print(table)
+    console = Console(stderr=True, markup=False, highlight=False)
+    console.print(table)
+    for half, placement in (("vision", devices.vision), ("decoder", devices.decoder)):
+        console.print(f"{half} on {placement}", soft_wrap=True)
+        for note in placement.notes:
+            console.print(f"  not {note}", style="dim", soft_wrap=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+import sys
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -12,25 +14,44 @@ from rich.table import Table
 
 import edgevlm
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 @click.command()
-def doctor() -> None:
-    """Show what this machine has and lacks.
+@click.option("-m", "--model", envvar="EDGEVLM_MODEL", metavar="MODEL",
+              help="Whose devices to show  [env: EDGEVLM_MODEL; default: built-in]")  # fmt: skip
+def doctor(model: str | None) -> None:
+    """Show what this machine has and lacks, and what a model would use of it.
 
     For what is missing, the line that installs it.
     """
+    console = Console(markup=False, highlight=False)
+    _print(console, "", (*_machine(), *_packages()))
+    _print(console, "Vision encoder", _vision())
+    _print(console, "Vision encoder: what is missing", _vision_missing())
+    _print(console, "Decoder", _decoder())
+    _print(console, "Decoder: what is missing", _decoder_missing())
+    _print(console, "Settings where you choose none", _settings())
+    _print(console, f"{model or 'The built-in model'} uses", _used(model))
+
+
+def _print(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    for name, value in (*_machine(), *_engines(), *_packages()):
-        table.add_row(name, value)
-    Console(markup=False, highlight=False).print(table)
+    for row in rows:
+        table.add_row(*row)
+    if not table.row_count:
+        return
+    if title:
+        console.print()
+        console.print(title, style="bold")
+    console.print(table)
 
 
 def _machine() -> list[tuple[str, str]]:
     import psutil
-
-    from edgevlm.runtimes.loading import default_threads
 
     memory = psutil.virtual_memory()
     return [
@@ -38,7 +59,6 @@ def _machine() -> list[tuple[str, str]]:
         ("system", platform.platform()),
         ("python", platform.python_version()),
         ("processor", _processor()),
-        ("threads used", str(default_threads())),
         ("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),
     ]
 
@@ -54,19 +74,78 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _engines() -> list[tuple[str, str]]:
-    import llama_cpp
-    import onnxruntime
+def _vision() -> list[tuple[str, str]]:
+    from edgevlm.runtimes.ort import Ort
 
-    from edgevlm.runtimes.decoder import cpu_features, default_repack
-
-    providers = ", ".join(onnxruntime.get_available_providers())
     return [
-        ("vision", f"onnxruntime {onnxruntime.__version__}, CPU (offered: {providers})"),
-        ("decoder", f"llama-cpp-python {llama_cpp.__version__}, CPU"),
-        ("llama.cpp", " ".join(cpu_features())),
-        ("repacking", "on" if default_repack() else "off (AVX-512 VNNI)"),
+        (o.word, " ".join(filter(None, (o.provider.name, o.version, o.hardware))))
+        for o in Ort().offers()
     ]
+
+
+def _vision_missing() -> list[tuple[str, str]]:
+    from edgevlm.runtimes import ort
+    from edgevlm.runtimes.providers import label, missing
+
+    offers, broken = ort.Ort().offers(), ort.broken_plugins()
+    names: dict[str, list[str]] = {}
+    for p in missing(offers):
+        line = f"its library does not load: {broken[p.name]}" if p.name in broken else p.install
+        names.setdefault(line, []).append(label(p))
+    return [("\n".join(words), line) for line, words in names.items()]
+
+
+def _decoder() -> list[tuple[str, str]]:
+    from edgevlm.runtimes import ggml
+    from edgevlm.runtimes.decoder import cpu_features
+
+    version = importlib.metadata.version("llama-cpp-python")
+    rows = [("cpu", f"llama-cpp-python {version}: {' '.join(cpu_features())}")]
+    for d in ggml.devices():
+        memory = f"{d.free_bytes / 2**30:.1f} of {d.total_bytes / 2**30:.1f} GiB free"
+        rows.append((d.backend.word, f"{d.name}: {d.description}, {memory}"))
+    return rows
+
+
+def _decoder_missing() -> list[tuple[str, str]]:
+    from edgevlm.runtimes import backends, ggml
+
+    there = {d.backend for d in ggml.devices()}
+    lacking = [b for b in backends.BACKENDS if b not in there and sys.platform in b.systems]
+    return [
+        (b.word, b.install if i == 0 else f"likewise with -D{b.switch}=on")
+        for i, b in enumerate(lacking)
+    ]
+
+
+def _settings() -> list[tuple[str, str]]:
+    from edgevlm.runtimes import rules
+    from edgevlm.runtimes.decoder import cpu_features
+
+    facts = rules.this_machine(cpu_features(), "q4_k_m")
+    rows = []
+    for name, what in (
+        ("threads", "of both engines"),
+        ("repacking", "q4_k_m weights re-ordered at load"),
+        ("spinning", "onnxruntime's workers wait busily"),
+        ("vision", "precision on the CPU"),
+    ):
+        found = rules.rule(name, facts)
+        value = found.value(facts)
+        shown = " ".join(value) if isinstance(value, tuple) else str(value)
+        shown = {"True": "on", "False": "off", "": "the main one"}.get(shown, shown)
+        rows.append((name, f"{shown} ({what}); {found.evidence}"))
+    return rows
+
+
+def _used(model: str | None) -> list[tuple[str, str]]:
+    rows = []
+    with edgevlm.load(model) as vlm:
+        for half, placed in (("vision", vlm.devices.vision), ("decoder", vlm.devices.decoder)):
+            precision = f", {placed.precision}" if placed.precision else ""
+            rows.append((half, f"{placed}{precision}"))
+            rows += [("", f"not {note}") for note in placed.notes]
+    return rows
 
 
 def _packages() -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ def ocr(images: tuple[str, ...], as_json: bool, run: Run) -> None:
 def _run_task(task: str, language: str, images: list[str | bytes], as_json: bool, run: Run) -> None:
     with run.load() as vlm:
         prompt = vlm.task(task, language=language)
-        show(vlm.stream(prompt, images, **run.sampling), as_json=as_json, stats=run.stats)
+        show(vlm.stream(prompt, images, **run.sampling), as_json=as_json, stats=run.stats_of(vlm))
 
 
 @click.command()
@@ -79,7 +79,7 @@ def detect(
     else:
         _print_boxes(reply.boxes)
     if run.stats:
-        print_stats(reply)
+        print_stats(reply, vlm.devices)
 
 
 def _needed(images: tuple[str, ...]) -> list[str | bytes]:

@@ -1,0 +1,106 @@
+"""What llama.cpp's libraries offer and what a decoder's file holds, asked through ggml's C API."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from ctypes import c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from llama_cpp._ctypes_extensions import load_shared_library
+
+from edgevlm.errors import BundleCorrupt
+from edgevlm.runtimes.backends import LayerBytes, LlamaDevice, backend
+from edgevlm.specs import DecoderSpec
+
+# enum ggml_backend_dev_type; accelerators such as BLAS (3) work on the CPU's tensors.
+_GPU, _IGPU = 1, 2
+# Rows of a picture and a question in one batch, for the size of intermediate results.
+_BATCH_ROWS = 512
+_SCORED_ROWS = 16
+
+_folder = Path(llama_cpp.__file__).parent / "lib"
+_base = load_shared_library("ggml-base", _folder)
+_registry = load_shared_library("ggml", _folder)
+
+
+class _GGUFParams(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", c_void_p)]
+
+
+def _declare(library: Any, name: str, result: Any, *arguments: Any) -> Any:
+    function = getattr(library, name)
+    function.restype, function.argtypes = result, list(arguments)
+    return function
+
+
+_count = _declare(_registry, "ggml_backend_dev_count", c_size_t)
+_get = _declare(_registry, "ggml_backend_dev_get", c_void_p, c_size_t)
+_name = _declare(_base, "ggml_backend_dev_name", c_char_p, c_void_p)
+_description = _declare(_base, "ggml_backend_dev_description", c_char_p, c_void_p)
+_type = _declare(_base, "ggml_backend_dev_type", c_int, c_void_p)
+_size = ctypes.POINTER(c_size_t)
+_memory = _declare(_base, "ggml_backend_dev_memory", None, c_void_p, _size, _size)
+_reg = _declare(_base, "ggml_backend_dev_backend_reg", c_void_p, c_void_p)
+_reg_name = _declare(_base, "ggml_backend_reg_name", c_char_p, c_void_p)
+_open = _declare(_base, "gguf_init_from_file", c_void_p, c_char_p, _GGUFParams)
+_free = _declare(_base, "gguf_free", None, c_void_p)
+_n_tensors = _declare(_base, "gguf_get_n_tensors", c_int64, c_void_p)
+_tensor_name = _declare(_base, "gguf_get_tensor_name", c_char_p, c_void_p, c_int64)
+_tensor_size = _declare(_base, "gguf_get_tensor_size", c_size_t, c_void_p, c_int64)
+_find = _declare(_base, "gguf_find_key", c_int64, c_void_p, c_char_p)
+_kv_type = _declare(_base, "gguf_get_kv_type", c_int, c_void_p, c_int64)
+_u32 = _declare(_base, "gguf_get_val_u32", c_uint32, c_void_p, c_int64)
+_GGUF_UINT32 = 4
+
+
+def devices() -> list[LlamaDevice]:
+    """The devices beside the CPU that this build of llama.cpp offers here."""
+    found = []
+    for i in range(_count()):
+        handle = _get(i)
+        if _type(handle) not in (_GPU, _IGPU):
+            continue
+        registry = _reg_name(_reg(handle)).decode()
+        free, total = c_size_t(), c_size_t()
+        _memory(handle, free, total)
+        name, description = _name(handle).decode(), _description(handle).decode()
+        found.append(
+            LlamaDevice(name, description, backend(registry), free.value, total.value, handle)
+        )
+    return found
+
+
+def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
+    """What the parts of the decoder in a GGUF file need on a device.
+
+    `exact` keeps the state in float32, otherwise float16. Raises BundleCorrupt if it is no GGUF.
+    """
+    file = _open(str(path).encode(), _GGUFParams(True, None))
+    if not file:
+        raise BundleCorrupt(path, "is no GGUF file that llama.cpp can read")
+
+    def number(name: str, default: int) -> int:
+        key = _find(file, f"{spec.architecture}.{name}".encode())
+        known = key >= 0 and _kv_type(file, key) == _GGUF_UINT32
+        return int(_u32(file, key)) if known else default
+
+    try:
+        names = [_tensor_name(file, i).decode() for i in range(_n_tensors(file))]
+        sizes = {name: int(_tensor_size(file, i)) for i, name in enumerate(names)}
+        heads = number("attention.head_count", 1)
+        head = number("attention.key_length", spec.n_embd // heads)
+        state = 2 * number("attention.head_count_kv", heads) * head
+        inner = number("feed_forward_length", 4 * spec.n_embd)
+    finally:
+        _free(file)
+    layers = [0] * spec.n_layer
+    for name, size in sizes.items():
+        if match := re.match(r"blk\.(\d+)\.", name):
+            layers[int(match[1])] += size
+    output = sizes.get("output.weight", sizes.get("token_embd.weight", 0))
+    # Three rows of the feed-forward's width, four of the model's, and the logits, in float32.
+    work = 4 * (_BATCH_ROWS * (3 * inner + 4 * spec.n_embd) + _SCORED_ROWS * spec.n_vocab)
+    return LayerBytes(tuple(layers), output, state * (4 if exact else 2), work)

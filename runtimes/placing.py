@@ -1,0 +1,156 @@
+"""Which provider runs the vision encoder: the choices tried in turn, every refusal with a reason.
+
+Knows the table of providers and `Ort`, not onnxruntime. A provider is taken when it opens the
+graphs, runs nodes of them, and computes what the CPU computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgevlm.bundle import Bundle, Component
+from edgevlm.errors import EngineError
+from edgevlm.models import cache_directory
+from edgevlm.runtimes import firstuse
+from edgevlm.runtimes.encoder import OrtEncoder
+from edgevlm.runtimes.firstuse import BOUND, Memory, Verdict
+from edgevlm.runtimes.ort import Counts, Ort, Unfit, counts
+from edgevlm.runtimes.providers import CPU, Offer, candidates, pick
+from edgevlm.types import Placement
+
+# Below this share of nodes `auto` leaves a provider alone: every change between it and the CPU
+# copies the features. A guess; no device was here to measure it.
+_WORTHWHILE = 0.8
+_FALLBACK = Offer(CPU, "")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the encoder is to run on and how.
+
+    word: the device asked for. cpu_precisions: of the vision encoder, best first on the CPU.
+    spin: whether onnxruntime's workers wait busily.
+    """
+
+    word: str
+    threads: int
+    spin: bool = False
+    cpu_precisions: tuple[str, ...] = ()
+
+
+def open_encoder(
+    bundle: Bundle, wish: Wish, ort: Ort | None = None
+) -> tuple[OrtEncoder, Placement]:
+    """The bundle's encoder on the first provider that is fit for it.
+
+    Raises EngineMissing where nothing of that name is installed, EngineError where what was named
+    cannot run the encoder or computes something else than the CPU, BundleCorrupt for bad graphs.
+    """
+    opener = _Opener(bundle, wish, ort or Ort())
+    notes: list[str] = []
+    for offer in candidates(wish.word, opener.ort.offers()) or [_FALLBACK]:
+        try:
+            return opener.open(offer, tuple(notes))
+        except Unfit as e:
+            notes.append(f"{offer.word}: {e}")
+    raise EngineError(
+        f"device {wish.word!r} cannot run the vision encoder: {'; '.join(notes)}; "
+        "choose another --vision-device, or auto"
+    )
+
+
+class _Opener:
+    def __init__(self, bundle: Bundle, wish: Wish, ort: Ort) -> None:
+        self.ort = ort
+        self._bundle, self._wish = bundle, wish
+        self._cache = cache_directory() / "devices"
+        self._memory = Memory(self._cache / "first-use")
+
+    def open(self, offer: Offer, notes: tuple[str, ...]) -> tuple[OrtEncoder, Placement]:
+        """The encoder on one provider; raises Unfit where it should not run there."""
+        there = self._bundle.vision_precisions
+        if offer.provider is CPU:
+            precision = pick(self._wish.cpu_precisions, there)
+            encoder, _ = self._encoder(offer, precision, Path())
+            return encoder, self._placed(offer, precision, notes=notes)
+        precision = pick(offer.provider.precisions, there)
+        files = self._files(precision)
+        key = firstuse.key(*files, offer.provider.name, offer.word, offer.version, offer.hardware)
+        verdict = self._memory.recall(key)
+        if verdict is not None:
+            _refuse_unsound(verdict)
+        encoder, placed = self._encoder(offer, precision, self._cache / "compiled" / key)
+        self._refuse_unplaced(placed)
+        if verdict is None:
+            verdict = self._first_use(offer, precision, encoder)
+            self._memory.remember(key, verdict)
+            _refuse_unsound(verdict)
+        return encoder, self._placed(offer, precision, placed, verdict.cosine, notes)
+
+    def _encoder(self, offer: Offer, precision: str, folder: Path) -> tuple[OrtEncoder, Counts]:
+        """The two sessions, and how many nodes of both run on the provider."""
+        wish, name = self._wish, offer.provider.name
+        vision, projector = (
+            self.ort.session(graph, offer, wish.threads, wish.spin, folder)
+            for graph in (self._bundle.vision(precision), self._bundle.path("projector"))
+        )
+        on_cpu = offer.provider is CPU
+        encoder = OrtEncoder(self.ort, vision, projector, provider=name, single=not on_cpu)
+        if on_cpu:
+            return encoder, Counts(0, 0)
+        return encoder, counts(vision, offer.provider) + counts(projector, offer.provider)
+
+    def _first_use(self, offer: Offer, precision: str, encoder: OrtEncoder) -> Verdict:
+        cpu, _ = self._encoder(_FALLBACK, precision, Path())
+        try:
+            cosine = firstuse.compare(encoder, cpu, self._bundle.manifest.image.size)
+        except EngineError as e:
+            raise Unfit(str(e)) from None
+        finally:
+            cpu.close()
+        return Verdict(cosine, self._files(precision), offer.word, offer.version, offer.hardware)
+
+    def _refuse_unplaced(self, placed: Counts) -> None:
+        if placed.placed == 0:
+            raise Unfit(f"it runs none of the graphs' {placed.total} nodes")
+        if self._wish.word == "auto" and placed.placed < _WORTHWHILE * placed.total:
+            raise Unfit(f"it runs only {placed.placed} of the graphs' {placed.total} nodes")
+
+    def _files(self, precision: str) -> tuple[str, ...]:
+        """The hashes of everything that the encoder is made of."""
+        manifest = self._bundle.manifest
+        vision = manifest.alternatives.get(precision, manifest.components["vision"])
+        return _hashes(vision) + _hashes(manifest.components["projector"])
+
+    def _placed(
+        self,
+        offer: Offer,
+        precision: str,
+        placed: Counts | None = None,
+        cosine: float | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> Placement:
+        return Placement(
+            asked=self._wish.word,
+            device=offer.word,
+            engine=offer.provider.name,
+            hardware=offer.hardware,
+            placed=placed.placed if placed else 0,
+            total=placed.total if placed else 0,
+            unit="nodes",
+            precision=precision,
+            cosine=cosine,
+            notes=notes,
+        )
+
+
+def _hashes(component: Component) -> tuple[str, ...]:
+    return tuple(record.sha256 for record in component.files)
+
+
+def _refuse_unsound(verdict: Verdict) -> None:
+    if not verdict.sound:
+        raise Unfit(
+            f"its features differ from the CPU's (cosine {verdict.cosine:.4f}, at least {BOUND})"
+        )
