@@ -1,59 +1,188 @@
-"""Bundles of random weights: whole, runnable, of the types that were asked for, made once."""
+"""Bundles of random weights: whole, runnable, made once, of the types and the work of real ones."""
+
+import json
+import shutil
+from collections import Counter, namedtuple
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from gguf import GGUFReader
 
 import edgevlm
-from edgevlm.benchmarks.published import ROWS
+from edgevlm.benchmarks.checkpoints import write_paligemma
+from edgevlm.benchmarks.llava_checkpoints import write_llava
 from edgevlm.benchmarks.synthetic import make as synthetic
-from edgevlm.benchmarks.synthetic.decoder import QUANTS
-from edgevlm.benchmarks.synthetic.models import CONFIGS
+from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes
+from edgevlm.benchmarks.synthetic.models import MODELS
+from edgevlm.benchmarks.synthetic.words import vocabulary
 from edgevlm.bundle import open_bundle
-from edgevlm.family import Source, by_model_type
+from edgevlm.errors import BenchError, EdgeVLMError
+from edgevlm.export import export_bundle, llama, quantize
+from edgevlm.export.progress import Stage
 
-SMALL = {
-    "model_type": "paligemma",
-    "image_token_index": 900,
-    "vision_config": {
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "patch_size": 14, "image_size": 56,
-    },
+VISION = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "patch_size": 14, "image_size": 56,
 }  # fmt: skip
-TEXT = {
+GEMMA = {
     "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64,
     "num_hidden_layers": 2, "num_key_value_heads": 1, "vocab_size": 1000,
 }  # fmt: skip
+LLAMA = {k: v for k, v in GEMMA.items() if k != "head_dim"}
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
-def test_a_synthetic_bundle_answers(kind, quant, tmp_path):
-    config = SMALL | {"text_config": TEXT | {"model_type": kind}}
-    synthetic.make(tmp_path / "made", "synthetic-small", config, quant)
-    bundle = open_bundle(tmp_path / "made", check="full")
-    types = {t.name: t.tensor_type.name for t in GGUFReader(bundle.path("decoder")).tensors}
-    assert {t for n, t in types.items() if n.endswith("ffn_up.weight")} == {QUANTS[quant][1]}
-    assert types["token_embd.weight"] == QUANTS[quant][2]
+def paligemma(kind: str, **text) -> dict:
+    """The files of a small PaliGemma."""
+    config = {"model_type": "paligemma", "image_token_index": 900, "vision_config": VISION}
+    return {"config.json": config | {"text_config": GEMMA | {"model_type": kind} | text}}
+
+
+def llava(projector: str, **text) -> dict:
+    """The files of a small MobileVLM; 8 x 8 patches, as the pooling projector needs some."""
+    config = {"model_type": "mobilevlm", "mm_projector_type": projector} | LLAMA | text
+    tower = VISION | {"model_type": "clip_vision_model", "image_size": 112}
+    return {"config.json": config, "tower/config.json": tower}
+
+
+SMALL = {
+    "gemma": paligemma("gemma"),
+    "gemma2": paligemma("gemma2"),
+    **{name: llava(name) for name in ("linear", "mlp2x_gelu", "ldpnet", "ldpnetv2")},
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_synthetic_bundle_answers(kind, tmp_path):
+    synthetic.make(tmp_path / "made", "synthetic-small", SMALL[kind], "q4_k_m")
+    open_bundle(tmp_path / "made", check="full")
     picture = np.random.default_rng(0).integers(0, 256, (80, 90, 3), np.uint8)
     with edgevlm.load(tmp_path / "made") as vlm:
         rows = vlm.embed_image(picture)
-        assert rows.shape == (16, 256) and np.isfinite(rows).all() and rows.std() > 0
+        assert rows.shape == (vlm.manifest.image.tokens, 256)
+        assert np.isfinite(rows).all() and rows.std() > 0
         assert np.isfinite(vlm.score("hello", ["a", "b"], picture)).all()
-        assert vlm.ask("hello", picture, max_tokens=3).tokens.image == 16
+        assert vlm.ask("hello", picture, max_tokens=3).tokens.image == vlm.manifest.image.tokens
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def types(path: Path) -> dict[str, tuple]:
+    """Tensor name -> type and shape."""
+    return {t.name: (t.tensor_type.name, *t.shape) for t in GGUFReader(path).tensors}
+
+
+@pytest.fixture(scope="module")
+def plain_decoders(tmp_path_factory) -> dict[str, Path]:
+    """Half-precision decoders of nine layers: keys and values shared by many heads and by none,
+    the output table tied to the input's and its own.
+    """
+    folder = tmp_path_factory.mktemp("plain")
+    for name in ("shared", "own"):
+        synthetic.make(folder / name, "synthetic-plain", nine_layers(name), "f16")
+    return {name: folder / name / "decoder.gguf" for name in ("shared", "own")}
+
+
+def nine_layers(name: str) -> dict:
+    if name == "shared":
+        return paligemma("gemma", num_hidden_layers=9)
+    return llava("linear", num_hidden_layers=9, num_key_value_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [("own", q) for q in QUANTS if not quantize.quant(q).direct]
+    + [("shared", "q4_k_m"), ("shared", "iq4_xs")],
+)
+def test_every_tensor_has_the_type_that_llama_cpp_gives_it(name, quant, plain_decoders, tmp_path):
+    expected = tmp_path / "expected.gguf"
+    stage = Stage(None, "quantize", 1, "B")
+    llama.quantize(plain_decoders[name], expected, quantize.quant(quant).ftype, stage)
+    synthetic.make(tmp_path / "made", "synthetic-plain", nine_layers(name), quant)
+    assert types(tmp_path / "made" / "decoder.gguf") == types(expected)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_weights_are_sane_numbers_of_the_size_that_was_foretold(quant, tmp_path):
+    synthetic.make(tmp_path / "made", "synthetic-small", SMALL["gemma"], quant)
+    tensors = GGUFReader(tmp_path / "made" / "decoder.gguf").tensors
+    _, model = synthetic.describe(SMALL["gemma"], "small")
+    assert sum(int(t.n_bytes) for t in tensors) == decoder_bytes(model, quant)
+    from gguf.quants import dequantize
+
+    for tensor in tensors:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        assert np.isfinite(values).all()
+        if len(tensor.shape) > 1:
+            assert 0.01 < values.std() < 0.04, tensor.name
+
+
+def heavy(path: Path) -> Counter:
+    """How often each costly operation stands in a graph."""
+    kinds = ("MatMulInteger", "MatMul", "Conv", "Softmax", "LayerNormalization", "Erf", "Tanh",
+             "Sigmoid", "DynamicQuantizeLinear", "HardSwish", "HardSigmoid")  # fmt: skip
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    return Counter(n.op_type for n in nodes if n.op_type in kinds)
+
+
+@pytest.mark.parametrize("projector", ["", "mlp2x_gelu", "ldpnet", "ldpnetv2"])
+def test_graphs_do_what_exported_ones_do(projector, tmp_path):
+    source = tmp_path / "source"
+    if projector:
+        write_llava(source, projector=projector, tower="folder")
+    else:
+        write_paligemma(source)
+    exported = export_bundle(source, tmp_path / "out", quant="f16", verify=False)
+    files = {"config.json": json.loads((source / "config.json").read_text())}
+    if projector:
+        tower = json.loads((tmp_path / "source-tower" / "config.json").read_text())
+        files["tower/config.json"] = tower["vision_config"]
+    synthetic.make(tmp_path / "made", "synthetic-same", files, "f16")
+    made = open_bundle(tmp_path / "made")
+    for part in ("vision", "projector"):
+        assert heavy(made.path(part)) == heavy(exported.path(part))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_every_name_has_a_family_that_reads_its_config(name):
-    config = CONFIGS[name]
-    model = by_model_type(config["model_type"], name).describe(Source({"config.json": config}))
-    assert (model.image.tokens, model.decoder.n_vocab) == (256, ROWS)
+    _, model = synthetic.describe(MODELS[name], name)
+    side = model.vision["image_size"]
+    assert f"-{side}" in name or side == 336
+    assert 1e9 < decoder_bytes(model, "f16") < 2e10
+    assert len(vocabulary(model).tokens) == model.decoder.n_vocab
+
+
+def test_words_of_the_models_own_prompts_are_one_token_each(tmp_path):
+    synthetic.make(tmp_path / "made", "synthetic-small", MODEL, "q8_0")
+    with edgevlm.load(tmp_path / "made") as vlm:
+        decoder = vlm.parts.decoder
+        assert len(decoder.tokenize(" A chat between a curious user and an assistant. USER: ")) <= 14
+        assert len(decoder.tokenize("What is in the picture?")) == 6
+        assert len(decoder.tokenize(" zyzzyva")) == 8
+
+
+MODEL = llava("linear", vocab_size=4000)
+Disk = namedtuple("Disk", "total used free")
+
+
+def test_a_full_disk_is_seen_before_the_first_byte(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(10**12, 10**12, 10**9))
+    with pytest.raises(BenchError, match=r"llava-1.5-7b-q4_k_m takes 4\.\d GB, 1.0 GB are free"):
+        synthetic.synthetic("llava-1.5-7b", "q4_k_m")
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(synthetic, "MODELS", {"small": SMALL["gemma"]})
+    with pytest.raises(EdgeVLMError, match="cannot be written"):
+        synthetic.synthetic("small", "q8_0")
 
 
 def test_a_synthetic_bundle_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
-    config = SMALL | {"text_config": TEXT | {"model_type": "gemma"}}
-    monkeypatch.setattr(synthetic, "CONFIGS", {"small": config})
+    monkeypatch.setattr(synthetic, "MODELS", {"small": SMALL["gemma"]})
     started = []
     first = synthetic.synthetic("small", "q8_0", started.append)
     again = synthetic.synthetic("small", "q8_0", started.append)

@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFWriter
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from edgevlm.benchmarks.synthetic.words import vocabulary
+from edgevlm.export import quantize
 from edgevlm.export.decoder import TOKEN_EMBEDDING, DecoderSource, layout, metadata
 from edgevlm.export.parts import KINDS
 from edgevlm.export.tensors import SourceTensor
-from edgevlm.export.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, Token, Vocabulary
-from edgevlm.family import Model
+from edgevlm.export.tokenizer import Vocabulary
+from edgevlm.family import Config, Model
 
 Bytes = npt.NDArray[np.uint8]
 
-# File type, type of most matrices, of the embedding table (which is the output table, too), and of
-# the matrices to which llama.cpp gives more bits.
-QUANTS = {
-    "q8_0": (LlamaFileType.MOSTLY_Q8_0, "Q8_0", "Q8_0", "Q8_0"),
-    "q4_k_m": (LlamaFileType.MOSTLY_Q4_K_M, "Q4_K", "Q6_K", "Q6_K"),
-    "q4_0": (LlamaFileType.MOSTLY_Q4_0, "Q4_0", "Q6_K", "Q4_0"),
+
+@dataclass(frozen=True)
+class Mix:
+    """The types of a file: of most matrices, of the output table, of the values' and the second
+    feed-forward matrices in the layers to which llama.cpp gives more bits.
+    """
+
+    most: str
+    output: str
+    more: str = ""
+
+
+# What llama.cpp's llama_tensor_get_type chooses without an importance matrix; a test asks it.
+_MIXES = {
+    "f32": Mix("F32", "F32"),
+    "f16": Mix("F16", "F16"),
+    "bf16": Mix("BF16", "BF16"),
+    "q8_0": Mix("Q8_0", "Q8_0"),
+    "q6_k": Mix("Q6_K", "Q6_K"),
+    "q5_k_m": Mix("Q5_K", "Q6_K", "Q6_K"),
+    "q4_k_m": Mix("Q4_K", "Q6_K", "Q6_K"),
+    "q4_0": Mix("Q4_0", "Q6_K"),
+    "iq4_xs": Mix("IQ4_XS", "Q6_K"),
 }
+QUANTS = tuple(_MIXES)
+# iq4_xs gives Q5_K to values that this many queries share, and to the first eighth of the second
+# feed-forward matrices.
+_SHARED, _IQ4_MORE = 4, "Q5_K"
 # Where the half-precision scales of a block lie, in bytes from its start, and the value that gives
 # weights a deviation of about 0.02: everything else in a block may be any byte.
+_DEVIATION = 0.02
 _SCALES = {
-    "Q8_0": {0: 0.02 / 74},
-    "Q4_0": {0: 0.02 / 4.6},
-    "Q4_K": {0: 0.02 / 150, 2: 0.02 / 20},
-    "Q6_K": {208: 0.02 / 1400},
+    "Q8_0": {0: _DEVIATION / 74},
+    "Q4_0": {0: _DEVIATION / 4.6},
+    "Q4_K": {0: _DEVIATION / 150, 2: _DEVIATION / 20},
+    "Q5_K": {0: _DEVIATION / 310, 2: _DEVIATION / 20},
+    "Q6_K": {208: _DEVIATION / 1400},
+    "IQ4_XS": {0: _DEVIATION / 1300},
 }
 # Blocks that are drawn; longer tensors repeat them.
 _DRAWN = 1 << 14
@@ -39,17 +65,14 @@ _DRAWN = 1 << 14
 
 def write_decoder(path: Path, name: str, model: Model, quant: str) -> None:
     """Writes a decoder of random weights at one of QUANTS."""
-    shapes = KINDS[model.text["kind"]](model.text)
-    tensors = {n: SourceTensor(n, path, "F32", shape, 0) for n, shape in shapes.items()}
-    source = DecoderSource(tensors, model.text, _vocabulary(model.decoder.n_vocab), name)
+    source = _source(path, name, model, vocabulary(model))
+    plan = [(n, t.shape, kind) for n, t, kind in _plan(source, quant)]
     writer = GGUFWriter(path, source.config["kind"])
     try:
         metadata(writer, source)
-        writer.add_file_type(QUANTS[quant][0])
-        plan = [(n, t.shape, _type(n, t.shape, quant, model)) for n, t, _ in layout(source, "F32")]
+        writer.add_file_type(quantize.quant(quant).ftype)
         for tensor, shape, kind in plan:
-            size = _bytes(shape, kind)
-            raw = GGMLQuantizationType[kind]
+            size, raw = _bytes(shape, kind), GGMLQuantizationType[kind]
             writer.add_tensor_info(tensor, shape, np.dtype(np.uint16), size, raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -61,18 +84,42 @@ def write_decoder(path: Path, name: str, model: Model, quant: str) -> None:
         writer.close()
 
 
-def _type(name: str, shape: tuple[int, ...], quant: str, model: Model) -> str:
-    if len(shape) == 1:
-        return "F32"
-    _, most, embedding, more = QUANTS[quant]
-    if name == TOKEN_EMBEDDING:
-        return embedding
-    if ".attn_v." in name or ".ffn_down." in name:
-        # llama.cpp's use_more_bits: the first and last eighth of the layers, a third of the rest.
-        layer, n = int(name.split(".")[1]), model.decoder.n_layer
-        if layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2:
-            return more
-    return most
+def decoder_bytes(model: Model, quant: str) -> int:
+    """How large the tensors of such a decoder are."""
+    source = _source(Path(), "", model, Vocabulary((), {}))
+    return sum(_bytes(tensor.shape, kind) for _, tensor, kind in _plan(source, quant))
+
+
+def _source(path: Path, name: str, model: Model, words: Vocabulary) -> DecoderSource:
+    shapes = KINDS[model.text["kind"]](model.text)
+    tensors = {n: SourceTensor(n, path, "F32", shape, 0) for n, shape in shapes.items()}
+    return DecoderSource(tensors, model.text, words, name)
+
+
+def _plan(source: DecoderSource, quant: str) -> list[tuple[str, SourceTensor, str]]:
+    found = list(layout(source, "F32"))
+    names = {name for name, _, _ in found}
+    output = "output.weight" if "output.weight" in names else TOKEN_EMBEDDING
+    return [
+        (name, t, _type(name, quant, source.config, output) if len(t.shape) > 1 else "F32")
+        for name, t, _ in found
+    ]
+
+
+def _type(name: str, quant: str, config: Config, output: str) -> str:
+    mix = _MIXES[quant]
+    if name == output:
+        return mix.output
+    if ".attn_v." not in name and ".ffn_down." not in name:
+        return mix.most
+    layer, n = int(name.split(".")[1]), config["num_hidden_layers"]
+    if quant == "iq4_xs":
+        shared = config["num_attention_heads"] // config["num_key_value_heads"] >= _SHARED
+        more = shared if ".attn_v." in name else layer < n // 8
+        return _IQ4_MORE if more else mix.most
+    # llama.cpp's use_more_bits: the first and last eighth of the layers, a third of the rest.
+    more = layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2
+    return mix.more if mix.more and more else mix.most
 
 
 def _bytes(shape: tuple[int, ...], kind: str) -> int:
@@ -81,28 +128,23 @@ def _bytes(shape: tuple[int, ...], kind: str) -> int:
 
 
 def _values(shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> Bytes:
-    """The bytes of a tensor: ones for the norms, random blocks with sane scales for matrices."""
-    if kind == "F32":
+    """The bytes of a tensor: ones for the norms, for matrices random values or random blocks with
+    sane scales.
+    """
+    if len(shape) == 1:
         return np.ones(shape, np.float32).view(np.uint8)
     elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     n = int(np.prod(shape)) // elements
+    if kind not in _SCALES:
+        return np.resize(_plain(kind, min(n, _DRAWN), rng), n * size)
     blocks = rng.integers(0, 256, (min(n, _DRAWN), size), np.uint8)
     for at, scale in _SCALES[kind].items():
         blocks[:, at : at + 2] = np.array([scale], np.float16).view(np.uint8)
     return np.resize(blocks, n * size)
 
 
-def _vocabulary(rows: int) -> Vocabulary:
-    return Vocabulary(tuple(_tokens(rows)), {"pad": 0, "eos": 1, "bos": 2, "unk": 3})
-
-
-def _tokens(rows: int) -> Iterator[Token]:
-    """Special tokens, all bytes, the letters, and fillers that no text reaches."""
-    for text, kind in (("<pad>", CONTROL), ("<eos>", CONTROL), ("<bos>", CONTROL),
-                       ("<unk>", UNKNOWN)):  # fmt: skip
-        yield Token(text, 0.0, kind)
-    yield from (Token(f"<0x{i:02X}>", 0.0, BYTE) for i in range(256))
-    letters = ["\u2581", *map(chr, range(33, 127))]
-    yield from (Token(text, -1.0, NORMAL) for text in letters)
-    for i in range(rows - 4 - 256 - len(letters)):
-        yield Token(f"\u2581filler{i}", -1e9, NORMAL)
+def _plain(kind: str, n: int, rng: np.random.Generator) -> Bytes:
+    values = rng.standard_normal(n, np.float32) * np.float32(_DEVIATION)
+    if kind == "BF16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    return values.astype(np.float16 if kind == "F16" else np.float32).view(np.uint8)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from edgevlm.benchmarks.synthetic.decoder import QUANTS, write_decoder
-from edgevlm.benchmarks.synthetic.models import CONFIGS, PREFIX
+from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes, write_decoder
+from edgevlm.benchmarks.synthetic.models import MODELS, PREFIX, Files
 from edgevlm.bundle import (
     FORMAT,
     MANIFEST,
@@ -20,40 +22,57 @@ from edgevlm.bundle import (
 )
 from edgevlm.errors import BenchError
 from edgevlm.export.decoder import FILE, embedding_place
-from edgevlm.family import Config, Source, by_model_type
+from edgevlm.export.parts import KINDS, patches
+from edgevlm.family import Family, Model, Source, by_model_type
 from edgevlm.models import directory
+
+# Room for headers and the tokenizer.
+_SPARE_BYTES = 64 << 20
 
 
 def synthetic(name: str, quant: str, starts: Callable[[str], None] = lambda _: None) -> Bundle:
-    """The bundle of a name in CONFIGS at a precision in QUANTS, made if it is not there yet;
+    """The bundle of a name in MODELS at a precision in QUANTS, made if it is not there yet;
     `starts` is told its name before that, since it takes minutes.
 
-    Raises BenchError for another name or precision, EngineMissing without onnx.
+    Raises BenchError for another name or precision or a full disk, EngineMissing without onnx.
     """
-    if name not in CONFIGS:
-        raise BenchError(f"{name!r} cannot be synthesized; choose from {', '.join(CONFIGS)}")
+    if name not in MODELS:
+        raise BenchError(f"{name!r} cannot be synthesized; choose from {', '.join(MODELS)}")
     if quant not in QUANTS:
         raise BenchError(f"quant {quant!r} cannot be synthesized; choose from {', '.join(QUANTS)}")
     folder = directory().parent / "synthetic" / f"{name}-{quant}"
     if not (folder / MANIFEST).is_file():
         starts(folder.name)
-        make(folder, f"{PREFIX}{name}-{quant}", CONFIGS[name], quant)
+        try:
+            make(folder, f"{PREFIX}{name}-{quant}", MODELS[name], quant)
+        except OSError as e:
+            raise BenchError(
+                f"{folder}: cannot be written ({e.strerror or e}); EDGEVLM_HOME names another place"
+            ) from None
     return open_bundle(folder)
 
 
-def make(destination: Path, name: str, config: Config, quant: str) -> None:
-    """Writes a bundle of random weights in the shapes of a checkpoint's config.json.
+def describe(files: Files, name: str) -> tuple[Family, Model]:
+    """The family of a checkpoint's JSON files and what they mean."""
+    family = by_model_type(files["config.json"]["model_type"], name)
+    return family, family.describe(Source(files))
 
-    Raises EngineMissing without onnx.
+
+def make(destination: Path, name: str, files: Files, quant: str) -> None:
+    """Writes a bundle of random weights in the shapes that a checkpoint's JSON files state.
+
+    Raises BenchError without room on the disk, EngineMissing without onnx.
     """
-    from edgevlm.benchmarks.synthetic.vision import write_encoder, write_projector
+    from edgevlm.benchmarks.synthetic.connectors import write_projector
+    from edgevlm.benchmarks.synthetic.towers import write_encoder
 
-    family = by_model_type(config["model_type"], name)
-    model = family.describe(Source({"config.json": config}))
+    family, model = describe(files, name)
+    _check_disk(destination, model, quant)
     with writing(destination) as folder:
         write_decoder(folder / FILE, name, model, quant)
         write_encoder(folder / "vision.onnx", model.vision)
-        write_projector(folder / "projector.onnx", model.projector, model.image.tokens)
+        rows = patches(model.vision)
+        write_projector(folder / "projector.onnx", model.projector, rows, model.image.tokens)
         manifest = Manifest(
             format=FORMAT,
             family=family.name,
@@ -71,6 +90,23 @@ def make(destination: Path, name: str, config: Config, quant: str) -> None:
             token_embedding=embedding_place(folder / FILE),
         )
         write_manifest(folder, manifest)
+
+
+def _check_disk(destination: Path, model: Model, quant: str) -> None:
+    weights = {"vision": model.vision, "projector": model.projector}
+    need = decoder_bytes(model, quant) + _SPARE_BYTES
+    for part, width in (("vision", 1), ("projector", 4)):
+        shapes = KINDS[weights[part]["kind"]](weights[part]).values()
+        need += width * sum(math.prod(shape) for shape in shapes)
+    place = destination.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise BenchError(
+            f"{destination.name} takes {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in "
+            f"{place}; make room, or EDGEVLM_HOME names another place"
+        )
 
 
 def _component(precision: str, folder: Path, main: str) -> Component:

@@ -1,0 +1,101 @@
+"""Projectors of random weights in float32, one function for each kind in export/connectors.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from edgevlm.benchmarks.synthetic.graph import Graph
+from edgevlm.export.parts import ldp_squeezed
+from edgevlm.family import Config
+
+_EPSILON = 1e-5
+_POOLED = 12
+
+
+def write_projector(path: Path, config: Config, patches: int, tokens: int) -> None:
+    """features float32 [n, patches, in] -> embeddings float32 [n, tokens, out]."""
+    graph = Graph()
+    CONNECTORS[config["kind"]](graph, config, patches)
+    inside, outside = ["n", patches, config["in"]], ["n", tokens, config["out"]]
+    graph.save(path, ("features", inside), ("embeddings", outside))
+
+
+def linear(graph: Graph, config: Config, patches: int) -> None:
+    """One linear map."""
+    graph.linear("features", config["in"], config["out"])
+
+
+def mlp(graph: Graph, config: Config, patches: int) -> None:
+    """Linear maps with GELU between them."""
+    _mlp(graph, config, config["depth"])
+
+
+def ldp(graph: Graph, config: Config, patches: int) -> None:
+    """MobileVLM's: two linear maps, two inverted residual blocks, a quarter of the patches."""
+    d = config["out"]
+    grid = _grid(graph, _mlp(graph, config, 2), d, math.isqrt(patches))
+    grid = graph.node("Add", grid, _inverted_residual(graph, grid, d, stride=1))
+    _rows(graph, _inverted_residual(graph, grid, d, stride=2), d)
+
+
+def ldpv2(graph: Graph, config: Config, patches: int) -> None:
+    """MobileVLM V2's: two linear maps, pooling, one depthwise convolution."""
+    d, side = config["out"], math.isqrt(patches)
+    grid = _grid(graph, _mlp(graph, config, 2), d, side)
+    pool = np.full((_POOLED, side), 1 / side, np.float32)
+    grid = graph.node("MatMul", graph.constant(pool), grid)
+    grid = graph.node("MatMul", grid, graph.constant(pool.T))
+    place = graph.node("Conv", grid, graph.random(d, 1, 3, 3), graph.constant(np.zeros(d)),
+                       group=d, pads=[1, 1, 1, 1])  # fmt: skip
+    _rows(graph, graph.node("Add", place, grid), d)
+
+
+CONNECTORS: dict[str, Callable[[Graph, Config, int], None]] = {
+    "linear": linear,
+    "mlp": mlp,
+    "ldp": ldp,
+    "ldpv2": ldpv2,
+}
+
+
+def _mlp(graph: Graph, config: Config, depth: int) -> str:
+    x = graph.linear("features", config["in"], config["out"])
+    for _ in range(1, depth):
+        x = graph.linear(graph.gelu(x), config["out"], config["out"])
+    return x
+
+
+def _grid(graph: Graph, rows: str, d: int, side: int) -> str:
+    return graph.reshape(graph.transpose(rows, 0, 2, 1), -1, d, side, side)
+
+
+def _rows(graph: Graph, grid: str, d: int) -> str:
+    return graph.transpose(graph.reshape(grid, 0, d, -1), 0, 2, 1)
+
+
+def _inverted_residual(graph: Graph, x: str, d: int, stride: int) -> str:
+    wide = graph.node("Conv", x, graph.random(d, 1, 3, 3), group=d, pads=[1, 1, 1, 1],
+                      strides=[stride, stride])  # fmt: skip
+    wide = graph.node("HardSwish", _channel_norm(graph, wide, d))
+    gated = graph.node("Mul", wide, _gates(graph, wide, d))
+    narrow = graph.node("Conv", gated, graph.random(d, d, 1, 1))
+    return _channel_norm(graph, narrow, d)
+
+
+def _gates(graph: Graph, x: str, d: int) -> str:
+    """Squeeze and excitation."""
+    inner = ldp_squeezed(d)
+    mean = graph.node("ReduceMean", x, graph.constant([2, 3], np.int64), keepdims=1)
+    few = graph.node("Conv", mean, graph.random(inner, d, 1, 1), graph.constant(np.zeros(inner)))
+    all_ = graph.node("Conv", graph.node("Relu", few), graph.random(d, inner, 1, 1),
+                      graph.constant(np.zeros(d)))  # fmt: skip
+    return graph.node("HardSigmoid", all_, alpha=1 / 6, beta=0.5)
+
+
+def _channel_norm(graph: Graph, x: str, d: int) -> str:
+    last = graph.norm(graph.transpose(x, 0, 2, 3, 1), d, _EPSILON)
+    return graph.transpose(last, 0, 3, 1, 2)

@@ -1,0 +1,47 @@
+"""A stand-in tokenizer: every word of a model's own prompts is one token.
+
+The real one is not ours to ship. A word that is not here takes one token for each letter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from edgevlm.export.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, Token, Vocabulary
+from edgevlm.family import Model
+
+_SPACE = "\u2581"
+_SPECIALS = ("pad", "eos", "bos", "unk")
+# What people ask a model of pictures.
+_COMMON = """a about an and are at can color colour describe do does doing for from has have how in
+is it many me not of on or picture photo see show text that the there this to two what when where
+which who why with write you answer caption detect en ocr segment person people cat dog car"""
+
+
+def vocabulary(model: Model) -> Vocabulary:
+    """As many rows as the decoder has: special tokens, all bytes, letters, words, fillers."""
+    rows = model.decoder.n_vocab
+    words = sorted(set(_COMMON.split()) | set(_words(model)))
+    tokens = [Token(f"<{name}>", 0.0, UNKNOWN if name == "unk" else CONTROL) for name in _SPECIALS]
+    tokens += [Token(f"<0x{i:02X}>", 0.0, BYTE) for i in range(256)]
+    tokens += [Token(text, -1.0, NORMAL) for text in (_SPACE, *map(chr, range(33, 127)))]
+    # Merging can only reach a word whose every beginning is a token, too; longer ones come first.
+    known = {token.text for token in tokens}
+    for text in dict.fromkeys(p for word in words for p in _beginnings(word)):
+        if text not in known and len(tokens) < rows:
+            tokens.append(Token(text, float(len(text)), NORMAL))
+    fillers = (Token(f"{_SPACE}filler{i}", -1e9, NORMAL) for i in range(rows - len(tokens)))
+    return Vocabulary((*tokens, *fillers), {name: i for i, name in enumerate(_SPECIALS)})
+
+
+def _words(model: Model) -> Iterator[str]:
+    prompt = model.prompt
+    for text in (*prompt.template, *prompt.text_template, *prompt.turn, *prompt.tasks.values()):
+        yield from re.findall(r"[A-Za-z]+", re.sub(r"\{.*?\}", " ", text))
+
+
+def _beginnings(word: str) -> Iterator[str]:
+    """With the space in front and without it, for the first word of a text."""
+    for whole in (_SPACE + word, word):
+        yield from (whole[:n] for n in range(2, len(whole) + 1))
