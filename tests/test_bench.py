@@ -33,7 +33,7 @@ def picture(tmp_path):
     return path
 
 
-def machine_files(root: Path, energy_uj: int | None = None) -> Path:
+def machine_files(root: Path, energy_uj: int | None = None, status: str = "Discharging") -> Path:
     """A sysfs of a machine with temperature and frequency, and energy where given."""
     files = {
         "class/thermal/thermal_zone0/temp": 41_000,
@@ -42,7 +42,7 @@ def machine_files(root: Path, energy_uj: int | None = None) -> Path:
         "devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": 1_200_000,
         "devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave",
         "class/power_supply/AC/online": 0,
-        "class/power_supply/BAT0/status": "Discharging",
+        "class/power_supply/BAT0/status": status,
         "class/power_supply/BAT0/power_now": 7_300_000,
     }
     if energy_uj is not None:
@@ -164,6 +164,33 @@ def test_energy_counters_wrap_around(tmp_path):
     before = sensors.read()
     machine_files(tmp_path, energy_uj=500_000)
     assert sensors.joules(before, sensors.read()) == pytest.approx(1.5)
+
+
+def test_without_counters_a_battery_gives_the_energy_of_the_whole_machine(picture, tmp_path):
+    root = machine_files(tmp_path / "sys")
+    sensors = Sensors(root)
+    before = sensors.read()
+    (root / "class/power_supply/BAT0/power_now").write_text("8300000")
+    after = dataclasses.replace(sensors.read(), at=before.at + 2)
+    assert sensors.joules(before, after) == pytest.approx((7.3 + 8.3) / 2 * 2)
+    result = report_of(plan(picture, runs=1), root).results[0]
+    assert result.settings.energy == "battery, the whole machine"
+    assert result.metrics["energy_j"].median > 0
+
+
+def test_a_battery_may_tell_current_and_voltage_instead_of_power(tmp_path):
+    root = machine_files(tmp_path)
+    battery = root / "class/power_supply/BAT0"
+    (battery / "power_now").unlink()
+    (battery / "current_now").write_text("-500000")
+    (battery / "voltage_now").write_text("12000000")
+    assert Sensors(root).read().battery_w == 6
+
+
+def test_on_mains_a_battery_says_nothing(tmp_path):
+    sensors = Sensors(machine_files(tmp_path, status="Charging"))
+    assert sensors.energy == "" and "battery" in sensors.unavailable()["energy_j"]
+    assert sensors.joules(sensors.read(), sensors.read()) is None
 
 
 def test_power_mode_names_governor_and_battery(tmp_path):
@@ -305,7 +332,7 @@ def test_the_newest_instructions_set_the_8_bit_peak():
 
 
 def test_the_stopwatch_costs_next_to_nothing():
-    assert 0 <= overhead_ms(100) < 1
+    assert 0 <= overhead_ms(3, 100) < 1
 
 
 def test_a_worker_that_dies_is_an_error_with_its_last_words(picture, monkeypatch):

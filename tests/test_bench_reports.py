@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -17,11 +18,14 @@ from edgevlm.benchmarks.latency.page import to_html
 from edgevlm.benchmarks.latency.report import (
     QUANTITIES,
     VERSION,
+    Beside,
     Limit,
     Machine,
     Model,
     Part,
+    PeerResult,
     Physics,
+    Quality,
     Report,
     Result,
     Settings,
@@ -195,6 +199,51 @@ def test_a_busy_machine_and_an_unsettled_spread_are_said():
     assert warnings(report()) == []
 
 
+def beside() -> Beside:
+    """edgevlm, a project that takes twice as long with a longer prompt, and one that cannot."""
+
+    def peer(title, ms, positions=70, error=""):
+        names = ("first_token_ms", "token_ms") if not error else ()
+        metrics = {n: stats.metric("ms", "lower", [ms] * 3) for n in names}
+        return PeerResult(title, "1.0", "q4_k_m", error, positions, metrics)
+
+    results = (peer("edgevlm", 50.0), peer("llama.cpp", 100.0, 72), peer("x", 0, error="no siglip"))
+    return Beside("pico", 2, 33, results)
+
+
+def test_peers_stand_in_one_table_with_their_ratio_and_the_reason(tmp_path):
+    made = report(peers=(beside(),))
+    text = to_markdown(made)
+    assert "| edgevlm | - | - | 50.0 ms | 50.0 ms | - | 1.00 | 1.00 | 1.0, q4_k_m |" in text
+    assert "| llama.cpp | - | - | 100 ms | 100 ms | - | 2.00 | 2.00 | 1.0, q4_k_m, 72 pos" in text
+    assert "| x | - | - | not supported | - | - | - | - | no siglip |" in text
+    page = to_html(made)
+    assert page.count("<svg") == 6 and "not supported" in page
+    assert read_report(write_files(made, tmp_path)[0]) == made
+
+
+def test_quality_stands_beside_speed(tmp_path):
+    quality = Quality("pico-f32", 0.999, 0.9975, 0.0123, 0.985, {"colour": 0.99, "count": 1.0})
+    made = report(result(quality=quality), result("other", quality=dataclasses.replace(
+        quality, accuracy={}, logit_kl=0.0)))  # fmt: skip
+    text = to_markdown(made)
+    assert "| pico | 1.0e-03 | 2.5e-03 | 0.012 | 98.5% | 99.0% | 100.0% |" in text
+    assert "| other | 1.0e-03 | 2.5e-03 | 0 | 98.5% | - | - |" in text
+    assert "Beside pico-f32" in text
+    assert read_report(write_files(made, tmp_path)[0]) == made
+
+
+def test_reports_of_version_1_are_still_read(tmp_path):
+    data = json.loads(to_json(report()))
+    data |= {"version": 1}
+    del data["peers"]
+    for old in data["results"]:
+        del old["quality"], old["settings"]["energy"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(data))
+    assert read_report(path) == report(version=1)
+
+
 def test_a_synthetic_model_is_called_so():
     made_up = dataclasses.replace(result().model, synthetic=True)
     assert "synthetic, random weights" in to_html(report(result(model=made_up)))
@@ -251,10 +300,13 @@ def test_bad_input_is_one_line(edge, tmp_path):
         (("compare", a, tmp_path / "b.json"), 1, "b.json: cannot be read"),
         (("no-model",), 1, "no such bundle folder"),
         (("--synthetic", "gpt"), 1, "'gpt' cannot be synthesized; choose from paligemma-3b-224"),
-        (("--synthetic", "paligemma-3b-224", "--quant", "q1"), 1, "choose from q8_0"),
+        (("--synthetic", "paligemma-3b-224", "--quant", "q1"), 1, "choose from f32"),
         (("-i", "none.png"), 1, "none.png: no such file"),
         (("--out", a), 2, "is a file"),
         (("--runs", "0"), 2, "0 is not in the range"),
+        (("--quality", "none"), 1, "no such bundle folder"),
+        (("--peers", "--peer-python", "mtdm=python3"), 1, "'mtdm' is no peer; there are ours"),
+        (("--peers", "--checkpoint", tmp_path / "none"), 2, "does not exist"),
     ):
         ended, out, err = edge("bench", *arguments)
         assert (ended, out) == (code, "") and message in err

@@ -155,7 +155,9 @@ def test_words_of_the_models_own_prompts_are_one_token_each(tmp_path):
     synthetic.make(tmp_path / "made", "synthetic-small", MODEL, "q8_0")
     with edgevlm.load(tmp_path / "made") as vlm:
         decoder = vlm.parts.decoder
-        assert len(decoder.tokenize(" A chat between a curious user and an assistant. USER: ")) <= 14
+        assert (
+            len(decoder.tokenize(" A chat between a curious user and an assistant. USER: ")) <= 14
+        )
         assert len(decoder.tokenize("What is in the picture?")) == 6
         assert len(decoder.tokenize(" zyzzyva")) == 8
 

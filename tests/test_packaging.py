@@ -40,12 +40,12 @@ ENGINES = {
         "edgevlm.runtimes.ggml",
         "edgevlm.runtimes.hooks",
         "edgevlm.export",
-        "edgevlm.benchmarks.peers.mtmd",
+        "edgevlm.benchmarks.peers",
     ),
     "torch": ("edgevlm.export", "edgevlm.benchmarks"),
     "transformers": ("edgevlm.export", "edgevlm.benchmarks"),
-    "onnx": ("edgevlm.export", "edgevlm.benchmarks.synthetic.vision"),
-    "optimum": ("edgevlm.export",),
+    "onnx": ("edgevlm.export", "edgevlm.benchmarks.synthetic.graph"),
+    "optimum": ("edgevlm.export", "edgevlm.benchmarks.peers"),
 }
 
 

@@ -1,7 +1,8 @@
-"""The comparison with other projects runs, on models of no size."""
+"""Other projects beside edgevlm: those that can answer do, the others say why, nothing is lost."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +11,150 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edgevlm.benchmarks.llava_checkpoints import write_llava
+from edgevlm.benchmarks.peers import run
 from edgevlm.benchmarks.peers.__main__ import main
+from edgevlm.benchmarks.peers.run import Comparison, Peer, beside, known, own_pythons
+from edgevlm.benchmarks.synthetic import make as synthetic
+from edgevlm.bundle import Bundle, open_bundle
+from edgevlm.errors import BenchError
 from edgevlm.export import export_bundle
+from edgevlm.models import built_in
+
+TIMES = {"encode_ms", "prefill_ms", "first_token_ms", "token_ms"}
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(path)
+    return path
+
+
+def compared(bundle: Bundle, picture: Path, *only: str, **options) -> dict:
+    """Results by title, of one turn."""
+    asked = Comparison(bundle, picture, "What is it?", rounds=1, tokens=3, only=only, **options)
+    return {result.title: result for result in beside(asked, "it").results}
 
 
 @pytest.mark.parametrize("projector", ["ldpnet", "ldpnetv2", "mlp2x_gelu"])
-def test_llama_cpp_answers_from_the_same_weights(projector: str, tmp_path: Path):
+def test_llama_cpp_answers_from_the_same_weights(projector, picture, tmp_path):
     source = write_llava(tmp_path / "source", projector=projector, size=96)
     bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
-    picture = tmp_path / "picture.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(picture)
-    arguments = [source, bundle.folder, "--image", picture, "--rounds", 1, "--tokens", 3]
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    found = compared(bundle, picture, "mtmd", "llama_cpp_python", checkpoint=source)
+    ours, theirs, python = (
+        found[t] for t in ("edgevlm", "llama.cpp, multimodal", "llama-cpp-python")
+    )
+    assert not ours.error and not theirs.error and not python.error
+    assert set(theirs.metrics) == set(ours.metrics) == TIMES | {"peak_rss_bytes"}
+    assert theirs.positions == ours.positions
+    assert {"first_token_ms", "token_ms"} <= set(python.metrics)
+
+
+def test_transformers_answers_a_paligemma_with_the_same_positions(
+    paligemma_checkpoint, paligemma_bundle, picture
+):
+    found = compared(paligemma_bundle, picture, "transformers_cpu", "mtmd",
+                     checkpoint=paligemma_checkpoint)  # fmt: skip
+    theirs = found["transformers"]
+    assert not theirs.error and set(theirs.metrics) == TIMES | {"peak_rss_bytes"}
+    assert theirs.positions == found["edgevlm"].positions and theirs.version
+    assert "no siglip tower" in found["llama.cpp, multimodal"].error
+
+
+def test_a_synthetic_model_needs_no_checkpoint(picture, tmp_path, monkeypatch):
+    vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "patch_size": 14, "image_size": 56}  # fmt: skip
+    text = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+            "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 1100}  # fmt: skip
+    config = {"model_type": "llava", "image_token_index": 1000,
+              "vision_config": vision | {"model_type": "clip_vision_model"},
+              "text_config": text | {"model_type": "llama"}}  # fmt: skip
+    for module in (synthetic, sys.modules["edgevlm.benchmarks.peers.material"]):
+        monkeypatch.setattr(module, "MODELS", {"small": {"config.json": config}})
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
+    bundle = synthetic.synthetic("small", "q8_0")
+    found = compared(bundle, picture, "mtmd", "transformers_cpu", "openvino", "optimum_onnx")
+    assert not found["llama.cpp, multimodal"].error and not found["transformers"].error
+    assert found["transformers"].positions == found["edgevlm"].positions
+    assert "--checkpoint" in found["OpenVINO GenAI"].error
+    assert "llava" in found["optimum-onnx"].error and "not supported" in found["optimum-onnx"].error
+
+
+def test_without_a_checkpoint_the_decoder_still_answers(picture):
+    found = compared(open_bundle(built_in()), picture, "llama_text", "mtmd", "transformers_cpu")
+    text = found["llama.cpp, text alone"]
+    assert set(text.metrics) == {"prefill_ms", "token_ms", "peak_rss_bytes"}
+    assert text.positions == found["edgevlm"].positions
+    for title in ("llama.cpp, multimodal", "transformers"):
+        assert found[title].error == "needs the checkpoint; name it with --checkpoint"
+
+
+PEERS = {
+    "good": "def answer(t):\n print('noise')\n return {'token_ms': 1.0, 'positions': 7}",
+    "refuses": "def answer(t):\n raise ValueError('knows no\\n pictures')",
+    "dies": "import os, sys\ndef answer(t):\n sys.stderr.write('out of memory')\n os._exit(9)",
+    "absent": "def answer(t):\n import no_such_engine",
+}
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch) -> dict[str, Path]:
+    """Peers of a few lines beside edgevlm; every turn is noted."""
+    files = {}
+    for name, code in PEERS.items():
+        note = f"with open({str(tmp_path / 'asked')!r}, 'a') as f: f.write('{name} ')\n"
+        files[name] = tmp_path / f"{name}.py"
+        files[name].write_text(f"PACKAGE = 'pip'\n{note}{code}\n")
+    made = {n: Peer(n, n.upper(), f"pip install {n}", (), str(f)) for n, f in files.items()}
+    ours = known()[run.OURS]
+    monkeypatch.setattr(run, "known", lambda: {run.OURS: ours, **made})
+    return files
+
+
+def test_a_peer_that_cannot_says_why_and_is_not_asked_again(few, picture, tmp_path):
+    asked = Comparison(open_bundle(built_in()), picture, "caption en", rounds=2, tokens=2)
+    found = {r.title: r for r in beside(asked, "pico").results}
+    assert (tmp_path / "asked").read_text() == "good refuses dies absent good "
+    assert found["GOOD"].metrics["token_ms"].samples == (1.0, 1.0) and found["GOOD"].positions == 7
+    assert found["REFUSES"].error == "ValueError: knows no pictures"
+    assert found["DIES"].error == "its process ended with status 9 (out of memory)"
+    assert found["ABSENT"].error == (
+        "is not installed here (No module named 'no_such_engine'); pip install absent"
+    )
+
+
+def test_a_peer_may_have_a_python_of_its_own(few, picture):
+    found = compared(open_bundle(built_in()), picture, "good", pythons={"good": sys.executable})
+    assert not found["GOOD"].error
+    found = compared(open_bundle(built_in()), picture, "good", pythons={"good": "/no/python"})
+    assert "/no/python cannot be started" in found["GOOD"].error
+
+
+def test_an_interrupt_leaves_what_there_is(few, picture):
+    turns = []
+
+    def progress(text):
+        turns.append(text)
+        if "REFUSES" in text:
+            raise KeyboardInterrupt
+
+    asked = Comparison(open_bundle(built_in()), picture, "caption en", rounds=1, tokens=2)
+    assert [r.title for r in beside(asked, "pico", progress).results] == ["edgevlm", "GOOD"]
+
+
+def test_unknown_peers_and_pythons_are_refused(picture):
+    with pytest.raises(BenchError, match="'mtdm' is no peer; there are ours, "):
+        compared(open_bundle(built_in()), picture, "mtdm")
+    with pytest.raises(BenchError, match="'x' is no peer"):
+        own_pythons(["x=/usr/bin/python3"])
+    with pytest.raises(BenchError, match="write PEER=PYTHON"):
+        own_pythons(["mtmd"])
+
+
+def test_the_command_prints_a_table(few, picture):
+    done = CliRunner().invoke(
+        main, [str(built_in()), "-i", str(picture), "--rounds", "1", "--tokens", "2"]
+    )
     assert done.exit_code == 0, done.output
-    assert [line.split(" | ")[0] for line in done.output.splitlines()[2:]] == [
-        "| encode",
-        "| first token",
-        "| one more token",
-    ]
+    assert "| GOOD | - | - | - | 1.00 ms |" in done.stdout
+    assert "| REFUSES | - | - | not supported | - | - | - | - | ValueError: knows" in done.stdout

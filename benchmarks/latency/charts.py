@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgevlm.benchmarks.latency.report import STAGES, Physics, Report, Result
+from edgevlm.benchmarks.latency.report import STAGES, Beside, Physics, Report, Result
 from edgevlm.benchmarks.latency.sections import amount
 from edgevlm.benchmarks.latency.svg import Bar, Curve, bars, plot
 
@@ -14,6 +14,7 @@ _RATES = (
     ("in an answer", "decode_tokens_per_s"),
     ("long context", "decode_long_tokens_per_s"),
 )
+_PEER_STAGES = (("encode", "encode_ms"), ("prefill", "prefill_ms"))
 _MEMORY = (
     ("Python and libraries", "memory_base_bytes"),
     ("vision, projector, picture", "memory_vision_bytes"),
@@ -47,6 +48,14 @@ def charts(report: Report) -> list[tuple[str, str, str]]:
             "peak.",
             _memory(results),
         ),
+    ]
+    found += [
+        (
+            f"{beside.configuration}: beside other projects",
+            "Time to the first token on the same machine, in turns; medians.",
+            _beside(beside),
+        )
+        for beside in report.peers
     ]
     if any(r.limits for r in results):
         found.append((
@@ -85,7 +94,7 @@ def _decode(results: tuple[Result, ...]) -> str:
 
 
 def _between(results: tuple[Result, ...]) -> str:
-    percents = np.arange(0, 100)
+    percents = np.arange(0, 101)
     curves = []
     for result in results:
         if metric := result.metrics.get("inter_token_ms"):
@@ -104,6 +113,17 @@ def _memory(results: tuple[Result, ...]) -> str:
             values = tuple((text, v / 2**20) for text, v in parts if v is not None)
             rows.append(Bar(result.name, values, amount(peak, "B"), peak / 2**20))
     return bars(rows, "MiB") if rows else ""
+
+
+def _beside(beside: Beside) -> str:
+    rows = []
+    for peer in beside.results:
+        if total := peer.metrics.get("first_token_ms"):
+            parts = [(text, peer.metrics.get(name)) for text, name in _PEER_STAGES]
+            stages = tuple((text, m.median) for text, m in parts if m)
+            rest = max(total.median - sum(ms for _, ms in stages), 0.0)
+            rows.append(Bar(peer.title, (*stages, ("rest", rest)), amount(total.median, "ms")))
+    return bars(rows, "ms") if len(rows) > 1 else ""
 
 
 def _roofline(report: Report) -> str:
@@ -125,7 +145,7 @@ def _roofline(report: Report) -> str:
         )
     ]
     axes = ("operations per byte", "GFLOP/s")
-    return plot([*points, *roofs], *axes, log_y=True, height=380)
+    return plot([*points, *roofs], *axes, log_y=True, height=300)
 
 
 def _roof(physics: Physics, ops_per_s: float, text: str, low: float, high: float) -> Curve:

@@ -94,6 +94,7 @@ class Gathered:
                 device=self.configuration.device,
                 **{k: facts[k] for k in ("provider", "threads", "repack")},
                 llama_cpp=tuple(facts["llama_cpp"]),
+                energy=facts.get("energy", ""),
             ),
             rounds=self.rounds,
             settled=self.settled(target),

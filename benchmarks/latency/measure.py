@@ -7,6 +7,7 @@ is changed in one point: no token ends an answer, so that each has the same numb
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -75,7 +76,8 @@ def measure(job: Job, open_model: Open, memory: Memory, sensors: Sensors, emit: 
     prompt = job.prompt if job.prompt is not None else _default_prompt(vlm)
     with vlm:
         _answers(_Round(job, prompt, sensors, emit), vlm, memory)
-        emit(Event(memory.samples(), unavailable=sensors.unavailable()))
+        facts = {"energy": sensors.energy}
+        emit(Event(memory.samples(), facts, sensors.unavailable()))
         emit(_bare_decode(vlm.parts, job.tokens))
     gc.collect()
     with open_model(lambda _: None) as again:
@@ -226,10 +228,15 @@ class _Marking:
         self._encoder.close()
 
 
-def overhead_ms(times: int = 2000) -> float:
-    """What the stopwatch reads, on average, for a stage that does nothing."""
-    watch = Stopwatch()
-    for _ in range(times):
-        with watch.timed("empty"):
-            pass
-    return watch.ms["empty"] / times
+def overhead_ms(batches: int = 21, times: int = 100) -> float:
+    """What the stopwatch reads for a stage that does nothing: the median of several means, so that
+    another program's turn on this core is not taken for the stopwatch's.
+    """
+    means = []
+    for _ in range(batches):
+        watch = Stopwatch()
+        for _ in range(times):
+            with watch.timed("empty"):
+                pass
+        means.append(watch.ms["empty"] / times)
+    return statistics.median(means)

@@ -6,7 +6,7 @@ from html import escape
 
 from edgevlm.benchmarks.latency.charts import charts
 from edgevlm.benchmarks.latency.report import Report
-from edgevlm.benchmarks.latency.sections import Section, amount, sections, title, warnings
+from edgevlm.benchmarks.latency.sections import Row, Section, amount, sections, title, warnings
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #667085; --line: #dfe3ea; --paper: #fff;
@@ -22,7 +22,9 @@ p { margin: .3rem 0; } .soft, figcaption { color: var(--soft); font-size: .9rem;
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
 .card { background: var(--card); border-radius: .5rem; padding: .7rem 1rem; flex: 1 1 9rem; }
 .card b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-figure { margin: 0; } svg { width: 100%; height: auto; font: 13px system-ui, sans-serif; }
+figure { margin: 0; overflow-x: auto; }
+svg { width: 100%; min-width: 34rem; height: auto; margin-top: .6rem;
+  font: 13px system-ui, sans-serif; }
 text { fill: var(--ink); } text.small { fill: var(--soft); font-size: 11.5px; }
 .tick { stroke: var(--line); } .mark { stroke: var(--ink); stroke-width: 2; }
 .line { fill: none !important; stroke-width: 2; }
@@ -32,6 +34,8 @@ td, th { text-align: right; padding: .22rem .5rem; border-bottom: 1px solid var(
   white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; padding-left: 0; }
 th { color: var(--soft); font-weight: 500; }
+td.text, th.text { text-align: left; } td.text { white-space: normal; }
+td.text:last-child { min-width: 14rem; overflow-wrap: anywhere; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table.facts td:first-child { color: var(--soft); white-space: nowrap; vertical-align: top; }
 """
@@ -91,9 +95,12 @@ def _table(section: Section) -> str:
     if not section.head:
         return ""
     facts = not any(section.head)
-    head = "" if facts else f"<tr>{''.join(f'<th>{escape(c)}</th>' for c in section.head)}</tr>"
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in section.rows
-    )
+    head = "" if facts else f"<tr>{_cells('th', section.head, section.texts)}</tr>"
+    rows = "".join(f"<tr>{_cells('td', row, section.texts)}</tr>" for row in section.rows)
     css = ' class="facts"' if facts else ""
     return f'<div class="table"><table{css}>{head}{rows}</table></div>'
+
+
+def _cells(tag: str, cells: Row, texts: tuple[int, ...]) -> str:
+    css = [' class="text"' if i in texts else "" for i in range(len(cells))]
+    return "".join(f"<{tag}{c}>{escape(cell)}</{tag}>" for c, cell in zip(css, cells, strict=True))

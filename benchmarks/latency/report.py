@@ -1,4 +1,4 @@
-"""The schema of a latency report, version 1: what is written as JSON and read back strictly.
+"""The schema of a latency report, version 2: what is written as JSON and read back strictly.
 
 A report says which machine, which software, which settings, and for every configuration each
 quantity with all of its samples. What could not be measured stands in `unavailable` with the
@@ -18,7 +18,7 @@ from edgevlm import schema
 from edgevlm.benchmarks.latency.stats import Better, Metric
 from edgevlm.errors import BenchError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Settings:
-    """What ran: device asked for, provider that really ran, threads, llama.cpp's repacking."""
+    """What ran: device asked for, provider that really ran, threads, llama.cpp's repacking, what
+    gave the energy ("" for nothing).
+    """
 
     device: str
     provider: str
     threads: int
     repack: bool
     llama_cpp: tuple[str, ...]
+    energy: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,49 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """What a bundle's precisions change of its answers, beside those of `reference`.
+
+    Cosines are the lowest of any row; `logit_kl` is the mean divergence of the next token's
+    distribution in nats, `top1_agreement` the share of positions with the same likeliest token.
+    `accuracy` is the share of right answers by task, for models that know drawn scenes.
+    """
+
+    reference: str
+    features_cosine: float
+    embeddings_cosine: float
+    logit_kl: float
+    top1_agreement: float
+    accuracy: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """One project beside edgevlm; `error` says why it could not answer, "" if it did.
+
+    `metrics` are those of edgevlm.benchmarks.peers.METRICS that it can tell, and peak_rss_bytes;
+    `positions` is the length of its prompt, `how` its precisions and settings.
+    """
+
+    title: str
+    version: str
+    how: str
+    error: str
+    positions: int
+    metrics: Mapping[str, Metric]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """edgevlm, which comes first, and its peers in turns on one configuration."""
+
+    configuration: str
+    threads: int
+    generated: int
+    results: tuple[PeerResult, ...]
+
+
+@dataclass(frozen=True)
 class Result:
     """One configuration. `rounds` processes were measured; `settled` says whether the spread of
     first token and decode came below `Report.target_spread`.
@@ -180,6 +226,7 @@ class Result:
     metrics: Mapping[str, Metric]
     unavailable: Mapping[str, str]
     limits: Mapping[str, Limit]
+    quality: Quality | None = None
 
     def median(self, name: str) -> float | None:
         """The median of a metric, None where it is not available."""
@@ -205,6 +252,7 @@ class Report:
     software: Mapping[str, str]
     physics: tuple[Physics, ...]
     results: tuple[Result, ...]
+    peers: tuple[Beside, ...] = ()
 
     def shortest_stage(self) -> tuple[str, float] | None:
         """Name and median (ms) of the shortest stage that any result reports."""

@@ -27,6 +27,7 @@ from edgevlm.errors import BenchError
 from edgevlm.export import child
 from edgevlm.types import Progress
 
+INTERRUPTED = "interrupted: not everything was measured"
 _FEWEST_ROUNDS = 3
 _MOST_ROUNDS = 10
 
@@ -74,7 +75,7 @@ def run_plan(
         for threads in {g.facts["threads"] for g in gathered if "threads" in g.facts}:
             physics[threads] = with_physics(threads, machine.flags)
     except KeyboardInterrupt:
-        notes.append("interrupted: not everything was measured")
+        notes.append(INTERRUPTED)
     notes += [f"{g.configuration.name}: {g.failed}" for g in gathered if g.failed]
     results = tuple(_results(plan, gathered, physics))
     if not results:

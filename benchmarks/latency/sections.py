@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from edgevlm.benchmarks.latency.report import QUANTITIES, Limit, Report, Result
+from edgevlm.benchmarks.latency.report import (
+    QUANTITIES,
+    Beside,
+    Limit,
+    PeerResult,
+    Report,
+    Result,
+)
+from edgevlm.benchmarks.peers import METRICS as PEER_METRICS
 
 Row = tuple[str, ...]
 
@@ -23,7 +31,8 @@ _BUSY = 0.3
 
 @dataclass(frozen=True)
 class Section:
-    """A title, some paragraphs, and a table where `head` is not empty. The first column is text.
+    """A title, some paragraphs, and a table where `head` is not empty. The first column is text,
+    and those of `texts` are.
 
     `narrow` are the columns that fit into a terminal; one that has none is not shown there.
     """
@@ -33,6 +42,7 @@ class Section:
     head: Row = ()
     rows: tuple[Row, ...] = ()
     narrow: tuple[int, ...] = ()
+    texts: tuple[int, ...] = ()
 
 
 def amount(value: float, unit: str) -> str:
@@ -80,6 +90,8 @@ def sections(report: Report) -> list[Section]:
     """Everything there is to say, the summary first."""
     return [
         summary(report),
+        *map(peers_section, report.peers),
+        *_quality(report),
         *(s for result in report.results for s in _details(report, result)),
         _machine(report),
     ]
@@ -93,6 +105,66 @@ def summary(report: Report) -> Section:
         rows.append((result.name, *cells, amount(result.model.bytes, "B")))
     head = ("configuration", *(text for text, _ in _SUMMARY), "on disk")
     return Section("Summary", ("Medians.",), head, tuple(rows), (0, 1, 2, 5, 6))
+
+
+def peers_section(beside: Beside) -> Section:
+    """edgevlm and its peers: medians, and how many times as long as edgevlm each takes."""
+    ours = beside.results[0]
+    head = ("project", *PEER_METRICS.values(), "peak memory", "first token, x", "decode, x", "how")
+    rows = tuple(_peer_row(peer, ours) for peer in beside.results)
+    rounds = max(len(m.samples) for m in ours.metrics.values())
+    about = (
+        f"Medians of {count(rounds, 'turn')}, one project in a process, by turns; the same "
+        f"picture, prompt ({ours.positions} positions) and {beside.generated} tokens, "
+        f"{count(beside.threads, 'thread')}. The columns with x say how many times as long as "
+        "edgevlm a project takes."
+    )
+    title = f"{beside.configuration}: beside other projects"
+    return Section(title, (about,), head, rows, (0, 3, 4, 6, 7), (8,))
+
+
+def _peer_row(peer: PeerResult, ours: PeerResult) -> Row:
+    if peer.error:
+        return (peer.title, "-", "-", "not supported", "-", "-", "-", "-", peer.error)
+    names = (*PEER_METRICS, "peak_rss_bytes")
+    cells = (amount(m.median, m.unit) if (m := peer.metrics.get(n)) else "-" for n in names)
+    times = (_times(peer, ours, name) for name in ("first_token_ms", "token_ms"))
+    how = f"{peer.version}, {peer.how}"
+    if peer.positions != ours.positions:
+        how += f", {peer.positions} positions"
+    return (peer.title, *cells, *times, how)
+
+
+def _times(peer: PeerResult, ours: PeerResult, name: str) -> str:
+    theirs, mine = peer.metrics.get(name), ours.metrics.get(name)
+    return f"{theirs.median / mine.median:.2f}" if theirs and mine and mine.median else "-"
+
+
+def _quality(report: Report) -> Iterator[Section]:
+    """What the precisions cost, where it was measured."""
+    found = [(r.name, r.quality) for r in report.results if r.quality]
+    if not found:
+        return
+    tasks = list(dict.fromkeys(task for _, q in found for task in q.accuracy))
+    head = ("configuration", "vision", "projector", "KL, nats", "top-1", *tasks)
+    rows = tuple(
+        (
+            name,
+            f"{1 - q.features_cosine:.1e}",
+            f"{1 - q.embeddings_cosine:.1e}",
+            f"{q.logit_kl:.2g}",
+            f"{q.top1_agreement:.1%}",
+            *(f"{q.accuracy[task]:.1%}" if task in q.accuracy else "-" for task in tasks),
+        )
+        for name, q in found
+    )
+    about = (
+        f"Beside {', '.join(dict.fromkeys(q.reference for _, q in found))}: 1 - cosine of the "
+        "encoder's and the projector's rows, divergence of the next token's distribution, the "
+        "share of positions with the same likeliest token"
+        f"{', and right answers by task' if tasks else ''}."
+    )
+    yield Section("Quality", (about,), head, rows, (0, 1, 3, 4))
 
 
 def _median(result: Result, name: str) -> str:
@@ -125,7 +197,8 @@ def _asked(result: Result) -> str:
         f"{work.text_tokens} of text, {work.generated} generated, greedy. "
         f"{count(result.rounds, 'whole round')}, each in a process of its own; "
         f"{count(settings.threads, 'thread')}, {settings.provider}, weight repacking "
-        f"{'on' if settings.repack else 'off'}; long context: {work.long_context} tokens."
+        f"{'on' if settings.repack else 'off'}; long context: {work.long_context} tokens"
+        f"{f'; energy: {settings.energy}' if settings.energy else ''}."
     )
 
 
@@ -169,7 +242,7 @@ def _components(result: Result) -> Section:
     )
     about = f"{model.name} ({model.family}, {model.license}), {amount(model.bytes, 'B')}."
     head = ("component", "precision", "size", "file", "sha256")
-    return Section(f"{result.name}: the bundle", (about,), head, rows)
+    return Section(f"{result.name}: the bundle", (about,), head, rows, texts=(1, 3, 4))
 
 
 def _machine(report: Report) -> Section:

@@ -16,8 +16,12 @@ _BAR, _GAP = 22, 12
 _LETTER = 7.2
 _LONGEST = 34
 _COLOURS = 8
+# Curves whose points have their labels beside them.
+_LABELLED = 2
 # A logarithmic axis shows zero here.
 _LEAST = 1e-6
+# An axis of more decades than this has ticks at powers of ten alone.
+_MANY_DECADES = 3
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ def bars(rows: Sequence[Bar], unit: str) -> str:
     top = max(max(sum(v for _, v in row.values), row.mark or 0) for row in rows) or 1.0
     left = 16 + _LETTER * min(max(len(row.label) for row in rows), _LONGEST)
     scale = (WIDTH - left - _RIGHT) / top
-    y = 30 if len(series) > 1 else 6
-    parts = _legend(series, left) if len(series) > 1 else []
+    parts, y = _legend(series, left) if len(series) > 1 else ([], 0)
+    y += 8
     first = y
     for row in rows:
         parts += _bar(row, series, left, y, scale)
@@ -64,7 +68,7 @@ def bars(rows: Sequence[Bar], unit: str) -> str:
         + _text(left + t * scale, y + 14, f"{t:g}", "middle", "small")
         for t in _ticks(top)
     ]
-    unit_text = _text(WIDTH - _RIGHT + 8, y + 14, unit, "start", "small")
+    unit_text = _text(WIDTH, y + 14, unit, "end", "small")
     return _svg(y + 22, [*ticks, *parts, unit_text])
 
 
@@ -88,26 +92,28 @@ def _bar(row: Bar, series: list[str], left: float, y: float, scale: float) -> li
 
 
 def plot(
-    curves: Sequence[Curve], x_title: str, y_title: str, *, log_y: bool = False, height: int = 320
+    curves: Sequence[Curve], x_title: str, y_title: str, *, log_y: bool = False, height: int = 240
 ) -> str:
     """Lines and labelled points over a logarithmic x axis and a y axis that may be one."""
     xs = [x for c in curves for x, _ in c.points]
     ys = [y for c in curves for _, y in c.points]
+    parts, top = _legend([c.name for c in curves], 60)
+    top += 24
+    bottom = top + height
     across = _Axis(xs, 60, WIDTH - 24, log=True)
-    up = _Axis(ys, height - 44, 34, log=log_y)
-    parts = _legend([c.name for c in curves], 60)
+    up = _Axis(ys, bottom, top, log=log_y)
     for x in across.ticks:
         at = across(x)
-        parts.append(_line(at, 34, at, height - 44, "tick"))
-        parts.append(_text(at, height - 28, _short(x), "middle", "small"))
+        parts.append(_line(at, top, at, bottom, "tick"))
+        parts.append(_text(at, bottom + 16, _short(x), "middle", "small"))
     for y in up.ticks:
         parts.append(_line(60, up(y), WIDTH - 24, up(y), "tick"))
         parts.append(_text(54, up(y) + 4, _short(y), "end", "small"))
     for i, curve in enumerate(curves):
         parts += _curve(curve, i, [(across(x), up(y)) for x, y in curve.points])
-    parts.append(_text(WIDTH - 24, height - 8, x_title, "end", "small"))
-    parts.append(_text(60, 28, y_title, "start", "small"))
-    return _svg(height, parts)
+    parts.append(_text(WIDTH - 24, bottom + 34, x_title, "end", "small"))
+    parts.append(_text(60, top - 7, y_title, "start", "small"))
+    return _svg(bottom + 42, parts)
 
 
 def _curve(curve: Curve, i: int, points: list[tuple[float, float]]) -> list[str]:
@@ -115,9 +121,11 @@ def _curve(curve: Curve, i: int, points: list[tuple[float, float]]) -> list[str]
     if curve.labels:
         # Two configurations often lie close: their labels stand on either side.
         shift, anchor = ((9, "start"), (-9, "end"))[i % 2]
+        # Of more, those of all but the first would hide one another; they show under the pointer.
         return [
-            f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-            + _text(x + shift, y + 4, label, anchor, "small")
+            f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
+            f"<title>{escape(f'{curve.name}: {label}')}</title></circle>"
+            + (_text(x + shift, y + 4, label, anchor, "small") if i < _LABELLED else "")
             for (x, y), label in zip(points, curve.labels, strict=True)
         ]
     dash = ' stroke-dasharray="6 4"' if curve.dashed else ""
@@ -126,14 +134,15 @@ def _curve(curve: Curve, i: int, points: list[tuple[float, float]]) -> list[str]
 
 
 class _Axis:
-    """Maps values to pixels from `start` to `end`; linear axes begin at 0, log ones at a decade."""
+    """Maps values to pixels from `start` to `end`; linear axes begin at 0, log ones at 1, 2 or 5
+    times a power of ten.
+    """
 
     def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool) -> None:
         self._log = log
         if log:
-            low = float(math.floor(math.log10(max(min(values), _LEAST))))
-            high = max(float(math.ceil(math.log10(max(*values, _LEAST)))), low + 1)
-            self.ticks = [10.0**e for e in range(int(low), int(high) + 1)]
+            self.ticks = _log_ticks(max(min(values), _LEAST), max(*values, _LEAST))
+            low, high = math.log10(self.ticks[0]), math.log10(self.ticks[-1])
         else:
             low, high = 0.0, max(values) or 1.0
             self.ticks = _ticks(high)
@@ -152,17 +161,32 @@ def _ticks(top: float) -> list[float]:
     return [step * i for i in range(int(top / step + 1e-9) + 1)]
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """The powers of ten around `low` and `high`; where they are few, 2 and 5 times them as well."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    if last - first > _MANY_DECADES:
+        return [10.0**e for e in range(first, last + 1)]
+    steps = [f * 10.0**e for e in range(first, last + 2) for f in (1, 2, 5)]
+    start = max(i for i, step in enumerate(steps) if step <= low * (1 + 1e-9))
+    end = min(i for i, step in enumerate(steps) if step >= high * (1 - 1e-9))
+    return steps[start : max(end, start + 1) + 1]
+
+
 def _short(value: float) -> str:
     return f"{value:g}" if 1e-3 <= value < 1e5 or value == 0 else f"{value:.0e}"
 
 
-def _legend(names: Sequence[str], left: float) -> list[str]:
-    parts, x = [], left
+def _legend(names: Sequence[str], left: float) -> tuple[list[str], float]:
+    """The legend, in as many lines as it needs, and its height."""
+    parts, x, y = [], left, 3
     for i, name in enumerate(names):
-        parts.append(f'<rect class="{colour(i)}" x="{x:.0f}" y="3" width="11" height="11"/>')
-        parts.append(_text(x + 16, 13, name, "start", "small"))
-        x += 30 + 6.4 * len(name)
-    return parts
+        width = 30 + 6.4 * len(name)
+        if x + width > WIDTH and x > left:
+            x, y = left, y + 18
+        parts.append(f'<rect class="{colour(i)}" x="{x:.0f}" y="{y}" width="11" height="11"/>')
+        parts.append(_text(x + 16, y + 10, name, "start", "small"))
+        x += width
+    return parts, y + 18
 
 
 def _line(x0: float, y0: float, x1: float, y1: float, css: str) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-from edgevlm.export.components import Job
+from edgevlm.errors import BenchError
+from edgevlm.export.parts import Part
 from edgevlm.export.tensors import SourceTensor
+from edgevlm.family import Model
 
 _LAYER = {
     "self_attn.q_proj": "attn_q",
@@ -32,10 +34,15 @@ _TOP = {
 _PROJECTORS = {"mlp": ("mlp", "mm."), "ldp": ("ldp", "mm.model."), "ldpv2": ("ldpv2", "mm.model.")}
 
 
-def write_mmproj(job: Job, path: Path) -> None:
-    """Writes the tower and the projector of an export; raises KeyError for other families'."""
-    vision, image = job.model.vision, job.model.image
-    kind, prefix = _PROJECTORS[job.model.projector["kind"]]
+def write_mmproj(model: Model, parts: Mapping[str, Part], path: Path) -> None:
+    """Writes a tower and a projector; raises BenchError for one that llama.cpp does not know."""
+    vision, image = model.vision, model.image
+    if vision["kind"] != "clip" or model.projector["kind"] not in _PROJECTORS:
+        raise BenchError(
+            f"llama.cpp's multimodal library has no {vision['kind']} tower with a projector of the "
+            f"kind {model.projector['kind']!r}"
+        )
+    kind, prefix = _PROJECTORS[model.projector["kind"]]
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", kind)
@@ -44,7 +51,7 @@ def write_mmproj(job: Job, path: Path) -> None:
         ("patch_size", vision["patch_size"]),
         ("embedding_length", vision["hidden_size"]),
         ("feed_forward_length", vision["intermediate_size"]),
-        ("projection_dim", job.model.decoder.n_embd),
+        ("projection_dim", model.decoder.n_embd),
         ("block_count", vision["num_hidden_layers"]),
         ("attention.head_count", vision["num_attention_heads"]),
     ):
@@ -54,7 +61,7 @@ def write_mmproj(job: Job, path: Path) -> None:
     writer.add_array("clip.vision.image_std", list(image.std))
     # Neither GELU nor SiLU: CLIP's own x * sigmoid(1.702 x).
     writer.add_bool("clip.use_gelu", False)
-    for name, tensor in _tensors(job, prefix):
+    for name, tensor in _tensors(parts, prefix):
         values = tensor.float32()
         if name.endswith(("fc1.weight", "fc2.weight", ".2.0.weight")):
             values = values.reshape(values.shape[:2])  # convolutions of one pixel
@@ -66,13 +73,13 @@ def write_mmproj(job: Job, path: Path) -> None:
     writer.close()
 
 
-def _tensors(job: Job, prefix: str) -> Iterator[tuple[str, SourceTensor]]:
-    for name, tensor in job.parts["vision"].items():
+def _tensors(parts: Mapping[str, Part], prefix: str) -> Iterator[tuple[str, SourceTensor]]:
+    for name, tensor in parts["vision"].items():
         if name in _TOP:
             yield _TOP[name], tensor
             continue
         layer, rest = name.removeprefix("encoder.layers.").split(".", 1)
         part, kind = rest.rsplit(".", 1)
         yield f"v.blk.{layer}.{_LAYER[part]}.{kind}", tensor
-    for name, tensor in job.parts["projector"].items():
+    for name, tensor in parts["projector"].items():
         yield prefix + name.replace("mlp.mlp.", "mlp.").replace("peg.peg.", "peg."), tensor

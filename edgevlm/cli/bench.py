@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from edgevlm.benchmarks.latency.extras import Extras
     from edgevlm.benchmarks.latency.report import Report
     from edgevlm.benchmarks.latency.sections import Section
     from edgevlm.bundle import Bundle
@@ -103,10 +104,42 @@ def bench() -> None:
     help="Write report.json, .csv, .md and .html.",
 )
 @click.option("--quick", is_flag=True, help="One short round: an impression, not a report.")
+@click.option(
+    "--peers",
+    is_flag=True,
+    help="Ask other projects the same: transformers, llama.cpp, OpenVINO and more, if installed.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="What MODEL was exported from, for peers that read no bundle.",
+)
+@click.option(
+    "--vision-tower",
+    "tower",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="The tower that the checkpoint leaves out.",
+)
+@click.option(
+    "--peer-python",
+    "pythons",
+    multiple=True,
+    metavar="PEER=PYTHON",
+    help="A peer's own environment, such as openvino=venv/bin/python; repeatable.",
+)
+@click.option(
+    "--quality",
+    "reference",
+    metavar="BUNDLE",
+    help="Beside speed: how far the answers are from this bundle's, such as an f32 export.",
+)
 def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ...],
         images: tuple[Path, ...], prompt: str | None, tokens: int | None, runs: int | None,
-        devices: tuple[str, ...], threads: tuple[int, ...], out: Path | None,
-        quick: bool) -> None:  # fmt: skip
+        devices: tuple[str, ...], threads: tuple[int, ...], out: Path | None, quick: bool,
+        peers: bool, checkpoint: Path | None, tower: Path | None, pythons: tuple[str, ...],
+        reference: str | None) -> None:  # fmt: skip
     """Measure MODELs: bundle folders or installed names, pico if none is named.
 
     Every stage from the picture file to the last token, cold, warm and with a known picture;
@@ -116,12 +149,14 @@ def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ..
     from rich.console import Console
 
     from edgevlm.benchmarks.latency import files
+    from edgevlm.benchmarks.latency.extras import with_extras
     from edgevlm.benchmarks.latency.gather import configurations
     from edgevlm.benchmarks.latency.runner import Plan, run_plan
     from edgevlm.image import read_image
 
     for image in images:
         read_image(image)
+    extras = _extras(peers, checkpoint, tower, pythons, reference)
     if out:
         files.make_folder(out)
     console = Console(stderr=True, markup=False, highlight=False)
@@ -137,6 +172,8 @@ def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ..
         plan = replace(plan, runs=1, pairs=5, tokens=16) if quick else plan
         plan = replace(plan, runs=runs or plan.runs, tokens=tokens or plan.tokens)
         report = run_plan(plan, shlex.join(["edgevlm", *sys.argv[1:]]), show)
+        if report.complete:
+            report = with_extras(report, plan, extras, status.update)
     _show(report, console)
     if out:
         for path in files.write_files(report, out):
@@ -144,6 +181,27 @@ def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ..
     if not report.complete:
         interrupted = any("interrupted" in note for note in report.notes)
         click.get_current_context().exit(_INTERRUPTED if interrupted else 1)
+
+
+def _extras(
+    peers: bool,
+    checkpoint: Path | None,
+    tower: Path | None,
+    pythons: tuple[str, ...],
+    reference: str | None,
+) -> Extras:
+    """What else to measure; an unknown bundle, peer or Python is refused before anything runs."""
+    from edgevlm.benchmarks.latency.extras import Extras
+    from edgevlm.bundle import open_bundle
+    from edgevlm.models import resolve
+
+    folder = open_bundle(resolve(reference)).folder if reference else None
+    own = {}
+    if peers:
+        from edgevlm.benchmarks.peers.run import own_pythons
+
+        own = own_pythons(pythons)
+    return Extras(peers, checkpoint, tower, own, folder)
 
 
 def _bundles(

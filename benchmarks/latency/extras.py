@@ -1,0 +1,111 @@
+"""What a report may hold beyond edgevlm's own times: other projects' and the answers' quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from edgevlm.benchmarks.latency.gather import Configuration
+from edgevlm.benchmarks.latency.report import Quality, Report
+from edgevlm.benchmarks.latency.runner import INTERRUPTED, Plan
+from edgevlm.bundle import Bundle, open_bundle
+from edgevlm.errors import EdgeVLMError
+
+_SCENES = 100
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What else to measure. `reference` is the bundle with which others are compared, `checkpoint`
+    the one that the measured bundle was made of, `pythons` those of peers that have their own.
+    """
+
+    peers: bool = False
+    checkpoint: Path | None = None
+    tower: Path | None = None
+    pythons: Mapping[str, str] = field(default_factory=dict)
+    reference: Path | None = None
+
+
+def with_extras(
+    report: Report, plan: Plan, extras: Extras, progress: Callable[[str], None]
+) -> Report:
+    """The report with what `extras` asks for; Ctrl-C leaves the rest out and says so."""
+    try:
+        if extras.reference:
+            report = _with_quality(report, plan, extras.reference, progress)
+        if extras.peers:
+            report = _with_peers(report, plan, extras, progress)
+    except KeyboardInterrupt:
+        return replace(report, complete=False, notes=(*report.notes, INTERRUPTED))
+    return report
+
+
+def _with_peers(
+    report: Report, plan: Plan, extras: Extras, progress: Callable[[str], None]
+) -> Report:
+    from edgevlm.benchmarks.peers.run import Comparison, beside
+
+    prompts = {result.name: result.workload.prompt for result in report.results}
+    for one in _each_once(plan, prompts):
+        try:
+            found = beside(
+                Comparison(
+                    bundle=one.bundle,
+                    image=one.image,
+                    words=prompts[one.name],
+                    checkpoint=extras.checkpoint,
+                    tower=extras.tower,
+                    rounds=min(plan.runs or 3, 3),
+                    tokens=plan.tokens - 1,
+                    threads=one.threads,
+                    pythons=extras.pythons,
+                ),
+                one.name,
+                progress,
+            )
+        except EdgeVLMError as error:
+            notes = (*report.notes, f"{one.name}, beside other projects: {error}")
+            report = replace(report, complete=False, notes=notes)
+            continue
+        report = replace(report, peers=(*report.peers, found))
+    return report
+
+
+def _each_once(plan: Plan, measured: Mapping[str, str]) -> Iterator[Configuration]:
+    """The first measured configuration of each bundle and picture."""
+    seen = set()
+    for one in plan.configurations:
+        if one.name in measured and (one.bundle.folder, one.image) not in seen:
+            seen.add((one.bundle.folder, one.image))
+            yield one
+
+
+def _with_quality(
+    report: Report, plan: Plan, reference: Path, progress: Callable[[str], None]
+) -> Report:
+    bundles = {one.name: one.bundle for one in plan.configurations}
+    other, known = open_bundle(reference), dict[Path, Quality]()
+    results = []
+    for result in report.results:
+        bundle = bundles[result.name]
+        if bundle.folder not in known:
+            progress(f"quality of {bundle.manifest.name}")
+            known[bundle.folder] = _quality(bundle, other)
+        results.append(replace(result, quality=known[bundle.folder]))
+    return replace(report, results=tuple(results))
+
+
+def _quality(bundle: Bundle, reference: Bundle) -> Quality:
+    from edgevlm.benchmarks.quality import measure
+
+    found = measure(bundle.folder, reference.folder, _SCENES)
+    return Quality(
+        reference=reference.manifest.name,
+        features_cosine=found.features_cosine,
+        embeddings_cosine=found.embeddings_cosine,
+        logit_kl=found.logit_kl,
+        top1_agreement=found.top1_agreement,
+        accuracy=found.accuracy,
+    )

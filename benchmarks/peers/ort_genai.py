@@ -1,0 +1,36 @@
+"""onnxruntime-genai: its model builder says which models it has."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TITLE = "onnxruntime-genai"
+PACKAGE = "onnxruntime-genai"
+INSTALL = 'pip install onnxruntime-genai torch "transformers<5" onnx-ir'
+NEEDS = ("config",)
+
+
+def answer(task: dict[str, Any]) -> dict[str, Any]:
+    """Raises the builder's own error: no release up to 0.18 builds PaliGemma or LLaVA."""
+    spec = importlib.util.find_spec("onnxruntime_genai")
+    if not spec or not spec.submodule_search_locations:
+        raise ImportError("No module named 'onnxruntime_genai'")
+    builder = Path(spec.submodule_search_locations[0]) / "models" / "builder.py"
+    source, out = Path(task["work"]) / "config", Path(task["work"]) / "genai"
+    source.mkdir(exist_ok=True)
+    (source / "config.json").write_text(json.dumps(task["config"]), encoding="utf-8")
+    folder = task["checkpoint"] or source
+    done = subprocess.run(
+        [sys.executable, builder, "-i", folder, "-o", out, "-p", "int4", "-e", "cpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+    raise NotImplementedError("builds this model; this peer knows no way to ask it")

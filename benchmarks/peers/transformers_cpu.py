@@ -1,0 +1,128 @@
+"""transformers on the CPU in float32, PyTorch's fastest type where a CPU has no bfloat16."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+TITLE = "transformers"
+PACKAGE = "transformers"
+INSTALL = 'pip install "transformers<5" torch'
+NEEDS = ("config",)
+_PROCESSORS = {
+    "siglip_vision_model": "SiglipImageProcessor",
+    "clip_vision_model": "CLIPImageProcessor",
+}
+
+
+def answer(task: dict[str, Any]) -> dict[str, Any]:
+    """Loads the checkpoint, or fills its shapes with random weights where there is none; asks once
+    to warm up and once to measure.
+    """
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    model = _model(task)
+    processor = _processor(task, model.config)
+    with torch.inference_mode():
+        _ask(model, processor, task, 1)
+        measured = _ask(model, processor, task, task["n_tokens"])
+    return measured | {"how": "float32"}
+
+
+def _model(task: dict[str, Any]) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    auto: Any = AutoModelForImageTextToText
+    if task["checkpoint"]:
+        return auto.from_pretrained(task["checkpoint"], dtype=torch.float32).eval()
+    given = dict(task["config"])
+    config = AutoConfig.for_model(given.pop("model_type"), **given)
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    model = model.to_empty(device="cpu").float().eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        # Pages that nothing was written to are no memory at all.
+        torch.nn.init.uniform_(parameter, -0.03, 0.03)
+    _fill_buffers(model)
+    return model
+
+
+def _fill_buffers(model: Any) -> None:
+    """Buffers that a meta device left empty: positions, and the frequencies of rotary ones."""
+    import torch
+
+    for module in model.modules():
+        if hasattr(module, "position_ids"):
+            n = module.position_ids.shape[-1]
+            module.position_ids.copy_(torch.arange(n).expand((1, -1)))
+        if hasattr(module, "inv_freq"):
+            inv_freq, module.attention_scaling = module.rope_init_fn(module.config, "cpu")
+            module.inv_freq.copy_(inv_freq)
+
+
+def _processor(task: dict[str, Any], config: Any) -> Any:
+    import transformers
+
+    untyped: Any = transformers
+    folder = task["checkpoint"]
+    if folder and (Path(folder) / "preprocessor_config.json").is_file():
+        return untyped.AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    vision = config.vision_config
+    side = {"height": vision.image_size, "width": vision.image_size}
+    return getattr(untyped, _PROCESSORS[vision.model_type])(size=side, crop_size=side)
+
+
+def _ask(model: Any, processor: Any, task: dict[str, Any], n_tokens: int) -> dict[str, Any]:
+    import torch
+    from PIL import Image
+    from transformers import StoppingCriteriaList
+
+    ids = [*task["before"], *[model.config.image_token_id] * task["image_tokens"], *task["after"]]
+    times: dict[str, float] = {}
+    handles = _watch_encoder(model, times)
+    drawn: list[float] = []
+
+    def clock(*_: Any, **__: Any) -> Any:
+        drawn.append(time.perf_counter())
+        return torch.zeros(1, dtype=torch.bool)
+
+    start = time.perf_counter()
+    picture = Image.open(task["image"]).convert("RGB")
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    tokens = torch.tensor([ids])
+    model.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        pixel_values=pixels,
+        do_sample=False,
+        min_new_tokens=n_tokens + 1,
+        max_new_tokens=n_tokens + 1,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    for handle in handles:
+        handle.remove()
+    return {
+        "encode_ms": (times["end"] - times["start"]) * 1e3,
+        "prefill_ms": (drawn[0] - times["end"]) * 1e3,
+        "first_token_ms": (drawn[0] - start) * 1e3,
+        "token_ms": (drawn[n_tokens] - drawn[0]) * 1e3 / n_tokens,
+        "positions": len(ids),
+    }
+
+
+def _watch_encoder(model: Any, times: dict[str, float]) -> list[Any]:
+    """Notes when the tower starts and the projector ends."""
+    parts = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()
+             if name.endswith(("vision_tower", "multi_modal_projector"))}  # fmt: skip
+
+    def note(name: str) -> Any:
+        return lambda *_: times.update({name: time.perf_counter()})
+
+    return [
+        parts["vision_tower"].register_forward_pre_hook(note("start")),
+        parts["multi_modal_projector"].register_forward_hook(note("end")),
+    ]

@@ -1,0 +1,73 @@
+"""Peers and quality in a report: asked for once each, said when they failed or were interrupted."""
+
+from pathlib import Path
+
+import pytest
+
+from edgevlm.benchmarks.latency import extras
+from edgevlm.benchmarks.latency.extras import Extras, with_extras
+from edgevlm.benchmarks.latency.gather import Configuration
+from edgevlm.benchmarks.latency.report import Quality
+from edgevlm.benchmarks.latency.runner import Plan
+from edgevlm.benchmarks.peers import run
+from edgevlm.bundle import open_bundle
+from edgevlm.errors import BenchError
+from edgevlm.models import built_in
+from tests.test_bench_reports import beside, report, result
+
+QUALITY = Quality("pico", 0.9, 0.8, 0.1, 0.7, {})
+
+
+def measured(*names):
+    """A report and the plan that it is of: one bundle, one picture, several thread counts."""
+    bundle = open_bundle(built_in())
+    plan = Plan(tuple(Configuration(name, bundle, Path("a.png")) for name in names), tokens=8)
+    return report(*map(result, names)), plan
+
+
+def extended(extras_wanted, *names):
+    made, plan = measured(*names)
+    return with_extras(made, plan, extras_wanted, lambda _: None)
+
+
+def test_peers_are_asked_once_for_each_bundle_and_picture(monkeypatch):
+    asked = []
+
+    def fake(comparison, name, progress):
+        asked.append((name, comparison.words, comparison.tokens, comparison.rounds))
+        return beside()
+
+    monkeypatch.setattr(run, "beside", fake)
+    made = extended(Extras(peers=True), "1 thread", "2 threads")
+    assert asked == [("1 thread", "caption en", 7, 3)]
+    assert made.peers == (beside(),) and made.complete
+
+
+def test_a_comparison_that_fails_is_a_note_and_loses_nothing(monkeypatch):
+    def fake(*_):
+        raise BenchError("edgevlm itself cannot be compared")
+
+    monkeypatch.setattr(run, "beside", fake)
+    made = extended(Extras(peers=True), "pico")
+    assert not made.complete and len(made.results) == 1
+    assert made.notes == ("pico, beside other projects: edgevlm itself cannot be compared",)
+
+
+@pytest.mark.parametrize("wanted", [Extras(peers=True), Extras(reference=built_in())])
+def test_an_interrupt_keeps_the_times(wanted, monkeypatch):
+    def fake(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "beside", fake)
+    monkeypatch.setattr(extras, "_quality", fake)
+    made = extended(wanted, "pico")
+    assert not made.complete and "interrupted" in made.notes[0] and len(made.results) == 1
+
+
+def test_quality_is_measured_once_for_each_bundle(monkeypatch):
+    asked = []
+    monkeypatch.setattr(extras, "_quality", lambda a, b: asked.append((a, b)) or QUALITY)
+    made = extended(Extras(reference=built_in()), "1 thread", "2 threads")
+    pico = open_bundle(built_in())
+    assert asked == [(pico, pico)]
+    assert [r.quality for r in made.results] == [QUALITY, QUALITY]
