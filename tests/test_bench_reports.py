@@ -307,6 +307,7 @@ def test_bad_input_is_one_line(edge, tmp_path):
         (("--quality", "none"), 1, "no such bundle folder"),
         (("--peers", "--peer-python", "mtdm=python3"), 1, "'mtdm' is no peer; there are ours"),
         (("--peers", "--checkpoint", tmp_path / "none"), 2, "does not exist"),
+        (("--checkpoint", tmp_path), 2, "belong to --peers"),
     ):
         ended, out, err = edge("bench", *arguments)
         assert (ended, out) == (code, "") and message in err

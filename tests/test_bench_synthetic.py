@@ -21,6 +21,7 @@ from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import export_bundle, llama, quantize
 from edgevlm.export.progress import Stage
+from edgevlm.family import TOWER, Source
 
 VISION = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -33,17 +34,17 @@ GEMMA = {
 LLAMA = {k: v for k, v in GEMMA.items() if k != "head_dim"}
 
 
-def paligemma(kind: str, **text) -> dict:
-    """The files of a small PaliGemma."""
+def paligemma(kind: str, **text) -> Source:
+    """What is told of a small PaliGemma."""
     config = {"model_type": "paligemma", "image_token_index": 900, "vision_config": VISION}
-    return {"config.json": config | {"text_config": GEMMA | {"model_type": kind} | text}}
+    return Source({"config.json": config | {"text_config": GEMMA | {"model_type": kind} | text}})
 
 
-def llava(projector: str, **text) -> dict:
-    """The files of a small MobileVLM; 8 x 8 patches, as the pooling projector needs some."""
+def llava(projector: str, **text) -> Source:
+    """What is told of a small MobileVLM; 8 x 8 patches, as the pooling projector needs some."""
     config = {"model_type": "mobilevlm", "mm_projector_type": projector} | LLAMA | text
     tower = VISION | {"model_type": "clip_vision_model", "image_size": 112}
-    return {"config.json": config, "tower/config.json": tower}
+    return Source({"config.json": config, f"{TOWER}config.json": tower})
 
 
 SMALL = {
@@ -82,7 +83,7 @@ def plain_decoders(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name / "decoder.gguf" for name in ("shared", "own")}
 
 
-def nine_layers(name: str) -> dict:
+def nine_layers(name: str) -> Source:
     if name == "shared":
         return paligemma("gemma", num_hidden_layers=9)
     return llava("linear", num_hidden_layers=9, num_key_value_heads=4)
@@ -135,8 +136,8 @@ def test_graphs_do_what_exported_ones_do(projector, tmp_path):
     files = {"config.json": json.loads((source / "config.json").read_text())}
     if projector:
         tower = json.loads((tmp_path / "source-tower" / "config.json").read_text())
-        files["tower/config.json"] = tower["vision_config"]
-    synthetic.make(tmp_path / "made", "synthetic-same", files, "f16")
+        files[f"{TOWER}config.json"] = tower["vision_config"]
+    synthetic.make(tmp_path / "made", "synthetic-same", Source(files), "f16")
     made = open_bundle(tmp_path / "made")
     for part in ("vision", "projector"):
         assert heavy(made.path(part)) == heavy(exported.path(part))

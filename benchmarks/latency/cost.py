@@ -81,12 +81,14 @@ def limits(
 ) -> dict[str, Limit]:  # fmt: skip
     """Stage -> what the machine would need at its measured peaks, beside what was measured.
 
-    `n_prompt` is the length of the prefill, `n_positions` the rows in the vision encoder.
+    `n_prompt` is the length of the prefill, `n_positions` the rows in the vision encoder. A
+    projector's first layers may see more of them than come out: its limit is one from below.
     """
     parts = bundle.manifest.components
     found = {}
+    rows = {"vision": n_positions, "projector": min(n_positions, bundle.manifest.image.tokens)}
     for name in ("vision", "projector"):
-        ops = 2 * needs.graph_weights[name] * n_positions
+        ops = 2 * needs.graph_weights[name] * rows[name]
         size = sum(f.bytes for f in parts[name].files)
         if (ms := _median(metrics, f"{name}_ms")) is not None:
             found[name] = _limit(physics, parts[name].precision, ops, size, ms)

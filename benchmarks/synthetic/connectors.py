@@ -54,11 +54,26 @@ def ldpv2(graph: Graph, config: Config, patches: int) -> None:
     _rows(graph, graph.node("Add", place, grid), d)
 
 
+def qformer(graph: Graph, config: Config, patches: int) -> None:
+    """BLIP-2's: learned queries attend to one another and, in some layers, to the features."""
+    d, queries, eps = config["hidden_size"], config["queries"], config["layer_norm_eps"]
+    x = graph.norm(graph.random(1, queries, d), d, eps)
+    for i in range(config["num_hidden_layers"]):
+        x = _attended(graph, config, x, (x, queries, d))
+        if i % config["cross_attention_frequency"] == 0:
+            x = _attended(graph, config, x, ("features", patches, config["in"]))
+        wide = graph.gelu(graph.linear(x, d, config["intermediate_size"]))
+        narrow = graph.linear(wide, config["intermediate_size"], d)
+        x = graph.norm(graph.node("Add", narrow, x), d, eps)
+    graph.linear(x, d, config["widths"][-1])
+
+
 CONNECTORS: dict[str, Callable[[Graph, Config, int], None]] = {
     "linear": linear,
     "mlp": mlp,
     "ldp": ldp,
     "ldpv2": ldpv2,
+    "qformer": qformer,
 }
 
 
@@ -67,6 +82,20 @@ def _mlp(graph: Graph, config: Config, depth: int) -> str:
     for _ in range(1, depth):
         x = graph.linear(graph.gelu(x), config["out"], config["out"])
     return x
+
+
+def _attended(graph: Graph, config: Config, x: str, source: tuple[str, int, int]) -> str:
+    """Queries that read `source` (its name, rows and width), added to themselves and normed."""
+    d, heads, queries = config["hidden_size"], config["num_attention_heads"], config["queries"]
+    (name, rows, width), each = source, d // heads
+    q = graph.reshape(graph.linear(x, d, d), -1, queries, heads, each)
+    k, v = (graph.reshape(graph.linear(name, width, d), -1, rows, heads, each) for _ in range(2))
+    scores = graph.node("MatMul", graph.transpose(q, 0, 2, 1, 3), graph.transpose(k, 0, 2, 3, 1))
+    scores = graph.node("Div", scores, graph.constant(each**0.5))
+    read = graph.node("Softmax", scores, axis=-1)
+    read = graph.node("MatMul", read, graph.transpose(v, 0, 2, 1, 3))
+    read = graph.reshape(graph.transpose(read, 0, 2, 1, 3), -1, queries, d)
+    return graph.norm(graph.node("Add", graph.linear(read, d, d), x), d, config["layer_norm_eps"])
 
 
 def _grid(graph: Graph, rows: str, d: int, side: int) -> str:

@@ -10,26 +10,28 @@ import numpy.typing as npt
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from edgevlm.benchmarks.synthetic.tensors import DEVIATION, random_part
 from edgevlm.benchmarks.synthetic.words import vocabulary
 from edgevlm.export import quantize
 from edgevlm.export.decoder import TOKEN_EMBEDDING, DecoderSource, layout, metadata
-from edgevlm.export.parts import KINDS
-from edgevlm.export.tensors import SourceTensor
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Config, Model
 
 Bytes = npt.NDArray[np.uint8]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Mix:
     """The types of a file: of most matrices, of the output table, of the values' and the second
-    feed-forward matrices in the layers to which llama.cpp gives more bits.
+    feed-forward matrices in the layers to which llama.cpp gives more bits, of queries, keys and
+    values where they are one matrix.
     """
 
     most: str
     output: str
     more: str = ""
+    fused: str = ""
 
 
 # What llama.cpp's llama_tensor_get_type chooses without an importance matrix; a test asks it.
@@ -39,8 +41,8 @@ _MIXES = {
     "bf16": Mix("BF16", "BF16"),
     "q8_0": Mix("Q8_0", "Q8_0"),
     "q6_k": Mix("Q6_K", "Q6_K"),
-    "q5_k_m": Mix("Q5_K", "Q6_K", "Q6_K"),
-    "q4_k_m": Mix("Q4_K", "Q6_K", "Q6_K"),
+    "q5_k_m": Mix("Q5_K", "Q6_K", "Q6_K", "Q6_K"),
+    "q4_k_m": Mix("Q4_K", "Q6_K", "Q6_K", "Q5_K"),
     "q4_0": Mix("Q4_0", "Q6_K"),
     "iq4_xs": Mix("IQ4_XS", "Q6_K"),
 }
@@ -50,14 +52,13 @@ QUANTS = tuple(_MIXES)
 _SHARED, _IQ4_MORE = 4, "Q5_K"
 # Where the half-precision scales of a block lie, in bytes from its start, and the value that gives
 # weights a deviation of about 0.02: everything else in a block may be any byte.
-_DEVIATION = 0.02
 _SCALES = {
-    "Q8_0": {0: _DEVIATION / 74},
-    "Q4_0": {0: _DEVIATION / 4.6},
-    "Q4_K": {0: _DEVIATION / 150, 2: _DEVIATION / 20},
-    "Q5_K": {0: _DEVIATION / 310, 2: _DEVIATION / 20},
-    "Q6_K": {208: _DEVIATION / 1400},
-    "IQ4_XS": {0: _DEVIATION / 1300},
+    "Q8_0": {0: DEVIATION / 74},
+    "Q4_0": {0: DEVIATION / 4.6},
+    "Q4_K": {0: DEVIATION / 150, 2: DEVIATION / 20},
+    "Q5_K": {0: DEVIATION / 310, 2: DEVIATION / 20},
+    "Q6_K": {208: DEVIATION / 1400},
+    "IQ4_XS": {0: DEVIATION / 1300},
 }
 # Blocks that are drawn; longer tensors repeat them.
 _DRAWN = 1 << 14
@@ -65,8 +66,8 @@ _DRAWN = 1 << 14
 
 def write_decoder(path: Path, name: str, model: Model, quant: str) -> None:
     """Writes a decoder of random weights at one of QUANTS."""
-    source = _source(path, name, model, vocabulary(model))
-    plan = [(n, t.shape, kind) for n, t, kind in _plan(source, quant)]
+    source = DecoderSource(random_part(model.text), model.text, vocabulary(model), name)
+    plan = _plan(source, quant)
     writer = GGUFWriter(path, source.config["kind"])
     try:
         metadata(writer, source)
@@ -86,23 +87,17 @@ def write_decoder(path: Path, name: str, model: Model, quant: str) -> None:
 
 def decoder_bytes(model: Model, quant: str) -> int:
     """How large the tensors of such a decoder are."""
-    source = _source(Path(), "", model, Vocabulary((), {}))
-    return sum(_bytes(tensor.shape, kind) for _, tensor, kind in _plan(source, quant))
+    source = DecoderSource(random_part(model.text), model.text, Vocabulary((), {}), "")
+    return sum(_bytes(shape, kind) for _, shape, kind in _plan(source, quant))
 
 
-def _source(path: Path, name: str, model: Model, words: Vocabulary) -> DecoderSource:
-    shapes = KINDS[model.text["kind"]](model.text)
-    tensors = {n: SourceTensor(n, path, "F32", shape, 0) for n, shape in shapes.items()}
-    return DecoderSource(tensors, model.text, words, name)
-
-
-def _plan(source: DecoderSource, quant: str) -> list[tuple[str, SourceTensor, str]]:
-    found = list(layout(source, "F32"))
-    names = {name for name, _, _ in found}
-    output = "output.weight" if "output.weight" in names else TOKEN_EMBEDDING
+def _plan(source: DecoderSource, quant: str) -> list[tuple[str, Shape, str]]:
+    """Name, shape and type of every tensor, in the order of the file."""
+    shapes = {name: tensor.shape for name, tensor, _ in layout(source, "F32")}
+    output = "output.weight" if "output.weight" in shapes else TOKEN_EMBEDDING
     return [
-        (name, t, _type(name, quant, source.config, output) if len(t.shape) > 1 else "F32")
-        for name, t, _ in found
+        (name, shape, _type(name, quant, source.config, output) if len(shape) > 1 else "F32")
+        for name, shape in shapes.items()
     ]
 
 
@@ -110,6 +105,8 @@ def _type(name: str, quant: str, config: Config, output: str) -> str:
     mix = _MIXES[quant]
     if name == output:
         return mix.output
+    if ".attn_qkv." in name:
+        return mix.fused or mix.most
     if ".attn_v." not in name and ".ffn_down." not in name:
         return mix.most
     layer, n = int(name.split(".")[1]), config["num_hidden_layers"]
@@ -122,12 +119,12 @@ def _type(name: str, quant: str, config: Config, output: str) -> str:
     return mix.more if mix.more and more else mix.most
 
 
-def _bytes(shape: tuple[int, ...], kind: str) -> int:
+def _bytes(shape: Shape, kind: str) -> int:
     elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     return int(np.prod(shape)) // elements * size
 
 
-def _values(shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> Bytes:
+def _values(shape: Shape, kind: str, rng: np.random.Generator) -> Bytes:
     """The bytes of a tensor: ones for the norms, for matrices random values or random blocks with
     sane scales.
     """
@@ -144,7 +141,7 @@ def _values(shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> Byte
 
 
 def _plain(kind: str, n: int, rng: np.random.Generator) -> Bytes:
-    values = rng.standard_normal(n, np.float32) * np.float32(_DEVIATION)
+    values = rng.standard_normal(n, np.float32) * np.float32(DEVIATION)
     if kind == "BF16":
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     return values.astype(np.float16 if kind == "F16" else np.float32).view(np.uint8)

@@ -64,6 +64,10 @@ class Graph:
         """The axes in another order."""
         return self.node("Transpose", x, perm=axes)
 
+    def split(self, x: str, parts: int) -> list[str]:
+        """The last axis in equal parts."""
+        return self._nodes("Split", (x,), parts, {"axis": -1, "num_outputs": parts})
+
     def linear(self, x: str, rows: int, columns: int) -> str:
         """A linear map with a bias, float32."""
         product = self.node("MatMul", x, self.random(rows, columns, std=rows**-0.5))

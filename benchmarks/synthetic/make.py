@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes, write_decoder
-from edgevlm.benchmarks.synthetic.models import MODELS, PREFIX, Files
+from edgevlm.benchmarks.synthetic.models import MODELS, PREFIX
 from edgevlm.bundle import (
     FORMAT,
     MANIFEST,
@@ -52,21 +52,21 @@ def synthetic(name: str, quant: str, starts: Callable[[str], None] = lambda _: N
     return open_bundle(folder)
 
 
-def describe(files: Files, name: str) -> tuple[Family, Model]:
-    """The family of a checkpoint's JSON files and what they mean."""
-    family = by_model_type(files["config.json"]["model_type"], name)
-    return family, family.describe(Source(files))
+def describe(source: Source, name: str) -> tuple[Family, Model]:
+    """The family of a checkpoint and what it says of the model."""
+    family = by_model_type(source.files["config.json"]["model_type"], name)
+    return family, family.describe(source)
 
 
-def make(destination: Path, name: str, files: Files, quant: str) -> None:
-    """Writes a bundle of random weights in the shapes that a checkpoint's JSON files state.
+def make(destination: Path, name: str, source: Source, quant: str) -> None:
+    """Writes a bundle of random weights in the shapes of a checkpoint.
 
     Raises BenchError without room on the disk, EngineMissing without onnx.
     """
     from edgevlm.benchmarks.synthetic.connectors import write_projector
     from edgevlm.benchmarks.synthetic.towers import write_encoder
 
-    family, model = describe(files, name)
+    family, model = describe(source, name)
     _check_disk(destination, model, quant)
     with writing(destination) as folder:
         write_decoder(folder / FILE, name, model, quant)

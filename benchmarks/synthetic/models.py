@@ -1,4 +1,4 @@
-"""Which models can be made: a name, and the JSON files of the published checkpoint.
+"""Which models can be made: a name, and what a family is told of the published checkpoint.
 
 To add one, add its entry here; its family says the rest. A part of a new kind needs its graph in
 towers.py or connectors.py, too.
@@ -10,15 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgevlm.benchmarks.published import CLIP, MOBILEPALO, PALIGEMMA
-from edgevlm.family import TOWER, Config
+from edgevlm.family import TOWER, Source
 
 # Begins the name of every synthetic model, in its manifest and so in every report.
 PREFIX = "synthetic-"
 
-Files = Mapping[str, Config]
 
-
-def _paligemma(size: int, **text: Any) -> Files:
+def _paligemma(size: int, **text: Any) -> Source:
     """PaliGemma at a picture size; `text` is its decoder's config where it is not version 1's."""
     config: dict[str, Any] = PALIGEMMA | {
         "vision_config": PALIGEMMA["vision_config"] | {"image_size": size}
@@ -28,7 +26,7 @@ def _paligemma(size: int, **text: Any) -> Files:
             "text_config": {"model_type": "gemma2", "vocab_size": 257216, **text},
             "projection_dim": text["hidden_size"],
         }
-    return {"config.json": config}
+    return Source({"config.json": config})
 
 
 _GEMMA2_2B = {
@@ -41,10 +39,10 @@ _GEMMA2_9B = {
 }  # fmt: skip
 
 
-def _llava(model_type: str, projector: str, **text: Any) -> Files:
+def _llava(model_type: str, projector: str, **text: Any) -> Source:
     """LLaVA's own layout with OpenAI's large CLIP; `text` is what differs from MobileLLaMA-1.4B."""
     config = MOBILEPALO | {"model_type": model_type, "mm_projector_type": projector} | text
-    return {"config.json": config, f"{TOWER}config.json": CLIP}
+    return Source({"config.json": config, f"{TOWER}config.json": CLIP})
 
 
 _MOBILELLAMA_3B = {
@@ -78,16 +76,16 @@ _TINY_LLAVA = {
     "vision_feature_select_strategy": "default",
 }
 
-MODELS: Mapping[str, Files] = {
+MODELS: Mapping[str, Source] = {
     "paligemma-3b-224": _paligemma(224),
     "paligemma-3b-448": _paligemma(448),
     "paligemma-3b-896": _paligemma(896),
     "paligemma2-3b-224": _paligemma(224, **_GEMMA2_2B),
     "paligemma2-3b-448": _paligemma(448, **_GEMMA2_2B),
     "paligemma2-10b-224": _paligemma(224, **_GEMMA2_9B),
-    "mobilepalo-1.7b": {"config.json": MOBILEPALO, f"{TOWER}config.json": CLIP},
+    "mobilepalo-1.7b": _llava("palo", "ldpnet"),
     "mobilevlm-v2-1.7b": _llava("mobilevlm", "ldpnetv2"),
     "mobilevlm-v2-3b": _llava("mobilevlm", "ldpnetv2", **_MOBILELLAMA_3B),
-    "tiny-llava-v1": {"config.json": _TINY_LLAVA},
+    "tiny-llava-v1": Source({"config.json": _TINY_LLAVA}),
     "llava-1.5-7b": _llava("llava_llama", "mlp2x_gelu", **_VICUNA_7B),
 }

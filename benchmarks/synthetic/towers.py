@@ -32,10 +32,7 @@ def siglip(graph: Graph, config: Config) -> None:
 def clip(graph: Graph, config: Config) -> None:
     """CLIP up to the layer that is read: a class token in front, which most models do not read."""
     width, rows = config["hidden_size"], (config["image_size"] // config["patch_size"]) ** 2 + 1
-    x = _embedded(graph, config)
-    shape = graph.constant([1, width], np.int64)
-    shape = graph.node("Concat", graph.node("Shape", x, start=0, end=1), shape, axis=0)
-    x = graph.node("Concat", graph.node("Expand", graph.random(width), shape), x, axis=1)
+    x = _with_class(graph, _embedded(graph, config), width)
     x = graph.node("Add", x, graph.random(1, rows, width))
     x = graph.norm(x, width, config["layer_norm_eps"])
     bend = {"quick_gelu": graph.quick_gelu, "gelu": graph.gelu}[config["hidden_act"]]
@@ -44,7 +41,16 @@ def clip(graph: Graph, config: Config) -> None:
     graph.node("Slice", x, start, graph.constant([rows], np.int64), graph.constant([1], np.int64))
 
 
-TOWERS: dict[str, Callable[[Graph, Config], None]] = {"siglip": siglip, "clip": clip}
+def eva(graph: Graph, config: Config) -> None:
+    """EVA: a class token in front, queries, keys and values from one map, a norm at the end."""
+    width, rows = config["hidden_size"], patches(config)
+    x = _with_class(graph, _embedded(graph, config, graph.constant(np.zeros(width))), width)
+    x = graph.node("Add", x, graph.random(1, rows, width))
+    x = _layers(graph, x, config, rows, graph.gelu)
+    graph.norm(x, width, config["final_norm_eps"])
+
+
+TOWERS: dict[str, Callable[[Graph, Config], None]] = {"siglip": siglip, "clip": clip, "eva": eva}
 
 
 def _embedded(graph: Graph, config: Config, *bias: str) -> str:
@@ -53,6 +59,13 @@ def _embedded(graph: Graph, config: Config, *bias: str) -> str:
     kernel = graph.random(width, 3, patch, patch)
     x = graph.node("Conv", "pixels", kernel, *bias, strides=[patch, patch])
     return graph.transpose(graph.reshape(x, 0, width, -1), 0, 2, 1)
+
+
+def _with_class(graph: Graph, x: str, width: int) -> str:
+    """The class token in front of the patches of every picture."""
+    shape = graph.constant([1, width], np.int64)
+    shape = graph.node("Concat", graph.node("Shape", x, start=0, end=1), shape, axis=0)
+    return graph.node("Concat", graph.node("Expand", graph.random(width), shape), x, axis=1)
 
 
 def _layers(graph: Graph, x: str, config: Config, rows: int, bend: Callable[[str], str]) -> str:
@@ -66,11 +79,13 @@ def _attention(graph: Graph, x: str, config: Config, rows: int) -> str:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     each = width // heads
     inside = graph.quantized(graph.norm(x, width, config["layer_norm_eps"]))
-    q, k, v = (
-        graph.reshape(graph.linear8(inside, width, width), 0, rows, heads, each) for _ in range(3)
-    )
-    q, k, v = (graph.transpose(q, 0, 2, 1, 3), graph.transpose(k, 0, 2, 3, 1),
-               graph.transpose(v, 0, 2, 1, 3))  # fmt: skip
+    if config["kind"] == "eva":
+        parts = graph.split(graph.linear8(inside, width, 3 * width), 3)
+    else:
+        parts = [graph.linear8(inside, width, width) for _ in range(3)]
+    q, k, v = (graph.reshape(part, 0, rows, heads, each) for part in parts)
+    q, k = graph.transpose(q, 0, 2, 1, 3), graph.transpose(k, 0, 2, 3, 1)
+    v = graph.transpose(v, 0, 2, 1, 3)
     scores = graph.node("Mul", graph.node("MatMul", q, k), graph.constant(each**-0.5))
     mixed = graph.node("MatMul", graph.node("Softmax", scores, axis=-1), v)
     mixed = graph.reshape(graph.transpose(mixed, 0, 2, 1, 3), 0, rows, width)

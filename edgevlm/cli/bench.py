@@ -197,6 +197,8 @@ def _extras(
 
     folder = open_bundle(resolve(reference)).folder if reference else None
     own = {}
+    if not peers and (checkpoint or tower or pythons):
+        raise click.UsageError("--checkpoint, --vision-tower and --peer-python belong to --peers")
     if peers:
         from edgevlm.benchmarks.peers.run import own_pythons
 
