@@ -49,7 +49,7 @@ def compare(encoder: VisionEncoder, cpu: VisionEncoder, size: int) -> float:
     mine, right = encoder.features(pixels), cpu.features(pixels)
     # The CPU's features go through both projectors, so that each graph is judged alone.
     rows = encoder.project(right), cpu.project(right)
-    return min(_worst_cosine(mine, right), _worst_cosine(*rows))
+    return min(worst_cosine(mine, right), worst_cosine(*rows))
 
 
 def picture(size: int) -> Float:
@@ -62,7 +62,8 @@ def picture(size: int) -> Float:
     return np.ascontiguousarray(pixels[None], np.float32)
 
 
-def _worst_cosine(a: Float, b: Float) -> float:
+def worst_cosine(a: Float, b: Float) -> float:
+    """The smallest cosine of any two rows of the same place; -1 where one is not finite."""
     x, y = (v.reshape(-1, v.shape[-1]).astype(np.float64) for v in (a, b))
     with np.errstate(all="ignore"):
         cosines = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
