@@ -325,5 +325,6 @@ def _chain(s: Sampling, n_vocab: int, window: int) -> list[llama.llama_sampler_p
 
 def cpu_features() -> list[str]:
     """What this build of llama.cpp uses of the processor, such as AVX2."""
+    ggml.quiet()
     found: list[bytes] = re.findall(rb"(\w+) = 1", llama.llama_print_system_info())
     return [name.decode() for name in found]

@@ -115,7 +115,7 @@ def _step(vlm: VLM, token: int) -> Callable[[], object]:
 
 
 def _answer(vlm: VLM, picture: Path, tokens: list[int] | None) -> tuple[Float, list[int]]:
-    """Logits [1 + n, n_vocab] after the prefix and after each token, greedy where none are given."""
+    """Logits [1 + n, n_vocab] after the prefix and each token; greedy where none are given."""
     model = vlm.parts
     _prefill(vlm, picture)()
     logits, read = [model.decoder.logits().copy()], []
