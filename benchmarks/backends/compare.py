@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 import edgevlm
 from edgevlm.image import preprocess, read_image
@@ -131,10 +132,11 @@ def _divergence(right: Float, found: Float) -> float:
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-def _log_softmax(logits: Float) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _log_softmax(logits: Float) -> npt.NDArray[np.float64]:
     z = logits.astype(np.float64)
     z -= z.max(1, keepdims=True)
-    return z - np.log(np.exp(z).sum(1, keepdims=True))
+    z -= np.log(np.exp(z).sum(1, keepdims=True))
+    return z
 
 
 def _in_turn(*calls: Callable[[], object]) -> list[float]:

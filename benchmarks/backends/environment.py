@@ -6,9 +6,7 @@ import importlib.metadata
 import os
 import site
 import subprocess
-import sys
 import venv
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +27,8 @@ class Job:
     half: str
     word: str
     packages: tuple[str, ...]
-    build: Mapping[str, str] = field(default_factory=dict)
-    run: Mapping[str, str] = field(default_factory=dict)
+    build: dict[str, str] = field(default_factory=dict)
+    run: dict[str, str] = field(default_factory=dict)
     needs: str = ""
 
 
@@ -88,6 +86,6 @@ def run(job: Job, arguments: list[str], folder: Path | None = None) -> int:
     """Runs the comparison in the job's environment; returns its exit code."""
     # A PYTHONPATH would stand before the job's own packages.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | job.run
-    command = [python(job, folder), "-m", "edgevlm.benchmarks.backends", job.name, "--here"]
-    sys.stdout.flush()
-    return subprocess.run([*command, *arguments], env=env, check=False).returncode
+    module = ["-m", "edgevlm.benchmarks.backends", job.name, "--here"]
+    command = [str(python(job, folder)), *module, *arguments]
+    return subprocess.run(command, env=env, check=False).returncode
