@@ -17,6 +17,7 @@ import llama_cpp as llama
 import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
+from edgevlm.runtimes import ggml
 from edgevlm.runtimes.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.engines import Cancelled, Float
 from edgevlm.runtimes.hooks import GraphHook, graph_hook
@@ -54,7 +55,7 @@ class LlamaDecoder:
         repack: bool = True,
         offload: Offload = ON_THE_CPU,
     ) -> None:
-        _quiet()
+        ggml.quiet()
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = offload.layers
@@ -63,14 +64,12 @@ class LlamaDecoder:
         devices = (ctypes.c_void_p * (len(handles) + 1))(*handles)
         params.devices = ctypes.cast(devices, ctypes.c_void_p)
         params.use_extra_bufts = repack
-        _log.clear()
-        _layers[:] = 0, 0
         self._model = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model and offload.device:
-            raise EngineError(f"{offload.device.name} cannot load the decoder ({_last_log()})")
+            raise EngineError(f"{offload.device.name} cannot load the decoder ({ggml.last_log()})")
         if not self._model:
-            raise BundleCorrupt(path, f"llama.cpp cannot load it ({_last_log()})")
-        self.layers = _offloaded()
+            raise BundleCorrupt(path, f"llama.cpp cannot load it ({ggml.last_log()})")
+        self.layers = ggml.offloaded()
         self._vocab = llama.llama_model_get_vocab(self._model)
         model, vocabulary = self._model, llama.llama_vocab_n_tokens(self._vocab)
         found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
@@ -202,7 +201,7 @@ class LlamaDecoder:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = i >= first_logits
-        _log.clear()
+        ggml.log.clear()
         if self._hook:
             self._hook.start()
         # Always on the same thread, a prefill's: a second one would have OpenMP workers of its own,
@@ -212,7 +211,7 @@ class LlamaDecoder:
         if status == 2:
             raise Cancelled
         if status != 0:
-            raise EngineError(f"llama.cpp could not decode, status {status} ({_last_log()})")
+            raise EngineError(f"llama.cpp could not decode, status {status} ({ggml.last_log()})")
         if self._hook:
             self._check(self._hook)
         self._past += n
@@ -271,11 +270,11 @@ class LlamaDecoder:
         if self._f32:
             params.type_k = params.type_v = llama.GGML_TYPE_F32
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        _log.clear()
+        ggml.log.clear()
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise EngineError(
-                f"llama.cpp cannot make a context of {params.n_ctx} positions ({_last_log()}); "
+                f"llama.cpp cannot make a context of {params.n_ctx} positions ({ggml.last_log()}); "
                 "free some memory or shorten the request"
             )
         self._n_ctx, self._n_batch, self._past = params.n_ctx, n_batch, 0
@@ -343,32 +342,6 @@ def _chain(s: Sampling, n_vocab: int, window: int) -> list[llama.llama_sampler_p
 
 def cpu_features() -> list[str]:
     """What this build of llama.cpp uses of the processor, such as AVX2."""
+    ggml.quiet()
     found: list[bytes] = re.findall(rb"(\w+) = 1", llama.llama_print_system_info())
     return [name.decode() for name in found]
-
-
-_log: list[str] = []
-# Layers that the last model loaded has on a device, of how many: llama.cpp says so in its log only.
-_layers = [0, 0]
-
-
-@llama.llama_log_callback  # type: ignore[untyped-decorator]
-def _collect(level: int, text: bytes, _: object) -> None:
-    # GGML_LOG_LEVEL_WARN and above; kept for the message of the next error, never printed.
-    if level >= 3:
-        _log.append(text.decode("utf-8", "replace").strip())
-        del _log[:-20]
-    elif match := re.search(rb"offloaded (\d+)/(\d+) layers", text):
-        _layers[:] = map(int, match.groups())
-
-
-def _quiet() -> None:
-    llama.llama_log_set(_collect, None)
-
-
-def _offloaded() -> tuple[int, int]:
-    return _layers[0], _layers[1]
-
-
-def _last_log() -> str:
-    return next((line for line in reversed(_log) if line), "no reason given")

@@ -1,7 +1,7 @@
-"""The first use of a provider: its features beside the CPU's, and the result kept on disk.
+"""The first use of a provider: its features and its speed beside the CPU's, kept on disk.
 
 Providers for NPUs and GPUs compute wrong features without a word more often than they fail; one
-picture through both is a second once, and every later start reads the number.
+picture through both takes seconds once, and every later start reads the numbers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,21 @@ from edgevlm.runtimes.engines import Float, VisionEncoder
 # What the exporter allows 8-bit quantization to move any feature by (its VisionPrecision): a device
 # that moves one further than that is no longer this model.
 BOUND = 0.99
+# Enough for one that nothing else disturbs.
+_RUNS = 3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the first use found; everything but `cosine` says what it was found for."""
+    """What the first use found: the worst cosine of a row, and milliseconds for a picture.
+
+    `cpu_ms` is the CPU's time at the precision that it runs best; what follows says what all this
+    was found for.
+    """
 
     cosine: float
+    encode_ms: float
+    cpu_ms: float
     files: tuple[str, ...]
     provider: str
     version: str
@@ -49,7 +58,19 @@ def compare(encoder: VisionEncoder, cpu: VisionEncoder, size: int) -> float:
     mine, right = encoder.features(pixels), cpu.features(pixels)
     # The CPU's features go through both projectors, so that each graph is judged alone.
     rows = encoder.project(right), cpu.project(right)
-    return min(_worst_cosine(mine, right), _worst_cosine(*rows))
+    return min(worst_cosine(mine, right), worst_cosine(*rows))
+
+
+def encode_ms(encoder: VisionEncoder, size: int) -> float:
+    """The fastest of a few runs of the fixed picture, after one that warms up."""
+    pixels = picture(size)
+    encoder.features(pixels)
+    times = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        encoder.features(pixels)
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e3
 
 
 def picture(size: int) -> Float:
@@ -62,7 +83,8 @@ def picture(size: int) -> Float:
     return np.ascontiguousarray(pixels[None], np.float32)
 
 
-def _worst_cosine(a: Float, b: Float) -> float:
+def worst_cosine(a: Float, b: Float) -> float:
+    """The smallest cosine of any two rows of the same place; -1 where one is not finite."""
     x, y = (v.reshape(-1, v.shape[-1]).astype(np.float64) for v in (a, b))
     with np.errstate(all="ignore"):
         cosines = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)

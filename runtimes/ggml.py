@@ -1,4 +1,4 @@
-"""What llama.cpp's libraries offer and what a decoder's file holds, asked through ggml's C API."""
+"""What llama.cpp offers, what it says, and what a decoder's file holds, by ggml's C API."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from edgevlm.specs import DecoderSpec
 
 # enum ggml_backend_dev_type; accelerators such as BLAS (3) work on the CPU's tensors.
 _GPU, _IGPU = 1, 2
+# enum ggml_log_level.
+_WARN = 3
 # Rows of a picture and a question in one batch, for the size of intermediate results.
 _BATCH_ROWS = 512
 _SCORED_ROWS = 16
@@ -56,8 +58,41 @@ _u32 = _declare(_base, "gguf_get_val_u32", c_uint32, c_void_p, c_int64)
 _GGUF_UINT32 = 4
 
 
+# The last warnings and errors, for the message of the next error; never printed.
+log: list[str] = []
+# Layers that the last model loaded has on a device, of how many: llama.cpp says so in its log only.
+_layers = [0, 0]
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _collect(level: int, text: bytes, _: object) -> None:
+    if level >= _WARN:
+        log.append(text.decode("utf-8", "replace").strip())
+        del log[:-20]
+    elif match := re.search(rb"offloaded (\d+)/(\d+) layers", text):
+        _layers[:] = map(int, match.groups())
+
+
+def quiet() -> None:
+    """Keeps what llama.cpp says to itself and forgets what it said before."""
+    llama_cpp.llama_log_set(_collect, None)
+    log.clear()
+    _layers[:] = 0, 0
+
+
+def last_log() -> str:
+    """The last thing that llama.cpp complained about."""
+    return next((line for line in reversed(log) if line), "no reason given")
+
+
+def offloaded() -> tuple[int, int]:
+    """Layers that the last model loaded since `quiet` has on a device, and of how many."""
+    return _layers[0], _layers[1]
+
+
 def devices() -> list[LlamaDevice]:
     """The devices beside the CPU that this build of llama.cpp offers here."""
+    quiet()
     found = []
     for i in range(_count()):
         handle = _get(i)

@@ -135,8 +135,6 @@ class Ort:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
-        for key, value in provider.entries.items():
-            options.add_session_config_entry(key, value)
         if provider is not CPU:
             # One picture at a time, so every shape is known and compilers can plan for it.
             options.add_free_dimension_override_by_name("n", 1)
@@ -149,7 +147,7 @@ class Ort:
         if offer.handle is not None:
             options.add_provider_for_devices([offer.handle], given)
             return self.module.InferenceSession(str(graph), options)
-        given |= offer.provider.device
+        given |= {k: v.format(**values) for k, v in offer.provider.device.items()}
         # A provider that cannot start says so on stderr, through a logger of the whole process.
         self.module.set_default_logger_severity(4)
         # Without enable_fallback=0 onnxruntime prints and goes on with the CPU.

@@ -1,7 +1,7 @@
 """Which provider runs the vision encoder: the choices tried in turn, every refusal with a reason.
 
 Knows the table of providers and `Ort`, not onnxruntime. A provider is taken when it opens the
-graphs, runs nodes of them, and computes what the CPU computes.
+graphs, runs nodes of them, and computes what the CPU computes; by `auto` when it is faster, too.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from edgevlm.runtimes.ort import Counts, Ort, Unfit, counts
 from edgevlm.runtimes.providers import CPU, Offer, candidates, pick
 from edgevlm.types import Placement
 
-# Below this share of nodes `auto` leaves a provider alone: every change between it and the CPU
-# copies the features. A guess; no device was here to measure it.
-_WORTHWHILE = 0.8
 _FALLBACK = Offer(CPU, "")
 
 
@@ -79,13 +76,14 @@ class _Opener:
         key = firstuse.key(*files, offer.provider.name, offer.word, offer.version, offer.hardware)
         verdict = self._memory.recall(key)
         if verdict is not None:
-            _refuse_unsound(verdict)
+            self._judge(verdict)
         encoder, placed = self._encoder(offer, precision, self._cache / "compiled" / key)
-        self._refuse_unplaced(placed)
+        if placed.placed == 0:
+            raise Unfit(f"it runs none of the graphs' {placed.total} nodes")
         if verdict is None:
             verdict = self._first_use(offer, precision, encoder)
             self._memory.remember(key, verdict)
-            _refuse_unsound(verdict)
+            self._judge(verdict)
         return encoder, self._placed(offer, precision, placed, verdict.cosine, notes)
 
     def _encoder(self, offer: Offer, precision: str, folder: Path) -> tuple[OrtEncoder, Counts]:
@@ -102,20 +100,37 @@ class _Opener:
         return encoder, counts(vision, offer.provider) + counts(projector, offer.provider)
 
     def _first_use(self, offer: Offer, precision: str, encoder: OrtEncoder) -> Verdict:
-        cpu, _ = self._encoder(_FALLBACK, precision, Path())
+        size = self._bundle.manifest.image.size
+        best = pick(self._wish.cpu_precisions, self._bundle.vision_precisions)
+        same, _ = self._encoder(_FALLBACK, precision, Path())
+        fastest = same if best == precision else self._encoder(_FALLBACK, best, Path())[0]
         try:
-            cosine = firstuse.compare(encoder, cpu, self._bundle.manifest.image.size)
+            return Verdict(
+                firstuse.compare(encoder, same, size),
+                firstuse.encode_ms(encoder, size),
+                firstuse.encode_ms(fastest, size),
+                self._files(precision),
+                offer.word,
+                offer.version,
+                offer.hardware,
+            )
         except EngineError as e:
             raise Unfit(str(e)) from None
         finally:
-            cpu.close()
-        return Verdict(cosine, self._files(precision), offer.word, offer.version, offer.hardware)
+            for cpu in {same, fastest}:
+                cpu.close()
 
-    def _refuse_unplaced(self, placed: Counts) -> None:
-        if placed.placed == 0:
-            raise Unfit(f"it runs none of the graphs' {placed.total} nodes")
-        if self._wish.word == "auto" and placed.placed < _WORTHWHILE * placed.total:
-            raise Unfit(f"it runs only {placed.placed} of the graphs' {placed.total} nodes")
+    def _judge(self, verdict: Verdict) -> None:
+        if not verdict.sound:
+            raise Unfit(
+                f"its features differ from the CPU's (cosine {verdict.cosine:.4f}, at least "
+                f"{BOUND})"
+            )
+        if self._wish.word == "auto" and verdict.encode_ms > verdict.cpu_ms:
+            raise Unfit(
+                f"it encodes a picture in {verdict.encode_ms:.3g} ms, "
+                f"the CPU in {verdict.cpu_ms:.3g} ms"
+            )
 
     def _files(self, precision: str) -> tuple[str, ...]:
         """The hashes of everything that the encoder is made of."""
@@ -147,10 +162,3 @@ class _Opener:
 
 def _hashes(component: Component) -> tuple[str, ...]:
     return tuple(record.sha256 for record in component.files)
-
-
-def _refuse_unsound(verdict: Verdict) -> None:
-    if not verdict.sound:
-        raise Unfit(
-            f"its features differ from the CPU's (cosine {verdict.cosine:.4f}, at least {BOUND})"
-        )

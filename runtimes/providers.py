@@ -25,12 +25,13 @@ class Provider:
 
     word, kind: what the user says. name: onnxruntime's. install: the line that installs it. plugin:
     a module whose get_library_path() onnxruntime loads. systems: sys.platform where it exists.
-    auto: whether `auto`, `gpu` and `npu` may take it. precisions: of the vision encoder, the ones
-    it runs best first. options: for the provider; device: those that choose the hardware, needless
-    where onnxruntime's device API does. entries: session configuration. `{folder}` in a value is a
-    folder for what is compiled, `{threads}` the number of threads. context: compiled graphs are
-    kept as an ONNX file that holds the provider's own binary. plain_memory: onnxruntime's memory
-    pattern must be off. threads: the provider has workers of its own, onnxruntime's would be idle.
+    auto: whether `auto`, `gpu` and `npu` may take it; `auto` does only where it is faster than the
+    CPU. precisions: of the vision encoder, the ones it runs best first. options: for the provider;
+    device: those that choose the hardware, needless where onnxruntime's device API does. `{folder}`
+    in a value is a folder for what is compiled, `{threads}` the number of threads. context:
+    compiled graphs are kept as an ONNX file that holds the provider's own binary. plain_memory:
+    onnxruntime's memory pattern must be off. threads: the provider has workers of its own,
+    onnxruntime's would be idle.
     """
 
     word: str
@@ -43,7 +44,6 @@ class Provider:
     precisions: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     device: Mapping[str, str] = field(default_factory=dict)
-    entries: Mapping[str, str] = field(default_factory=dict)
     context: bool = False
     plain_memory: bool = False
     threads: bool = False
@@ -206,10 +206,10 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         **_OPENVINO,  # type: ignore[arg-type]
         kind="cpu",
-        # auto stays with onnxruntime's own CPU provider, which runs int8 faster (docs/devices.md).
+        # It loads for seconds and runs int8 slower than onnxruntime's own CPU (docs/devices.md).
         auto=False,
         precisions=("qdq8", "fp32", "fp16"),
-        device={"device_type": "CPU"},
+        device={"device_type": "CPU", "num_of_threads": "{threads}"},
         threads=True,
     ),
     Provider(

@@ -213,3 +213,27 @@ def test_bad_input_gives_one_line(case, edge, picture, tmp_path, monkeypatch):
     lines = [line for line in err.splitlines() if "built-in" not in line]
     assert len(lines) == 1 and lines[0].startswith("edgevlm: ") and message in lines[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["picture.png"]
+
+
+def test_doctor_shows_what_is_here_what_is_missing_and_what_is_used(edge, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = edge("doctor", "-m", "mine")
+    assert code == 0 and edge.loaded[-1][0] == "mine"
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for title in ("Vision encoder", "Decoder", "Settings where you choose none", "mine uses"):
+        assert title in lines
+    assert "CPUExecutionProvider" in out and "llama-cpp-python" in out
+    # Nobody has every vendor's hardware: something is missing, and its line stands there.
+    assert "pip install onnxruntime" in out and "CMAKE_ARGS=-DGGML_" in out
+    assert [" ".join(line.split()) for line in lines[-2:]] == ["vision cpu", "decoder cpu"]
+
+
+def test_stats_say_why_a_device_was_passed_over(edge, picture, monkeypatch):
+    vlm = fakes.vlm("a red circle")
+    notes = ("cuda: no driver",)
+    vision = edgevlm.Placement("auto", "webgpu", "W", placed=3, total=4, unit="nodes", notes=notes)
+    vlm.devices = edgevlm.Devices(vision, vlm.devices.decoder)
+    monkeypatch.setattr(edgevlm, "load", lambda *_, **__: vlm)
+    err = edge("ask", "x", "-i", picture, "--stats")[2]
+    assert "vision on webgpu, 3 of 4 nodes, 1 on the CPU\n  not cuda: no driver\n" in err

@@ -1,0 +1,150 @@
+"""One half of a model on another back end beside the CPU: the same numbers, and how fast.
+
+Both are loaded at once and take turns, so that whatever else the machine does hits both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+import edgevlm
+from edgevlm.image import preprocess, read_image
+from edgevlm.runtimes.engines import Float
+from edgevlm.runtimes.firstuse import worst_cosine
+from edgevlm.runtimes.request import input_rows, prefill, prepare
+from edgevlm.runtimes.session import VLM
+from edgevlm.sampling import Sampling
+
+_ROUNDS = 5
+_TOKENS = 16
+_PROMPT = "What is in the picture?"
+
+VISION_HEAD = (
+    "model", "runs", "features", "embeddings", "first start", "second start", "encode", "CPU"
+)  # fmt: skip
+DECODER_HEAD = (
+    "model", "runs", "logits", "divergence", "same tokens", "prefill", "CPU", "a token", "CPU"
+)  # fmt: skip
+
+
+def vision(folder: Path, word: str, picture: Path) -> tuple[str, ...]:
+    """The row of a bundle's encoder: worst cosines of a row, starts and medians of a picture."""
+    starts = []
+    for _ in range(2):
+        with edgevlm.load(folder, vision_device=word, decoder_device="cpu") as vlm:
+            starts.append(vlm.load_ms)
+    with (
+        edgevlm.load(folder, vision_device=word, decoder_device="cpu") as other,
+        edgevlm.load(folder, device="cpu") as cpu,
+    ):
+        pixels = preprocess(read_image(picture), cpu.manifest.image)[None]
+        features = [m.parts.encoder.features(pixels) for m in (other, cpu)]
+        embeddings = [m.parts.encoder.project(features[1]) for m in (other, cpu)]
+        times = _in_turn(
+            lambda: other.parts.encoder.features(pixels), lambda: cpu.parts.encoder.features(pixels)
+        )
+        return (
+            f"{cpu.manifest.name}, {cpu.devices.vision.precision}",
+            str(other.devices.vision).partition(", cosine")[0],
+            f"{worst_cosine(*features):.6f}",
+            f"{worst_cosine(*embeddings):.6f}",
+            *(f"{s:.0f} ms" for s in starts),
+            *(f"{t:.1f} ms" for t in times),
+        )
+
+
+def decoder(folder: Path, word: str, picture: Path) -> tuple[str, ...]:
+    """The row of a bundle's decoder on the CPU's rows and tokens.
+
+    Its largest difference of a logit in standard deviations, the mean divergence of the next
+    token's distribution in nats, how often the likeliest token is the same, and medians.
+    """
+    with (
+        edgevlm.load(folder, vision_device="cpu", decoder_device=word) as other,
+        edgevlm.load(folder, device="cpu") as cpu,
+    ):
+        right, tokens = _answer(cpu, picture, None)
+        found, _ = _answer(other, picture, tokens)
+        apart = np.abs(found - right).max() / right.std()
+        divergence = _divergence(right, found)
+        same = (found.argmax(1) == right.argmax(1)).mean()
+        prefills = _in_turn(*(_prefill(m, picture) for m in (other, cpu)))
+        steps = _in_turn(*(_step(m, tokens[0]) for m in (other, cpu)))
+        return (
+            f"{cpu.manifest.name}, {cpu.manifest.components['decoder'].precision}",
+            str(other.devices.decoder),
+            f"{apart:.2g}",
+            f"{divergence:.2g}",
+            f"{same:.0%}",
+            *(f"{t:.1f} ms" for t in (*prefills, *steps)),
+        )
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Markdown."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _prefill(vlm: VLM, picture: Path) -> Callable[[], object]:
+    model = vlm.parts
+    request = prepare(model, _PROMPT, [picture], Sampling(max_tokens=_TOKENS))
+    rows = input_rows(model, request)
+
+    def run() -> None:
+        model.decoder.clear()
+        prefill(model, request, rows, _TOKENS)
+        model.decoder.logits()
+
+    return run
+
+
+def _step(vlm: VLM, token: int) -> Callable[[], object]:
+    decoder = vlm.parts.decoder
+
+    def run() -> None:
+        decoder.step(token)
+        decoder.logits()
+
+    return run
+
+
+def _answer(vlm: VLM, picture: Path, tokens: list[int] | None) -> tuple[Float, list[int]]:
+    """Logits [1 + n, n_vocab] after the prefix and each token; greedy where none are given."""
+    model = vlm.parts
+    _prefill(vlm, picture)()
+    logits, read = [model.decoder.logits().copy()], []
+    for i in range(_TOKENS):
+        read.append(int(logits[-1].argmax()) if tokens is None else tokens[i])
+        model.decoder.step(read[-1])
+        logits.append(model.decoder.logits().copy())
+    return np.stack(logits), read
+
+
+def _divergence(right: Float, found: Float) -> float:
+    p, q = _log_softmax(right), _log_softmax(found)
+    return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+def _log_softmax(logits: Float) -> npt.NDArray[np.float64]:
+    z = logits.astype(np.float64)
+    z -= z.max(1, keepdims=True)
+    z -= np.log(np.exp(z).sum(1, keepdims=True))
+    return z
+
+
+def _in_turn(*calls: Callable[[], object]) -> list[float]:
+    """The median of each call in milliseconds, one round to warm up."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(_ROUNDS + 1):
+        for call, kept in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            kept.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(kept[1:]) for kept in times]
