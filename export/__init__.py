@@ -6,7 +6,7 @@ Importing this package loads nothing heavy; torch, optimum and onnx are needed w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edgevlm.bundle import Bundle
@@ -22,23 +22,25 @@ def export_bundle(
     out: str | os.PathLike[str],
     *,
     quant: str = "q4_k_m",
-    vision_precision: str = "int8",
+    vision_precision: str | Sequence[str] = "int8",
     verify: bool = True,
     name: str | None = None,
     vision_tower: str | os.PathLike[str] | None = None,
     template: str | None = None,
     image_fit: Fit | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Converts a checkpoint into a bundle in the folder `out` and returns it.
 
     `source` is a checkpoint folder or a model on the hub (`org/name[@revision]`); `quant` is one
-    of QUANTS, `vision_precision` one of VISION_PRECISIONS. With `verify` the bundle is compared
-    with the source, run by transformers in float32, where transformers is installed. `vision_tower`
-    is a folder or hub id to take the vision tower from, for checkpoints that leave it out;
-    `template` and `image_fit` choose another prompt template and fit of pictures than the
-    checkpoint's, where its family has several. `progress` is called with every step of a long
-    stage.
+    of QUANTS, `vision_precision` one of VISION_PRECISIONS, or several, the main one first. With
+    `verify` the bundle is compared with the source, run by transformers in float32, where
+    transformers is installed. `vision_tower` is a folder or hub id to take the vision tower from,
+    for checkpoints that leave it out; `template` and `image_fit` choose another prompt template and
+    fit of pictures than the checkpoint's, where its family has several. `calibration` is a folder
+    of pictures like those that the model will see: precisions that measure what flows through the
+    model then look at them, too. `progress` is called with every step of a long stage.
 
     Raises SourceError for a checkpoint that is incomplete or unknown, ParityError when the bundle
     does not answer like its source, ExportError or BundleError when there is no room, EngineMissing
@@ -47,6 +49,6 @@ def export_bundle(
     from edgevlm.export import pipeline
 
     options = pipeline.Options(
-        quant, vision_precision, verify, name, vision_tower, template, image_fit
+        quant, vision_precision, verify, name, vision_tower, template, image_fit, calibration
     )
     return pipeline.run(source, Path(out), options, progress)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +25,6 @@ from edgevlm.export.source import Checkpoint
 from edgevlm.export.tokenizer import read_vocabulary
 from edgevlm.family import Family, Model
 
-if TYPE_CHECKING:
-    from edgevlm.export.towers import Tower
-
-# A linear map whose 8-bit input would carry more noise than this share of its signal stays in
-# float32; each later limit is tried when the features are still too far from their source. Inputs
-# without outliers lie near 1e-4, and at the last limit nothing is quantized.
-_NOISE_LIMITS = (1e-3, 3e-4, 1e-4, 5e-5, 0.0)
 # Room for what the estimate does not count: headers, the tokenizer, rounding to blocks.
 _SPARE_BYTES = 64 << 20
 
@@ -46,9 +38,10 @@ class Job:
     model: Model
     parts: Mapping[str, Part]
     quant: Quant
-    vision: VisionPrecision
+    vision: tuple[VisionPrecision, ...]
     name: str
     report: Report | None = None
+    calibration: Path | None = None
 
 
 def elements(part: Part) -> int:
@@ -73,15 +66,23 @@ def check_disk(job: Job, out: Path) -> None:
 def _disk_bytes(job: Job) -> int:
     vision = elements(job.parts["vision"]) + elements(job.parts["projector"])
     language = elements(job.parts["decoder"])
-    # The float32 graph and, beside it, the quantizer's copies of it.
-    making_vision = vision * (12 if job.vision.name == "int8" else 8)
-    kept = vision * job.vision.bits / 8 + language * job.quant.bits / 8
+    # The float32 graph and, beside it, what quantizers make of it on their way.
+    making_vision = vision * 12
+    kept = vision * sum(v.bits for v in job.vision) / 8 + language * job.quant.bits / 8
     stored = sum(f.stat().st_size for f in job.checkpoint.weights)
     making_language = 0 if job.quant.direct else stored
     return int(max(making_vision, kept + making_language)) + _SPARE_BYTES
 
 
-def write(job: Job, folder: Path) -> dict[str, Component]:
+@dataclass(frozen=True)
+class Written:
+    """The components in a folder, and the further vision encoders by precision."""
+
+    components: Mapping[str, Component]
+    alternatives: Mapping[str, Component]
+
+
+def write(job: Job, folder: Path) -> Written:
     """Writes every component into `folder`; raises SourceError, ExportError or EngineMissing."""
     work = folder / "work"
     work.mkdir()
@@ -92,60 +93,58 @@ def write(job: Job, folder: Path) -> dict[str, Component]:
     vision = _write_vision(job, folder, work)
     projector = _write_projector(job, folder, work)
     shutil.rmtree(work)
-    files = {"vision": vision, "projector": projector, "decoder": gguf}
-    precisions = {"vision": job.vision.name, "projector": "fp32", "decoder": job.quant.name}
-    stage = Stage(
-        job.report, "hash", sum(os.path.getsize(f) for g in files.values() for f in g), "B"
-    )
-    return {
-        part: Component(
-            precisions[part], tuple(record(path, progress=stage.advance) for path in group)
-        )
-        for part, group in files.items()
-    }
+    parts = {"projector": ("fp32", projector), "decoder": (job.quant.name, gguf)}
+    return hashed(parts, vision, job.report)
 
 
-def _write_vision(job: Job, folder: Path, work: Path) -> list[Path]:
-    from edgevlm.export import onnx_files, vision
+def hashed(
+    parts: Mapping[str, tuple[str, list[Path]]],
+    vision: Mapping[str, list[Path]],
+    report: Report | None,
+) -> Written:
+    """The records of written files: parts as (precision, files), vision encoders by precision, the
+    main one first.
+    """
+    groups = [*(files for _, files in parts.values()), *vision.values()]
+    stage = Stage(report, "hash", sum(os.path.getsize(f) for group in groups for f in group), "B")
 
-    target, traced = folder / "vision.onnx", work / "vision.onnx"
-    stage = Stage(job.report, "vision", len(job.parts["vision"]) + 2, "tensors")
-    encoder = vision.build_encoder(job.model.vision, job.parts["vision"], stage)
-    vision.trace_encoder(encoder, traced)
+    def component(precision: str, files: list[Path]) -> Component:
+        return Component(precision, tuple(record(f, progress=stage.advance) for f in files))
+
+    main, *others = (component(precision, files) for precision, files in vision.items())
+    named = {name: component(*part) for name, part in parts.items()}
+    return Written({"vision": main, **named}, {c.precision: c for c in others})
+
+
+def _write_vision(job: Job, folder: Path, work: Path) -> dict[str, list[Path]]:
+    from edgevlm.export import vision
+
+    traced = work / "vision.onnx"
+    n_steps = len(job.parts["vision"]) + 1 + len(job.vision)
+    stage = Stage(job.report, "vision", n_steps, "tensors")
+    vision.trace_encoder(vision.build_encoder(job.model.vision, job.parts["vision"], stage), traced)
     stage.advance(1)
-    if job.vision.name == "int8":
-        _quantize_vision(job, encoder, traced, target)
-    else:
-        onnx_files.store(traced, target, job.vision.name)
-    stage.advance(1)
-    return onnx_files.files(target)
+    pixels = images.calibration(job.model.image, job.calibration)
+    return write_precisions(traced, folder, job.vision, pixels, stage)
 
 
-def _quantize_vision(job: Job, encoder: Tower, traced: Path, target: Path) -> None:
-    """Quantizes as much as keeps the features within the precision's cosine of float32."""
-    from edgevlm.export import onnx_files, vision
+def write_precisions(
+    source: Path,
+    folder: Path,
+    wanted: Sequence[VisionPrecision],
+    pixels: NDArray[np.float32],
+    stage: Stage,
+) -> dict[str, list[Path]]:
+    """A float32 encoder at several precisions, the first as vision.onnx; files by precision."""
+    from edgevlm.export import onnx_files, precisions
 
-    pixels = images.calibration(job.model.image)
-    noise = vision.activation_noise(encoder, pixels)
-    expected = vision.features(encoder, pixels)
-    vision.drop(encoder)
-    kept: list[str] | None = None
-    for limit in _NOISE_LIMITS:
-        loud = sorted(name for name, value in noise.items() if value > limit)
-        if loud == kept:
-            continue
-        kept = loud
-        keep = [vision.node_name(name) for name in loud]
-        onnx_files.store(traced, target, "int8", keep)
-        if distance(onnx_files.run(target, "pixels", pixels), expected) <= job.vision.cosine:
-            return
-
-
-def distance(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """The largest 1 - cosine between rows (last axis) of two arrays of one shape."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
-    return float((1 - (x * y).sum(-1) / np.maximum(norms, 1e-30)).max())
+    made = {}
+    for i, precision in enumerate(wanted):
+        target = folder / ("vision.onnx" if i == 0 else f"vision.{precision.name}.onnx")
+        precisions.convert(source, target, precision, pixels)
+        made[precision.name] = onnx_files.files(target)
+        stage.advance(1)
+    return made
 
 
 def _write_projector(job: Job, folder: Path, work: Path) -> list[Path]:
@@ -155,6 +154,6 @@ def _write_projector(job: Job, folder: Path, work: Path) -> list[Path]:
     stage = Stage(job.report, "projector", len(job.parts["projector"]) + 1, "tensors")
     projector = vision.build_projector(job.model.projector, job.parts["projector"], stage)
     vision.trace_projector(projector, job.model.projector, patches(job.model.vision), traced)
-    onnx_files.store(traced, target, "fp32")
+    onnx_files.save(onnx_files.load(traced), target)
     stage.advance(1)
     return onnx_files.files(target)

@@ -1,14 +1,11 @@
-"""A float32 ONNX file -> the file of a bundle: weights at a precision, large ones beside it.
+"""ONNX files: loaded, stored as a bundle keeps them, run on the CPU.
 
-Knows onnx and onnxruntime's quantizer. Does not know where the graph came from.
+Knows onnx and onnxruntime; does not know where a graph came from or what its weights mean.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Collection, Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from edgevlm.errors import EngineMissing
 
 try:
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
 except ImportError:
     raise EngineMissing("export needs onnx", 'pip install "edgevlm[export]"') from None
 
@@ -29,52 +25,23 @@ EXTERNAL_BYTES = 64 << 20
 Array = NDArray[np.float32]
 
 
-def store(source: Path, target: Path, precision: str, keep_float: Collection[str] = ()) -> None:
-    """Writes `source` as `target` at "fp32", "fp16" or "int8".
-
-    "fp16" halves the weights on disk and computes in float32: half-precision sums overflow in
-    trained towers, and no CPU is faster with them. "int8" quantizes the weights of every MatMul
-    not named in `keep_float`, per output channel, and the activations on the fly.
-    """
-    if precision == "int8":
-        quantized = source.with_name("int8." + source.name)
-        _quantize(source, quantized, keep_float)
-        source = quantized
-    model = onnx.load(str(source))
-    if precision == "fp16":
-        _halve(model.graph)
-    _save(model, target)
+def load(path: Path) -> Any:
+    """The model (onnx.ModelProto) with all its weights."""
+    return onnx.load(str(path))
 
 
-def matmuls(path: Path) -> list[str]:
-    """Names of the MatMul nodes that multiply by a weight."""
-    graph = onnx.load(str(path), load_external_data=False).graph
-    weights = {i.name for i in graph.initializer}
-    return [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+def skeleton(path: Path) -> Any:
+    """The model without the weights that lie beside it."""
+    return onnx.load(str(path), load_external_data=False)
 
 
-def files(path: Path) -> list[Path]:
-    """The files of a stored model, the graph first."""
-    data = _data(path)
-    return [path, data] if data.exists() else [path]
+def save_skeleton(model: Any, target: Path) -> None:
+    """Writes a model whose weights lie beside `target` already, or in it."""
+    onnx.save(model, str(target))
 
 
-def run(path: Path, name: str, batch: Array) -> Array:
-    """The model's output for a batch, row by row; `name` is its input."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    rows = [session.run(None, {name: batch[i : i + 1]})[0] for i in range(len(batch))]
-    return np.concatenate(rows)
-
-
-def _data(path: Path) -> Path:
-    return path.with_name(path.name + ".data")
-
-
-def _save(model: Any, target: Path) -> None:
+def save(model: Any, target: Path) -> None:
+    """Writes a model, large weights beside it."""
     if model.ByteSize() > EXTERNAL_BYTES:
         onnx.save(
             model,
@@ -90,47 +57,49 @@ def _save(model: Any, target: Path) -> None:
         onnx.save(model, str(target))
 
 
-def _halve(graph: Any) -> None:
-    """Stores matrices as float16 with a Cast to float32, which onnxruntime folds when it loads."""
-    casts = []
-    for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
-            continue
-        name, half = tensor.name, numpy_helper.to_array(tensor).astype(np.float16)
-        tensor.CopyFrom(numpy_helper.from_array(half, name + ".fp16"))
-        casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
+def files(path: Path) -> list[Path]:
+    """The files of a stored model, the graph first."""
+    data = _data(path)
+    return [path, data] if data.exists() else [path]
 
 
-def _quantize(source: Path, target: Path, keep_float: Collection[str]) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with _quiet():
-        quantize_dynamic(
-            source,
-            target,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            # Seven-bit weights: on x86 without VNNI, sums of two eight-bit products saturate.
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=sorted(keep_float),
-            use_external_data_format=source.stat().st_size > EXTERNAL_BYTES,
-            extra_options={"MatMulConstBOnly": True},
-        )
+def remove(path: Path) -> None:
+    """Deletes a stored model."""
+    for file in files(path):
+        file.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """onnxruntime's quantizer talks through the root logger."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            root.setLevel(level)
+def copy(source: Path, folder: Path) -> Path:
+    """A stored model's files under the same names in another folder; the graph's path there."""
+    for file in files(source):
+        shutil.copyfile(file, folder / file.name)
+    return folder / source.name
+
+
+def run(path: Path, name: str, batch: Array) -> Array:
+    """The model's output for a batch, row by row; `name` is its input."""
+    session = _session(path)
+    rows = [session.run(None, {name: batch[i : i + 1]})[0] for i in range(len(batch))]
+    return np.concatenate(rows)
+
+
+def run_each(path: Path, name: str, batch: Array) -> dict[str, NDArray[np.float64]]:
+    """Every output that is one number, by name and for each row of a batch, float64 [rows]."""
+    session = _session(path)
+    names = [output.name for output in session.get_outputs() if not output.shape]
+    rows = [session.run(names, {name: batch[i : i + 1]}) for i in range(len(batch))]
+    return dict(zip(names, np.array(rows, np.float64).T, strict=True))
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    # torch's threads live in this process, too: spinning workers would take their cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _data(path: Path) -> Path:
+    return path.with_name(path.name + ".data")

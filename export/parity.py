@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from edgevlm.bundle import StageParity
 from edgevlm.errors import EdgeVLMError, ExportError, ParityError
 from edgevlm.export import child, images, llama, references
-from edgevlm.export.components import Job, distance, elements
+from edgevlm.export.components import Job, elements
 from edgevlm.export.corpus import corpus
+from edgevlm.export.metrics import distance, divergence
 from edgevlm.export.progress import Stage
 
 PROMPT = "answer en what is in the picture?"
@@ -71,7 +72,7 @@ def verify(job: Job, folder: Path) -> tuple[StageParity, ...]:
     with _explained(job):
         source = reference.run(request, ours["tokens"])
     stage.advance(1)
-    stages += compare(job, ours, source)
+    stages += [*compare(job, ours, source), *_alternatives(job, folder, ours["pixels"], source)]
     _raise(stages)
     stage.advance(1)
     return tuple(stages)
@@ -109,23 +110,43 @@ def compare(job: Job, ours: Arrays, source: Arrays) -> list[StageParity]:
     spread = float(b.std())
     error = np.abs(a - b).max(axis=1) / spread
     # Errors of the two parts are independent at best and add up at worst.
-    parts = (job.quant.bounds, job.vision.bounds)
+    vision = job.vision[0]
+    parts = (job.quant.bounds, vision.bounds)
     bound, kl = sum(p.logit for p in parts), sum(p.kl for p in parts)
-    cosine = job.vision.cosine
     stages = [
         StageParity("prompt", "ids that differ", _ids(ours, source), 0.0),
         StageParity("pixels", "max |d|", _max(ours, source, "pixels"), _PIXELS),
-        StageParity("features", "1 - cosine", _rows(ours, source, "features"), cosine),
-        StageParity("embeddings", "1 - cosine", _rows(ours, source, "embeddings"), cosine),
+        *_encoded(ours, source, vision.cosine),
         StageParity("prefill", "max |d| / std", float(error[0]), bound),
         StageParity("answer", "max |d| / std", float(error.max()), bound),
-        StageParity("divergence", "mean KL, nats", _divergence(a, b), kl),
+        StageParity("divergence", "mean KL, nats", divergence(a, b), kl),
     ]
-    if job.quant.direct and job.vision.name == "fp32":
+    if job.quant.direct and vision.name == "fp32":
         chosen = np.take_along_axis(b[:-1], ours["tokens"][:, None].astype(np.int64), axis=1)[:, 0]
         regret = float((b[:-1].max(axis=1) - chosen).max()) / spread
         # Two logits nearer than twice the bound may change places.
         stages.append(StageParity("greedy", "logit lost / std", regret, 2 * bound))
+    return stages
+
+
+def _encoded(ours: Arrays, source: Arrays, cosine: float, of: str = "") -> list[StageParity]:
+    """What the encoder and, after it, the projector make of a picture."""
+    return [
+        StageParity(name + of, "1 - cosine", distance(*_same_shape(ours, source, name)), cosine)
+        for name in ("features", "embeddings")
+    ]
+
+
+def _alternatives(job: Job, folder: Path, pixels: Array, source: Arrays) -> list[StageParity]:
+    """The further vision encoders, on the same picture."""
+    from edgevlm.export import onnx_files
+
+    stages = []
+    for v in job.vision[1:]:
+        features = onnx_files.run(folder / f"vision.{v.name}.onnx", "pixels", pixels)
+        rows = onnx_files.run(folder / "projector.onnx", "features", features)
+        ours = {"features": features, "embeddings": rows}
+        stages += _encoded(ours, source, v.cosine, f" {v.name}")
     return stages
 
 
@@ -147,22 +168,6 @@ def _same_shape(ours: Arrays, source: Arrays, name: str) -> tuple[Array, Array]:
 def _max(ours: Arrays, source: Arrays, name: str) -> float:
     a, b = _same_shape(ours, source, name)
     return float(np.abs(a.astype(np.float64) - b).max())
-
-
-def _rows(ours: Arrays, source: Arrays, name: str) -> float:
-    return distance(*_same_shape(ours, source, name))
-
-
-def _divergence(a: Array, b: Array) -> float:
-    """Mean over rows of KL(source || ours)."""
-    log_a, log_b = _log_softmax(a), _log_softmax(b)
-    return float((np.exp(log_b) * (log_b - log_a)).sum(axis=1).mean())
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted: Array = logits - logits.max(axis=1, keepdims=True)
-    total: Array = np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted - total
 
 
 def probe(folder: Path, image: NDArray[np.uint8], prompt: str, n_tokens: int) -> Arrays:

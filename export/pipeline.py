@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +12,6 @@ from edgevlm import family as families
 from edgevlm.bundle import (
     FORMAT,
     Bundle,
-    Component,
     FileRecord,
     Manifest,
     record,
@@ -19,8 +19,8 @@ from edgevlm.bundle import (
     writing,
 )
 from edgevlm.errors import ExportError, SourceError
-from edgevlm.export import components, decoder, hub, parity, quantize
-from edgevlm.export.components import Job
+from edgevlm.export import components, decoder, hub, images, parity, quantize
+from edgevlm.export.components import Job, Written
 from edgevlm.export.parts import assign
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint, stated_license
@@ -45,12 +45,13 @@ class Options:
     """How to export; the words of `export_bundle`."""
 
     quant: str
-    vision_precision: str
+    vision_precision: str | Sequence[str]
     verify: bool
     name: str | None
     vision_tower: str | os.PathLike[str] | None = None
     template: str | None = None
     fit: Fit | None = None
+    calibration: str | os.PathLike[str] | None = None
 
 
 def run(
@@ -83,12 +84,15 @@ def _write(job: Job, out: Path, verify: bool) -> Bundle:
 def prepare(source: str | os.PathLike[str], options: Options, report: Report | None) -> Job:
     """Everything that can be checked before the first byte is written; raises ExportError."""
     quant = quantize.quant(options.quant)
-    vision = quantize.vision_precision(options.vision_precision)
+    vision = quantize.vision_precisions(options.vision_precision)
+    calibration = Path(options.calibration) if options.calibration else None
+    images.check_folder(calibration)
     folder, name = hub.locate(source, report)
     checkpoint = with_tower(read_checkpoint(folder), options, report)
     family, model = describe(checkpoint, options.template, options.fit)
     parts = assign(checkpoint, family, model)
-    return Job(checkpoint, family, model, parts, quant, vision, options.name or name, report)
+    wanted = options.name or name
+    return Job(checkpoint, family, model, parts, quant, vision, wanted, report, calibration)
 
 
 def with_tower(checkpoint: Checkpoint, options: Options, report: Report | None) -> Checkpoint:
@@ -137,13 +141,14 @@ def describe(
         raise SourceError(f"{path}: is not a config of a {family.name} ({e!r})") from None
 
 
-def _manifest(job: Job, parts: dict[str, Component], folder: Path) -> Manifest:
+def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
     return Manifest(
         format=FORMAT,
         family=job.family.name,
         name=job.name,
         license=stated_license(job.checkpoint.folder) or job.family.license,
-        components=parts,
+        components=written.components,
+        alternatives=written.alternatives,
         image=job.model.image,
         prompt=job.model.prompt,
         decoder=job.model.decoder,

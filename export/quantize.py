@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgevlm.errors import ExportError
@@ -46,6 +48,30 @@ class VisionPrecision:
     bounds: Bounds
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """Which nodes of a tower stay in float32.
+
+    First those whose noise (export/precisions.py says what that is for each precision) is beyond
+    one of `limits`, which are tried in turn until the features are near enough; then, if none was
+    enough, these `shares` of all nodes, the noisiest.
+    """
+
+    limits: tuple[float, ...]
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+
+    def attempts(self, noise: Mapping[str, float]) -> Iterator[list[str]]:
+        """The names of the nodes that stay, more every time; each set once."""
+        ranked = sorted(noise, key=lambda name: (-noise[name], name))
+        sizes = [sum(noise[name] > limit for name in ranked) for limit in self.limits]
+        sizes += [math.ceil(share * len(ranked)) for share in self.shares]
+        last = -1
+        for size in sizes:
+            if size > last:
+                last = size
+                yield sorted(ranked[:size])
+
+
 # llama_ftype numbers are llama.h's. The bits of K-quants count the embedding table, which
 # llama.cpp keeps at Q6_K or Q8_0 and which is a large part of a Gemma.
 #
@@ -71,7 +97,21 @@ _VISION = (
     VisionPrecision("fp16", 16, 1e-5, Bounds(0.06, 5e-4)),
     # The exporter leaves out of quantization what would go beyond this.
     VisionPrecision("int8", 8, 0.01, Bounds(2.5, 0.8)),
+    VisionPrecision("qdq8", 8, 0.01, Bounds(2.5, 0.8)),
+    VisionPrecision("int4", 5, 0.05, Bounds(4.0, 2.0)),
 )
+# Which nodes lie beyond a limit is found anew for every checkpoint, from its own activations and
+# weights, and stands in the graph's metadata.
+#
+# 8 bits: noise over signal of the rounded activations. Inputs without outliers lie near 1e-4.
+# fp16: the share of the range. Sums of products pass through values larger than their result.
+# int4: noise over signal of the rounded weights, 6e-3 where they are Gaussian.
+_RECIPES = {
+    "fp16": Recipe((1 / 8, 1 / 64)),
+    "int8": Recipe((1e-3, 3e-4, 1e-4, 5e-5)),
+    "qdq8": Recipe((1e-3, 3e-4, 1e-4, 5e-5)),
+    "int4": Recipe((0.02,)),
+}
 QUANTS = tuple(q.name for q in _QUANTS)
 VISION_PRECISIONS = tuple(v.name for v in _VISION)
 
@@ -92,3 +132,16 @@ def vision_precision(name: str) -> VisionPrecision:
     raise ExportError(
         f"vision precision {name!r} is not known; choose from {', '.join(VISION_PRECISIONS)}"
     )
+
+
+def vision_precisions(names: str | Sequence[str]) -> tuple[VisionPrecision, ...]:
+    """The precision of that name, or those of several, the main one first; raises ExportError."""
+    names = [names] if isinstance(names, str) else list(names)
+    if len(set(names)) != len(names) or not names:
+        raise ExportError("name each vision precision once, and at least one")
+    return tuple(vision_precision(name) for name in names)
+
+
+def recipe(precision: str) -> Recipe:
+    """How towers are brought to a precision other than fp32."""
+    return _RECIPES[precision]

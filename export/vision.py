@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,50 +145,3 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def activation_noise(encoder: Tower, pixels: Array) -> dict[str, float]:
-    """Noise over signal that 8-bit activations would bring to each linear map's input.
-
-    Keys are the modules' names under the tower; a value is the variance of rounding to 256 even
-    steps between the smallest and largest value, over the mean square, in the worst picture.
-    """
-    noise: dict[str, float] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            values = inputs[0]
-            low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-            power = float(values.square().mean())
-            share = ((high - low) / 255) ** 2 / 12 / max(power, 1e-30)
-            noise[name] = max(share, noise.get(name, 0.0))
-
-        return hook
-
-    linears = [(n, m) for n, m in encoder.tower.named_modules() if isinstance(m, nn.Linear)]
-    handles = [m.register_forward_pre_hook(watch(n)) for n, m in linears]
-    try:
-        features(encoder, pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return noise
-
-
-def features(encoder: Tower, pixels: Array) -> Array:
-    """What the encoder makes of pixels, one picture at a time, in torch and float32."""
-    with torch.inference_mode():
-        rows = [encoder(torch.from_numpy(pixels[i : i + 1])).numpy() for i in range(len(pixels))]
-    return np.concatenate(rows)
-
-
-def node_name(module: str) -> str:
-    """Name of the MatMul node that the tracer makes of a linear module of the tower."""
-    # Indices of module lists stay with their list: "layers.0", not "layers/0".
-    path = re.sub(r"\.(?!\d+(?:\.|$))", "/", module)
-    return f"/tower/{path}/MatMul"
-
-
-def drop(encoder: Tower) -> None:
-    """Frees the encoder's weights while its owner still holds it."""
-    encoder.to("meta")

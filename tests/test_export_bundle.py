@@ -19,7 +19,7 @@ import pytest
 from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import BundleError, EdgeVLMError, ExportError, ParityError, SourceError
-from edgevlm.export import components, export_bundle, parity
+from edgevlm.export import components, export_bundle, parity, quantize
 from edgevlm.export.pipeline import Options, prepare
 from edgevlm.types import Progress
 from tests.test_export_source import with_nan
@@ -50,6 +50,30 @@ def test_a_verified_bundle(tmp_path: Path, version: int, capfd: pytest.CaptureFi
     assert stages["answer"].worst <= stages["answer"].tolerance == 0.001
     assert stages["greedy"].worst == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "checkpoint"]
+
+
+def test_several_vision_precisions_are_each_compared(
+    paligemma_checkpoint: Path, tmp_path: Path
+) -> None:
+    wanted = ["int8", "fp16", "qdq8"]
+    quick(paligemma_checkpoint, tmp_path / "out", vision_precision=wanted, verify=True)
+    bundle = open_bundle(tmp_path / "out", "full")
+    assert list(bundle.vision_precisions) == wanted
+    assert bundle.vision("qdq8").name == "vision.qdq8.onnx"
+    stages = {s.stage: s for s in bundle.manifest.parity}
+    for precision in wanted[1:]:
+        for part in ("features", "embeddings"):
+            found = stages[f"{part} {precision}"]
+            assert found.ok and found.tolerance == quantize.vision_precision(precision).cosine
+    assert 0 < stages["features fp16"].worst < stages["features qdq8"].worst
+
+
+@pytest.mark.parametrize("wanted", [[], ["int8", "int8"]])
+def test_vision_precisions_are_named_once(
+    paligemma_checkpoint: Path, tmp_path: Path, wanted: list[str]
+) -> None:
+    with pytest.raises(ExportError, match="name each vision precision once, and at least one"):
+        quick(paligemma_checkpoint, tmp_path / "out", vision_precision=wanted)
 
 
 def arrays(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:

@@ -97,7 +97,7 @@ def evaluate(
     """
     scores = Scores()
     for index, (scene, rng) in enumerate(held_out(generator, n_scenes)):
-        asked = list(_questions(scene, rng))
+        asked = list(questions_of(scene, rng))
         got = answerer.answers(scene.picture, [question.prompt for question in asked])
         for question, answer in zip(asked, got, strict=True):
             _score(scores, index, scene, question, answer)
@@ -114,7 +114,8 @@ def table(columns: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def _questions(scene: Scene, rng: Random) -> Iterator[questions.Question]:
+def questions_of(scene: Scene, rng: Random) -> Iterator[questions.Question]:
+    """One question of each task that can be asked of a scene, a caption, and all its boxes."""
     things, word = scene.things, scene.word
     if word is not None:
         yield questions.Question("ocr", word.text, "ocr")

@@ -26,10 +26,10 @@ from edgevlm.types import Progress
 )
 @click.option(
     "--vision-precision",
+    "vision_precisions",
     type=click.Choice(VISION_PRECISIONS),
-    default="int8",
-    show_default=True,
-    help="Of the vision encoder.",
+    multiple=True,
+    help="Of the vision encoder; repeatable, the main one first  [default: int8]",
 )
 @click.option(
     "--verify/--no-verify",
@@ -53,9 +53,16 @@ from edgevlm.types import Progress
     type=click.Choice(["pad", "crop"]),
     help="How a picture becomes square  [default: as the checkpoint says]",
 )
-def export(source: str, out: Path, quant: str, vision_precision: str, verify: bool,
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Pictures like those the model will see, for precisions that measure their ranges.",
+)
+def export(source: str, out: Path, quant: str, vision_precisions: tuple[str, ...], verify: bool,
            name: str | None, vision_tower: str | None, template: str | None,
-           image_fit: Literal["pad", "crop"] | None) -> None:  # fmt: skip
+           image_fit: Literal["pad", "crop"] | None, calibration: Path | None,
+           ) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE into the bundle OUT.
 
     SOURCE is a folder or a hub id such as google/paligemma-3b-mix-224, OUT a folder.
@@ -68,7 +75,8 @@ def export(source: str, out: Path, quant: str, vision_precision: str, verify: bo
             source,
             out,
             quant=quant,
-            vision_precision=vision_precision,
+            vision_precision=vision_precisions or "int8",
+            calibration=calibration,
             verify=verify,
             name=name,
             vision_tower=vision_tower,

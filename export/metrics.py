@@ -1,0 +1,33 @@
+"""How far two engines' numbers lie apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def distance(a: Array, b: Array) -> float:
+    """The largest 1 - cosine between rows (last axis) of two arrays of one shape; infinite where
+    the arrays hold something else than numbers.
+    """
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    worst = float((1 - (x * y).sum(-1) / np.maximum(norms, 1e-30)).max())
+    return worst if np.isfinite(worst) else float("inf")
+
+
+def divergence(logits: Array, source: Array) -> float:
+    """Mean over rows of KL(source || logits), in nats; both [rows, n_vocab]."""
+    ours, theirs = _log_softmax(logits), _log_softmax(source)
+    return float((np.exp(theirs) * (theirs - ours)).sum(axis=-1).mean())
+
+
+def _log_softmax(logits: Array) -> Array:
+    wide = logits.astype(np.float64)
+    shifted: Array = wide - wide.max(axis=-1, keepdims=True)
+    total: Array = np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted - total
