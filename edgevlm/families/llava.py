@@ -224,6 +224,9 @@ def _from_shapes(source: Source) -> dict[str, Any]:
 
 
 def _projector(config: Config, vision: Config, text: Config, own: bool) -> dict[str, Any]:
+    for key in ("s2", "mm_resampler_type"):
+        if config.get(key):
+            raise ValueError(f"{key} is {config[key]!r}; only models without it are known")
     sizes = {"in": vision["hidden_size"], "out": text["hidden_size"]}
     if not own:
         act, bias = config.get("projector_hidden_act", "gelu"), "multimodal_projector_bias"
