@@ -58,7 +58,7 @@ def tokenizer_json(ignore_merges: bool = True) -> str:
 
 
 def n_pieces() -> int:
-    """Tokens of the tokenizer with its special ones; also the id of `<pad>`, which follows them."""
+    """Tokens of the tokenizer with its special ones; also the id of the first one added to them."""
     data = json.loads(tokenizer_json())
     return len(data["model"]["vocab"]) + len(SPECIALS)
 
@@ -68,12 +68,19 @@ def special_id(text: str) -> int:
     return n_pieces() - len(SPECIALS) + SPECIALS.index(text)
 
 
-def write_llama3(folder: Path, *, pad: bool = False) -> None:
-    """Writes tokenizer.json and tokenizer_config.json as published, with LLaVA++'s `<pad>`."""
+def write_llama3(folder: Path, *, added: tuple[str, ...] = (), begins: bool = True) -> None:
+    """Writes tokenizer.json and tokenizer_config.json as published, with more tokens behind them.
+
+    Without `begins` nothing puts the begin token before a text, as in the first published files.
+    """
     data = json.loads(tokenizer_json())
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    if pad:
-        data["added_tokens"].append({"id": n_pieces(), "content": PAD, **plain, "special": True})
+    for i, text in enumerate(added):
+        token = {"id": n_pieces() + i, "content": text, **plain, "special": True}
+        data["added_tokens"].append(token)
+    if not begins:
+        data["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True}
+        data["post_processor"] |= {"trim_offsets": False, "use_regex": True}
     write_json(folder / "tokenizer.json", data)
     config = {
         "added_tokens_decoder": {
@@ -87,4 +94,5 @@ def write_llama3(folder: Path, *, pad: bool = False) -> None:
         "model_max_length": 4096,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    write_json(folder / "tokenizer_config.json", config | ({"pad_token": PAD} if pad else {}))
+    pad = {"pad_token": PAD} if PAD in added else {}
+    write_json(folder / "tokenizer_config.json", config | pad)

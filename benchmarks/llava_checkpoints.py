@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgevlm.benchmarks.checkpoints import Tensors, write_safetensors, write_weights
-from edgevlm.benchmarks.vocabulary import count_pieces, llama_model, write_json
+from edgevlm.benchmarks.llava_tensors import LAYOUTS, tensors
+from edgevlm.benchmarks.llava_tokenizers import Tokens
+from edgevlm.benchmarks.vocabulary import write_json
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
-# (vision, projector, decoder, lm_head) prefixes: LLaVA's own layout, transformers' two.
-LAYOUTS = {
-    "own": (
-        "model.vision_tower.vision_tower.vision_model.",
-        "model.mm_projector.",
-        "model.",
-        "lm_head.weight",
-    ),
-    "hf": (
-        "vision_tower.vision_model.",
-        "multi_modal_projector.",
-        "language_model.model.",
-        "language_model.lm_head.weight",
-    ),
-    "hf-4.52": (
-        "model.vision_tower.vision_model.",
-        "model.multi_modal_projector.",
-        "model.language_model.",
-        "lm_head.weight",
-    ),
-}
 # Every model of this shape in its original project's layout, by what sets it apart.
 ORIGINALS: dict[str, dict[str, Any]] = {
     "mobilepalo": {},
@@ -47,6 +27,15 @@ ORIGINALS: dict[str, dict[str, Any]] = {
     "llava-1.5": {"model_type": "llava_llama", "projector": "mlp2x_gelu", "shards": 2},
     "llava-linear": {"model_type": "llava_llama", "projector": "linear", "tied": True},
     "bakllava": {"model_type": "llava_mistral", "projector": "mlp2x_gelu", "kv_heads": 2},
+    "llava-1.0": {"model_type": "llava", "vocabulary": "llava1", "projector": "linear"},
+    "llava-phi3": {"model_type": "llava_phi", "vocabulary": "phi3", "projector": "mlp2x_gelu"},
+    "llava-llama3": {
+        "model_type": "llava_llama",
+        "vocabulary": "llama3",
+        "projector": "mlp2x_gelu",
+        "kv_heads": 2,
+        "text_config": {"rope_theta": 500000.0},
+    },
     "firellava": {"projector": "mlp2x_gelu", "text_config": {"rope_theta": 1e6}},
 }
 
@@ -57,8 +46,7 @@ class Tiny:
 
     `tower` says where the vision tower is: "inside" the weights, or in a "folder" of its own,
     written beside the checkpoint as CLIP is published. `weights` is "safetensors" or "bin";
-    `tokenizer` names another tokenizer.model than the small one; where `legacy` is not set,
-    transformers puts its space before a whole text only, not behind every special token.
+    `vocabulary`, `tokenizer` and `legacy` are those of llava_tokenizers.Tokens.
     """
 
     layout: str = "own"
@@ -66,6 +54,7 @@ class Tiny:
     projector: str = "ldpnet"
     tower: str = "inside"
     weights: str = "safetensors"
+    vocabulary: str = "llama"
     tokenizer: Path | None = None
     legacy: bool = True
     shards: int = 1
@@ -93,10 +82,19 @@ class Tiny:
         return self.layout == "own"
 
     @property
+    def tokens(self) -> Tokens:
+        """The checkpoint's tokenizer."""
+        return Tokens(self.vocabulary, self.own, self.tokenizer, self.legacy)
+
+    @property
     def n_vocab(self) -> int:
-        """Rows of the embedding: the pieces, and spare ones with `<image>` for transformers."""
-        model = self.tokenizer.read_bytes() if self.tokenizer else llama_model()
-        return count_pieces(model) + (0 if self.own else 64)
+        """Rows of the embedding."""
+        return self.tokens.rows
+
+    @property
+    def fused(self) -> bool:
+        """Whether the decoder is Phi-3's, whose matrices hold several of LLaMA's."""
+        return self.vocabulary == "phi3"
 
 
 def write_llava(folder: Path, **options: Any) -> Path:
@@ -107,9 +105,9 @@ def write_llava(folder: Path, **options: Any) -> Path:
     write_json(folder / "config.json", _config(tiny, tower))
     write_json(
         folder / "generation_config.json",
-        {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "transformers_version": "4.31.0"},
+        {**tiny.tokens.ids, "transformers_version": "4.31.0"},
     )
-    _write_tokenizer(folder, tiny)
+    tiny.tokens.write(folder)
     data = tensors(tiny)
     vision, _, _, _ = LAYOUTS[tiny.layout]
     if not tiny.own:
@@ -140,25 +138,28 @@ def _config(tiny: Tiny, tower: Path) -> dict[str, Any]:
     if tiny.own:
         return text | {
             "architectures": ["PaloForCausalLM"],
-            "bos_token_id": 1,
-            "eos_token_id": 2,
+            **tiny.tokens.ids,
+            "attention_dropout": 0.0,
             "freeze_mm_mlp_adapter": False,
             "hidden_act": "silu",
             "image_aspect_ratio": "pad",
             "initializer_range": 0.02,
             "mm_hidden_size": tiny.vision_width,
+            "mm_patch_merge_type": "flat",
+            "mm_projector_lr": None,
             "mm_projector_type": tiny.projector,
-            "mm_use_im_patch_token": False,
-            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": tiny.vocabulary == "llava1",
+            "mm_use_im_start_end": tiny.vocabulary == "llava1",
             "mm_vision_select_feature": "patch",
             "mm_vision_select_layer": -2,
             "mm_vision_tower": str(tower),
             "model_type": tiny.model_type,
-            "pad_token_id": 0,
+            "pretraining_tp": 1,
             "tokenizer_model_max_length": 2048,
             "torch_dtype": tiny.dtype,
             "transformers_version": "4.31.0",
             "tune_mm_mlp_adapter": False,
+            "unfreeze_mm_vision_tower": False,
             "use_cache": True,
             "use_mm_proj": True,
             **tiny.config,
@@ -166,11 +167,16 @@ def _config(tiny: Tiny, tower: Path) -> dict[str, Any]:
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "ignore_index": -100,
-        "image_token_index": count_pieces(llama_model()),
+        "image_token_index": tiny.tokens.image,
         "model_type": "llava",
         "pad_token_id": 0,
         "projector_hidden_act": "gelu",
-        "text_config": {"model_type": "llama", "torch_dtype": tiny.dtype, **text},
+        "text_config": {
+            "model_type": "phi3" if tiny.fused else "llama",
+            "torch_dtype": tiny.dtype,
+            **tiny.tokens.ids,
+            **text,
+        },
         "tie_word_embeddings": tiny.tied,
         "torch_dtype": tiny.dtype,
         "transformers_version": "4.36.0.dev0",
@@ -211,117 +217,6 @@ def preprocessor(size: int) -> dict[str, Any]:
         "resample": 3,
         "size": size,
     }
-
-
-def tensors(tiny: Tiny) -> Tensors:
-    """Random weights by source name, scaled so that logits have a deviation of about 5."""
-    rng = np.random.default_rng(tiny.seed)
-    vision, projector, decoder, lm_head = LAYOUTS[tiny.layout]
-
-    def normal(*shape: int, std: float) -> NDArray[np.float32]:
-        return (rng.standard_normal(shape, np.float32) * np.float32(std)).astype(np.float32)
-
-    out = {vision + k: v for k, v in _vision(tiny, normal).items()}
-    out |= {projector + k: v for k, v in _projector(tiny, normal).items()}
-    out |= {decoder + k: v for k, v in _decoder(tiny, normal).items()}
-    if not tiny.tied:
-        out[lm_head] = normal(tiny.n_vocab, tiny.width, std=5 * tiny.width**-0.5)
-    return out
-
-
-Normal = Callable[..., NDArray[np.float32]]
-
-
-def _linear(name: str, rows: int, columns: int, gain: float, normal: Normal) -> Tensors:
-    return {
-        f"{name}.weight": normal(rows, columns, std=gain * columns**-0.5),
-        f"{name}.bias": normal(rows, std=0.1),
-    }
-
-
-def _norm(name: str, width: int, normal: Normal) -> Tensors:
-    return {f"{name}.weight": 1 + normal(width, std=0.2), f"{name}.bias": normal(width, std=0.1)}
-
-
-def _vision(tiny: Tiny, normal: Normal) -> Tensors:
-    d, mlp = tiny.vision_width, tiny.vision_mlp
-    positions = (tiny.size // tiny.patch) ** 2 + 1
-    out: Tensors = {
-        "embeddings.class_embedding": normal(d, std=0.5),
-        "embeddings.patch_embedding.weight": normal(d, 3, tiny.patch, tiny.patch, std=0.1),
-        "embeddings.position_embedding.weight": normal(positions, d, std=0.5),
-    }
-    out |= _norm("pre_layrnorm", d, normal) | _norm("post_layernorm", d, normal)
-    for i in range(tiny.vision_layers):
-        p = f"encoder.layers.{i}."
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            gain = 2.0 if name in ("q_proj", "k_proj") else 1.0
-            out |= _linear(f"{p}self_attn.{name}", d, d, gain, normal)
-        out |= _linear(f"{p}mlp.fc1", mlp, d, 1.0, normal)
-        out |= _linear(f"{p}mlp.fc2", d, mlp, 1.0, normal)
-        out |= _norm(f"{p}layer_norm1", d, normal) | _norm(f"{p}layer_norm2", d, normal)
-    return out
-
-
-def _projector(tiny: Tiny, normal: Normal) -> Tensors:
-    d, width = tiny.vision_width, tiny.width
-    kind = tiny.projector if tiny.own else "hf"
-    if kind == "linear":
-        named = _linear("x", width, d, 1.0, normal)
-        return {name.removeprefix("x."): value for name, value in named.items()}
-    first, second = {
-        "hf": ("linear_1", "linear_2"),
-        "ldpnet": ("model.mlp.1", "model.mlp.3"),
-        "ldpnetv2": ("mlp.mlp.0", "mlp.mlp.2"),
-    }.get(kind, ("0", "2"))
-    out = _linear(first, width, d, 1.0, normal) | _linear(second, width, width, 1.5, normal)
-    if kind == "ldpnet":
-        out |= _ldp_blocks(width, normal)
-    if kind == "ldpnetv2":
-        out["peg.peg.0.weight"] = normal(width, 1, 3, 3, std=0.3)
-        out["peg.peg.0.bias"] = normal(width, std=0.1)
-    return out
-
-
-def _ldp_blocks(d: int, normal: Normal) -> Tensors:
-    out: Tensors = {}
-    for k in (1, 2):
-        block = f"model.mb_block.{k}.block."
-        out[f"{block}0.0.weight"] = normal(d, 1, 3, 3, std=0.4)
-        out[f"{block}1.fc1.weight"] = normal(d // 4, d, 1, 1, std=2 * d**-0.5)
-        out[f"{block}1.fc1.bias"] = normal(d // 4, std=0.1)
-        out[f"{block}1.fc2.weight"] = normal(d, d // 4, 1, 1, std=2 * (d // 4) ** -0.5)
-        out[f"{block}1.fc2.bias"] = normal(d, std=0.1)
-        out[f"{block}2.0.weight"] = normal(d, d, 1, 1, std=d**-0.5)
-        out |= _norm(f"{block}0.1", d, normal) | _norm(f"{block}2.1", d, normal)
-    return out
-
-
-def _decoder(tiny: Tiny, normal: Normal) -> Tensors:
-    d, mlp = tiny.width, tiny.mlp
-    kv = tiny.kv_heads * (d // tiny.heads)
-    shapes = {
-        "self_attn.q_proj": (d, d, 2.0),
-        "self_attn.k_proj": (kv, d, 2.0),
-        "self_attn.v_proj": (kv, d, 2.0),
-        "self_attn.o_proj": (d, d, 2.0),
-        "mlp.gate_proj": (mlp, d, 1.5),
-        "mlp.up_proj": (mlp, d, 1.5),
-        "mlp.down_proj": (d, mlp, 2.0),
-    }
-    out: Tensors = {
-        "embed_tokens.weight": normal(tiny.n_vocab, d, std=1.0 if not tiny.tied else 0.3)
-    }
-    for i in range(tiny.layers):
-        for name, (rows, columns, gain) in shapes.items():
-            out[f"layers.{i}.{name}.weight"] = normal(rows, columns, std=gain * columns**-0.5)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            out[f"layers.{i}.{name}.weight"] = 1 + normal(d, std=0.2)
-        # Buffers that releases before 4.32 stored.
-        out[f"layers.{i}.self_attn.rotary_emb.inv_freq"] = normal(d // tiny.heads // 2, std=1.0)
-    signs = np.where(normal(d, std=1.0) > 0, np.float32(1), np.float32(-1))
-    out["norm.weight"] = (1 + normal(d, std=0.2)) * signs if tiny.tied else 1 + normal(d, std=0.2)
-    return out
 
 
 def _write_tower(folder: Path, tiny: Tiny, vision: Tensors) -> None:
@@ -365,42 +260,3 @@ def write_bin(folder: Path, data: Tensors, dtype: str, shards: int) -> None:
     size = sum(t.numel() * t.element_size() for t in state.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(folder / "pytorch_model.bin.index.json", index)
-
-
-def _write_tokenizer(folder: Path, tiny: Tiny) -> None:
-    model = tiny.tokenizer.read_bytes() if tiny.tokenizer else llama_model()
-    (folder / "tokenizer.model").write_bytes(model)
-    special = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config: dict[str, Any] = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "legacy": tiny.legacy,
-        "model_max_length": 2048,
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-    }
-    if tiny.own:
-        tokens = {k: {"__type": "AddedToken", "content": v, **special} for k, v in names.items()}
-        write_json(folder / "tokenizer_config.json", config | tokens)
-        return
-    added = {
-        0: "<unk>",
-        1: "<s>",
-        2: "</s>",
-        count_pieces(llama_model()): "<image>",
-        count_pieces(llama_model()) + 1: "<pad>",
-    }
-    entries = {str(i): {"content": t, **special, "special": True} for i, t in added.items()}
-    more = {"added_tokens_decoder": entries, "pad_token": "<pad>", "trust_remote_code": False}
-    write_json(folder / "tokenizer_config.json", config | names | more)
-    _write_tokenizer_json(folder)
-
-
-def _write_tokenizer_json(folder: Path) -> None:
-    """The same tokenizer as transformers converts it, with `<image>` and `<pad>`."""
-    from transformers import AutoTokenizer
-
-    untyped: Any = AutoTokenizer
-    untyped.from_pretrained(folder, use_fast=True).save_pretrained(folder)

@@ -27,6 +27,34 @@ TOWER = "tower/"
 
 
 @dataclass(frozen=True)
+class AddedToken:
+    """A token that stands for a text as a whole.
+
+    `eats` says that it swallows the space behind it, `special` that the tokenizer's config gives it
+    a role or lists it as special.
+    """
+
+    id: int
+    eats: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A checkpoint's tokenizer as far as prompts depend on it.
+
+    `bytes` is true of a byte-level one, which puts no space before a text, `slow` where there is a
+    SentencePiece file for transformers' slow classes; `begins` says whether it puts the begin token
+    before a text. `added` are the tokens that its side files name, by text.
+    """
+
+    bytes: bool = False
+    slow: bool = True
+    begins: bool = True
+    added: Mapping[str, AddedToken] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Source:
     """What a family may look at: a checkpoint's JSON files by name, the shapes of its tensors.
 
@@ -38,6 +66,7 @@ class Source:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     template: str | None = None
     fit: Fit | None = None
+    tokenizer: Tokenizer = Tokenizer()
 
 
 @dataclass(frozen=True)
@@ -50,6 +79,8 @@ class Model:
     `prefix` is what the tokenizer puts before every text, " " for LLaMA's; the template holds it.
     With `prefix_once` it does so only before a whole prompt that has none of its own.
     `skipped` are beginnings of canonical names of tensors that the model carries and never reads.
+    `original` is the prompt as the original's code writes it: one text, `<image>` and `{prompt}` in
+    it.
     """
 
     image: ImageSpec
@@ -64,6 +95,7 @@ class Model:
     prefix: str = ""
     prefix_once: bool = False
     skipped: tuple[str, ...] = ()
+    original: str = ""
 
     def prefixed(self, text: str) -> str:
         """What the tokenizer makes of a text given to it alone, before it cuts it up."""

@@ -43,6 +43,14 @@ _LAYER_NAMES = {
 }
 _LAYER = {
     "llama": _LAYER_NAMES | {"post_attention_layernorm": "ffn_norm"},
+    "phi3": {
+        "input_layernorm": "attn_norm",
+        "self_attn.qkv_proj": "attn_qkv",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    },
     "gemma": _LAYER_NAMES | {"post_attention_layernorm": "ffn_norm"},
     "gemma2": _LAYER_NAMES
     | {
@@ -193,7 +201,7 @@ def metadata(writer: gguf.GGUFWriter, source: DecoderSource) -> None:
     writer.add_value_length(c["head_dim"])
     writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
     writer.add_rope_freq_base(c["rope_theta"])
-    if c["kind"] == "llama":
+    if c["kind"] in ("llama", "phi3"):
         writer.add_rope_dimension_count(c["head_dim"])
         writer.add_vocab_size(c["vocab_size"])
     if c["kind"] == "gemma2":

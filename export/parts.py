@@ -141,6 +141,20 @@ def llama(config: Config) -> Shapes:
     return shapes
 
 
+def phi3(config: Config) -> Shapes:
+    """A Phi-3 decoder: LLaMA's with queries, keys and values in one matrix, gate and up in one."""
+    shapes = llama(config)
+    for i in range(config["num_hidden_layers"]):
+        p = f"layers.{i}."
+        for fused, parts in (
+            ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            matrices = [shapes.pop(f"{p}{part}.weight") for part in parts]
+            shapes[f"{p}{fused}.weight"] = (sum(m[0] for m in matrices), matrices[0][1])
+    return shapes
+
+
 def _decoder(config: Config, norms: tuple[str, ...]) -> Shapes:
     d, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
@@ -168,6 +182,7 @@ KINDS: dict[str, Callable[[Config], Shapes]] = {
     "ldp": ldp,
     "ldpv2": ldpv2,
     "llama": llama,
+    "phi3": phi3,
     "gemma": gemma,
     "gemma2": gemma2,
 }

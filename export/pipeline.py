@@ -19,7 +19,7 @@ from edgevlm.bundle import (
     writing,
 )
 from edgevlm.errors import ExportError, SourceError
-from edgevlm.export import components, decoder, hub, images, parity, quantize
+from edgevlm.export import added_tokens, components, decoder, hub, images, parity, quantize
 from edgevlm.export.components import Job, Written
 from edgevlm.export.parts import assign
 from edgevlm.export.progress import Report, Stage
@@ -117,7 +117,7 @@ def _source(checkpoint: Checkpoint, template: str | None = None, fit: Fit | None
     if tower:
         files |= {TOWER + name: config for name, config in tower.configs.items()}
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    return Source(files, shapes, template, fit)
+    return Source(files, shapes, template, fit, added_tokens.describe(checkpoint))
 
 
 def _family(checkpoint: Checkpoint) -> Family:

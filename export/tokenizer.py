@@ -7,15 +7,16 @@ byte-level BPE is byte_pairs.py's business. Does not know what any token is for.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import EngineMissing, SourceError
+from edgevlm.export.added_tokens import CONFIG, ROLES, entries, role_texts, special_texts
 from edgevlm.export.byte_pairs import BytePairs, is_byte_level, read_byte_pairs
 from edgevlm.export.source import TOKENIZERS, Checkpoint, read_json
-from edgevlm.family import Config, Model
+from edgevlm.family import Model
 
 # SentencePiece's numbers, which are llama.cpp's as well.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -24,13 +25,6 @@ _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # llama.cpp merges the pair of the highest score first; an unused row must never be one.
 _UNUSED_SCORE = -1e9
-# What the special tokens are called where tokenizer_config.json does not say.
-_SPECIALS = {
-    "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|endoftext|>"),
-    "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
-    "unk": ("<unk>",),
-    "pad": ("<pad>",),
-}
 
 
 @dataclass
@@ -88,7 +82,7 @@ def _file(folder: Path) -> Path:
 
 
 def _byte_pairs(checkpoint: Checkpoint, prefix: str) -> BytePairs:
-    kind = str(checkpoint.configs.get("tokenizer_config.json", {}).get("tokenizer_class") or "")
+    kind = str(checkpoint.configs.get(CONFIG, {}).get("tokenizer_class") or "")
     pairs = read_byte_pairs(checkpoint.folder, kind)
     if prefix:
         raise SourceError(f"{checkpoint.folder}: its tokenizer has bytes where pieces are expected")
@@ -106,23 +100,10 @@ def _add(table: dict[int, Token], i: int, text: str, kind: int) -> None:
 
 def _mark_specials(table: dict[int, Token], checkpoint: Checkpoint) -> None:
     """What the tokenizer's config gives a role is special in transformers, listed or not."""
-    config = checkpoint.configs.get("tokenizer_config.json", {})
-    stated = set(map(_content, config.get("additional_special_tokens") or ()))
-    stated |= {text for name in _SPECIALS for text in _texts(config, name)}
+    special = special_texts(checkpoint)
     for token in table.values():
-        if token.text in stated and token.type in (NORMAL, USER_DEFINED):
+        if token.text in special and token.type in (NORMAL, USER_DEFINED):
             token.type = CONTROL
-
-
-def _texts(config: Config, name: str) -> tuple[str, ...]:
-    """What the token of a role may be called."""
-    stated = _content(config.get(f"{name}_token"))
-    return (stated,) if stated else _SPECIALS[name]
-
-
-def _content(token: Any) -> str | None:
-    """The text of a token that is stated plainly or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _refuse_twins(tokens: list[Token], path: Path) -> None:
@@ -227,32 +208,18 @@ def _merge_scores(merges: list[Any]) -> dict[str, float]:
 def _added(checkpoint: Checkpoint) -> dict[int, tuple[str, bool]]:
     """Tokens that the tokenizer's side files name: id -> (text, whether it is special)."""
     found: dict[int, tuple[str, bool]] = {}
-    for i, text, special in _added_entries(checkpoint):
-        found[i] = (text, special or found.get(i, (text, False))[1])
+    for e in entries(checkpoint):
+        found[e.id] = (e.text, e.special or found.get(e.id, (e.text, False))[1])
     return found
-
-
-def _added_entries(checkpoint: Checkpoint) -> Iterator[tuple[int, str, bool]]:
-    folder = checkpoint.folder
-    if (folder / "tokenizer.json").is_file():
-        for entry in read_json(folder / "tokenizer.json").get("added_tokens", []):
-            yield entry["id"], entry["content"], entry["special"]
-    config = checkpoint.configs.get("tokenizer_config.json", {})
-    for i, entry in config.get("added_tokens_decoder", {}).items():
-        yield int(i), entry["content"], entry.get("special", False)
-    if (folder / "added_tokens.json").is_file():
-        for text, i in read_json(folder / "added_tokens.json").items():
-            yield i, text, False
 
 
 def _specials(tokens: list[Token], checkpoint: Checkpoint, path: Path) -> dict[str, int]:
     ids = {t.text: i for i, t in enumerate(tokens) if t.type in (CONTROL, UNKNOWN)}
-    config = checkpoint.configs.get("tokenizer_config.json", {})
     found = {}
-    for name in _SPECIALS:
-        for text in _texts(config, name):
+    for role in ROLES:
+        for text in role_texts(checkpoint, role):
             if text in ids:
-                found[name] = ids[text]
+                found.setdefault(role, ids[text])
     for name in ("bos", "eos"):
         if name not in found:
             raise SourceError(f"{path}: has no <{name}> token; add tokenizer_config.json")

@@ -5,31 +5,44 @@ Knows the checkpoint's own names and nothing of edgevlm's.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from edgevlm.benchmarks.llava_checkpoints import MEAN, STD, Tiny, tensors
-from edgevlm.benchmarks.vocabulary import llama_model
+from edgevlm.benchmarks.llava_checkpoints import MEAN, STD, Tiny
+from edgevlm.benchmarks.llava_tensors import tensors
 
 Float = npt.NDArray[np.float32]
-# palo/conversation.py, conv_vicuna_v1 with the question filled in.
-VICUNA = (
+SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions. USER: <image>\n{} ASSISTANT:"
+    "helpful, detailed, and polite answers to the user's questions."
 )
+# palo/conversation.py, conv_vicuna_v1 with the question filled in.
+VICUNA = SYSTEM + " USER: <image>\n{} ASSISTANT:"
+# By vocabulary; llava/serve/cli.py with mm_use_im_start_end, LLaVA-pp's conversation.py.
+TEXTS = {
+    "llama": VICUNA,
+    "llava1": SYSTEM + " USER: <im_start><image><im_end>\n{} ASSISTANT:",
+    "phi3": "<|system|>\nYou are a helpful AI assistant.<|end|>"
+    "\n<|user|>\n<image>\n{}<|end|>\n<|assistant|>\n",
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    + SYSTEM
+    + "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+}
 VISION = "model.vision_tower.vision_tower."
 PROJECTOR = "model.mm_projector."
 
 
 class Original:
-    """A checkpoint of the original projects' layout, in float32."""
+    """A checkpoint of the original projects' layout, in float32; its tokenizer is read there."""
 
-    def __init__(self, tiny: Tiny) -> None:
+    def __init__(self, tiny: Tiny, folder: Path) -> None:
         self.tiny = tiny
         state = {name: self._stored(name, value) for name, value in tensors(tiny).items()}
         self.tower = self._tower({k: v for k, v in state.items() if k.startswith(VISION)})
@@ -44,7 +57,10 @@ class Original:
                 if not k.startswith((VISION, PROJECTOR)) and "inv_freq" not in k
             }
         )
-        self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=llama_model())
+        # llava/model/builder.py: use_fast=False, which a tokenizer of bytes has no class for.
+        bytes_only = tiny.vocabulary == "llama3"
+        kind = transformers.AutoTokenizer if bytes_only else transformers.LlamaTokenizer
+        self.tokenizer = kind.from_pretrained(folder)
 
     def _stored(self, name: str, value: Float) -> torch.Tensor:
         """The value as its file rounds it; a tower's own folder keeps float32."""
@@ -69,8 +85,8 @@ class Original:
 
     def _decoder(self, state):
         t = self.tiny
-        mistral = t.model_type == "llava_mistral"
-        config = (transformers.MistralConfig if mistral else transformers.LlamaConfig)(
+        name = {"llava_mistral": "Mistral", "llava_phi": "Phi3"}.get(t.model_type, "Llama")
+        config = getattr(transformers, f"{name}Config")(
             hidden_size=t.width,
             intermediate_size=t.mlp,
             num_hidden_layers=t.layers,
@@ -79,11 +95,12 @@ class Original:
             vocab_size=t.n_vocab,
             max_position_embeddings=2048,
             rms_norm_eps=1e-5,
+            pad_token_id=None,
             rope_theta=t.text_config.get("rope_theta", 10000.0),
             tie_word_embeddings=t.tied,
             attn_implementation="eager",
         )
-        kind = transformers.MistralForCausalLM if mistral else transformers.LlamaForCausalLM
+        kind = getattr(transformers, f"{name}ForCausalLM")
         decoder = kind(config).eval()
         missing, unexpected = decoder.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= ({"lm_head.weight"} if t.tied else set())
@@ -106,10 +123,12 @@ class Original:
             square, return_tensors="pt", input_data_format="channels_last"
         ).pixel_values
 
-    def ids(self, prompt: str, text: str = VICUNA) -> tuple[list[int], list[int]]:
-        """The ids on both sides of the picture, the begin token first."""
-        before, after = text.format(prompt).split("<image>")
-        return [1, *self.tokenizer.encode(before)], self.tokenizer.encode(after)
+    def ids(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The ids on both sides of the picture: llava/mm_utils.py, tokenizer_image_token."""
+        text = TEXTS[self.tiny.vocabulary].format(prompt)
+        before, after = (self.tokenizer(chunk).input_ids for chunk in text.split("<image>"))
+        begun = before[0] == self.tokenizer.bos_token_id
+        return before, after[int(begun) :]
 
     @torch.no_grad()
     def logits(self, picture: npt.NDArray[np.uint8], prompt: str, answer: list[int]) -> Float:

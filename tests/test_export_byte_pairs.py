@@ -97,7 +97,7 @@ def test_codegen(tmp_path: Path):
 
 
 def test_llama3(tmp_path: Path):
-    byte_vocabulary.write_llama3(tmp_path, pad=True)
+    byte_vocabulary.write_llama3(tmp_path, added=("<pad>",))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     n = byte_vocabulary.n_pieces()
     table = compare(tmp_path, n + 7, tokenizer, tmp_path)

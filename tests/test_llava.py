@@ -14,7 +14,9 @@ import sentencepiece
 from PIL import Image
 
 import edgevlm
+from edgevlm.benchmarks import byte_vocabulary
 from edgevlm.benchmarks.llava_checkpoints import ORIGINALS, Tiny, write_llava
+from edgevlm.benchmarks.vocabulary import write_json
 from edgevlm.bundle import Bundle
 from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle
@@ -55,7 +57,7 @@ def test_it_answers_like_the_original(name: str, tmp_path: Path):
     assert all(stage.ok for stage in bundle.manifest.parity)
     with edgevlm.load(bundle.folder) as vlm:
         ours, tokens = greedy(vlm, PICTURE, PROMPT, 16)
-    theirs = Original(Tiny(**options)).logits(PICTURE, PROMPT, tokens)
+    theirs = Original(Tiny(**options), source).logits(PICTURE, PROMPT, tokens)
     assert theirs[:-1].argmax(1).tolist() == tokens
     assert np.abs(ours - theirs).max() < 5e-3
     ask_and_chat(bundle, tmp_path)
@@ -80,12 +82,28 @@ def ask_and_chat(bundle: Bundle, folder: Path) -> None:
     assert int(told[2]) > bundle.manifest.image.tokens
 
 
-@pytest.mark.parametrize(("layout", "legacy"), [("hf", True), ("hf-4.52", True), ("hf", False)])
-def test_transformers_layout_answers_like_transformers(layout: str, legacy: bool, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("layout", "options", "text"),
+    [
+        ("hf", {}, "USER: {}\nwhat is it? ASSISTANT:"),
+        ("hf-4.52", {}, "USER: {}\nwhat is it? ASSISTANT:"),
+        ("hf", {"legacy": False}, "USER: {}\nwhat is it? ASSISTANT:"),
+        ("hf", {"vocabulary": "phi3"}, "<|user|>\n{}\nwhat is it?<|end|>\n<|assistant|>\n"),
+        (
+            "hf-4.52",
+            {"vocabulary": "llama3", "kv_heads": 2, "text_config": {"rope_theta": 5e5}},
+            "<|start_header_id|>user<|end_header_id|>\n\n{}\nwhat is it?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+    ],
+)
+def test_transformers_layout_answers_like_transformers(
+    layout: str, options: dict, text: str, tmp_path: Path
+):
     import torch
     from transformers import AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration
 
-    source = write_llava(tmp_path / layout, layout=layout, legacy=legacy)
+    source = write_llava(tmp_path / layout, layout=layout, **options)
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
     with edgevlm.load(bundle.folder) as vlm:
         ours, tokens = greedy(vlm, PICTURE, "what is it?", 16)
@@ -94,31 +112,85 @@ def test_transformers_layout_answers_like_transformers(layout: str, legacy: bool
     ).eval()
     pixels = CLIPImageProcessor.from_pretrained(source)(PICTURE, return_tensors="pt").pixel_values
     tokenizer = AutoTokenizer.from_pretrained(source)
-    rows = "<image>" * bundle.manifest.image.tokens
-    ids = tokenizer(f"USER: {rows}\nwhat is it? ASSISTANT:")["input_ids"]
+    ids = tokenizer(text.format("<image>" * bundle.manifest.image.tokens))["input_ids"]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids + tokens]), pixel_values=pixels).logits
     assert np.abs(ours - logits[0, -17:].numpy()).max() < 5e-3
 
 
-def test_a_chat_goes_on_as_the_original_does(tmp_path: Path):
-    from tests.llava_reference import VICUNA, Original
+AGAIN = {
+    "llama": ("</s>", "USER: and its colour? ASSISTANT:"),
+    "phi3": ("<|end|>", "\n<|user|>\nand its colour?<|end|>\n<|assistant|>\n"),
+    "llama3": (
+        "<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nand its colour?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+}
 
+
+@pytest.mark.parametrize("name", ["mobilepalo", "llava-phi3", "llava-llama3"])
+def test_a_chat_goes_on_as_the_original_does(name: str, tmp_path: Path):
+    from tests.llava_reference import Original
+
+    options = ORIGINALS[name]
+    source = write_llava(tmp_path / "source", **options)
     bundle = export_bundle(
-        write_llava(tmp_path / "source"), tmp_path / "out", quant="f32", vision_precision="fp32"
+        source, tmp_path / "out", quant="f32", vision_precision="fp32", verify=False
     )
     with edgevlm.load(bundle.folder) as vlm, vlm.chat(PICTURE) as chat:
         first = chat.ask("what is it?", max_tokens=5)
         second = chat.ask("and its colour?", max_tokens=5)
         chat.image = PICTURE[::-1]
         assert chat.ask("what is it?", max_tokens=5).tokens.text == first.tokens.text
-    original = Original(Tiny())
-    before, after = original.ids("what is it?", VICUNA)
-    again = original.tokenizer.encode("USER: and its colour? ASSISTANT:")
-    assert second.tokens.text == len(before) + len(after) + 5 + 1 + len(again)
-    said = [*first.token_ids, 2, *again]
+    original = Original(Tiny(**options), source)
+    before, after = original.ids("what is it?")
+    tokenizer, (end, words) = original.tokenizer, AGAIN[original.tiny.vocabulary]
+    ended = tokenizer.convert_tokens_to_ids(end)
+    again = tokenizer(end + words).input_ids
+    again = [ended, *again[again.index(ended) + 1 :]]
+    assert second.tokens.text == len(before) + len(after) + 5 + len(again)
+    said = [*first.token_ids, *again]
     logits = original.logits(PICTURE, "what is it?", said + list(second.token_ids))
     assert logits[len(said) : -1].argmax(1).tolist() == list(second.token_ids)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("name", ["llava-phi3", "llava-llama3"])
+def test_token_ids_where_templates_have_tokens_of_their_own(
+    name: str, begins: bool, tmp_path: Path
+):
+    """With a tokenizer that puts the begin token before a text and with one that does not."""
+    from tests.llava_reference import Original
+
+    source = write_llava(tmp_path / "source", layers=1, **ORIGINALS[name])
+    if not begins:
+        without_begin(source)
+    bundle = export_bundle(source, tmp_path / "out", verify=False)
+    original = Original(Tiny(layers=1, **ORIGINALS[name]), source)
+    special = [t for t in original.tokenizer.get_vocab() if re.fullmatch(r"<\|?\w+\|?>", t)]
+    with edgevlm.load(bundle.folder) as vlm:
+        for question in [q for questions in PROMPTS.values() for q in questions]:
+            parts = prepare(vlm.parts, question, [PICTURE], Sampling()).parts
+            ids = [i for part in parts for i in (part if isinstance(part, list) else [-200])]
+            before, after = original.ids(question)
+            assert ids == [*before, -200, *after]
+        # What a user types is never one of them.
+        typed = vlm.parts.decoder.tokenize("".join(special))
+        assert not set(typed) & {*original.tokenizer.added_tokens_decoder}
+        assert b"".join(map(vlm.parts.decoder.piece, typed)).decode() == "".join(special)
+        assert set(vlm.manifest.answer.stop_tokens) >= {
+            original.tokenizer.convert_tokens_to_ids(AGAIN[original.tiny.vocabulary][0]),
+            original.tokenizer.eos_token_id,
+        }
+
+
+def without_begin(source: Path) -> None:
+    if (source / "tokenizer.json").exists():
+        byte_vocabulary.write_llama3(source, added=("<pad>",), begins=False)
+    else:
+        config = json.loads((source / "tokenizer_config.json").read_text())
+        write_json(source / "tokenizer_config.json", config | {"add_bos_token": False})
 
 
 @pytest.mark.skipif(not LLAMA.is_file(), reason="needs the real LLaMA tokenizer in ../shared/data")
@@ -182,9 +254,19 @@ def test_the_named_tower_wins_over_the_copy_inside(tmp_path: Path):
     [
         ({"projector": "resampler"}, ["mm_projector_type 'resampler'", "ldpnet", "mlp<N>x_gelu"]),
         ({"config": {"image_aspect_ratio": "anyres"}}, ["image_aspect_ratio 'anyres'"]),
-        ({"config": {"mm_use_im_start_end": True}}, ["mm_use_im_start_end"]),
+        ({"config": {"mm_use_im_start_end": True}}, ["mm_use_im_start_end", "lacks <im_start>"]),
         ({"config": {"mm_vision_select_layer": -9}}, ["vision layer -9"]),
         ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, ["'linear'"]),
+        (
+            {"text_config": {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}},
+            ["the decoder scales its positions ('longrope'); only 'default' is known"],
+        ),
+        (ORIGINALS["llava-phi3"] | {"text_config": {"head_dim": 32}}, ["head_dim is 32"]),
+        ({"config": {"s2": True}}, ["s2 is True"]),
+        (
+            {"config": {"mm_resampler_type": "spatial_pool"}},
+            ["mm_resampler_type is 'spatial_pool'"],
+        ),
         ({"tower_config": {"model_type": "siglip_vision_model"}, "tower": "folder"}, ["siglip"]),
     ],
 )
@@ -194,6 +276,12 @@ def test_what_is_not_known_is_refused_in_one_line(options, words, tmp_path: Path
         export_bundle(source, tmp_path / "out")
     assert "\n" not in str(raised.value) and all(word in str(raised.value) for word in words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_template_needs_its_tokens(tmp_path: Path):
+    source = write_llava(tmp_path / "source")
+    with pytest.raises(SourceError, match=r"needs <\|end\|>, which the tokenizer lacks"):
+        export_bundle(source, tmp_path / "out", template="phi3_instruct")
 
 
 def test_a_missing_tower_says_how_to_name_one(tmp_path: Path):

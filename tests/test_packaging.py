@@ -24,7 +24,7 @@ LAYERS = (
     ("edgevlm.types",),
     ("edgevlm.specs", "edgevlm.schema"),
     ("edgevlm.image", "edgevlm.prompt", "edgevlm.sampling", "edgevlm.boxes", "edgevlm.bundle"),
-    ("edgevlm.family",),
+    ("edgevlm.family", "edgevlm.templates"),
     ("edgevlm.families", "edgevlm.models"),
     ("edgevlm.export",),
     ("edgevlm.runtimes",),

@@ -1,8 +1,9 @@
 """LLaVA's shape: a CLIP tower, a small connector, a LLaMA-like decoder that reads causally.
 
 MobilePALO and PALO, MobileVLM and MobileVLM V2, LLaVA-1.5 in its own layout and in transformers',
-and what differs from them only in its decoder. Facts from haotian-liu/LLaVA, mbzuai-oryx/PALO,
-Meituan-AutoML/MobileVLM and transformers 4.57 (models/llava).
+and what differs from them only in its decoder: LLaMA-3, Mistral, Phi-3. Facts from
+haotian-liu/LLaVA, mbzuai-oryx/PALO and LLaVA-pp, Meituan-AutoML/MobileVLM and transformers 4.57
+(models/llava).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.family import TOWER, Config, Family, Model, Source, place, stop_tokens
+from edgevlm.family import TOWER, Config, Family, Model, Source, Tokenizer, place, stop_tokens
 from edgevlm.specs import AnswerSpec, DecoderSpec, Fit, ImageSpec, PromptSpec
+from edgevlm.templates import BEGIN_3, IMAGE, TEMPLATES, Cutter, Spaces, Template
 
 # transformers' defaults (CLIPVisionConfig, LlamaConfig, MistralConfig), which a config.json omits.
 _VISION: dict[str, Any] = {
@@ -52,51 +54,46 @@ _MISTRAL: dict[str, Any] = _LLAMA | {
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
 }
-# The decoder by `model_type`, of config.json itself or of its text_config.
-_DECODERS = {
-    "palo": _LLAMA,
-    "mobilevlm": _LLAMA,
-    "llava": _LLAMA,
-    "llava_llama": _LLAMA,
-    "llama": _LLAMA,
-    "llava_mistral": _MISTRAL,
-    "mistral": _MISTRAL,
+_PHI3: dict[str, Any] = _LLAMA | {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "vocab_size": 32064,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "partial_rotary_factor": 1.0,
+    "eos_token_id": 32000,
 }
-_OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral")
+# The decoder by `model_type`, of config.json itself or of its text_config: (kind, defaults).
+_DECODERS = {
+    "palo": ("llama", _LLAMA),
+    "mobilevlm": ("llama", _LLAMA),
+    "llava": ("llama", _LLAMA),
+    "llava_llama": ("llama", _LLAMA),
+    "llama": ("llama", _LLAMA),
+    "llava_mistral": ("llama", _MISTRAL),
+    "mistral": ("llama", _MISTRAL),
+    "llava_phi": ("phi3", _PHI3),
+    "llava_phi3": ("phi3", _PHI3),
+    "phi3": ("phi3", _PHI3),
+}
+# What a decoder's config may say of no other value.
+_ONLY: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "phi3": {"hidden_act": "silu", "attention_bias": False, "partial_rotary_factor": 1.0},
+}
+_OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral", "llava_phi", "llava_phi3")
 # CLIP's normalisation (openai/CLIP), for towers without a preprocessor_config.json.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 # OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
 _CLIP_HEAD = 64
 _TOKENIZER = "tokenizer_config.json"
+_FRAME = ("<im_start>", "<im_end>")
 _POOLED = 144  # rows that MobileVLM V2's connector leaves of any picture
-
-_SYSTEM = (
-    "A chat between a curious {0} and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "
-)
-_LLAMA_2 = (
-    "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand "
-    "the visual content that the user provides, and assist the user with a variety of tasks using "
-    "natural language.\n<</SYS>>\n\n"
-)
-# What stands before the picture and after the user's words (llava/conversation.py), and what
-# separates the picture from them.
-_TEMPLATES = {
-    "vicuna_v1": (_SYSTEM.format("user") + "USER: ", " ASSISTANT:"),
-    "llava_v1": (_SYSTEM.format("human") + "USER: ", " ASSISTANT:"),
-    "llava_llama_2": (_LLAMA_2, " [/INST]"),
-    "mistral_instruct": ("[INST] ", " [/INST]"),
-    "hf": ("USER: ", " ASSISTANT:"),
-    "plain": ("", ""),
-}
-# What stands before the words of later questions, where it is not what stands before the first.
-_AGAIN = {"vicuna_v1": "USER: ", "llava_v1": "USER: ", "llava_llama_2": "[INST] "}
 
 
 def _describe(source: Source) -> Model:
-    config = source.files["config.json"]
-    own = config["model_type"] in _OWN_LAYOUT
+    config, own = source.files["config.json"], _is_own(source.files["config.json"])
     text = _text(config if own else config.get("text_config", {}), config["model_type"])
     vision = _vision(source, config)
     projector = _projector(config, vision, text, own)
@@ -104,13 +101,15 @@ def _describe(source: Source) -> Model:
     tokens = {"ldp": ((grid + 1) // 2) ** 2, "ldpv2": _POOLED}.get(
         projector["kind"], grid * grid + vision["class_token"]
     )
-    once = not own and source.files.get(_TOKENIZER, {}).get("legacy") is False
+    template = _template(source, own)
     stops = stop_tokens(source.files, text["eos_token_id"])
+    cutter = Cutter(source.tokenizer, _spaces(source, own), stops[0])
+    ends = dict.fromkeys((cutter.end(template), *stops))
     return Model(
         image=_image(source, vision, tokens, own),
-        prompt=_prompt(source, config, "vicuna_v1" if own else "hf", stops[0], once),
+        prompt=_prompt(config, template, cutter, own),
         decoder=DecoderSpec(
-            architecture="llama",
+            architecture=text["kind"],
             attention="causal",
             n_embd=text["hidden_size"],
             n_layer=text["num_hidden_layers"],
@@ -118,35 +117,46 @@ def _describe(source: Source) -> Model:
             context_length=text["max_position_embeddings"],
         ),
         # The originals answer until their chat ends a turn, at most 1024 tokens (llava/serve).
-        answer=AnswerSpec(stop_tokens=stops, max_tokens=512),
+        answer=AnswerSpec(stop_tokens=tuple(ends), max_tokens=512),
         vision={"kind": "clip", **vision},
         projector=projector,
-        text={"kind": "llama", **text},
-        markers={} if own else {_image_token(config): "<image>"},
-        prefix=" ",
-        prefix_once=once,
+        text=text,
+        markers=_markers(config, source.tokenizer, own),
+        prefix="" if source.tokenizer.bytes else " ",
+        prefix_once=cutter.spaces == "first",
         skipped=tuple(
             f"vision.encoder.layers.{i}."
             for i in range(vision["num_hidden_layers"], vision["depth"])
         ),
+        original=IMAGE.join(_around(config, template)),
     )
 
 
+def _is_own(config: Config) -> bool:
+    """Whether it is a config of the original projects, which called theirs "llava" at first."""
+    kind = config["model_type"]
+    first = kind == "llava" and "text_config" not in config and "mm_vision_tower" in config
+    return first or kind in _OWN_LAYOUT
+
+
 def _text(config: Config, model_type: str) -> dict[str, Any]:
-    kind = config.get("model_type", model_type)
-    if kind not in _DECODERS:
-        raise ValueError(f"text_config.model_type {kind!r} is not one of {', '.join(_DECODERS)}")
-    text = {key: config.get(key, value) for key, value in _DECODERS[kind].items()}
+    name = config.get("model_type", model_type)
+    if name not in _DECODERS:
+        raise ValueError(f"text_config.model_type {name!r} is not one of {', '.join(_DECODERS)}")
+    kind, defaults = _DECODERS[name]
+    text = {"kind": kind} | {key: config.get(key, value) for key, value in defaults.items()}
     text["num_key_value_heads"] = text["num_key_value_heads"] or text["num_attention_heads"]
     text["head_dim"] = text["head_dim"] or text["hidden_size"] // text["num_attention_heads"]
     text["rope_theta"] = _rope_theta(config, text)
-    # llama.cpp's graph has no window: up to its length the answers are the same.
+    # llama.cpp's graphs have no window: up to its length the answers are the same.
     window = text.pop("sliding_window")
     if window:
         text["max_position_embeddings"] = min(window, text["max_position_embeddings"])
-    for key, known in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+    for key, known in _ONLY[kind].items():
         if text[key] != known:
             raise ValueError(f"{key} is {text[key]!r}; only {known!r} is known")
+    if kind == "phi3" and text["head_dim"] * text["num_attention_heads"] != text["hidden_size"]:
+        raise ValueError(f"head_dim is {text['head_dim']}; Phi-3 divides hidden_size by its heads")
     return text
 
 
@@ -214,6 +224,9 @@ def _from_shapes(source: Source) -> dict[str, Any]:
 
 
 def _projector(config: Config, vision: Config, text: Config, own: bool) -> dict[str, Any]:
+    for key in ("s2", "mm_resampler_type"):
+        if config.get(key):
+            raise ValueError(f"{key} is {config[key]!r}; only models without it are known")
     sizes = {"in": vision["hidden_size"], "out": text["hidden_size"]}
     if not own:
         act, bias = config.get("projector_hidden_act", "gelu"), "multimodal_projector_bias"
@@ -251,23 +264,63 @@ def _image(source: Source, vision: Config, tokens: int, own: bool) -> ImageSpec:
     )
 
 
-def _prompt(source: Source, config: Config, default: str, eos: int, once: bool) -> PromptSpec:
-    if config.get("mm_use_im_start_end"):
-        raise ValueError("mm_use_im_start_end is set; no model of this shape was published with it")
+def _template(source: Source, own: bool) -> Template:
+    """The user's choice, or what models of this decoder and layout were trained with."""
+    default = "vicuna_v1" if own else "hf"
+    if "<|start_header_id|>" in source.tokenizer.added:
+        default = "llava_llama3" if own else "llama3"
+    elif "<|assistant|>" in source.tokenizer.added:
+        default = "phi3_instruct" if own else "phi3"
     name = source.template or default
-    if name not in _TEMPLATES:
-        raise ValueError(f"the template {name!r} is not one of {', '.join(_TEMPLATES)}")
-    before, after = _TEMPLATES[name]
-    # LLaVA's own code tokenizes every piece by itself, so each begins with the tokenizer's space
-    # (an empty one has none); so do transformers' tokenizers, unless they are told to do it once.
-    head = (f" {before}",) if before else ()
-    space = "" if once else " "
+    if name not in TEMPLATES:
+        raise ValueError(f"the template {name!r} is not one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def _spaces(source: Source, own: bool) -> Spaces:
+    """LLaVA's own code uses the slow tokenizers where there are any, transformers the fast ones."""
+    if source.tokenizer.bytes:
+        return "none"
+    if source.files.get(_TOKENIZER, {}).get("legacy") is not False:
+        return "every"
+    return "start" if own and source.tokenizer.slow else "first"
+
+
+def _around(config: Config, template: Template) -> tuple[str, str]:
+    """What stands before the picture and after it."""
+    opened, closed = _FRAME if config.get("mm_use_im_start_end") else ("", "")
+    return template.before + opened, f"{closed}\n{{prompt}}{template.after}"
+
+
+def _prompt(config: Config, template: Template, cutter: Cutter, own: bool) -> PromptSpec:
+    begin = ("{bos}",) if cutter.tokenizer.begins else ()
+    head, tail = _around(config, template)
+    if not begin and head.startswith(BEGIN_3):
+        # tokenizer_image_token takes the template's begin token for the tokenizer's own, and drops
+        # the first token of what follows the picture, as if that were another.
+        tail = tail.removeprefix("\n")
+    # LLaVA's own code tokenizes what stands on each side of the picture by itself.
+    joined = cutter.parts(head + IMAGE + tail)
+    asked = (*cutter.parts(head), "{image}", *cutter.parts(tail)) if own else joined
+    answered = "{prompt}" + template.after
     return PromptSpec(
         tasks={"caption": "Describe the image.", "ocr": "What is the text in the image?"},
-        template=("{bos}", *head, "{image}", f"{space}\n{{prompt}}{after}"),
-        text_template=("{bos}", f" {before}{{prompt}}{after}"),
-        turn=(f"{{id:{eos}}}", f"{space}{_AGAIN.get(name, before)}{{prompt}}{after}"),
+        template=(*begin, *asked),
+        text_template=(*begin, *cutter.parts(template.before + answered)),
+        turn=cutter.parts(template.again + answered, goes_on=True),
     )
+
+
+def _markers(config: Config, tokenizer: Tokenizer, own: bool) -> dict[int, str]:
+    """Tokens of the picture, which no text may become."""
+    if not own:
+        return {_image_token(config): IMAGE}
+    if not config.get("mm_use_im_start_end"):
+        return {}
+    lacking = [text for text in _FRAME if text not in tokenizer.added]
+    if lacking:
+        raise ValueError(f"mm_use_im_start_end is set, but the tokenizer lacks {lacking[0]}")
+    return {tokenizer.added[text].id: text for text in _FRAME}
 
 
 def _image_token(config: Config) -> int:

@@ -24,8 +24,8 @@ from edgevlm.export.references import Arrays, Request
 from edgevlm.export.vision import quiet
 from edgevlm.family import Config
 from edgevlm.specs import ImageSpec
+from edgevlm.templates import IMAGE
 
-_IMAGE = "<image>"
 # transformers leaves its classes without types.
 _hf: Any = transformers
 
@@ -35,12 +35,14 @@ class Reference:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        # Whether the texts on both sides of the picture are tokenized each by itself.
+        self._alone = IMAGE not in job.model.markers.values()
         folder = job.checkpoint.folder
         with quiet():
-            if job.model.markers or not (folder / "tokenizer.model").is_file():
-                self._tokenizer = _hf.AutoTokenizer.from_pretrained(folder)
-            else:
-                self._tokenizer = _hf.LlamaTokenizer(str(folder / "tokenizer.model"), legacy=True)
+            # The original projects use the slow class where there is one, transformers the fast.
+            slow = self._alone and (folder / "tokenizer.model").is_file()
+            kind = _hf.LlamaTokenizer if slow else _hf.AutoTokenizer
+            self._tokenizer = kind.from_pretrained(folder)
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """See references.Source."""
@@ -70,16 +72,15 @@ class Reference:
 
     def _pieces(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids before and after the picture, from the prompt as one text."""
-        _, *parts = self._job.model.prompt.template
-        parts = [p.removeprefix(" ") if p != "{image}" else _IMAGE for p in parts]
-        text = "".join(parts).replace("{prompt}", prompt)
-        if self._job.model.markers:
+        text = self._job.model.original.replace("{prompt}", prompt)
+        if not self._alone:
             ids = self._tokenizer(text)["input_ids"]
-            place = ids.index(self._tokenizer.convert_tokens_to_ids(_IMAGE))
+            place = ids.index(self._tokenizer.convert_tokens_to_ids(IMAGE))
             return ids[:place], ids[place + 1 :]
         # llava/mm_utils.py, tokenizer_image_token: every chunk by itself, one begin token in all.
-        before, after = (self._tokenizer(chunk)["input_ids"] for chunk in text.split(_IMAGE))
-        return before, after[1:]
+        before, after = (self._tokenizer(chunk)["input_ids"] for chunk in text.split(IMAGE))
+        begun = before[:1] == [self._tokenizer.bos_token_id]
+        return before, after[int(begun) :]
 
 
 def _pixels(image: NDArray[np.uint8], spec: ImageSpec) -> Tensor:
@@ -120,9 +121,10 @@ def _features(pixels: Tensor, config: Config, part: Part) -> Tensor:
 
 def _decoder(config: Config, part: Part) -> Any:
     settings = {k: v for k, v in config.items() if k != "kind"}
-    made = _hf.LlamaConfig(**settings, attn_implementation="eager")
+    name = {"llama": "Llama", "phi3": "Phi3"}[config["kind"]]
+    made = getattr(_hf, f"{name}Config")(**settings, pad_token_id=None, attn_implementation="eager")
     with torch.device("meta"):
-        decoder = _hf.LlamaForCausalLM(made)
+        decoder = getattr(_hf, f"{name}ForCausalLM")(made)
     head = "lm_head.weight"
     state = {n if n == head else f"model.{n}": v for n, v in _tensors(part).items()}
     if config["tie_word_embeddings"]:

@@ -1,0 +1,128 @@
+"""A chat template as its original writes it, in one text -> the parts of a prompt spec.
+
+Every part of a prompt is tokenized by itself, without anything put before it. So a text is cut
+where its tokens that stand for a whole text are, and gets the spaces that the original's tokenizer
+adds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from edgevlm.family import Tokenizer
+
+IMAGE = "<image>"
+# What stands for the end token in a template, whose id is the checkpoint's to say.
+EOS = "{eos}"
+_TOKEN = re.compile(r"<\|\w+\|>")
+_ID = re.compile(r"\{id:(\d+)\}")
+
+# Where a tokenizer puts a space: nowhere, before every text between two of its tokens, at the start
+# of all it is given, or there unless a token comes first.
+Spaces = Literal["none", "every", "start", "first"]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A conversation as its original writes it.
+
+    `before` stands before the picture (or the words, where there is none), `after` between the
+    words and the answer, `again` between an answer and the words that follow it.
+    """
+
+    before: str
+    after: str
+    again: str
+
+
+_SYSTEM = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "
+)
+_LLAMA_2 = (
+    "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand "
+    "the visual content that the user provides, and assist the user with a variety of tasks using "
+    "natural language.\n<</SYS>>\n\n"
+)
+_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+_USER_3, _ANSWER_3 = _HEADER.format("user"), "<|eot_id|>" + _HEADER.format("assistant")
+BEGIN_3 = "<|begin_of_text|>"
+_SYSTEM_3 = BEGIN_3 + _HEADER.format("system") + _SYSTEM.format("user").rstrip() + "<|eot_id|>"
+_PHI3_USER, _PHI3_ANSWER = "<|user|>\n", "<|end|>\n<|assistant|>\n"
+# As llava/conversation.py has them, LLaVA-pp's for the last two decoders; what is called after a
+# decoder alone is that decoder's own form, as checkpoints in transformers' layout use it.
+TEMPLATES = {
+    "vicuna_v1": Template(_SYSTEM.format("user") + "USER: ", " ASSISTANT:", f"{EOS}USER: "),
+    "llava_v1": Template(_SYSTEM.format("human") + "USER: ", " ASSISTANT:", f"{EOS}USER: "),
+    "llava_llama_2": Template(_LLAMA_2, " [/INST]", f" {EOS}<s>[INST] "),
+    "mistral_instruct": Template("[INST] ", " [/INST]", f" {EOS}[INST] "),
+    "hf": Template("USER: ", " ASSISTANT:", f"{EOS}USER: "),
+    "plain": Template("", "", EOS),
+    "llava_llama3": Template(_SYSTEM_3 + _USER_3, _ANSWER_3, "<|eot_id|>" + _USER_3),
+    "llama3": Template(_USER_3, _ANSWER_3, "<|eot_id|>" + _USER_3),
+    "phi3_instruct": Template(
+        f"<|system|>\nYou are a helpful AI assistant.<|end|>\n{_PHI3_USER}",
+        _PHI3_ANSWER,
+        f"<|end|>\n{_PHI3_USER}",
+    ),
+    "phi3": Template(_PHI3_USER, _PHI3_ANSWER, f"<|end|>\n{_PHI3_USER}"),
+}
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts texts into parts. `eos` is the id that EOS stands for."""
+
+    tokenizer: Tokenizer
+    spaces: Spaces
+    eos: int
+
+    def parts(self, text: str, *, goes_on: bool = False) -> tuple[str, ...]:
+        """The parts of a text that the original tokenizes in one go.
+
+        With `goes_on` it continues what was tokenized before. Raises ValueError for a token that
+        the tokenizer lacks.
+        """
+        if text and not goes_on and self.spaces in ("start", "first"):
+            text = " " + text
+        found: list[str] = []
+        for i, (piece, spaced) in enumerate(self._pieces(text)):
+            space = " " if spaced and self.spaces == "every" and not (goes_on and i == 0) else ""
+            found.append(space + piece)
+        return tuple(self._without_lone_space(text, found))
+
+    def end(self, template: Template) -> int:
+        """The token that ends an answer: the first one behind it."""
+        ids = (_ID.fullmatch(part) for part in self.parts(template.again, goes_on=True))
+        return next(int(found[1]) for found in ids if found)
+
+    def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
+        """(part, whether it is text) in order, without what tokens eat."""
+        names = sorted([*self.tokenizer.added, IMAGE, EOS], key=len, reverse=True)
+        eats = False
+        for piece in re.split(f"({'|'.join(map(re.escape, names))})", text):
+            if piece == IMAGE:
+                yield "{image}", False
+            elif piece == EOS:
+                yield f"{{id:{self.eos}}}", False
+            elif token := self.tokenizer.added.get(piece):
+                yield f"{{id:{token.id}}}", False
+            elif piece := piece.lstrip() if eats else piece:
+                if lacking := _TOKEN.search(piece):
+                    raise ValueError(f"the template needs {lacking[0]}, which the tokenizer lacks")
+                yield piece, True
+            eats = piece in self.tokenizer.added and self.tokenizer.added[piece].eats
+
+    def _without_lone_space(self, text: str, parts: list[str]) -> list[str]:
+        """Drops the space at the start where no text follows it.
+
+        transformers' slow tokenizers keep it before a token that is not special to them.
+        """
+        if self.spaces not in ("start", "first") or parts[:1] != [" "] or len(parts) < 2:
+            return parts
+        first = next((t for t in self.tokenizer.added if text.startswith(f" {t}")), None)
+        kept = self.spaces == "start" and first and not self.tokenizer.added[first].special
+        return parts if kept else parts[1:]
