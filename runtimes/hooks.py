@@ -2,59 +2,45 @@
 
 llama.cpp asks its evaluation callback of every node whether it is of interest, computes up to one
 that is, and calls again before anything reads it. What is done to the values stands in edits.py;
-here is what it takes to reach them, and the metadata that llama.cpp's own API does not hand out.
+here is what it takes to reach them.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 import llama_cpp as llama
 import numpy as np
-from llama_cpp._ctypes_extensions import load_shared_library
 
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.runtimes.edits import ATTENTION, Edit, ExactGelu, ExtraNorms, Float, Visit
+from edgevlm.runtimes.ggml import BASE, declare, read_floats
 from edgevlm.specs import DecoderSpec
-
-_ggml = load_shared_library("ggml-base", Path(llama.__file__).parent / "lib")
 
 
 class _TensorHead(ctypes.Structure):
     """How a ggml_tensor begins."""
 
-    _fields_ = (("type", ctypes.c_int), ("buffer", ctypes.c_void_p))
+    _fields_ = (("type", c_int), ("buffer", c_void_p))
 
 
-class _InitParams(ctypes.Structure):
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+_get_name = declare(BASE, "ggml_get_name", c_char_p, c_void_p)
+_operation = declare(BASE, "ggml_op_desc", c_char_p, c_void_p)
+_elements = declare(BASE, "ggml_nelements", c_int64, c_void_p)
+_data = declare(BASE, "ggml_get_data", c_void_p, c_void_p)
+_is_host = declare(BASE, "ggml_backend_buffer_is_host", c_bool, c_void_p)
+_transfer = (c_void_p, c_void_p, c_size_t, c_size_t)
+_get = declare(BASE, "ggml_backend_tensor_get", None, *_transfer)
+_set = declare(BASE, "ggml_backend_tensor_set", None, *_transfer)
+
+_REMEMBERED = 256
 
 
-_POINTER, _ID, _SIZE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
-_SIGNATURES = {
-    "ggml_get_name": (ctypes.c_char_p, [_POINTER]),
-    "ggml_op_desc": (ctypes.c_char_p, [_POINTER]),
-    "ggml_nelements": (ctypes.c_int64, [_POINTER]),
-    "ggml_get_data": (_POINTER, [_POINTER]),
-    "ggml_backend_buffer_is_host": (ctypes.c_bool, [_POINTER]),
-    "ggml_backend_tensor_get": (None, [_POINTER, _POINTER, _SIZE, _SIZE]),
-    "ggml_backend_tensor_set": (None, [_POINTER, _POINTER, _SIZE, _SIZE]),
-    "gguf_init_from_file": (_POINTER, [ctypes.c_char_p, _InitParams]),
-    "gguf_free": (None, [_POINTER]),
-    "gguf_find_key": (_ID, [_POINTER, ctypes.c_char_p]),
-    "gguf_get_kv_type": (ctypes.c_int, [_POINTER, _ID]),
-    "gguf_get_arr_type": (ctypes.c_int, [_POINTER, _ID]),
-    "gguf_get_arr_n": (_SIZE, [_POINTER, _ID]),
-    "gguf_get_arr_data": (_POINTER, [_POINTER, _ID]),
-    "gguf_get_val_f32": (ctypes.c_float, [_POINTER, _ID]),
-}
-for _name, (_result, _arguments) in _SIGNATURES.items():
-    _function = getattr(_ggml, _name)
-    _function.restype, _function.argtypes = _result, _arguments
-
-_GGUF_FLOAT32, _GGUF_ARRAY = 6, 9
+def _array(address: int, n: int) -> Float:
+    return np.frombuffer((ctypes.c_float * n).from_address(address), np.float32)
 
 
 class GraphHook:
@@ -81,6 +67,9 @@ class GraphHook:
         }
         self._next: Visit | None = None
         self._visit: Visit | None = None
+        # Arrays over the host's memory by (address, elements): a token's nodes lie where the last
+        # one's did. Nothing is read or written through one but what a node has there.
+        self._memory: dict[tuple[int, int], Float] = {}
         self._visited = 0
         self._error: BaseException | None = None
 
@@ -96,8 +85,8 @@ class GraphHook:
 
     def _wants(self, tensor: int) -> bool:
         """Whether a node is to be visited, once it is computed."""
-        name = _ggml.ggml_get_name(tensor)
-        if self._next and _ggml.ggml_op_desc(tensor) == b"ADD":
+        name = _get_name(tensor)
+        if self._next and _operation(tensor) == b"ADD":
             # ggml names it by its number; an ADD with a name is one further on, of another kind.
             self._visit = self._next if name.startswith(b"node_") else None
             self._next = None
@@ -108,20 +97,24 @@ class GraphHook:
 
     def _apply(self, tensor: int) -> None:
         assert self._visit
-        n = _ggml.ggml_nelements(tensor)
-        if _ggml.ggml_backend_buffer_is_host(_TensorHead.from_address(tensor).buffer):
-            memory = (ctypes.c_float * n).from_address(_ggml.ggml_get_data(tensor))
-            self._visit(np.frombuffer(memory, np.float32))
-        else:
-            values = np.empty(n, np.float32)
-            _ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+        place = (_data(tensor), _elements(tensor))
+        values = self._memory.get(place)
+        if values is None and _is_host(_TensorHead.from_address(tensor).buffer):
+            values = self._memory[place] = _array(*place)
+        if values is not None:
             self._visit(values)
-            _ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
+        else:
+            values = np.empty(place[1], np.float32)
+            _get(tensor, values.ctypes.data, 0, values.nbytes)
+            self._visit(values)
+            _set(tensor, values.ctypes.data, 0, values.nbytes)
         self._visited += 1
 
     def start(self) -> None:
         """Begins the count for the next decode."""
         self._visited, self._next, self._error = 0, None, None
+        if len(self._memory) > _REMEMBERED:
+            self._memory.clear()
 
     def check(self) -> None:
         """Raises EngineError unless every node was visited once since `start`, without an error.
@@ -195,30 +188,3 @@ def _extra_norms(path: Path, spec: DecoderSpec) -> Sequence[ExtraNorms]:
             float(found[eps[1]][0]),
         )
     ]
-
-
-def read_floats(path: Path, keys: Iterable[str]) -> dict[str, Float]:
-    """Float arrays and numbers in a GGUF's metadata, float32 [n] each; absent keys are left out.
-
-    ggml parses the file: gguf-py's reader makes Python objects of every token, which takes seconds.
-    Raises BundleCorrupt for a file that is no GGUF and for a value of another type.
-    """
-    context = _ggml.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
-    if not context:
-        raise BundleCorrupt(path, "is no GGUF file")
-    try:
-        ids = {key: _ggml.gguf_find_key(context, key.encode()) for key in keys}
-        return {key: _floats(context, i, path, key) for key, i in ids.items() if i >= 0}
-    finally:
-        _ggml.gguf_free(context)
-
-
-def _floats(context: int, i: int, path: Path, key: str) -> Float:
-    kind = _ggml.gguf_get_kv_type(context, i)
-    if kind == _GGUF_FLOAT32:
-        return np.array([_ggml.gguf_get_val_f32(context, i)], np.float32)
-    if kind != _GGUF_ARRAY or _ggml.gguf_get_arr_type(context, i) != _GGUF_FLOAT32:
-        raise BundleCorrupt(path, f"{key!r} is not of float32 numbers")
-    n = _ggml.gguf_get_arr_n(context, i)
-    memory = (ctypes.c_float * n).from_address(_ggml.gguf_get_arr_data(context, i))
-    return np.frombuffer(memory, np.float32).copy()
