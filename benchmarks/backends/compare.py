@@ -25,7 +25,7 @@ from edgevlm.runtimes.request import input_rows, prefill, prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 
-_ROUNDS = 5
+_ROUNDS = 3
 _TOKENS = 16
 _PROMPT = "What is in the picture?"
 
