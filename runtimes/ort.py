@@ -89,9 +89,9 @@ class Ort:
         for name, plugin in {p.name: p.plugin for p in PROVIDERS if p.plugin}.items():
             if (self.module, name + suffix) in _loaded or find_spec(plugin) is None:
                 continue
-            # Under the provider's own name: some libraries call their devices by the one given.
-            path = importlib.import_module(plugin).get_library_path()
             try:
+                path = importlib.import_module(plugin).get_library_path()
+                # The provider's own name: some libraries call their devices by the one given.
                 register(name + suffix, str(path))
             except Exception as e:
                 _broken[name] = first_line(e)
@@ -119,7 +119,6 @@ class Ort:
             raise BundleCorrupt(graph, f"onnxruntime cannot load it ({reason})")
         if not hasattr(self.module.InferenceSession, "get_provider_graph_assignment_info"):
             raise Unfit(f"onnxruntime {self.version} cannot say what runs where; install 1.24")
-        folder.mkdir(parents=True, exist_ok=True)
         compiled = folder / f"{graph.stem}.ctx.onnx"
         if provider.context and compiled.exists():
             graph = compiled
@@ -127,6 +126,7 @@ class Ort:
             options.add_session_config_entry("ep.context_enable", "1")
             options.add_session_config_entry("ep.context_file_path", str(compiled))
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             session = self._open(graph, options, offer, {"folder": folder, "threads": threads})
         except Exception as e:
             # What was compiled by another version may be of no use; it is made again next time.

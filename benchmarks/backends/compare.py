@@ -104,7 +104,7 @@ def choices() -> list[tuple[str, ...]]:
         chosen_by = [w for w in dict.fromkeys(words) if offer in _allowed(w, offers)]
         here = "yes" if any(o.word == offer.word for o in real) else "no"
         rows.append((offer.word, offer.provider.name, offer.version, here, ", ".join(chosen_by)))
-    return rows
+    return list(dict.fromkeys(rows))  # Several generations of one device look the same here.
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
