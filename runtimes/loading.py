@@ -16,6 +16,7 @@ from edgevlm.runtimes.decoder import LlamaDecoder, cpu_features
 from edgevlm.runtimes.ort import Ort
 from edgevlm.runtimes.placing import Wish, open_encoder
 from edgevlm.runtimes.session import VLM
+from edgevlm.specs import DecoderSpec
 from edgevlm.types import Devices, Placement
 
 
@@ -101,8 +102,8 @@ def open_decoder(
         )
 
     found = backends.candidates(word, offered)
-    if exact and word == "auto" and found:
-        notes.append(f"{found[0].name}: the decoder is in f32, for the CPU's exact numbers")
+    if found and word == "auto" and (reason := _stays(spec, exact)):
+        notes.append(f"{found[0].name}: {reason}")
         found = []
     needs = ggml.layer_bytes(bundle.path("decoder"), spec, exact) if found else None
     for device in found:
@@ -124,3 +125,14 @@ def open_decoder(
     if found and word != "auto":
         raise backends.refused(word, notes)
     return on(ON_THE_CPU), backends.placement(word, ON_THE_CPU, spec.n_layer + 1, notes)
+
+
+def _stays(spec: DecoderSpec, exact: bool) -> str:
+    """Why a decoder is better left on the CPU; empty where it is not."""
+    if exact:
+        return "the decoder is in f32, for the CPU's exact numbers"
+    if spec.extra_norms:
+        return (
+            "the decoder's extra norms are computed on the CPU; every layer would wait for copies"
+        )
+    return ""

@@ -17,6 +17,9 @@ import onnxruntime
 from edgevlm.errors import BundleCorrupt
 from edgevlm.runtimes.providers import CPU, PROVIDERS, Offer, Provider, rows
 
+# A library registered under a name with this end may offer virtual devices (onnxruntime 1.24).
+_VIRTUAL = ".virtual"
+
 
 class Unfit(Exception):
     """A provider cannot run this graph here; the message is the reason."""
@@ -44,17 +47,21 @@ class Ort:
         """Of onnxruntime."""
         return str(self.module.__version__)
 
-    def offers(self) -> list[Offer]:
-        """What is installed here, in the order of the table of providers."""
-        self._load_plugins()
-        devices = self._devices()
+    def offers(self, virtual: bool = False) -> list[Offer]:
+        """What is installed here, in the order of the table of providers.
+
+        `virtual` adds devices that are not here: plugins make them up to compile for them.
+        """
+        self._load_plugins(_VIRTUAL if virtual else "")
+        devices = [d for d in self._devices() if virtual or not d.device.metadata.get("is_virtual")]
         found = []
         for device in devices:
             kind = str(getattr(device.device.type, "name", device.device.type)).lower()
             version = device.ep_metadata.get("version", self.version)
             name = _hardware(device.device)
-            found += [Offer(p, version, name, device) for p in rows(device.ep_name, kind)]
-        named = {device.ep_name for device in devices}
+            provider = device.ep_name.removesuffix(_VIRTUAL)
+            found += [Offer(p, version, name, device) for p in rows(provider, kind)]
+        named = {device.ep_name for device in self._devices()}
         for name in self.module.get_available_providers():
             if name not in named:
                 found += [Offer(p, self.version) for p in rows(name) if self._there(p)]
@@ -74,21 +81,21 @@ class Ort:
         devices: list[str] = self.module.capi._pybind_state.get_available_openvino_device_ids()
         return any(d.startswith(provider.device["device_type"]) for d in devices)
 
-    def _load_plugins(self) -> None:
+    def _load_plugins(self, suffix: str) -> None:
         """Loads the providers that are packages of their own, each once in a process."""
         register = getattr(self.module, "register_execution_provider_library", None)
         if register is None:
             return
         for name, plugin in {p.name: p.plugin for p in PROVIDERS if p.plugin}.items():
-            if (self.module, name) in _loaded or find_spec(plugin) is None:
+            if (self.module, name + suffix) in _loaded or find_spec(plugin) is None:
                 continue
-            # Under the provider's own name: some libraries call their devices by the one given.
-            path = importlib.import_module(plugin).get_library_path()
             try:
-                register(name, str(path))
+                path = importlib.import_module(plugin).get_library_path()
+                # The provider's own name: some libraries call their devices by the one given.
+                register(name + suffix, str(path))
             except Exception as e:
                 _broken[name] = first_line(e)
-            _loaded.add((self.module, name))
+            _loaded.add((self.module, name + suffix))
 
     def run_options(self) -> Any:
         """Options of one run, which another thread may end."""
@@ -112,7 +119,6 @@ class Ort:
             raise BundleCorrupt(graph, f"onnxruntime cannot load it ({reason})")
         if not hasattr(self.module.InferenceSession, "get_provider_graph_assignment_info"):
             raise Unfit(f"onnxruntime {self.version} cannot say what runs where; install 1.24")
-        folder.mkdir(parents=True, exist_ok=True)
         compiled = folder / f"{graph.stem}.ctx.onnx"
         if provider.context and compiled.exists():
             graph = compiled
@@ -120,6 +126,7 @@ class Ort:
             options.add_session_config_entry("ep.context_enable", "1")
             options.add_session_config_entry("ep.context_file_path", str(compiled))
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             session = self._open(graph, options, offer, {"folder": folder, "threads": threads})
         except Exception as e:
             # What was compiled by another version may be of no use; it is made again next time.

@@ -15,6 +15,7 @@ from edgevlm.models import cache_directory
 from edgevlm.runtimes import firstuse
 from edgevlm.runtimes.encoder import OrtEncoder
 from edgevlm.runtimes.firstuse import BOUND, Memory, Verdict
+from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.ort import Counts, Ort, Unfit, counts
 from edgevlm.runtimes.providers import CPU, Offer, candidates, pick
 from edgevlm.types import Placement
@@ -104,7 +105,8 @@ class _Opener:
         best = pick(self._wish.cpu_precisions, self._bundle.vision_precisions)
         same, _ = self._encoder(_FALLBACK, precision, Path())
         fastest = same if best == precision else self._encoder(_FALLBACK, best, Path())[0]
-        try:
+
+        def measure() -> Verdict:
             return Verdict(
                 firstuse.compare(encoder, same, size),
                 firstuse.encode_ms(encoder, size),
@@ -114,6 +116,13 @@ class _Opener:
                 offer.version,
                 offer.hardware,
             )
+
+        def stop() -> None:
+            for running in (encoder, same, fastest):
+                running.cancel()
+
+        try:
+            return interruptible(measure, stop)
         except EngineError as e:
             raise Unfit(str(e)) from None
         finally:

@@ -33,6 +33,7 @@ class Device:
     kind: str
     version: str = "1.0"
     description: str = "a fake"
+    virtual: bool = False
 
     @property
     def ep_metadata(self) -> dict[str, str]:
@@ -41,9 +42,8 @@ class Device:
     @property
     def device(self) -> Any:
         kind = types.SimpleNamespace(name=self.kind.upper())
-        return types.SimpleNamespace(
-            type=kind, vendor="", metadata={"Description": self.description}
-        )
+        metadata = {"Description": self.description} | ({"is_virtual": "1"} if self.virtual else {})
+        return types.SimpleNamespace(type=kind, vendor="", metadata=metadata)
 
 
 @dataclass

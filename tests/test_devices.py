@@ -360,6 +360,14 @@ def test_a_plugin_that_does_not_load_is_told_by_doctor_only(pico, plugin):
     assert broken_plugins()[WEBGPU] == "/plugins/webgpu.so: cannot open shared object"
 
 
+def test_virtual_devices_compute_nothing(pico):
+    device = Device(QNN, "npu", virtual=True)
+    fake = FakeOnnxruntime({QNN: Behaviour()}, [device])
+    assert [o.word for o in Ort(fake).offers()] == ["cpu"]
+    assert [o.word for o in Ort(fake).offers(virtual=True)] == ["qnn", "cpu"]
+    assert place(pico, fake, "auto")[1].device == "cpu"
+
+
 def test_a_provider_that_the_table_does_not_know_can_be_named(pico):
     fake = FakeOnnxruntime({"MLXExecutionProvider": Behaviour()})
     assert place(pico, fake, "mlx")[1].device == "mlx"

@@ -168,6 +168,14 @@ def test_a_decoder_in_f32_stays_on_the_cpu_unless_it_is_sent_elsewhere(pico, lla
     assert opened(bundle, "gpu", [device("Vulkan0", GIB)]).device == "vulkan"
 
 
+def test_a_decoder_with_norms_of_its_own_stays_on_the_cpu_unless_it_is_sent_elsewhere(pico, llama):
+    spec = dataclasses.replace(pico.manifest.decoder, extra_norms=True)
+    bundle = dataclasses.replace(pico, manifest=dataclasses.replace(pico.manifest, decoder=spec))
+    placed = opened(bundle, "auto", [device("Vulkan0", GIB)])
+    assert placed.device == "cpu" and "extra norms" in placed.notes[0]
+    assert opened(bundle, "gpu", [device("Vulkan0", GIB)]).device == "vulkan"
+
+
 def test_this_build_lists_its_devices():
     found = ggml.devices()
     assert all(d.name and 0 <= d.free_bytes <= d.total_bytes for d in found)

@@ -1,4 +1,4 @@
-"""`python -m edgevlm.benchmarks.backends openvino|vulkan`: a back end beside the CPU, as a table.
+"""`python -m edgevlm.benchmarks.backends openvino|vulkan|plugins`: a back end as a table.
 
 The first run makes an environment in the cache folder (`--environment` names another): this one
 with the packages of that back end before it. Nothing here is changed.
@@ -25,12 +25,18 @@ from edgevlm.models import built_in, resolve
 @click.option("--tiny", is_flag=True, help="Models of random weights, exported now, as well.")
 @click.option("--here", is_flag=True, help="Compare in this environment.")
 def main(job: str, models: tuple[str, ...], folder: Path | None, tiny: bool, here: bool) -> None:
-    """Compare a back end with the CPU on MODELs, pico if none is named."""
+    """Compare a back end with the CPU on MODELs, pico if none is named.
+
+    "plugins" lists what onnxruntime's plugin providers offer and which words choose them.
+    """
     chosen = environment.jobs()[job]
     with tempfile.TemporaryDirectory() as scratch:
         folders = [resolve(m).absolute() for m in models] or [built_in()]
         if tiny:
             folders += _tiny(Path(scratch), chosen.half)
+        if here and chosen.half == "choice":
+            click.echo(compare.table(compare.CHOICE_HEAD, compare.choices()))
+            return
         if not here:
             names = [str(f) for f in folders]
             raise SystemExit(environment.run(chosen, names, folder))

@@ -7,27 +7,32 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 import edgevlm
+from edgevlm.errors import EngineMissing
 from edgevlm.image import preprocess, read_image
+from edgevlm.runtimes import providers
 from edgevlm.runtimes.engines import Float
 from edgevlm.runtimes.firstuse import worst_cosine
+from edgevlm.runtimes.ort import Ort
+from edgevlm.runtimes.providers import Offer
 from edgevlm.runtimes.request import input_rows, prefill, prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 
-_ROUNDS = 5
+_ROUNDS = 3
 _TOKENS = 16
 _PROMPT = "What is in the picture?"
 
 VISION_HEAD = (
     "model", "runs", "features", "embeddings", "first start", "second start", "encode", "CPU"
 )  # fmt: skip
+CHOICE_HEAD = ("device", "provider", "version", "here", "chosen by")
 DECODER_HEAD = (
     "model", "runs", "logits", "divergence", "same tokens", "prefill", "CPU", "a token", "CPU"
 )  # fmt: skip
@@ -86,10 +91,33 @@ def decoder(folder: Path, word: str, picture: Path) -> tuple[str, ...]:
         )
 
 
+def choices() -> list[tuple[str, ...]]:
+    """The rows of the plugin libraries that are installed: the devices they offer, those that they
+    make up for compilation included, and the words that choose each.
+    """
+    ort = Ort()
+    real = ort.offers()
+    offers = ort.offers(virtual=True)
+    words = ("auto", "cpu", "gpu", "npu", *providers.WORDS, *dict.fromkeys(o.word for o in offers))
+    rows = []
+    for offer in offers:
+        chosen_by = [w for w in dict.fromkeys(words) if offer in _allowed(w, offers)]
+        here = "yes" if any(o.word == offer.word for o in real) else "no"
+        rows.append((offer.word, offer.provider.name, offer.version, here, ", ".join(chosen_by)))
+    return list(dict.fromkeys(rows))  # Several generations of one device look the same here.
+
+
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Markdown."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _allowed(word: str, offers: Sequence[Offer]) -> list[Offer]:
+    try:
+        return providers.candidates(word, offers)
+    except EngineMissing:
+        return []
 
 
 def _prefill(vlm: VLM, picture: Path) -> Callable[[], object]:

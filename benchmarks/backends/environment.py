@@ -17,7 +17,9 @@ from edgevlm.models import cache_directory
 
 @dataclass(frozen=True)
 class Job:
-    """One back end: which half it runs, its word, what pip installs for it, and with what around.
+    """One back end: what is compared, its word, what pip installs for it, and with what around.
+
+    half: "vision" or "decoder", or "choice" where only the selection is looked at.
 
     build: environment variables of the installation, run: those of the comparison. needs: what has
     to be on the system beside pip's packages.
@@ -40,6 +42,12 @@ def jobs() -> dict[str, Job]:
         # package has an onnxruntime of its own and runs on any x86-64.
         Job("openvino", "vision", "openvino:cpu", ("onnxruntime-openvino", "openvino")),
         Job(
+            "plugins",
+            "choice",
+            "",
+            ("onnxruntime-ep-openvino", "onnxruntime-ep-webgpu", "onnxruntime-qnn"),
+        ),
+        Job(
             "vulkan",
             "decoder",
             "vulkan",
@@ -61,7 +69,7 @@ def python(job: Job, folder: Path | None = None) -> Path:
     if (folder / "ready").exists():
         return found
     venv.create(folder, with_pip=True, clear=True)
-    install = [found, "-m", "pip", "install", "--no-deps", "--no-cache-dir", *job.packages]
+    install = [str(found), "-m", "pip", "install", "--no-deps", "--no-cache-dir", *job.packages]
     done = subprocess.run(
         install, env=os.environ | job.build, capture_output=True, text=True, check=False
     )

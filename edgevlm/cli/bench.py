@@ -88,7 +88,7 @@ def bench() -> None:
     default=("auto",),
     show_default=True,
     metavar="DEVICE",
-    help="Of the vision encoder; repeatable.",
+    help="auto, cpu, gpu, npu or one that `edgevlm doctor` lists; repeatable.",
 )
 @click.option(
     "--threads",
