@@ -21,13 +21,16 @@ def load(
     decoder_device: str | None = None,
     threads: int | None = None,
     repack: bool | None = None,
+    kv: str | None = None,
 ) -> VLM:
     """Loads a model: a bundle folder, the name of an installed one, or None for the built-in pico.
 
     device: what it runs on, "auto", "cpu", "gpu", "npu" or a name such as "cuda", "openvino",
     "vulkan" (docs/devices.md lists them); vision_device and decoder_device override it for one
     half. threads: None for the physical cores. repack: llama.cpp's weight re-ordering at load; None
-    follows what was measured. `VLM.devices` says what runs where, and why.
+    follows what was measured. kv: how the decoder keeps the positions it has read, "f16" or "q8_0",
+    half as large; None is f16, and float32 for decoders in f32. `VLM.devices` says what runs where,
+    and why.
     Raises BundleError for a folder that is no sound bundle, EngineMissing for a device that is not
     installed, EngineError for one that cannot run its half; "auto" falls back instead.
     """
@@ -35,5 +38,7 @@ def load(
 
     if threads is not None and threads < 1:
         raise PromptError("threads must be at least 1")
-    settings = Settings(threads, device, repack, vision_device, decoder_device)
+    if kv not in (None, "f16", "q8_0"):
+        raise PromptError(f"kv {kv!r} is not known; choose f16 or q8_0")
+    settings = Settings(threads, device, repack, vision_device, decoder_device, kv)
     return load_bundle(resolve(model), settings)

@@ -32,16 +32,23 @@ _SCORE_ROWS = 16
 _CTX_STEP = 256
 _BATCH_STEP = 64
 _CAUSAL_BATCH = 512
+# ggml's type of the state kept of each position, by name. Float32 is for exact decoders alone.
+_KV_TYPES = {
+    "f32": llama.GGML_TYPE_F32,
+    "f16": llama.GGML_TYPE_F16,
+    "q8_0": llama.GGML_TYPE_Q8_0,
+}
 
 
 class LlamaDecoder:
     """TextDecoder on llama.cpp's low-level API.
 
     `exact` keeps the KV cache in float32, flash attention off and GELU out of its table, for
-    decoders in f32. `repack` lets llama.cpp re-order quantized weights at load. `offload` says what
-    runs on another device than the CPU; `layers` is how many layers of how many really do. Raises
-    BundleCorrupt if the file does not hold the decoder of `spec`, EngineError if the device does
-    not take its layers.
+    decoders in f32. `kv` is the cache's type where another is wanted: "f16", or "q8_0", half as
+    large, which llama.cpp reads with flash attention only. `repack` lets llama.cpp re-order
+    quantized weights at load. `offload` says what runs on another device than the CPU; `layers` is
+    how many layers of how many really do. Raises BundleCorrupt if the file does not hold the
+    decoder of `spec`, EngineError if the device does not take its layers.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class LlamaDecoder:
         *,
         threads: int,
         exact: bool = False,
+        kv: str | None = None,
         repack: bool = True,
         offload: Offload = ON_THE_CPU,
     ) -> None:
@@ -76,7 +84,7 @@ class LlamaDecoder:
         if found != (spec.n_embd, spec.n_layer, spec.n_vocab):
             raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
         self._spec, self._threads = spec, threads
-        self._f32 = exact
+        self._kv = kv or ("f32" if exact else "f16")
         self._hook = graph_hook(path, spec, exact=exact)
         self._shared = np.empty((0, spec.n_embd), np.float32)
         self._rows = EmbeddingRows(path, place)
@@ -267,9 +275,11 @@ class LlamaDecoder:
         params.no_perf = True
         if self._hook:
             params.cb_eval = self._hook.callback
-        if self._f32:
-            params.type_k = params.type_v = llama.GGML_TYPE_F32
+        params.type_k = params.type_v = _KV_TYPES[self._kv]
+        if self._kv == "f32":
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        elif self._kv == "q8_0":
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         ggml.log.clear()
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp._ctypes_extensions import load_shared_library
 
-from edgevlm.errors import BundleCorrupt
+from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.runtimes.backends import LayerBytes, LlamaDevice, backend
 from edgevlm.specs import DecoderSpec
 
@@ -65,6 +65,8 @@ _array_type = declare(BASE, "gguf_get_arr_type", c_int, c_void_p, c_int64)
 _array_size = declare(BASE, "gguf_get_arr_n", c_size_t, c_void_p, c_int64)
 _array_data = declare(BASE, "gguf_get_arr_data", c_void_p, c_void_p, c_int64)
 _GGUF_UINT32, _GGUF_FLOAT32, _GGUF_ARRAY = 4, 6, 9
+# Values of a block of q8_0, which share a scale.
+_Q8_BLOCK = 32
 
 
 # The last warnings and errors, for the message of the next error; never printed.
@@ -117,6 +119,21 @@ def devices() -> list[LlamaDevice]:
     return found
 
 
+def check_heads(path: Path, spec: DecoderSpec) -> None:
+    """Raises EngineError where a decoder's heads do not divide into the blocks of a q8_0 cache;
+    llama.cpp says so only with the first question.
+    """
+    with _opened(path) as file:
+        heads = _number(file, spec, "attention.head_count", 1)
+        for part in ("key", "value"):
+            size = _number(file, spec, f"attention.{part}_length", spec.n_embd // heads)
+            if size % _Q8_BLOCK:
+                raise EngineError(
+                    f"a q8_0 cache needs heads of a multiple of {_Q8_BLOCK} values and this "
+                    f"decoder's have {size}; use f16"
+                )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A GGUF file's metadata, parsed by ggml: gguf-py would make an object of every token, which
@@ -150,24 +167,24 @@ def _floats(file: Any, i: int, path: Path, key: str) -> npt.NDArray[np.float32]:
     return np.frombuffer(memory, np.float32).copy()
 
 
+def _number(file: Any, spec: DecoderSpec, name: str, default: int) -> int:
+    key = _find(file, f"{spec.architecture}.{name}".encode())
+    known = key >= 0 and _kv_type(file, key) == _GGUF_UINT32
+    return int(_u32(file, key)) if known else default
+
+
 def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
     """What the parts of the decoder in a GGUF file need on a device.
 
     `exact` keeps the state in float32, otherwise float16. Raises BundleCorrupt if it is no GGUF.
     """
-
-    def number(name: str, default: int) -> int:
-        key = _find(file, f"{spec.architecture}.{name}".encode())
-        known = key >= 0 and _kv_type(file, key) == _GGUF_UINT32
-        return int(_u32(file, key)) if known else default
-
     with _opened(path) as file:
         names = [_tensor_name(file, i).decode() for i in range(_n_tensors(file))]
         sizes = {name: int(_tensor_size(file, i)) for i, name in enumerate(names)}
-        heads = number("attention.head_count", 1)
-        head = number("attention.key_length", spec.n_embd // heads)
-        state = 2 * number("attention.head_count_kv", heads) * head
-        inner = number("feed_forward_length", 4 * spec.n_embd)
+        heads = _number(file, spec, "attention.head_count", 1)
+        head = _number(file, spec, "attention.key_length", spec.n_embd // heads)
+        state = 2 * _number(file, spec, "attention.head_count_kv", heads) * head
+        inner = _number(file, spec, "feed_forward_length", 4 * spec.n_embd)
     layers = [0] * spec.n_layer
     for name, size in sizes.items():
         if match := re.match(r"blk\.(\d+)\.", name):

@@ -25,7 +25,8 @@ class Settings:
     """How a model runs here; None follows the measured rules (`rules.py`).
 
     threads: of both engines. device: what both halves run on; vision_device and decoder_device
-    override it for one. repack: whether llama.cpp re-orders quantized weights at load.
+    override it for one. repack: whether llama.cpp re-orders quantized weights at load. kv: type of
+    what the decoder keeps of each position, "f16" or "q8_0".
     """
 
     threads: int | None = None
@@ -33,6 +34,7 @@ class Settings:
     repack: bool | None = None
     vision_device: str | None = None
     decoder_device: str | None = None
+    kv: str | None = None
 
 
 def load_bundle(
@@ -60,7 +62,9 @@ def load_bundle(
     encoder, vision = open_encoder(bundle, wish, ort)
     loaded("vision")
     repack = rules.decide("repacking", facts) if settings.repack is None else settings.repack
-    decoder, placed = open_decoder(bundle, for_decoder, offered, threads=threads, repack=repack)
+    decoder, placed = open_decoder(
+        bundle, for_decoder, offered, threads=threads, repack=repack, kv=settings.kv
+    )
     loaded("decoder")
     load_ms = (time.perf_counter() - start) * 1e3
     return VLM(manifest, kind, encoder, decoder, load_ms=load_ms, devices=Devices(vision, placed))
@@ -78,14 +82,22 @@ def words(settings: Settings, ort: Ort, offered: Sequence[LlamaDevice]) -> tuple
 
 
 def open_decoder(
-    bundle: Bundle, word: str, offered: Sequence[LlamaDevice], *, threads: int, repack: bool
+    bundle: Bundle,
+    word: str,
+    offered: Sequence[LlamaDevice],
+    *,
+    threads: int,
+    repack: bool,
+    kv: str | None = None,
 ) -> tuple[LlamaDecoder, Placement]:
     """The bundle's decoder on the first device that has room for layers of it, or on the CPU.
 
     Raises EngineMissing where nothing of that name is offered, EngineError where what was named
-    takes no layer.
+    takes no layer or the decoder's heads do not fit the `kv` cache.
     """
     spec = bundle.manifest.decoder
+    if kv == "q8_0":
+        ggml.check_heads(bundle.path("decoder"), spec)
     # Who keeps the decoder in f32 wants the original's numbers, not speed.
     exact = bundle.manifest.components["decoder"].precision == "f32"
     notes: list[str] = []
@@ -97,6 +109,7 @@ def open_decoder(
             bundle.manifest.token_embedding,
             threads=threads,
             exact=exact,
+            kv=kv,
             repack=repack,
             offload=offload,
         )

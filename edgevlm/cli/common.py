@@ -38,6 +38,8 @@ _ANSWERING = (
                  help="auto, cpu, gpu, npu or one that `edgevlm doctor` lists."),
     click.option("--vision-device", metavar="DEVICE", help="Of the encoder alone."),
     click.option("--decoder-device", metavar="DEVICE", help="Of the decoder alone."),
+    click.option("--kv", type=click.Choice(["f16", "q8_0"]),
+                 help="What is kept of the positions read; q8_0 halves it  [default: f16]"),
     click.option("--stats", is_flag=True, help="Show how long each stage took (stderr)."),
 )  # fmt: skip
 _IMAGE = click.option(
@@ -46,7 +48,7 @@ _IMAGE = click.option(
 )  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 _SAMPLING = tuple(SamplingOptions.__annotations__)
-_LOADING = ("device", "vision_device", "decoder_device", "threads")
+_LOADING = ("device", "vision_device", "decoder_device", "threads", "kv")
 
 
 def answering(command: Command) -> Command:
