@@ -59,12 +59,19 @@ _MODELS: Models = {
     "PaliGemma 1": lambda folder: write_paligemma(folder, version=1),
     "PaliGemma 2": lambda folder: write_paligemma(folder, version=2),
     "MobilePALO": write_llava,
+    "LLaVA, Phi-3": partial(write_llava, **ORIGINALS["llava-phi3"]),
+    "LLaVA, LLaMA-3": partial(write_llava, **ORIGINALS["llava-llama3"]),
 }
 _LAYOUTS: Models = {
-    name: partial(write_llava, **options) for name, options in ORIGINALS.items()
-} | {
-    f"llava-1.5, transformers ({layout})": partial(write_llava, layout=layout)
-    for layout in ("hf", "hf-4.52")
+    **{name: partial(write_llava, **options) for name, options in ORIGINALS.items()},
+    **{
+        f"llava-1.5, transformers ({layout})": partial(write_llava, layout=layout)
+        for layout in ("hf", "hf-4.52")
+    },
+    **{
+        f"{name}, transformers": partial(write_llava, layout="hf", vocabulary=vocabulary)
+        for name, vocabulary in (("llava-phi3", "phi3"), ("llava-llama3", "llama3"))
+    },
 }
 
 

@@ -215,7 +215,7 @@ def _added(checkpoint: Checkpoint) -> dict[int, tuple[str, bool]]:
 
 def _specials(tokens: list[Token], checkpoint: Checkpoint, path: Path) -> dict[str, int]:
     ids = {t.text: i for i, t in enumerate(tokens) if t.type in (CONTROL, UNKNOWN)}
-    found = {}
+    found: dict[str, int] = {}
     for role in ROLES:
         for text in role_texts(checkpoint, role):
             if text in ids:

@@ -10,6 +10,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ class LlamaDecoder:
         self._kv = kv or ("f32" if exact else "f16")
         self._hook = graph_hook(path, spec, exact=exact)
         self._shared = np.empty((0, spec.n_embd), np.float32)
+        self._ends: tuple[int, ...] = ()
         self._rows = EmbeddingRows(path, place)
         self._context: int | None = None
         self._batch: Any = None
@@ -128,7 +130,9 @@ class LlamaDecoder:
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
         return self._rows(tokens)
 
-    def prefill(self, rows: Float, *, bidirectional: bool, room: int, shared: int = 0) -> int:
+    def prefill(
+        self, rows: Float, *, bidirectional: bool, room: int, shared: Sequence[int] = ()
+    ) -> int:
         """See TextDecoder. A bidirectional prefix is one batch: every row sees every other."""
         n = len(rows)
         if n < 1 or rows.shape[1:] != (self._spec.n_embd,):
@@ -137,27 +141,34 @@ class LlamaDecoder:
             raise ContextOverflow(0, n, room, self._spec.context_length)
         self._reserve(n + room, n if bidirectional else min(n, _CAUSAL_BATCH))
         self._cancelled.clear()
-        kept = self._keep(rows[:shared])
+        kept = self._keep(rows, tuple(shared))
         llama.llama_set_causal_attn(self._context, not bidirectional)
         llama.llama_set_abort_callback(self._context, self._abort, None)
         try:
-            # The shared rows end a batch whether they are kept or not, so that what follows them is
+            # Shared rows end a batch whether they are kept or not, so that what follows them is
             # computed in the same batches, to the same bits.
-            for begin, end in ((kept, shared), (max(kept, shared), n)):
+            for begin, end in pairwise((kept, *(end for end in shared if end > kept), n)):
                 for start in range(begin, end, self._n_batch):
                     self._decode_rows(rows[start : min(start + self._n_batch, end)])
-            self._shared = rows[:shared].copy()
+            self._shared, self._ends = rows[: max(shared, default=0)].copy(), tuple(shared)
         finally:
             # A Python callback at every graph node would slow the single steps of decoding.
             llama.llama_set_abort_callback(self._context, llama.ggml_abort_callback(), None)
             llama.llama_set_causal_attn(self._context, True)
         return kept
 
-    def _keep(self, shared: Float) -> int:
-        """Forgets everything but the state of these rows, if it is there; returns their number."""
-        if 0 < len(shared) <= self._past and np.array_equal(shared, self._shared):
-            self.rollback(len(shared))
-            return len(shared)
+    def _keep(self, rows: Float, ends: tuple[int, ...]) -> int:
+        """Forgets everything but the state of the most shared rows that are there; returns their
+        number. Blocks with other ends were read in other batches.
+        """
+        for n in range(len(ends), 0, -1):
+            end, known = ends[n - 1], self._shared[: ends[n - 1]]
+            same = ends[:n] == self._ends[:n] and np.array_equal(rows[:end], known)
+            if same and 0 < end <= self._past:
+                self.rollback(end)
+                # What is read from now on may end half-way.
+                self._shared, self._ends = known, ends[:n]
+                return end
         self.clear()
         return 0
 
@@ -166,7 +177,7 @@ class LlamaDecoder:
         if self._context is not None:
             llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
         self._past = 0
-        self._shared = self._shared[:0]
+        self._shared, self._ends = self._shared[:0], ()
 
     def _decode_rows(self, rows: Float) -> None:
         data = np.ascontiguousarray(rows, np.float32)

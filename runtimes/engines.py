@@ -63,11 +63,13 @@ class TextDecoder(Protocol):
     def embed(self, tokens: Sequence[int]) -> Float:
         """Token ids -> rows float32 [n, n_embd]."""
 
-    def prefill(self, rows: Float, *, bidirectional: bool, room: int, shared: int = 0) -> int:
+    def prefill(
+        self, rows: Float, *, bidirectional: bool, room: int, shared: Sequence[int] = ()
+    ) -> int:
         """Reads rows float32 [n, n_embd] from position 0 on, leaving `room` positions after them.
 
-        The first `shared` rows, fewer than n, are a block that other prompts begin with as well:
-        where the last call had the same block, its state is kept. Returns the rows kept; whether
+        `shared` are ends, ascending and below n, of blocks that other prompts begin with as well:
+        the state of the longest that the last call had too is kept. Returns the rows kept; whether
         any are makes no difference to the logits.
         """
 

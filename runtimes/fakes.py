@@ -81,7 +81,9 @@ class FakeDecoder:
         """Rows [n, 4] that hold the token id."""
         return np.repeat(np.array(tokens, np.float32)[:, None], _N_EMBD, 1)
 
-    def prefill(self, rows: Float, *, bidirectional: bool, room: int, shared: int = 0) -> int:
+    def prefill(
+        self, rows: Float, *, bidirectional: bool, room: int, shared: Sequence[int] = ()
+    ) -> int:
         """Starts the next answer; keeps nothing."""
         self.prefills.append(rows)
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]

@@ -82,18 +82,19 @@ class Request:
     n_cached: int = 0
     n_kept: int = 0
 
-    def shared(self, model: Parts) -> int:
-        """Rows up to the last picture's: what other questions about it begin with. None of a
-        prefix whose rows all see the question.
+    def shared(self, model: Parts) -> tuple[int, ...]:
+        """Where blocks end that other questions begin with: the words before the first picture,
+        and the last picture. None of a prefix whose rows all see the question.
         """
         if not self.pictures or model.manifest.decoder.attention == "prefix":
-            return 0
-        last = max(i for i, part in enumerate(self.parts) if isinstance(part, int))
-        sizes = (
+            return ()
+        sizes = [
             model.manifest.image.tokens if isinstance(part, int) else len(part)
-            for part in self.parts[: last + 1]
-        )
-        return sum(sizes)
+            for part in self.parts
+        ]
+        pictures = [i for i, part in enumerate(self.parts) if isinstance(part, int)]
+        ends = (sum(sizes[: pictures[0]]), sum(sizes[: pictures[-1] + 1]))
+        return tuple(end for end in ends if end)
 
 
 def prefill(model: Parts, request: Request, rows: Float, room: int) -> None:

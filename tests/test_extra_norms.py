@@ -115,13 +115,13 @@ def test_a_prompt_of_several_batches_and_every_row_of_an_extension(decoder):
 
 
 def test_a_second_question_on_kept_state_is_the_first_to_the_bit(path, decoder):
-    assert read(decoder, PROMPT, shared=30) == 0
+    assert read(decoder, PROMPT, shared=(30,)) == 0
     greedy(decoder)
     other = [*PROMPT[:30], 7, 8, 9]
-    assert read(decoder, other, shared=30) == 30
+    assert read(decoder, other, shared=(30,)) == 30
     _, kept = greedy(decoder)
     fresh = open_decoder(path)
-    read(fresh, other, shared=30)
+    read(fresh, other, shared=(30,))
     np.testing.assert_array_equal(greedy(fresh)[1], kept)
     fresh.close()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import edgevlm
 from edgevlm import family, schema
 from edgevlm.benchmarks.checkpoints import write_paligemma
-from edgevlm.benchmarks.llava_checkpoints import write_llava
+from edgevlm.benchmarks.llava_checkpoints import ORIGINALS, write_llava
 from edgevlm.bundle import Bundle, Manifest, open_bundle
 from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
@@ -26,6 +27,10 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "paligemma-2": ("paligemma", lambda folder: write_paligemma(folder, version=2)),
     "mobilepalo": ("llava", write_llava),
     "llava-1.5-hf": ("llava", lambda folder: write_llava(folder, layout="hf")),
+    **{
+        name: ("llava", partial(write_llava, **ORIGINALS[name]))
+        for name in ("llava-phi3", "llava-llama3")
+    },
 }
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 # Every stage of the exporter's own comparison, against the original's code.
@@ -105,7 +110,7 @@ def test_embedding_rows_are_the_tables(vlm: VLM):
     assert rows.shape == (2, place.width) and np.isfinite(rows).all()
 
 
-@pytest.mark.parametrize("text", ["<image>", "<bos><eos>", "<pad>"])
+@pytest.mark.parametrize("text", ["<image>", "<bos><eos>", "<pad>", "<|end|></s><|eot_id|>"])
 def test_user_text_never_becomes_a_marker(vlm: VLM, text: str):
     decoder = vlm.parts.decoder
     tokens = decoder.tokenize(text)

@@ -217,9 +217,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory):
         yield vlm
 
 
-def test_a_second_question_reads_only_its_own_words(tmp_path: Path):
+def test_what_questions_share_is_read_once(tmp_path: Path):
+    """A second question reads only its own words, one about another picture not the words before
+    it; the logits are the same to the last bit.
+    """
     source = write_llava(tmp_path / "source")
     bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
+    mirrored = PICTURE[:, ::-1]
     with edgevlm.load(bundle.folder) as vlm:
         vlm.ask("what colour is it?", PICTURE, max_tokens=4)
         again, _ = greedy(vlm, PICTURE, PROMPT, 4)
@@ -231,10 +235,39 @@ def test_a_second_question_reads_only_its_own_words(tmp_path: Path):
         forgot = vlm.ask(PROMPT, PICTURE, max_tokens=4)
         assert (forgot.tokens.cached, forgot.tokens.kept) == (0, 0)
         assert forgot.timings.vision_ms > 0 and forgot.token_ids == reply.token_ids
-        other = vlm.ask(PROMPT, PICTURE[:, ::-1], max_tokens=4)
-        assert other.tokens.cached == 0
+        other = vlm.ask(PROMPT, mirrored, max_tokens=4)
+        words = reply.tokens.kept - bundle.manifest.image.tokens
+        assert other.tokens.cached == other.tokens.kept == words > 0
+        vlm.ask(PROMPT, PICTURE, max_tokens=1)
+        after_another, _ = greedy(vlm, mirrored, PROMPT, 4)
+    for picture, kept in ((PICTURE, again), (mirrored, after_another)):
+        with edgevlm.load(bundle.folder) as vlm:
+            fresh, _ = greedy(vlm, picture, PROMPT, 4)
+        assert np.array_equal(kept, fresh)
+
+
+def test_state_of_a_cancelled_prefill_is_not_taken_for_another(tmp_path: Path, monkeypatch):
+    from edgevlm.runtimes.decoder import LlamaDecoder
+    from edgevlm.runtimes.engines import Cancelled
+
+    source = write_llava(tmp_path / "source")
+    bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
+    decode_rows = LlamaDecoder._decode_rows
     with edgevlm.load(bundle.folder) as vlm:
         fresh, _ = greedy(vlm, PICTURE, PROMPT, 4)
+        read = []
+
+        def cancelled_in_the_question(decoder, rows):
+            if read:
+                raise Cancelled
+            read.append(len(rows))
+            decode_rows(decoder, rows)
+
+        monkeypatch.setattr(LlamaDecoder, "_decode_rows", cancelled_in_the_question)
+        vlm.ask(PROMPT, PICTURE[:, ::-1], max_tokens=1)
+        assert read == [bundle.manifest.image.tokens]
+        monkeypatch.undo()
+        again, _ = greedy(vlm, PICTURE, PROMPT, 4)
     assert np.array_equal(again, fresh)
 
 
