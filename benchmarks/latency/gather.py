@@ -85,7 +85,8 @@ class Gathered:
         found = {}
         if physics:
             n_prompt = facts["image_tokens"] + facts["text_tokens"]
-            found = limits(needs, bundle, physics, metrics, n_prompt, facts["vision_positions"])
+            rows = (n_prompt, facts["vision_positions"])
+            found = limits(needs, bundle, physics, metrics, rows, facts.get("vision_precision", ""))
         return Result(
             name=self.configuration.name,
             model=_model(bundle),
@@ -94,7 +95,7 @@ class Gathered:
                 device=self.configuration.device,
                 **{k: facts[k] for k in ("provider", "threads", "repack")},
                 llama_cpp=tuple(facts["llama_cpp"]),
-                energy=facts.get("energy", ""),
+                **{k: facts.get(k, "") for k in ("energy", "decoder", "vision_precision")},
             ),
             rounds=self.rounds,
             settled=self.settled(target),

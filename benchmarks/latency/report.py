@@ -138,8 +138,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Settings:
-    """What ran: device asked for, provider that really ran, threads, llama.cpp's repacking, what
-    gave the energy ("" for nothing).
+    """What ran: device asked for, provider that really ran the encoder and the precision of its
+    file, threads, llama.cpp's repacking and features, what really ran the decoder, what gave the
+    energy ("" for what is not known).
     """
 
     device: str
@@ -148,6 +149,8 @@ class Settings:
     repack: bool
     llama_cpp: tuple[str, ...]
     energy: str = ""
+    decoder: str = ""
+    vision_precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,9 +175,9 @@ class Limit:
 class Quality:
     """What a bundle's precisions change of its answers, beside those of `reference`.
 
-    Cosines are the lowest of any row; `logit_kl` is the mean divergence of the next token's
-    distribution in nats, `top1_agreement` the share of positions with the same likeliest token.
-    `accuracy` is the share of right answers by task, for models that know drawn scenes.
+    Cosines are means over rows, `logit_kl` is the mean divergence of the next token's distribution
+    in nats, `top1_agreement` the share of positions with the same likeliest token. `accuracy` is
+    the share of right answers by task, for models that know drawn scenes.
     """
 
     reference: str

@@ -91,7 +91,7 @@ def sections(report: Report) -> list[Section]:
     return [
         summary(report),
         *map(peers_section, report.peers),
-        *_quality(report),
+        *quality_sections(report),
         *(s for result in report.results for s in _details(report, result)),
         _machine(report),
     ]
@@ -140,7 +140,7 @@ def _times(peer: PeerResult, ours: PeerResult, name: str) -> str:
     return f"{theirs.median / mine.median:.2f}" if theirs and mine and mine.median else "-"
 
 
-def _quality(report: Report) -> Iterator[Section]:
+def quality_sections(report: Report) -> Iterator[Section]:
     """What the precisions cost, where it was measured."""
     found = [(r.name, r.quality) for r in report.results if r.quality]
     if not found:
@@ -196,10 +196,16 @@ def _asked(result: Result) -> str:
         f"tokens of the picture ({work.cached_tokens} of them known when it was asked again), "
         f"{work.text_tokens} of text, {work.generated} generated, greedy. "
         f"{count(result.rounds, 'whole round')}, each in a process of its own; "
-        f"{count(settings.threads, 'thread')}, {settings.provider}, weight repacking "
+        f"{count(settings.threads, 'thread')}, {_engines(result)}, weight repacking "
         f"{'on' if settings.repack else 'off'}; long context: {work.long_context} tokens"
         f"{f'; energy: {settings.energy}' if settings.energy else ''}."
     )
+
+
+def _engines(result: Result) -> str:
+    settings = result.settings
+    vision = " ".join(filter(None, (settings.vision_precision, "encoder on", settings.provider)))
+    return f"{vision}, decoder on {settings.decoder}" if settings.decoder else vision
 
 
 def _limits(report: Report, result: Result) -> Section:

@@ -88,7 +88,7 @@ def bench() -> None:
     default=("auto",),
     show_default=True,
     metavar="DEVICE",
-    help="Of the vision encoder; repeatable.",
+    help="What runs the model, as in `edgevlm ask`; repeatable.",
 )
 @click.option(
     "--threads",
