@@ -190,7 +190,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class PeerResult:
-    """One project beside edgevlm; `error` says why it could not answer, "" if it did.
+    """One project beside edgevlm; `error` says why it could not answer, "" if it did, and
+    `installed` whether it was there at all.
 
     `metrics` are those of edgevlm.benchmarks.peers.METRICS that it can tell, and peak_rss_bytes;
     `positions` is the length of its prompt, `how` its precisions and settings.
@@ -200,6 +201,7 @@ class PeerResult:
     version: str
     how: str
     error: str
+    installed: bool
     positions: int
     metrics: Mapping[str, Metric]
 

@@ -154,12 +154,13 @@ class _Asked:
     samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     last: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    installed: bool = True
 
     def add(self, found: dict[str, Any]) -> None:
         """Takes in the answer of one turn."""
         self.error = found.get("error", "")
         if found.get("missing"):
-            self.error += f"; {self.peer.install}"
+            self.installed, self.error = False, f"{self.error}; {self.peer.install}"
         if not self.error:
             self.last = found
             for name in _UNITS:
@@ -172,6 +173,7 @@ class _Asked:
             version=self.last.get("version", ""),
             how=self.last.get("how", ""),
             error=self.error,
+            installed=self.installed,
             positions=self.last.get("positions", 0),
             metrics={name: metric(_UNITS[name], "lower", v) for name, v in self.samples.items()},
         )
