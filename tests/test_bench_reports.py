@@ -208,7 +208,7 @@ def beside() -> Beside:
         return PeerResult(title, "1.0", "q4_k_m", error, True, positions, metrics)
 
     results = (peer("edgevlm", 50.0), peer("llama.cpp", 100.0, 72), peer("x", 0, error="no siglip"))
-    return Beside("pico", 2, 33, results)
+    return Beside("pico", 2, 33, True, results)
 
 
 def test_peers_stand_in_one_table_with_their_ratio_and_the_reason(tmp_path):

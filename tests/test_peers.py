@@ -140,7 +140,8 @@ def test_an_interrupt_leaves_what_there_is(few, picture):
             raise KeyboardInterrupt
 
     asked = Comparison(open_bundle(built_in()), picture, "caption en", rounds=1, tokens=2)
-    assert [r.title for r in beside(asked, "pico", progress).results] == ["edgevlm", "GOOD"]
+    found = beside(asked, "pico", progress)
+    assert [r.title for r in found.results] == ["edgevlm", "GOOD"] and not found.complete
 
 
 def test_unknown_peers_and_pythons_are_refused(picture):

@@ -70,6 +70,8 @@ def _with_peers(
             report = replace(report, complete=False, notes=notes)
             continue
         report = replace(report, peers=(*report.peers, found))
+        if not found.complete:
+            return replace(report, complete=False, notes=(*report.notes, INTERRUPTED))
     return report
 
 

@@ -208,11 +208,14 @@ class PeerResult:
 
 @dataclass(frozen=True)
 class Beside:
-    """edgevlm, which comes first, and its peers in turns on one configuration."""
+    """edgevlm, which comes first, and its peers in turns on one configuration; `complete` unless it
+    was interrupted.
+    """
 
     configuration: str
     threads: int
     generated: int
+    complete: bool
     results: tuple[PeerResult, ...]
 
 

@@ -93,9 +93,9 @@ def beside(
 ) -> Beside:
     """Asks all peers; `name` is the configuration's. Raises BenchError if edgevlm itself fails.
 
-    Ctrl-C ends it with what there is, or goes on if there is nothing.
+    Ctrl-C ends it with what there is, and the result says so; it goes on if there is nothing.
     """
-    asked = [_Asked(peer) for peer in _chosen(comparison)]
+    asked, complete = [_Asked(peer) for peer in _chosen(comparison)], True
     threads = comparison.threads or physical_cores()
     with tempfile.TemporaryDirectory() as scratch:
         progress(f"peers: weights of {name} in their formats")
@@ -122,8 +122,9 @@ def beside(
         except KeyboardInterrupt:
             if not asked[0].samples:
                 raise
+            complete = False
     results = tuple(one.result() for one in asked if one.samples or one.error)
-    return Beside(name, threads, comparison.tokens + 1, results)
+    return Beside(name, threads, comparison.tokens + 1, complete, results)
 
 
 def _chosen(comparison: Comparison) -> Iterator[Peer]:
