@@ -86,7 +86,12 @@ def _export_picos(work: Path) -> None:
 
     for name, (quant, vision) in _PICOS.items():
         export_bundle(
-            _CHECKPOINT, work / name, quant=quant, vision_precision=vision, verify=False, name=name
+            _CHECKPOINT,
+            work / name,
+            quant=quant,
+            vision_precision=vision,
+            verify=False,
+            name="pico",
         )
 
 

@@ -73,6 +73,16 @@ def test_an_interrupt_keeps_the_times(wanted, monkeypatch):
     assert not made.complete and "interrupted" in made.notes[0] and len(made.results) == 1
 
 
+def test_quality_that_cannot_be_measured_is_a_note(monkeypatch):
+    def fake(*_):
+        raise BenchError("two models")
+
+    monkeypatch.setattr(extras, "_quality", fake)
+    made = extended(Extras(reference=built_in()), "pico")
+    assert made.notes == ("pico, quality: two models",) and not made.complete
+    assert made.results[0].quality is None
+
+
 def test_quality_is_measured_once_for_each_bundle(monkeypatch):
     asked = []
     monkeypatch.setattr(extras, "_quality", lambda a, b: asked.append((a, b)) or QUALITY)
