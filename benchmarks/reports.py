@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from edgevlm.benchmarks import published
 from edgevlm.benchmarks.latency.report import Report, read_report
 from edgevlm.benchmarks.latency.sections import (
     Section,
@@ -27,16 +28,18 @@ from edgevlm.benchmarks.latency.sections import (
 from edgevlm.benchmarks.latency.tables import section_markdown
 from edgevlm.export.child import command, setting
 
-_CHECKPOINT = Path(__file__).parent / "pico" / "checkpoint"
+_PICO = Path(__file__).parent / "pico" / "checkpoint"
 # pico at further precisions, beside the built-in one: name -> decoder, encoder.
 _PICOS = {"pico-f32": ("f32", "fp32"), "pico-f16": ("f16", "fp16"), "pico-q4_0": ("q4_0", "int8")}
+# Of the same shapes, for peers that convert one themselves.
+_CHECKPOINT = "checkpoint"
 # Name -> arguments of `edgevlm bench`.
 REPORTS: Mapping[str, tuple[str, ...]] = {
-    "pico": ("pico", *_PICOS, "--quality", "pico-f32"),
+    "pico": ("pico", *_PICOS, "--runs", "3", "--quality", "pico-f32"),
     "paligemma-3b-224": ("--synthetic", "paligemma-3b-224", "--peers"),
     "paligemma2-3b-224": ("--synthetic", "paligemma2-3b-224"),
     "mobilepalo-1.7b": ("--synthetic", "mobilepalo-1.7b", "--peers"),
-    "tiny-llava-v1": ("--synthetic", "tiny-llava-v1", "--peers"),
+    "tiny-llava-v1": ("--synthetic", "tiny-llava-v1", "--peers", "--checkpoint", _CHECKPOINT),
 }
 _KEPT = ("report.json", "report.md", "report.html")
 _HEAD = """\
@@ -70,6 +73,8 @@ def _make(name: str, more: list[str], work: Path, folder: Path) -> None:
     """Runs bench in `work`, so that its command line holds no path of this machine."""
     if name == "pico":
         _export_picos(work)
+    if _CHECKPOINT in REPORTS[name]:
+        published.write(name, work / _CHECKPOINT)
     arguments = ["bench", *REPORTS[name], *more, "--out", "report"]
     done = subprocess.run(
         command("edgevlm", *arguments), check=False, env=setting()["env"], cwd=work
@@ -86,7 +91,7 @@ def _export_picos(work: Path) -> None:
 
     for name, (quant, vision) in _PICOS.items():
         export_bundle(
-            _CHECKPOINT,
+            _PICO,
             work / name,
             quant=quant,
             vision_precision=vision,
