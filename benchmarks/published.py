@@ -94,6 +94,30 @@ CLIP: dict[str, Any] = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+# LLaVA's shape in transformers' layout, with TinyLlama-1.1B: what other projects read, too.
+TINY_LLAVA: dict[str, Any] = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 2048,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 22,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-05,
+        "vocab_size": 32064,
+    },
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0",
+    "vision_config": CLIP,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
 SHARD_BYTES = 4_000_000_000
 _PICKLED_BYTES = 1_000_000_000
 _BLOCK = 1 << 22
@@ -155,9 +179,33 @@ def write_mobilepalo(folder: Path) -> None:
     _write_pickles(folder, tensors)
 
 
+def write_tiny_llava(folder: Path) -> None:
+    """LLaVA's shape with TinyLlama-1.1B in transformers' layout: bfloat16 safetensors."""
+    write_json(folder / "config.json", TINY_LLAVA)
+    write_json(folder / "preprocessor_config.json", clip_preprocessor(336))
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    specials = ("<unk>", "<s>", "</s>")
+    (folder / "tokenizer.model").write_bytes(_tokenizer(32000, specials, [], prefix=True))
+    names = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>"}
+    added = {str(i): {"content": text, "special": True} for i, text in names.items()}
+    config = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": added, "legacy": True}
+    write_json(folder / "tokenizer_config.json", config | {"pad_token": "<pad>"})
+    model = by_name("llava", "published").describe(Source({"config.json": TINY_LLAVA}))
+    tower = dict(model.vision) | {"num_hidden_layers": CLIP["num_hidden_layers"]}
+    tensors = {f"vision_tower.vision_model.{n}": s for n, s in _shapes(tower).items()}
+    for name, shape in _shapes(model.projector).items():
+        at, kind = name.split(".")
+        tensors[f"multi_modal_projector.linear_{1 + int(at) // 2}.{kind}"] = shape
+    for name, shape in _shapes(model.text).items():
+        part = "language_model." if name == "lm_head.weight" else "language_model.model."
+        tensors[part + name] = shape
+    _write_safetensors(folder, tensors)
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "paligemma-3b-224": write_paligemma,
     "mobilepalo-1.7b": write_mobilepalo,
+    "tiny-llava-v1": write_tiny_llava,
 }
 
 

@@ -324,6 +324,14 @@ def test_names_show_only_what_differs():
         f"pico, {p}, {t}" for p in ("a.png", "b.png") for t in ("1 thread", "2 threads")
     ]
     assert [c.name for c in configurations([bundle], [a], ["cpu"], [None])] == ["pico"]
+    parts = bundle.manifest.components
+    half = {**parts, "decoder": dataclasses.replace(parts["decoder"], precision="f16")}
+    other = dataclasses.replace(bundle.manifest, components=half)
+    two = [bundle, dataclasses.replace(bundle, manifest=other)]
+    first, second = (c.name for c in configurations(two, [a], ["cpu"], [None]))
+    assert first.startswith("pico int8 + ") and second == "pico int8 + f16" and first != second
+    twice = configurations([bundle, bundle], [a], ["cpu"], [None])
+    assert twice[0].name == f"pico in {bundle.folder}"
 
 
 def test_the_newest_instructions_set_the_8_bit_peak():

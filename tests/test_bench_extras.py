@@ -1,13 +1,15 @@
 """Peers and quality in a report: asked for once each, said when they failed or were interrupted."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from edgevlm.benchmarks import reports
 from edgevlm.benchmarks.latency import extras
 from edgevlm.benchmarks.latency.extras import Extras, with_extras
 from edgevlm.benchmarks.latency.gather import Configuration
-from edgevlm.benchmarks.latency.report import Quality
+from edgevlm.benchmarks.latency.report import Quality, to_json
 from edgevlm.benchmarks.latency.runner import Plan
 from edgevlm.benchmarks.peers import run
 from edgevlm.bundle import open_bundle
@@ -53,6 +55,13 @@ def test_a_comparison_that_fails_is_a_note_and_loses_nothing(monkeypatch):
     assert made.notes == ("pico, beside other projects: edgevlm itself cannot be compared",)
 
 
+def test_an_interrupted_comparison_makes_the_report_a_partial_one(monkeypatch):
+    partial = dataclasses.replace(beside(), complete=False)
+    monkeypatch.setattr(run, "beside", lambda *_: partial)
+    made = extended(Extras(peers=True), "pico")
+    assert made.peers == (partial,) and not made.complete and "interrupted" in made.notes[0]
+
+
 @pytest.mark.parametrize("wanted", [Extras(peers=True), Extras(reference=built_in())])
 def test_an_interrupt_keeps_the_times(wanted, monkeypatch):
     def fake(*_):
@@ -64,6 +73,16 @@ def test_an_interrupt_keeps_the_times(wanted, monkeypatch):
     assert not made.complete and "interrupted" in made.notes[0] and len(made.results) == 1
 
 
+def test_quality_that_cannot_be_measured_is_a_note(monkeypatch):
+    def fake(*_):
+        raise BenchError("two models")
+
+    monkeypatch.setattr(extras, "_quality", fake)
+    made = extended(Extras(reference=built_in()), "pico")
+    assert made.notes == ("pico, quality: two models",) and not made.complete
+    assert made.results[0].quality is None
+
+
 def test_quality_is_measured_once_for_each_bundle(monkeypatch):
     asked = []
     monkeypatch.setattr(extras, "_quality", lambda a, b: asked.append((a, b)) or QUALITY)
@@ -71,3 +90,16 @@ def test_quality_is_measured_once_for_each_bundle(monkeypatch):
     pico = open_bundle(built_in())
     assert asked == [(pico, pico)]
     assert [r.quality for r in made.results] == [QUALITY, QUALITY]
+
+
+def test_the_page_of_reports_shows_every_table_once(tmp_path):
+    made = report(result("pico", quality=QUALITY), peers=(beside(),))
+    for name, one in (("pico", made), ("mobilepalo-1.7b", report(result("synthetic-mobilepalo")))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(to_json(one))
+    text = reports.page(tmp_path)
+    assert text.count("## Summary") == 1 and "A|B <chip> (VNNI), 2 cores, 8 GiB" in text
+    assert "| pico | 100 ms |" in text and "[pico](pico/report.md) |" in text
+    assert "[mobilepalo-1.7b](mobilepalo-1.7b/report.md) |" in text
+    assert text.count("## pico: beside other projects") == text.count("## Quality") == 1
+    assert reports.page(tmp_path / "none").startswith("# Measured reports")

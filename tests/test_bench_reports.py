@@ -205,20 +205,20 @@ def beside() -> Beside:
     def peer(title, ms, positions=70, error=""):
         names = ("first_token_ms", "token_ms") if not error else ()
         metrics = {n: stats.metric("ms", "lower", [ms] * 3) for n in names}
-        return PeerResult(title, "1.0", "q4_k_m", error, positions, metrics)
+        return PeerResult(title, "1.0", "q4_k_m", error, True, positions, metrics)
 
     results = (peer("edgevlm", 50.0), peer("llama.cpp", 100.0, 72), peer("x", 0, error="no siglip"))
-    return Beside("pico", 2, 33, results)
+    return Beside("pico", 2, 33, True, results)
 
 
 def test_peers_stand_in_one_table_with_their_ratio_and_the_reason(tmp_path):
     made = report(peers=(beside(),))
     text = to_markdown(made)
-    assert "| edgevlm | - | - | 50.0 ms | 50.0 ms | - | 1.00 | 1.00 | 1.0, q4_k_m |" in text
-    assert "| llama.cpp | - | - | 100 ms | 100 ms | - | 2.00 | 2.00 | 1.0, q4_k_m, 72 pos" in text
-    assert "| x | - | - | not supported | - | - | - | - | no siglip |" in text
+    assert "| edgevlm 1.0 | - | - | 50.0 ms | 50.0 ms | - | 1.00 | 1.00 | q4_k_m |" in text
+    assert "| llama.cpp 1.0 | - | - | 100 ms | 100 ms | - | 2.00 | 2.00 | q4_k_m, 72 pos" in text
+    assert "| x | - | - | not supported |" in text and "* x: no siglip." in text
     page = to_html(made)
-    assert page.count("<svg") == 6 and "not supported" in page
+    assert page.count("<svg") == 6 and "no siglip" in page
     assert read_report(write_files(made, tmp_path)[0]) == made
 
 

@@ -17,19 +17,19 @@ from edgevlm.benchmarks.latency.report import Limit, Physics
 from edgevlm.benchmarks.latency.stats import Metric
 from edgevlm.bundle import Bundle
 
-_WEIGHT_BYTES = {"fp32": 4, "f32": 4, "fp16": 2, "f16": 2, "bf16": 2}
+# Of one weight; 8-bit precisions are not listed. Those from 2 on are computed in float32.
+_WEIGHT_BYTES = {"fp32": 4, "f32": 4, "fp16": 2, "f16": 2, "bf16": 2, "int4": 0.5}
 _KV_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes and operations of one bundle.
+    """Bytes and operations of one bundle's decoder.
 
     decoder_bytes: read for every token of an answer (all matrices, the output table included, a
     tied embedding table once). layer_weights: weights that multiply every position of a prefill.
     output_weights: those of the last layer's table, used for the last position only.
     attention_ops: a position attending to one other. kv_bytes: read for each earlier position.
-    graph_weights: by "vision" and "projector".
     """
 
     decoder_bytes: int
@@ -37,11 +37,10 @@ class Cost:
     output_weights: int
     attention_ops: int
     kv_bytes: int
-    graph_weights: Mapping[str, float]
 
 
 def cost(bundle: Bundle) -> Cost:
-    """Reads the tensor table of the decoder and the sizes of the graphs."""
+    """Reads the tensor table of the decoder."""
     reader = GGUFReader(bundle.path("decoder"))
     tensors = {t.name: t for t in reader.tensors}
     output = tensors.get("output.weight", tensors["token_embd.weight"])
@@ -57,11 +56,6 @@ def cost(bundle: Bundle) -> Cost:
         output_weights=int(output.n_elements),
         attention_ops=2 * n_layer * heads * (key + value),
         kv_bytes=_KV_BYTES * n_layer * kv * (key + value),
-        graph_weights={
-            name: sum(f.bytes for f in bundle.manifest.components[name].files)
-            / _WEIGHT_BYTES.get(bundle.manifest.components[name].precision, 1)
-            for name in ("vision", "projector")
-        },
     )
 
 
@@ -77,19 +71,20 @@ def _number(reader: GGUFReader, bundle: Bundle, name: str) -> Any:
 
 def limits(
     needs: Cost, bundle: Bundle, physics: Physics, metrics: Mapping[str, Metric],
-    n_prompt: int, n_positions: int,
+    rows: tuple[int, int], vision_precision: str = "",
 ) -> dict[str, Limit]:  # fmt: skip
     """Stage -> what the machine would need at its measured peaks, beside what was measured.
 
-    `n_prompt` is the length of the prefill, `n_positions` the rows in the vision encoder. A
-    projector's first layers may see more of them than come out: its limit is one from below.
+    `rows` are the length of the prefill and the rows in the vision encoder. A projector's first
+    layers may see more of them than come out: its limit is one from below.
     """
-    parts = bundle.manifest.components
-    found = {}
-    rows = {"vision": n_positions, "projector": min(n_positions, bundle.manifest.image.tokens)}
-    for name in ("vision", "projector"):
-        ops = 2 * needs.graph_weights[name] * rows[name]
+    parts, found = dict(bundle.manifest.components), {}
+    parts["vision"] = bundle.manifest.alternatives.get(vision_precision, parts["vision"])
+    n_prompt, n_positions = rows
+    passed = {"vision": n_positions, "projector": min(n_positions, bundle.manifest.image.tokens)}
+    for name, n in passed.items():
         size = sum(f.bytes for f in parts[name].files)
+        ops = 2 * size / _WEIGHT_BYTES.get(parts[name].precision, 1) * n
         if (ms := _median(metrics, f"{name}_ms")) is not None:
             found[name] = _limit(physics, parts[name].precision, ops, size, ms)
     precision = parts["decoder"].precision
@@ -107,7 +102,8 @@ def limits(
 def _limit(
     physics: Physics, precision: str, ops: float, n_bytes: float, measured_ms: float
 ) -> Limit:
-    peak = physics.float32_ops_per_s if precision in _WEIGHT_BYTES else physics.int8_ops_per_s
+    in_float = _WEIGHT_BYTES.get(precision, 1) >= 2
+    peak = physics.float32_ops_per_s if in_float else physics.int8_ops_per_s
     floor_ms = 1e3 * max(ops / peak, n_bytes / physics.bytes_per_s)
     return Limit(ops, n_bytes, peak, floor_ms, measured_ms)
 

@@ -70,6 +70,8 @@ def _with_peers(
             report = replace(report, complete=False, notes=notes)
             continue
         report = replace(report, peers=(*report.peers, found))
+        if not found.complete:
+            return replace(report, complete=False, notes=(*report.notes, INTERRUPTED))
     return report
 
 
@@ -86,15 +88,20 @@ def _with_quality(
     report: Report, plan: Plan, reference: Path, progress: Callable[[str], None]
 ) -> Report:
     bundles = {one.name: one.bundle for one in plan.configurations}
-    other, known = open_bundle(reference), dict[Path, Quality]()
-    results = []
+    other, known = open_bundle(reference), dict[Path, Quality | None]()
+    results, notes = [], list[str]()
     for result in report.results:
         bundle = bundles[result.name]
         if bundle.folder not in known:
-            progress(f"quality of {bundle.manifest.name}")
-            known[bundle.folder] = _quality(bundle, other)
+            progress(f"quality of {result.name}")
+            try:
+                known[bundle.folder] = _quality(bundle, other)
+            except EdgeVLMError as error:
+                known[bundle.folder] = None
+                notes.append(f"{result.name}, quality: {error}")
         results.append(replace(result, quality=known[bundle.folder]))
-    return replace(report, results=tuple(results))
+    complete, notes = report.complete and not notes, [*report.notes, *notes]
+    return replace(report, complete=complete, notes=tuple(notes), results=tuple(results))
 
 
 def _quality(bundle: Bundle, reference: Bundle) -> Quality:

@@ -85,7 +85,8 @@ class Gathered:
         found = {}
         if physics:
             n_prompt = facts["image_tokens"] + facts["text_tokens"]
-            found = limits(needs, bundle, physics, metrics, n_prompt, facts["vision_positions"])
+            rows = (n_prompt, facts["vision_positions"])
+            found = limits(needs, bundle, physics, metrics, rows, facts.get("vision_precision", ""))
         return Result(
             name=self.configuration.name,
             model=_model(bundle),
@@ -94,7 +95,7 @@ class Gathered:
                 device=self.configuration.device,
                 **{k: facts[k] for k in ("provider", "threads", "repack")},
                 llama_cpp=tuple(facts["llama_cpp"]),
-                energy=facts.get("energy", ""),
+                **{k: facts.get(k, "") for k in ("energy", "decoder", "vision_precision")},
             ),
             rounds=self.rounds,
             settled=self.settled(target),
@@ -144,9 +145,7 @@ def configurations(
     threads: Sequence[int | None],
 ) -> tuple[Configuration, ...]:
     """Every combination, by names that say just what tells them apart."""
-    names = [bundle.manifest.name for bundle in bundles]
-    if len(set(names)) < len(names):
-        names = [f"{bundle.manifest.name} in {bundle.folder}" for bundle in bundles]
+    names = _names(bundles)
     found = []
     for (name, bundle), image, device, n in product(
         zip(names, bundles, strict=True), images, devices, threads
@@ -159,6 +158,15 @@ def configurations(
         label = ", ".join(filter(None, (name, *details)))
         found.append(Configuration(label, bundle, image, device, n))
     return tuple(found)
+
+
+def _names(bundles: Sequence[Bundle]) -> list[str]:
+    """The models' names; with their precisions, or else their folders, where they are the same."""
+    parts = [(bundle.manifest.name, bundle.manifest.components) for bundle in bundles]
+    plain = [name for name, _ in parts]
+    precise = [f"{n} {p['vision'].precision} + {p['decoder'].precision}" for n, p in parts]
+    placed = [f"{bundle.manifest.name} in {bundle.folder}" for bundle in bundles]
+    return next((names for names in (plain, precise) if len(set(names)) == len(names)), placed)
 
 
 def _threads(n: int | None) -> str:

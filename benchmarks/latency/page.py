@@ -14,7 +14,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e7eaf0; --soft: #98a2b3; --line: #323a48;
   --paper: #13161c; --card: #1b2029; --warn: #3a2f12; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 66rem; color: var(--ink);
   background: var(--paper); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .3rem; }
 p { margin: .3rem 0; } .soft, figcaption { color: var(--soft); font-size: .9rem; }
@@ -31,11 +31,11 @@ text { fill: var(--ink); } text.small { fill: var(--soft); font-size: 11.5px; }
 .table { overflow-x: auto; margin-top: .5rem; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
 td, th { text-align: right; padding: .22rem .5rem; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
+  white-space: nowrap; vertical-align: top; }
 td:first-child, th:first-child { text-align: left; padding-left: 0; }
 th { color: var(--soft); font-weight: 500; }
 td.text, th.text { text-align: left; } td.text { white-space: normal; }
-td.text:last-child { min-width: 14rem; overflow-wrap: anywhere; }
+td.text:last-child { overflow-wrap: anywhere; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table.facts td:first-child { color: var(--soft); white-space: nowrap; vertical-align: top; }
 """
@@ -87,8 +87,11 @@ def _cards(report: Report) -> str:
 
 
 def _section(section: Section) -> str:
-    text = "".join(f'<p class="soft">{escape(p)}</p>' for p in section.paragraphs)
-    return f"<h2>{escape(section.title)}</h2>{text}{_table(section)}"
+    about, notes = (
+        "".join(f'<p class="soft">{escape(p)}</p>' for p in part)
+        for part in (section.paragraphs, section.notes)
+    )
+    return f"<h2>{escape(section.title)}</h2>{about}{_table(section)}{notes}"
 
 
 def _table(section: Section) -> str:

@@ -138,8 +138,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Settings:
-    """What ran: device asked for, provider that really ran, threads, llama.cpp's repacking, what
-    gave the energy ("" for nothing).
+    """What ran: device asked for, provider that really ran the encoder and the precision of its
+    file, threads, llama.cpp's repacking and features, what really ran the decoder, what gave the
+    energy ("" for what is not known).
     """
 
     device: str
@@ -148,6 +149,8 @@ class Settings:
     repack: bool
     llama_cpp: tuple[str, ...]
     energy: str = ""
+    decoder: str = ""
+    vision_precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,9 +175,9 @@ class Limit:
 class Quality:
     """What a bundle's precisions change of its answers, beside those of `reference`.
 
-    Cosines are the lowest of any row; `logit_kl` is the mean divergence of the next token's
-    distribution in nats, `top1_agreement` the share of positions with the same likeliest token.
-    `accuracy` is the share of right answers by task, for models that know drawn scenes.
+    Cosines are means over rows, `logit_kl` is the mean divergence of the next token's distribution
+    in nats, `top1_agreement` the share of positions with the same likeliest token. `accuracy` is
+    the share of right answers by task, for models that know drawn scenes.
     """
 
     reference: str
@@ -187,7 +190,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class PeerResult:
-    """One project beside edgevlm; `error` says why it could not answer, "" if it did.
+    """One project beside edgevlm; `error` says why it could not answer, "" if it did, and
+    `installed` whether it was there at all.
 
     `metrics` are those of edgevlm.benchmarks.peers.METRICS that it can tell, and peak_rss_bytes;
     `positions` is the length of its prompt, `how` its precisions and settings.
@@ -197,17 +201,21 @@ class PeerResult:
     version: str
     how: str
     error: str
+    installed: bool
     positions: int
     metrics: Mapping[str, Metric]
 
 
 @dataclass(frozen=True)
 class Beside:
-    """edgevlm, which comes first, and its peers in turns on one configuration."""
+    """edgevlm, which comes first, and its peers in turns on one configuration; `complete` unless it
+    was interrupted.
+    """
 
     configuration: str
     threads: int
     generated: int
+    complete: bool
     results: tuple[PeerResult, ...]
 
 

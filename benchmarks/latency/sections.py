@@ -32,9 +32,10 @@ _BUSY = 0.3
 @dataclass(frozen=True)
 class Section:
     """A title, some paragraphs, and a table where `head` is not empty. The first column is text,
-    and those of `texts` are.
+    and those of `texts` are. `notes` stand below the table.
 
-    `narrow` are the columns that fit into a terminal; one that has none is not shown there.
+    `narrow` are the columns that fit into a terminal; one that has none is not shown there, of one
+    that has some only the table and its notes.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Section:
     rows: tuple[Row, ...] = ()
     narrow: tuple[int, ...] = ()
     texts: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def amount(value: float, unit: str) -> str:
@@ -91,7 +93,7 @@ def sections(report: Report) -> list[Section]:
     return [
         summary(report),
         *map(peers_section, report.peers),
-        *_quality(report),
+        *quality_sections(report),
         *(s for result in report.results for s in _details(report, result)),
         _machine(report),
     ]
@@ -119,20 +121,22 @@ def peers_section(beside: Beside) -> Section:
         f"{count(beside.threads, 'thread')}. The columns with x say how many times as long as "
         "edgevlm a project takes."
     )
+    why = tuple(f"{peer.title}: {peer.error.rstrip('.')}." for peer in beside.results if peer.error)
     title = f"{beside.configuration}: beside other projects"
-    return Section(title, (about,), head, rows, (0, 3, 4, 6, 7), (8,))
+    return Section(title, (about,), head, rows, (0, 3, 4, 6, 7), (8,), why)
 
 
 def _peer_row(peer: PeerResult, ours: PeerResult) -> Row:
     if peer.error:
-        return (peer.title, "-", "-", "not supported", "-", "-", "-", "-", peer.error)
+        what = "not supported" if peer.installed else "not installed"
+        return (peer.title, "-", "-", what, "-", "-", "-", "-", "see below")
     names = (*PEER_METRICS, "peak_rss_bytes")
     cells = (amount(m.median, m.unit) if (m := peer.metrics.get(n)) else "-" for n in names)
     times = (_times(peer, ours, name) for name in ("first_token_ms", "token_ms"))
-    how = f"{peer.version}, {peer.how}"
+    how = peer.how
     if peer.positions != ours.positions:
         how += f", {peer.positions} positions"
-    return (peer.title, *cells, *times, how)
+    return (f"{peer.title} {peer.version}", *cells, *times, how)
 
 
 def _times(peer: PeerResult, ours: PeerResult, name: str) -> str:
@@ -140,7 +144,7 @@ def _times(peer: PeerResult, ours: PeerResult, name: str) -> str:
     return f"{theirs.median / mine.median:.2f}" if theirs and mine and mine.median else "-"
 
 
-def _quality(report: Report) -> Iterator[Section]:
+def quality_sections(report: Report) -> Iterator[Section]:
     """What the precisions cost, where it was measured."""
     found = [(r.name, r.quality) for r in report.results if r.quality]
     if not found:
@@ -196,10 +200,16 @@ def _asked(result: Result) -> str:
         f"tokens of the picture ({work.cached_tokens} of them known when it was asked again), "
         f"{work.text_tokens} of text, {work.generated} generated, greedy. "
         f"{count(result.rounds, 'whole round')}, each in a process of its own; "
-        f"{count(settings.threads, 'thread')}, {settings.provider}, weight repacking "
+        f"{count(settings.threads, 'thread')}, {_engines(result)}, weight repacking "
         f"{'on' if settings.repack else 'off'}; long context: {work.long_context} tokens"
         f"{f'; energy: {settings.energy}' if settings.energy else ''}."
     )
+
+
+def _engines(result: Result) -> str:
+    settings = result.settings
+    vision = " ".join(filter(None, (settings.vision_precision, "encoder on", settings.provider)))
+    return f"{vision}, decoder on {settings.decoder}" if settings.decoder else vision
 
 
 def _limits(report: Report, result: Result) -> Section:

@@ -39,6 +39,7 @@ def section_markdown(section: Section) -> str:
     if section.head:
         rule = ("---", *("---:" for _ in section.head[1:]))
         parts.append("\n".join(map(_line, (section.head, rule, *section.rows))))
+    parts += [f"* {note}" for note in section.notes]
     return "\n\n".join(parts)
 
 

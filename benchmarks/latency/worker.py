@@ -40,6 +40,8 @@ def run(job: Job, send: Callable[[dict[str, Any]], None]) -> None:
             "llama_cpp": cpu_features(),
             "overhead_ms": overhead,
             "provider": vlm.devices.vision.engine,
+            "vision_precision": vlm.devices.vision.precision,
+            "decoder": vlm.devices.decoder.engine,
         }
         send({"facts": facts})
         return vlm

@@ -26,7 +26,7 @@ def turn(file: str, task: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = peer["answer"](task)
         found["version"] = metadata.version(peer["PACKAGE"])
     except ImportError as e:
-        return {"error": f"is not installed here ({_line(e)})", "missing": True}
+        return {"error": _line(e), "missing": True}
     except Exception as e:
         return {"error": f"{type(e).__name__}: {_line(e)}"}
     if peak := _peak_bytes():

@@ -28,7 +28,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         verbose=False,
     )
     _ask(llm, task, 1)
-    return _ask(llm, task, task["n_tokens"]) | {"how": "fp16 encoder, same decoder file"}
+    return _ask(llm, task, task["n_tokens"]) | {"how": "fp16 + same decoder"}
 
 
 def _ask(llm: Any, task: dict[str, Any], n_tokens: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     if not context:
         raise RuntimeError("llama.cpp cannot make a context")
     _ask(context, tokens, 1)
-    return _ask(context, tokens, task["n_tokens"]) | {"how": "same decoder file", "positions": n}
+    return _ask(context, tokens, task["n_tokens"]) | {"how": "same decoder", "positions": n}
 
 
 def _ask(context: Any, tokens: list[int], n_tokens: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError("llama.cpp cannot load the model")
     task |= {"prompt": _with_begin(model, task["prompt"])}
     _ask(context, media, task, 1)
-    return _ask(context, media, task, task["n_tokens"]) | {"how": "fp16 encoder, same decoder file"}
+    return _ask(context, media, task, task["n_tokens"]) | {"how": "fp16 + same decoder"}
 
 
 def _with_begin(model: Any, prompt: str) -> str:

@@ -21,7 +21,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         _export(task, folder)
     pipe = openvino_genai.VLMPipeline(folder, "CPU", INFERENCE_NUM_THREADS=task["threads"])
     _ask(pipe, task, 1)
-    return _ask(pipe, task, task["n_tokens"]) | {"how": "int4 decoder, int8 encoder"}
+    return _ask(pipe, task, task["n_tokens"]) | {"how": "int8 + int4"}
 
 
 def _export(task: dict[str, Any], folder: Path) -> None:

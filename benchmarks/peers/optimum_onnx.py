@@ -14,7 +14,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     """Raises optimum's own error: no release up to 0.1 can export a model that reads pictures and
     words, and what cannot be exported cannot be timed.
     """
-    import optimum.exporters.onnx  # noqa: F401  (registers the kinds of model)
+    import optimum.exporters.onnx.model_configs  # noqa: F401  (registers the kinds of model)
     from optimum.exporters.tasks import TasksManager
 
     kind = task["config"]["model_type"]

@@ -32,5 +32,6 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise (ImportError if last.startswith("ModuleNotFoundError") else RuntimeError)(last)
     raise NotImplementedError("builds this model; this peer knows no way to ask it")

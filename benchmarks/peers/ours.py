@@ -29,7 +29,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         "first_token_ms": timings.first_token_ms,
         "token_ms": timings.decode_ms / task["n_tokens"],
         "positions": tokens.image + tokens.text,
-        "how": f"{parts['vision'].precision} encoder, {parts['decoder'].precision} decoder",
+        "how": f"{parts['vision'].precision} + {parts['decoder'].precision}",
         "before": before,
         "after": after,
         "image_tokens": tokens.image,

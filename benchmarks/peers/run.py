@@ -93,9 +93,9 @@ def beside(
 ) -> Beside:
     """Asks all peers; `name` is the configuration's. Raises BenchError if edgevlm itself fails.
 
-    Ctrl-C ends it with what there is, or goes on if there is nothing.
+    Ctrl-C ends it with what there is, and the result says so; it goes on if there is nothing.
     """
-    asked = [_Asked(peer) for peer in _chosen(comparison)]
+    asked, complete = [_Asked(peer) for peer in _chosen(comparison)], True
     threads = comparison.threads or physical_cores()
     with tempfile.TemporaryDirectory() as scratch:
         progress(f"peers: weights of {name} in their formats")
@@ -122,8 +122,9 @@ def beside(
         except KeyboardInterrupt:
             if not asked[0].samples:
                 raise
+            complete = False
     results = tuple(one.result() for one in asked if one.samples or one.error)
-    return Beside(name, threads, comparison.tokens + 1, results)
+    return Beside(name, threads, comparison.tokens + 1, complete, results)
 
 
 def _chosen(comparison: Comparison) -> Iterator[Peer]:
@@ -154,12 +155,13 @@ class _Asked:
     samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     last: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    installed: bool = True
 
     def add(self, found: dict[str, Any]) -> None:
         """Takes in the answer of one turn."""
         self.error = found.get("error", "")
         if found.get("missing"):
-            self.error += f"; {self.peer.install}"
+            self.installed, self.error = False, f"{self.error}; {self.peer.install}"
         if not self.error:
             self.last = found
             for name in _UNITS:
@@ -172,6 +174,7 @@ class _Asked:
             version=self.last.get("version", ""),
             how=self.last.get("how", ""),
             error=self.error,
+            installed=self.installed,
             positions=self.last.get("positions", 0),
             metrics={name: metric(_UNITS[name], "lower", v) for name, v in self.samples.items()},
         )

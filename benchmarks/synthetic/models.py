@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.benchmarks.published import CLIP, MOBILEPALO, PALIGEMMA
+from edgevlm.benchmarks.published import CLIP, MOBILEPALO, PALIGEMMA, TINY_LLAVA
 from edgevlm.family import TOWER, Source
 
 # Begins the name of every synthetic model, in its manifest and so in every report.
@@ -53,29 +53,6 @@ _VICUNA_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
     "num_hidden_layers": 32, "max_position_embeddings": 4096,
 }  # fmt: skip
-# In transformers' layout, which other projects read as well.
-_TINY_LLAVA = {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "image_token_index": 32000,
-    "model_type": "llava",
-    "pad_token_id": 32001,
-    "projector_hidden_act": "gelu",
-    "text_config": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "max_position_embeddings": 2048,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 22,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-05,
-        "vocab_size": 32064,
-    },
-    "vision_config": CLIP,
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-}
-
 MODELS: Mapping[str, Source] = {
     "paligemma-3b-224": _paligemma(224),
     "paligemma-3b-448": _paligemma(448),
@@ -86,6 +63,6 @@ MODELS: Mapping[str, Source] = {
     "mobilepalo-1.7b": _llava("palo", "ldpnet"),
     "mobilevlm-v2-1.7b": _llava("mobilevlm", "ldpnetv2"),
     "mobilevlm-v2-3b": _llava("mobilevlm", "ldpnetv2", **_MOBILELLAMA_3B),
-    "tiny-llava-v1": Source({"config.json": _TINY_LLAVA}),
+    "tiny-llava-v1": Source({"config.json": TINY_LLAVA}),
     "llava-1.5-7b": _llava("llava_llama", "mlp2x_gelu", **_VICUNA_7B),
 }

@@ -290,4 +290,6 @@ def _print(section: Section) -> None:
     console = Console(markup=False, highlight=False)
     console.print(section.title, style="bold")
     console.print(table)
+    for note in section.notes:
+        console.print(note, soft_wrap=True)
     console.print()
