@@ -76,10 +76,28 @@ class StageParity:
 
 
 @dataclass(frozen=True)
+class PieceRecord:
+    """What a model that was assembled from several files took from one of them.
+
+    `used` are the tensors that are in the bundle, `replaced` those of which a later piece had its
+    own, `unused` those that the model never reads. Layers are counted, not listed:
+    "layers.*.mlp.fc1.bias x32".
+    """
+
+    piece: str
+    file: str
+    used: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a runtime needs to know about a bundle; stored as edgevlm.json.
 
     `alternatives` are further vision encoders by precision; the main one is in `components`.
+    `pieces` say what came from where in a model that was assembled from several files, `notes` what
+    those left open and how it was settled.
     """
 
     format: int
@@ -96,6 +114,8 @@ class Manifest:
     parity: tuple[StageParity, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     alternatives: Mapping[str, Component] = field(default_factory=dict)
+    pieces: tuple[PieceRecord, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def all_components(self) -> tuple[Component, ...]:

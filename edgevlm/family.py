@@ -54,12 +54,32 @@ class Tokenizer:
     added: Mapping[str, AddedToken] = field(default_factory=dict)
 
 
+class Piece:
+    """A file of weights that a model is assembled from beside its main checkpoint.
+
+    name: as users type it; the names of its tensors stand behind it and a slash.
+    published: the published file's name, for messages.
+    holds: a tensor that tells it from the other pieces, whatever the file is called, and `lacks`
+        one that it never has.
+    strict: whether a tensor that the family does not know stops the export, or is left over.
+    """
+
+    name: str
+    published: str
+    holds: str
+    lacks: str = ""
+    strict: bool = False
+
+
 @dataclass(frozen=True)
 class Source:
     """What a family may look at: a checkpoint's JSON files by name, the shapes of its tensors.
 
-    A vision tower that is a checkpoint of its own has all its names behind TOWER. `template` and
-    `fit` are what the user chose over the checkpoint's own, None for no choice.
+    A vision tower that is a checkpoint of its own has all its names behind TOWER, a piece behind
+    its name and a slash; what a file of weights says beside its tensors is its `config.json`, and
+    `origins` are the files' own names by piece. JSON files of the folders beside a main checkpoint
+    stand behind "FOLDER/". `template`, `fit` and `settings` are what the user chose or knows better
+    than the checkpoint, None for no choice.
     """
 
     files: Mapping[str, Config]
@@ -67,6 +87,8 @@ class Source:
     template: str | None = None
     fit: Fit | None = None
     tokenizer: Tokenizer = Tokenizer()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,9 @@ class Model:
     `skipped` are beginnings of canonical names of tensors that the model carries and never reads.
     `original` is the prompt as the original's code writes it: one text, `<image>` and `{prompt}` in
     it.
+    `stop_pieces` are texts that end an answer, `penalized_pieces` such that count as part of it for
+    the repetition penalty, where the vocabulary has them as one token. `notes` say, a line each,
+    what the checkpoint left open and how it was settled.
     """
 
     image: ImageSpec
@@ -96,6 +121,9 @@ class Model:
     prefix_once: bool = False
     skipped: tuple[str, ...] = ()
     original: str = ""
+    stop_pieces: tuple[str, ...] = ()
+    penalized_pieces: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def prefixed(self, text: str) -> str:
         """What the tokenizer makes of a text given to it alone, before it cuts it up."""
@@ -117,6 +145,10 @@ class Family:
     boxes: answer text, picture width and height in pixels -> boxes; None if the family has none.
     tower: Source -> folder or hub name of the vision tower that the checkpoint leaves out, None
         where it is whole; None if no checkpoint of the family leaves it out.
+    pieces: what a model is assembled from beside the checkpoint that `model_types` name, in the
+        order in which the original project loads them: of two tensors with one canonical name the
+        later wins. Empty where a checkpoint is whole.
+    settings: what users may state that checkpoints leave open, by name, with a line of explanation.
     """
 
     name: str
@@ -126,6 +158,8 @@ class Family:
     locate: Callable[[str], str | None]
     boxes: Callable[[str, int, int], list[Box]] | None = None
     tower: Callable[[Source], str | None] | None = None
+    pieces: tuple[Piece, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 def place(
@@ -166,8 +200,13 @@ def by_name(name: str, where: str) -> Family:
 
 def by_model_type(model_type: str, where: str) -> Family:
     """The family that reads config.json's `model_type`; raises UnknownFamily."""
-    families = [by_name(name, where) for name in known()]
+    families = every()
     for family in families:
         if model_type in family.model_types:
             return family
     raise UnknownFamily(model_type, [t for f in families for t in f.model_types], where)
+
+
+def every() -> list[Family]:
+    """All families, by name."""
+    return [by_name(name, "") for name in known()]

@@ -19,14 +19,17 @@ from edgevlm.errors import ExportError
 from edgevlm.export import decoder, images
 from edgevlm.export.decoder import DecoderSource
 from edgevlm.export.parts import Part, patches
+from edgevlm.export.placing import Placed
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant, VisionPrecision
 from edgevlm.export.source import Checkpoint
-from edgevlm.export.tokenizer import read_vocabulary
+from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Family, Model
 
 # Room for what the estimate does not count: headers, the tokenizer, rounding to blocks.
 _SPARE_BYTES = 64 << 20
+# Projectors of a hundred million weights, which have the main vision encoder's precision.
+_DEEP = ("qformer",)
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,18 @@ class Job:
     checkpoint: Checkpoint
     family: Family
     model: Model
-    parts: Mapping[str, Part]
+    placed: Placed
+    vocabulary: Vocabulary
     quant: Quant
     vision: tuple[VisionPrecision, ...]
     name: str
     report: Report | None = None
     calibration: Path | None = None
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """The tensors of "vision", "projector" and "decoder" by canonical name."""
+        return self.placed.parts
 
 
 def elements(part: Part) -> int:
@@ -87,13 +96,12 @@ def write(job: Job, folder: Path) -> Written:
     work = folder / "work"
     work.mkdir()
     # First the decoder: what a checkpoint lacks shows before torch has to load.
-    vocabulary = read_vocabulary(job.checkpoint, job.model)
-    source = DecoderSource(job.parts["decoder"], job.model.text, vocabulary, job.name)
+    source = DecoderSource(job.parts["decoder"], job.model.text, job.vocabulary, job.name)
     gguf = [decoder.write_decoder(source, folder, job.quant, job.report)]
     vision = _write_vision(job, folder, work)
-    projector = _write_projector(job, folder, work)
+    precision, projector = _write_projector(job, folder, work)
     shutil.rmtree(work)
-    parts = {"projector": ("fp32", projector), "decoder": (job.quant.name, gguf)}
+    parts = {"projector": (precision, projector), "decoder": (job.quant.name, gguf)}
     return hashed(parts, vision, job.report)
 
 
@@ -147,13 +155,20 @@ def write_precisions(
     return made
 
 
-def _write_projector(job: Job, folder: Path, work: Path) -> list[Path]:
-    from edgevlm.export import onnx_files, vision
+def _write_projector(job: Job, folder: Path, work: Path) -> tuple[str, list[Path]]:
+    """The projector's precision and files."""
+    from edgevlm.export import onnx_files, precisions, vision
 
     target, traced = folder / "projector.onnx", work / "projector.onnx"
+    config, precision = job.model.projector, job.vision[0]
     stage = Stage(job.report, "projector", len(job.parts["projector"]) + 1, "tensors")
-    projector = vision.build_projector(job.model.projector, job.parts["projector"], stage)
-    vision.trace_projector(projector, job.model.projector, patches(job.model.vision), traced)
-    onnx_files.save(onnx_files.load(traced), target)
+    projector = vision.build_projector(config, job.parts["projector"], stage)
+    vision.trace_projector(projector, config, patches(job.model.vision), traced)
+    if config["kind"] in _DEEP:
+        pixels = images.calibration(job.model.image, job.calibration)
+        features = onnx_files.run(folder / "vision.onnx", "pixels", pixels)
+        precisions.convert(traced, target, precision, features)
+    else:
+        onnx_files.save(onnx_files.load(traced), target)
     stage.advance(1)
-    return onnx_files.files(target)
+    return precision.name if config["kind"] in _DEEP else "fp32", onnx_files.files(target)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgevlm.export.parts import ldp_squeezed
+from edgevlm.export.qformer import QFormer
 from edgevlm.family import Config
 
 # Rows and columns that MobileVLM V2 pools to, whatever the encoder's grid.
@@ -155,4 +156,5 @@ CONNECTORS: dict[str, Callable[[Config], nn.Module]] = {
     "mlp": Mlp,
     "ldp": Ldp,
     "ldpv2": LdpV2,
+    "qformer": QFormer,
 }

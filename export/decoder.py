@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from edgevlm.errors import ExportError
 from edgevlm.export import llama
-from edgevlm.export.parts import EMBED, LM_HEAD, Part
+from edgevlm.export.computed import stacked
+from edgevlm.export.parts import Part
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant
-from edgevlm.export.tensors import SourceTensor, to_float32
+from edgevlm.export.tensors import Tensor, to_float32
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Config
 from edgevlm.specs import TensorPlace
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 TOKEN_EMBEDDING = "token_embd.weight"
 FILE = "decoder.gguf"
 
+# Three of a layer's matrices that some architectures want as one.
+_QKV = "self_attn.qkv"
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -58,12 +61,31 @@ _LAYER = {
         "pre_feedforward_layernorm": "ffn_norm",
         "post_feedforward_layernorm": "post_ffw_norm",
     },
+    "phi2": {
+        "input_layernorm": "attn_norm",
+        _QKV: "attn_qkv",
+        "self_attn.dense": "attn_output",
+        "mlp.fc1": "ffn_up",
+        "mlp.fc2": "ffn_down",
+    },
 }
-_TOP = {EMBED: TOKEN_EMBEDDING, "norm.weight": "output_norm.weight", LM_HEAD: "output.weight"}
+_TOP = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "final_layernorm": "output_norm",
+    "lm_head": "output",
+}
+# Norms that llama.cpp's graph of an architecture lacks, kept in the metadata for the runtime; an
+# unknown tensor llama.cpp would refuse.
+_EXTRA_NORMS = {
+    "self_attn.q_layernorm.weight": "attn_q_norm.weight",
+    "self_attn.q_layernorm.bias": "attn_q_norm.bias",
+    "self_attn.k_layernorm.weight": "attn_k_norm.weight",
+    "self_attn.k_layernorm.bias": "attn_k_norm.bias",
+    "post_layernorm.weight": "post_attention_norm.weight",
+}
 # Gemma's norms scale by 1 + weight; llama.cpp's by the weight.
 _NORM_OFFSET = {"gemma": 1, "gemma2": 1}
-# The lossless home of each source type, for files that llama.cpp quantizes afterwards.
-_HOME = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # llama.cpp divides by the final cap and would assume 30 without the key. PaliGemma 2 was trained
 # without one, and transformers applies none; at this value tanh(x / cap) * cap is x in float32.
@@ -79,12 +101,6 @@ class DecoderSource:
     vocabulary: Vocabulary
     name: str
 
-    @property
-    def home(self) -> str:
-        """The ggml type that holds every matrix of the source without loss."""
-        types = {_HOME[t.dtype] for t in self.tensors.values() if len(t.shape) == 2}
-        return types.pop() if len(types) == 1 else "F32"
-
 
 def write_decoder(source: DecoderSource, folder: Path, quant: Quant, report: Report | None) -> Path:
     """Writes decoder.gguf into `folder` at a precision; raises SourceError or ExportError."""
@@ -93,7 +109,7 @@ def write_decoder(source: DecoderSource, folder: Path, quant: Quant, report: Rep
         write_gguf(source, path, quant.direct, report)
         return path
     unquantized = folder / "unquantized.gguf"
-    write_gguf(source, unquantized, source.home, report)
+    write_gguf(source, unquantized, None, report)
     total = sum(t.elements for t in source.tensors.values())
     stage = Stage(report, "quantize", int(total * quant.bits / 8), "B")
     llama.quantize(unquantized, path, quant.ftype, stage)
@@ -102,14 +118,16 @@ def write_decoder(source: DecoderSource, folder: Path, quant: Quant, report: Rep
     return path
 
 
-def write_gguf(source: DecoderSource, path: Path, type: str, report: Report | None) -> None:
-    """Writes an unquantized GGUF: matrices as `type` ("F32", "F16", "BF16"), vectors as F32."""
+def write_gguf(source: DecoderSource, path: Path, type: str | None, report: Report | None) -> None:
+    """Writes an unquantized GGUF: matrices as `type` ("F32", "F16", "BF16") or, with None, each as
+    the source has it, without loss; vectors as F32.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, source.config["kind"])
     try:
         metadata(writer, source)
-        writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[type])
+        writer.add_file_type({"F16": 1, "BF16": 32}.get(type or "", 0))
         plan = list(layout(source, type))
         for name, tensor, stored in plan:
             kind, size = gguf.GGMLQuantizationType[stored], tensor.elements * _BYTES[stored]
@@ -125,16 +143,26 @@ def write_gguf(source: DecoderSource, path: Path, type: str, report: Report | No
         writer.close()
 
 
-def layout(source: DecoderSource, type: str) -> Iterator[tuple[str, SourceTensor, str]]:
+def layout(source: DecoderSource, type: str | None) -> Iterator[tuple[str, Tensor, str]]:
     """(GGUF name, source tensor, stored type) in the order of the layers."""
-    layer = _LAYER[source.config["kind"]]
-    for name, target in _TOP.items():
-        if tensor := source.tensors.get(name):
-            yield target, tensor, type if len(tensor.shape) == 2 else "F32"
+    names = dict(_TOP)
     for i in range(source.config["num_hidden_layers"]):
-        for name, target in layer.items():
-            tensor = source.tensors[f"layers.{i}.{name}.weight"]
-            yield f"blk.{i}.{target}.weight", tensor, type if len(tensor.shape) == 2 else "F32"
+        for name, target in _LAYER[source.config["kind"]].items():
+            names[f"layers.{i}.{name}"] = f"blk.{i}.{target}"
+    for name, target in names.items():
+        for kind in ("weight", "bias"):
+            if tensor := _tensor(source.tensors, f"{name}.{kind}"):
+                stored = "F32" if len(tensor.shape) == 1 else type or tensor.dtype
+                yield f"{target}.{kind}", tensor, stored
+
+
+def _tensor(tensors: Part, name: str) -> Tensor | None:
+    """The tensor of that name; queries, keys and values as one where they go into one."""
+    stem, kind = name.rsplit(".", 1)
+    if not stem.endswith(_QKV):
+        return tensors.get(name)
+    layer = stem.removesuffix("qkv")
+    return stacked(tuple(tensors[f"{layer}{x}_proj.{kind}"] for x in "qkv"), name)
 
 
 def _gain(name: str, config: Config) -> float:
@@ -148,7 +176,7 @@ def _gain(name: str, config: Config) -> float:
     return 1.0
 
 
-def _values(name: str, tensor: SourceTensor, stored: str, config: Config) -> NDArray[Any]:
+def _values(name: str, tensor: Tensor, stored: str, config: Config) -> NDArray[Any]:
     raw, gain = tensor.raw(), _gain(name, config)
     if len(tensor.shape) == 1:
         return to_float32(raw, tensor.dtype) + np.float32(_NORM_OFFSET.get(config["kind"], 0))
@@ -204,12 +232,25 @@ def metadata(writer: gguf.GGUFWriter, source: DecoderSource) -> None:
     if c["kind"] in ("llama", "phi3"):
         writer.add_rope_dimension_count(c["head_dim"])
         writer.add_vocab_size(c["vocab_size"])
+    if c["kind"] == "phi2":
+        writer.add_layer_norm_eps(c["layer_norm_eps"])
+        writer.add_rope_dimension_count(c["rotary_dim"])
+        writer.add_vocab_size(c["vocab_size"])
+        if c["extra_norms"]:
+            _extra_norms(writer, source)
     if c["kind"] == "gemma2":
         writer.add_attn_logit_softcapping(c["attn_logit_softcapping"] or _NO_SOFTCAP)
         writer.add_final_logit_softcapping(_NO_SOFTCAP)
         # PaliGemma's prefix has no window; llama.cpp would cut one longer than this.
         writer.add_sliding_window(c["max_position_embeddings"])
     _vocabulary(writer, source.vocabulary)
+
+
+def _extra_norms(writer: gguf.GGUFWriter, source: DecoderSource) -> None:
+    layers = range(source.config["num_hidden_layers"])
+    for name, target in _EXTRA_NORMS.items():
+        values = np.concatenate([source.tensors[f"layers.{i}.{name}"].float32() for i in layers])
+        writer.add_array(f"tinygptv.{target}", values.tolist())
 
 
 def _vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:

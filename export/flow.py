@@ -68,7 +68,7 @@ def measure(path: Path, tensors: Collection[str], pixels: NDArray[np.float32]) -
     watched = path.with_name("flow." + path.name)
     try:
         onnx_files.save_skeleton(model, watched)
-        found = onnx_files.run_each(watched, "pixels", pixels)
+        found = onnx_files.run_each(watched, onnx_files.input_name(path), pixels)
     finally:
         watched.unlink(missing_ok=True)
     return {

@@ -42,7 +42,7 @@ def save_skeleton(model: Any, target: Path) -> None:
 
 def save(model: Any, target: Path) -> None:
     """Writes a model, large weights beside it."""
-    if model.ByteSize() > EXTERNAL_BYTES:
+    if _bytes(model) > EXTERNAL_BYTES:
         onnx.save(
             model,
             str(target),
@@ -55,6 +55,11 @@ def save(model: Any, target: Path) -> None:
         _data(target).chmod(target.stat().st_mode)
     else:
         onnx.save(model, str(target))
+
+
+def _bytes(model: Any) -> int:
+    """Size of the weights; protobuf cannot say it of a whole model beyond 2 GB."""
+    return sum(tensor.ByteSize() for tensor in model.graph.initializer)
 
 
 def files(path: Path) -> list[Path]:
@@ -74,6 +79,11 @@ def copy(source: Path, folder: Path) -> Path:
     for file in files(source):
         shutil.copyfile(file, folder / file.name)
     return folder / source.name
+
+
+def input_name(path: Path) -> str:
+    """The name of the input of a model that has one."""
+    return str(skeleton(path).graph.input[0].name)
 
 
 def run(path: Path, name: str, batch: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Which tensor is which: names and shapes that each kind of part must have, all accounted for.
+"""The tensors that each kind of part must have: canonical names and shapes.
 
 Canonical names follow transformers' modules without their prefixes. To add a kind of part, add a
 function here and its builder in vision.py or decoder.py.
@@ -6,19 +6,14 @@ function here and its builder in vision.py or decoder.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import zip_longest
-from typing import Any
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 
-import numpy as np
-
-from edgevlm.errors import SourceError
-from edgevlm.export.source import Checkpoint
-from edgevlm.export.tensors import DTYPES, SourceTensor
-from edgevlm.family import IGNORED, TOWER, Config, Family, Model
+from edgevlm.export.tensors import Tensor
+from edgevlm.family import Config
 
 Shapes = dict[str, tuple[int, ...]]
-Part = Mapping[str, SourceTensor]
+Part = Mapping[str, Tensor]
 
 LM_HEAD = "lm_head.weight"
 EMBED = "embed_tokens.weight"
@@ -51,6 +46,26 @@ def clip(config: Config) -> Shapes:
     for i in range(config["num_hidden_layers"]):
         shapes |= _vision_layer(f"encoder.layers.{i}.", d, mlp)
     return shapes
+
+
+def eva(config: Config) -> Shapes:
+    """An EVA tower as BLIP-2 has it: fused queries, keys and values, and a norm after the last
+    layer. `positions` is the side of the grid that the checkpoint has position rows for.
+    """
+    d, mlp, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
+    shapes: Shapes = {
+        "embeddings.class_embedding": (1, 1, d),
+        "embeddings.patch_embedding.weight": (d, config["num_channels"], patch, patch),
+        "embeddings.patch_embedding.bias": (d,),
+        "embeddings.position_embedding": (1, 1 + config["positions"] ** 2, d),
+    }
+    for i in range(config["num_hidden_layers"]):
+        p = f"encoder.layers.{i}."
+        shapes |= _norm(f"{p}layer_norm1", d) | _norm(f"{p}layer_norm2", d)
+        shapes |= _linear(f"{p}self_attn.qkv", d, 3 * d)
+        shapes |= _linear(f"{p}self_attn.projection", d, d)
+        shapes |= _linear(f"{p}mlp.fc1", d, mlp) | _linear(f"{p}mlp.fc2", mlp, d)
+    return shapes | _norm("post_layernorm", d)
 
 
 def patches(config: Config) -> int:
@@ -111,6 +126,35 @@ def ldpv2(config: Config) -> Shapes:
     return shapes | {"peg.peg.0.weight": (d, 1, 3, 3), "peg.peg.0.bias": (d,)}
 
 
+def qformer(config: Config) -> Shapes:
+    """BLIP-2's Q-Former without its half for text: learned queries that attend to the features,
+    then the linear maps to the decoder's width (`widths`), one or several.
+    """
+    d, mlp = config["hidden_size"], config["intermediate_size"]
+    shapes: Shapes = {"query_tokens": (1, config["queries"], d)} | _norm("layernorm", d)
+    for i in range(config["num_hidden_layers"]):
+        p = f"encoder.layer.{i}."
+        shapes |= _attention(f"{p}attention", d, d)
+        if i % config["cross_attention_frequency"] == 0:
+            shapes |= _attention(f"{p}crossattention", d, config["in"])
+        shapes |= _linear(f"{p}intermediate_query.dense", d, mlp)
+        shapes |= _linear(f"{p}output_query.dense", mlp, d) | _norm(f"{p}output_query.LayerNorm", d)
+    for i, (columns, rows) in enumerate(pairwise((d, *config["widths"]))):
+        shapes |= _linear(f"maps.{i}", columns, rows)
+    return shapes
+
+
+def _attention(prefix: str, d: int, columns: int) -> Shapes:
+    shapes = _linear(f"{prefix}.attention.query", d, d)
+    shapes |= _linear(f"{prefix}.attention.key", columns, d)
+    shapes |= _linear(f"{prefix}.attention.value", columns, d)
+    return shapes | _linear(f"{prefix}.output.dense", d, d) | _norm(f"{prefix}.output.LayerNorm", d)
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
 def _linear(name: str, columns: int, rows: int) -> Shapes:
     return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
 
@@ -152,6 +196,22 @@ def phi3(config: Config) -> Shapes:
         ):
             matrices = [shapes.pop(f"{p}{part}.weight") for part in parts]
             shapes[f"{p}{fused}.weight"] = (sum(m[0] for m in matrices), matrices[0][1])
+
+
+def phi2(config: Config) -> Shapes:
+    """A Phi decoder; with `extra_norms` also TinyGPT-V's, on queries, keys and the attention."""
+    d, mlp, rows = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes: Shapes = {EMBED: (rows, d)} | _norm("final_layernorm", d) | _linear("lm_head", d, rows)
+    for i in range(config["num_hidden_layers"]):
+        p = f"layers.{i}."
+        shapes |= _norm(f"{p}input_layernorm", d)
+        for name in ("q_proj", "k_proj", "v_proj", "dense"):
+            shapes |= _linear(f"{p}self_attn.{name}", d, d)
+        shapes |= _linear(f"{p}mlp.fc1", d, mlp) | _linear(f"{p}mlp.fc2", mlp, d)
+        if config["extra_norms"]:
+            for name in ("q_layernorm", "k_layernorm"):
+                shapes |= _norm(f"{p}self_attn.{name}", config["head_dim"])
+            shapes[f"{p}post_layernorm.weight"] = (d,)
     return shapes
 
 
@@ -177,93 +237,15 @@ def _decoder(config: Config, norms: tuple[str, ...]) -> Shapes:
 KINDS: dict[str, Callable[[Config], Shapes]] = {
     "siglip": siglip,
     "clip": clip,
+    "eva": eva,
     "linear": linear,
     "mlp": mlp,
     "ldp": ldp,
     "ldpv2": ldpv2,
+    "qformer": qformer,
     "llama": llama,
     "phi3": phi3,
     "gemma": gemma,
     "gemma2": gemma2,
+    "phi2": phi2,
 }
-
-
-def assign(checkpoint: Checkpoint, family: Family, model: Model) -> dict[str, Part]:
-    """The tensors of "vision", "projector" and "decoder" by canonical name.
-
-    Raises SourceError when a tensor is missing, left over, or of another shape or type than the
-    config says.
-    """
-    configs = {"vision": model.vision, "projector": model.projector, "decoder": model.text}
-    expected = {
-        f"{part}.{name}": shape
-        for part, config in configs.items()
-        for name, shape in KINDS[config["kind"]](config).items()
-    }
-    found = _located(checkpoint, family, model)
-    tied = f"decoder.{LM_HEAD}" not in expected
-    head = found.pop(f"decoder.{LM_HEAD}", None) if tied else None
-    for name in found:
-        if name not in expected:
-            raise SourceError(f"{_at(found[name])} has no place in this model; check config.json")
-    for name, shape in expected.items():
-        if name not in found:
-            raise SourceError(
-                f"{checkpoint.folder}: lacks the tensor for {name}; download it again"
-            )
-        _check(found[name], shape)
-    if head:
-        _check_tied(head, found[f"decoder.{EMBED}"])
-    return {
-        part: {n.removeprefix(f"{part}."): t for n, t in found.items() if n.startswith(f"{part}.")}
-        for part in configs
-    }
-
-
-def _located(checkpoint: Checkpoint, family: Family, model: Model) -> dict[str, SourceTensor]:
-    found: dict[str, SourceTensor] = {}
-    tensors = [(t.name, t) for t in checkpoint.tensors.values()]
-    if tower := checkpoint.tower:
-        # A copy inside the checkpoint is rounded; the original projects never look at it.
-        tensors = [(n, t) for n, t in tensors if not (family.locate(n) or "").startswith("vision.")]
-        tensors += [(TOWER + t.name, t) for t in tower.tensors.values()]
-    for source, tensor in tensors:
-        name = family.locate(source)
-        if name == IGNORED or (name and name.startswith(model.skipped)):
-            continue
-        if name is None:
-            raise SourceError(f"{_at(tensor)} is unknown to the family {family.name!r}")
-        if name in found:
-            raise SourceError(f"{_at(tensor)} and {found[name].name} are the same; remove one")
-        found[name] = tensor
-    return found
-
-
-def _check(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype not in DTYPES:
-        raise SourceError(
-            f"{_at(tensor)} is stored as {tensor.dtype}, not as {', '.join(DTYPES)}; "
-            "export the original float checkpoint"
-        )
-    if tensor.shape != shape:
-        raise SourceError(
-            f"{_at(tensor)} has shape {list(tensor.shape)}, config.json says {list(shape)}"
-        )
-
-
-def _check_tied(head: SourceTensor, embed: SourceTensor) -> None:
-    """A stored output table is allowed when it repeats the input table, which is written once."""
-    _check(head, embed.shape)
-    same = head.dtype == embed.dtype and all(np.array_equal(a, b) for a, b in _pairs(head, embed))
-    if not same:
-        raise SourceError(
-            f"{_at(head)} differs from {embed.name}; this architecture has only one table for both"
-        )
-
-
-def _pairs(a: SourceTensor, b: SourceTensor) -> Iterator[tuple[Any, Any]]:
-    return zip_longest(a.blocks(), b.blocks())
-
-
-def _at(tensor: SourceTensor) -> str:
-    return f"{tensor.file}: {tensor.name}"

@@ -39,7 +39,26 @@ def read_pickle(path: Path, key: str | None = None) -> list[SourceTensor]:
     What is no tensor in a state dict is left out.
     """
     records = _records(path)
-    state = _load(path)
+    return _tensors(path, _load(path), key, records)
+
+
+def read_saved(path: Path) -> tuple[list[SourceTensor], dict[str, Any]]:
+    """The tensors of a file and what it says beside them, {} where it says nothing.
+
+    A training run saves {"model": …, "optimizer": …, "config": …}, of which the model's tensors are
+    read and the config is plain values; a file without "model" is a state dict itself.
+    """
+    records = _records(path)
+    whole = _load(path)
+    nested = isinstance(whole, dict) and isinstance(whole.get("model"), dict)
+    config = whole.get("config") if nested else None
+    tensors = _tensors(path, whole, "model" if nested else None, records)
+    return tensors, config if isinstance(config, dict) else {}
+
+
+def _tensors(
+    path: Path, state: Any, key: str | None, records: dict[int, int]
+) -> list[SourceTensor]:
     if key is not None:
         state = state.get(key) if isinstance(state, dict) else None
     where = f"{path}: " if key is None else f"{path}: its entry {key!r} "

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
-from edgevlm import family as families
 from edgevlm.bundle import (
     FORMAT,
     Bundle,
@@ -20,12 +19,14 @@ from edgevlm.bundle import (
 )
 from edgevlm.errors import ExportError, SourceError
 from edgevlm.export import added_tokens, components, decoder, hub, images, parity, quantize
+from edgevlm.export.assembly import family_of, read_source
 from edgevlm.export.components import Job, Written
-from edgevlm.export.parts import assign
+from edgevlm.export.placing import assign
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint, stated_license
+from edgevlm.export.tokenizer import Vocabulary, read_vocabulary
 from edgevlm.family import TOWER, Family, Model, Source
-from edgevlm.specs import Fit
+from edgevlm.specs import AnswerSpec, Fit
 
 _PACKAGES = (
     "edgevlm",
@@ -52,6 +53,8 @@ class Options:
     template: str | None = None
     fit: Fit | None = None
     calibration: str | os.PathLike[str] | None = None
+    parts: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 def run(
@@ -88,53 +91,84 @@ def prepare(source: str | os.PathLike[str], options: Options, report: Report | N
     calibration = Path(options.calibration) if options.calibration else None
     images.check_folder(calibration)
     folder, name = hub.locate(source, report)
-    checkpoint = with_tower(read_checkpoint(folder), options, report)
-    family, model = describe(checkpoint, options.template, options.fit)
-    parts = assign(checkpoint, family, model)
-    wanted = options.name or name
-    return Job(checkpoint, family, model, parts, quant, vision, wanted, report, calibration)
+    given = {part: Path(path) for part, path in options.parts.items()}
+    checkpoint = with_tower(read_source(folder, given), options, report)
+    family, model = describe(checkpoint, options)
+    placed = assign(checkpoint, family, model)
+    vocabulary = read_vocabulary(checkpoint, model)
+    model = replace(model, answer=_resolved(model, vocabulary))
+    name = options.name or name
+    return Job(
+        checkpoint, family, model, placed, vocabulary, quant, vision, name, report, calibration
+    )
+
+
+def _resolved(model: Model, vocabulary: Vocabulary) -> AnswerSpec:
+    """The answer's spec with the pieces of text that are tokens of this vocabulary."""
+    ids = {t.text: i for i, t in enumerate(vocabulary.tokens)}
+    stops, penalized = (
+        tuple(ids[text] for text in texts if text in ids)
+        for texts in (model.stop_pieces, model.penalized_pieces)
+    )
+    answer = model.answer
+    return replace(
+        answer,
+        stop_tokens=(*stops, *answer.stop_tokens),
+        penalized=(*penalized, *answer.penalized),
+    )
 
 
 def with_tower(checkpoint: Checkpoint, options: Options, report: Report | None) -> Checkpoint:
     """The checkpoint, with the vision tower of another folder where the user or it names one."""
-    family = _family(checkpoint)
+    family = family_of(checkpoint)
     if family.tower is None:
         if options.vision_tower:
             raise SourceError(f"{checkpoint.folder}: a {family.name} has its own vision tower")
         return checkpoint
-    wanted = options.vision_tower or family.tower(_source(checkpoint))
+    wanted = options.vision_tower or family.tower(_source(checkpoint, options))
     if not wanted:
         return checkpoint
     try:
         folder, _ = hub.locate(wanted, report)
     except SourceError as e:
         raise SourceError(f"{e} (the vision tower; --vision-tower names another)") from None
-    return replace(checkpoint, tower=read_checkpoint(folder, tokenizer=False))
+    return replace(
+        checkpoint,
+        pieces={TOWER.removesuffix("/"): read_checkpoint(folder, tokenizer=False)},
+    )
 
 
-def _source(checkpoint: Checkpoint, template: str | None = None, fit: Fit | None = None) -> Source:
-    files, tower = dict(checkpoint.configs), checkpoint.tower
-    if tower:
-        files |= {TOWER + name: config for name, config in tower.configs.items()}
+def _source(checkpoint: Checkpoint, options: Options) -> Source:
+    files = dict(checkpoint.configs)
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    return Source(files, shapes, template, fit, added_tokens.describe(checkpoint))
+    for piece, inside in checkpoint.pieces.items():
+        said = {CONFIG: inside.said} if inside.said else {}
+        files |= {f"{piece}/{name}": config for name, config in {**inside.configs, **said}.items()}
+        shapes |= {f"{piece}/{name}": tensor.shape for name, tensor in inside.tensors.items()}
+    origins = {piece: inside.weights[0].name for piece, inside in checkpoint.pieces.items()}
+    return Source(
+        files,
+        shapes,
+        options.template,
+        options.fit,
+        added_tokens.describe(checkpoint),
+        options.settings,
+        origins,
+    )
 
 
-def _family(checkpoint: Checkpoint) -> Family:
-    path, config = checkpoint.folder / CONFIG, checkpoint.configs[CONFIG]
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise SourceError(f"{path}: has no 'model_type'; name the folder of a whole checkpoint")
-    return families.by_model_type(model_type, str(path))
-
-
-def describe(
-    checkpoint: Checkpoint, template: str | None = None, fit: Fit | None = None
-) -> tuple[Family, Model]:
+def describe(checkpoint: Checkpoint, options: Options | None = None) -> tuple[Family, Model]:
     """The family of a checkpoint and what its config means; raises UnknownFamily, SourceError."""
-    path, family = checkpoint.folder / CONFIG, _family(checkpoint)
+    family = family_of(checkpoint)
+    # Of a model in several files, not all errors are config.json's.
+    path = checkpoint.folder if family.pieces else checkpoint.folder / CONFIG
+    options = options or Options("f32", "fp32", False, None)
+    for name in options.settings:
+        if name not in family.settings:
+            known = ", ".join(family.settings) or "nothing"
+            raise SourceError(f"{name!r} cannot be set for a {family.name}; it knows {known}")
     try:
-        return family, family.describe(_source(checkpoint, template, fit))
+        return family, family.describe(_source(checkpoint, options))
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
     except (TypeError, KeyError, AttributeError, ArithmeticError) as e:
@@ -156,13 +190,15 @@ def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
         token_embedding=decoder.embedding_place(folder / decoder.FILE),
         source=_source_records(job),
         versions=_versions(),
+        pieces=job.placed.pieces,
+        notes=job.model.notes,
     )
 
 
 def _source_records(job: Job) -> tuple[FileRecord, ...]:
     files = [(f, f.name) for f in job.checkpoint.files]
-    if tower := job.checkpoint.tower:
-        files += [(f, TOWER + f.name) for f in tower.files]
+    for piece, inside in job.checkpoint.pieces.items():
+        files += [(f, f"{piece}/{f.name}") for f in inside.files]
     stage = Stage(job.report, "hash source", sum(f.stat().st_size for f, _ in files), "B")
     return tuple(record(f, name, progress=stage.advance) for f, name in files)
 

@@ -1,7 +1,7 @@
-"""A float32 vision encoder -> the same at another precision, as much of it as stays exact enough.
+"""A float32 graph with one input -> the same at another precision, where it stays exact enough.
 
 Every precision goes the same way: the noise that it would bring to each node is estimated, the
-noisiest nodes stay in float32, and more of them do until the features are within the precision's
+noisiest nodes stay in float32, and more of them do until the output is within the precision's
 cosine of float32. What differs is a row of `_SCHEMES`: where the noise is seen and how the graph
 is written. Works on the stored graph alone, so that a bundle can be converted like a checkpoint.
 """
@@ -66,20 +66,22 @@ def convert(source: Path, target: Path, precision: VisionPrecision, pixels: Arra
     """Writes the float32 graph `source` as `target` at a precision; returns the nodes left in
     float32.
 
-    `pixels` float32 [pictures, 3, size, size] are what it is calibrated and judged on.
+    `pixels`, a batch of its input, are what it is calibrated and judged on: pictures for a vision
+    encoder, their features for a projector.
     """
     scheme = _SCHEMES.get(precision.name)
     if scheme is None:
         onnx_files.save(onnx_files.load(source), target)
         return []
     graph = _look(source, scheme, pixels)
-    expected = onnx_files.run(source, "pixels", pixels)
+    name = onnx_files.input_name(source)
+    expected = onnx_files.run(source, name, pixels)
     kept: list[str] = []
     for kept in recipe(precision.name).attempts(scheme.noise(graph)):
         onnx_files.remove(target)
         with _quiet():
             scheme.write(graph, target, kept)
-        if distance(onnx_files.run(target, "pixels", pixels), expected) <= precision.cosine:
+        if distance(onnx_files.run(target, name, pixels), expected) <= precision.cosine:
             break
     _note(target, kept)
     return kept

@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ _OTHERS = re.compile(r".*\.(bin|pt|pth|ckpt|msgpack|h5|npz)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: parsed JSON files by name, tensors by source name, weight files, and
-    the folder of the vision tower where that is another.
+    """A checkpoint folder: parsed JSON files by name, tensors by source name, weight files.
+
+    `pieces` are what the model takes from elsewhere, by name: its vision tower, or the files that
+    it is assembled from. A piece that is a single file has no JSON files; `said` is what it holds
+    beside its tensors.
     """
 
     folder: Path
@@ -43,15 +46,14 @@ class Checkpoint:
     tensors: Mapping[str, SourceTensor]
     weights: tuple[Path, ...]
 
-    tower: Checkpoint | None = None
+    pieces: Mapping[str, Checkpoint] = field(default_factory=dict)
+    said: Config = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file of this folder that the export reads."""
-        named = sorted(self.folder / name for name in self.configs)
-        names = (*TOKENIZERS, "merges.txt")
-        tokenizers = [self.folder / n for n in names if (self.folder / n).is_file()]
-        return (*named, *tokenizers, *self.weights)
+        names = (*sorted(self.configs), *TOKENIZERS, "merges.txt") if self.configs else ()
+        return (*(p for n in names if (p := self.folder / n).is_file()), *self.weights)
 
 
 def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
@@ -82,6 +84,21 @@ def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
     _check_index(folder / index, weight_map, tensors)
     weights = tuple(sorted({t.file for t in tensors.values()}))
     return Checkpoint(folder, configs, tensors, weights)
+
+
+def read_file(path: Path) -> Checkpoint:
+    """A single file of weights, with or without what a training run wrote beside them.
+
+    Raises SourceError, and EngineMissing where it is torch's and torch is not there.
+    """
+    if path.suffix == ".safetensors":
+        tensors, said = read_header(path), {}
+    else:
+        # Importing it loads torch, which takes seconds.
+        from edgevlm.export.pickles import read_saved
+
+        tensors, said = read_saved(path)
+    return Checkpoint(path.parent, {}, {t.name: t for t in tensors}, (path,), said=said)
 
 
 def _read(path: Path) -> list[SourceTensor]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,39 @@ _EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _BLOCK_BYTES = 64 << 20
 
 Raw = NDArray[Any]
+
+
+class Tensor(Protocol):
+    """A tensor of a checkpoint: one that lies in a file, or one that is computed from such."""
+
+    @property
+    def name(self) -> str:
+        """As the file calls it, for messages."""
+
+    @property
+    def file(self) -> Path:
+        """Where its values come from, for messages."""
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of the stored type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As numpy counts it."""
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+
+    def raw(self) -> Raw:
+        """See SourceTensor."""
+
+    def float32(self) -> NDArray[np.float32]:
+        """See SourceTensor."""
+
+    def blocks(self) -> Iterator[Raw]:
+        """See SourceTensor."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ try:
     from transformers import PretrainedConfig
 
     from edgevlm.export.connectors import CONNECTORS, Linear
+    from edgevlm.export.qformer import QFormer
     from edgevlm.export.towers import TOWERS, Tower
 except ImportError as e:
     raise EngineMissing(
@@ -49,9 +50,7 @@ def build_encoder(config: Config, part: Part, stage: Stage) -> Tower:
     with torch.device("meta"):
         encoder = TOWERS[config["kind"]](config)
     _load(encoder.tower, part, stage)
-    embeddings = encoder.tower.embeddings
-    positions = torch.arange(embeddings.num_positions).expand((1, -1))
-    embeddings.register_buffer("position_ids", positions, persistent=False)
+    encoder.loaded()
     return encoder.eval()
 
 
@@ -60,7 +59,7 @@ def build_projector(config: Config, part: Part, stage: Stage) -> nn.Module:
     with torch.device("meta"):
         projector = CONNECTORS[config["kind"]](config)
     _load(projector, part, stage)
-    if isinstance(projector, Linear):
+    if isinstance(projector, (Linear, QFormer)):
         projector.loaded()
     return projector.eval()
 

@@ -17,6 +17,7 @@ import edgevlm
 from edgevlm import family, schema
 from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.benchmarks.llava_checkpoints import ORIGINALS, write_llava
+from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
 from edgevlm.bundle import Bundle, Manifest, open_bundle
 from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
@@ -31,6 +32,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
         name: ("llava", partial(write_llava, **ORIGINALS[name]))
         for name in ("llava-phi3", "llava-llama3")
     },
+    "tinygptv": ("tinygptv", lambda folder: write_tinygptv(folder, stage=4)),
 }
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 # Every stage of the exporter's own comparison, against the original's code.

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from edgevlm.export import QUANTS, VISION_PRECISIONS, export_bundle
+from edgevlm.export import QUANTS, VISION_PRECISIONS, export_bundle, inspect_source
 from edgevlm.types import Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from edgevlm.export import Inspection
+
+
+class _Choices(TypedDict):
+    """Options that go to the exporter as they are."""
+
+    name: str | None
+    vision_tower: str | None
+    template: str | None
+    image_fit: Literal["pad", "crop"] | None
 
 
 @click.command()
@@ -59,17 +73,35 @@ from edgevlm.types import Progress
     metavar="FOLDER",
     help="Pictures like those the model will see, for precisions that measure their ranges.",
 )
+@click.option(
+    "--part",
+    "parts",
+    metavar="NAME=FILE",
+    multiple=True,
+    help="A file of a model that is assembled from several, where SOURCE is not enough.",
+)
+@click.option(
+    "--set",
+    "settings",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="What the files leave open or get wrong, such as stage=4.",
+)
+@click.option("--dry-run", is_flag=True, help="Check SOURCE and say what is in it; write nothing.")
 def export(source: str, out: Path, quant: str, vision_precisions: tuple[str, ...], verify: bool,
-           name: str | None, vision_tower: str | None, template: str | None,
-           image_fit: Literal["pad", "crop"] | None, calibration: Path | None,
-           ) -> None:  # fmt: skip
+           calibration: Path | None, dry_run: bool, parts: tuple[str, ...],
+           settings: tuple[str, ...], **choices: Unpack[_Choices]) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE into the bundle OUT.
 
     SOURCE is a folder or a hub id such as google/paligemma-3b-mix-224, OUT a folder.
     """
-    from edgevlm.cli.models import parity_table
+    from edgevlm.cli.models import parity_table, pieces_text
 
     console = Console(stderr=True, markup=False, highlight=False)
+    named, stated = _pairs(parts, "--part"), _pairs(settings, "--set")
+    if dry_run:
+        console.print(_report(inspect_source(source, parts=named, settings=stated, **choices)))
+        return
     with _Bars(console) as bars:
         bundle = export_bundle(
             source,
@@ -78,16 +110,39 @@ def export(source: str, out: Path, quant: str, vision_precisions: tuple[str, ...
             vision_precision=vision_precisions or "int8",
             calibration=calibration,
             verify=verify,
-            name=name,
-            vision_tower=vision_tower,
-            template=template,
-            image_fit=image_fit,
+            parts=named,
+            settings=stated,
             progress=bars.update,
+            **choices,
         )
+    if bundle.manifest.pieces:
+        console.print(pieces_text(bundle.manifest.pieces, bundle.manifest.notes))
     if bundle.manifest.parity:
         console.print(parity_table(bundle))
     console.print(f"{out}: {bundle.bytes / 2**20:.1f} MiB")
     console.print(f"Try it: edgevlm chat -m {out} -i PICTURE")
+
+
+def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
+    for value in values:
+        if "=" not in value:
+            raise click.BadParameter(f"{value!r} is not NAME=VALUE", param_hint=option)
+    return dict(value.split("=", 1) for value in values)
+
+
+def _report(found: Inspection) -> str:
+    """What an export would make of its source, as text."""
+    from edgevlm.cli.models import pieces_text
+
+    decoder, image = found.decoder, found.image
+    lines = [
+        f"{found.name}: family {found.family}",
+        f"picture   {image.size} px ({image.fit}), {image.tokens} tokens",
+        f"decoder   {decoder.architecture}, width {decoder.n_embd}, {decoder.n_layer} layers, "
+        f"{decoder.n_vocab} tokens, context {decoder.context_length}",
+        f"prompt    {''.join(found.prompt.template)!r}",
+    ]
+    return "\n".join([*lines, pieces_text(found.pieces, found.notes, used=True)])
 
 
 class _Bars:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from edgevlm.bundle import Bundle, Component, open_bundle
+from edgevlm.bundle import Bundle, Component, PieceRecord, open_bundle
 from edgevlm.errors import BundleError
 from edgevlm.models import directory, installed, resolve
 
@@ -65,6 +65,8 @@ def show(model: str) -> None:
         table.add_row(key, value)
     console.print(table)
     console.print(_files(bundle, lambda _: ""))
+    if manifest.pieces:
+        console.print(pieces_text(manifest.pieces, manifest.notes))
     if manifest.parity:
         console.print(parity_table(bundle))
 
@@ -89,6 +91,23 @@ def parity_table(bundle: Bundle) -> Table:
             "ok" if stage.ok else "beyond",
         )
     return table
+
+
+def pieces_text(pieces: Sequence[PieceRecord], notes: Sequence[str], *, used: bool = False) -> str:
+    """What an assembled model left over of its files, and how it settled what they left open; with
+    `used` also what it took.
+    """
+    lines = []
+    for piece in pieces:
+        lines.append(f"{piece.piece:<9} {piece.file}")
+        for what, names in (
+            ("used", piece.used if used else ()),
+            ("replaced by a later part", piece.replaced),
+            ("never read", piece.unused),
+        ):
+            if names:
+                lines += [f"  {what}:", *(f"    {name}" for name in names)]
+    return "\n".join([*lines, *(f"- {note}" for note in notes)])
 
 
 def _files(bundle: Bundle, verdict: Callable[[Component], str]) -> Table:

@@ -1,0 +1,415 @@
+"""TinyGPT-V: EVA ViT-g, BLIP-2's Q-Former, two linear maps and a Phi-2 with norms of its own.
+
+A model is assembled from four downloads, as the original loads them: Phi-2 (the main checkpoint),
+eva_vit_g.pth, blip2_pretrained_flant5xxl.pth, and what a training stage saved. Facts from
+DLYuanGod/TinyGPT-V (minigpt4/models, modeling_phi.py) and transformers 4.36 (models/phi).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from edgevlm.boxes import parse_percent
+from edgevlm.family import IGNORED, Config, Family, Model, Piece, Source
+from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
+
+Shapes = dict[str, tuple[int, ...]]
+_EVA, _BLIP2, _STAGE = "eva", "blip2", "stage"
+
+# create_eva_vit_g, where the file does not say: blocks that are run, and the width of a head.
+_EVA_DEPTH = 39
+_EVA_HEAD = 88
+_QFORMER_HEAD = 64  # of bert-base-uncased
+_ROTARY = 0.4
+# LoraConfig's default in base_model.py, where the stage's run does not say.
+_LORA_ALPHA = 16.0
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+# The original's classes: of stages 1 to 3, of stage 4; pixels of a side and template of each.
+_ARCHS = ("minigpt4", "minigpt_v2")
+_SIDES = {"minigpt4": 224, "minigpt_v2": 448}
+_DEFAULTS = {"minigpt4": "vicuna0", "minigpt_v2": "demo_v2"}
+
+# transformers' names (configuration_phi.py) by Microsoft's; a config has one or the other.
+_MICROSOFT = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "activation_function": "hidden_act",
+}
+_PHI: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "intermediate_size": 8192,
+    "vocab_size": 51200,
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu_new",
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+_VICUNA0 = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
+    "provide it to you. Please answer my questions.###Human: "
+)
+# What stands before the picture (a begin token or text), after the user's words, and before the
+# words of later questions; the picture is always between <Img> and </Img>.
+_TEMPLATES: dict[str, tuple[tuple[str, ...], str, str | None]] = {
+    # demo.py, CONV_VISION_Vicuna0: stages 1 to 3.
+    "vicuna0": ((_VICUNA0,), "###Assistant: ", "###Human: "),
+    # Stage 4: demo_v2.py, the wrapper of its training, eval_scripts.
+    "demo_v2": (("<s>[INST] ",), " [/INST]", "<s>[INST] "),
+    "training": (("{bos}", "[INST] "), "  [/INST]", None),
+    "minigptv2": (("###Human: ",), "###Assistant: ", "###Human: "),
+}
+# Tags and words of the training sets (minigpt4/datasets); plain text to the model. Only stage 4 was
+# trained with them.
+_TASKS = {
+    "answer": "[vqa] {prompt}",
+    "caption": "[caption] Briefly describe this image.",
+    "detect": "[detection] {prompt}",
+    "ground": "[grounding] please describe this image in details",
+    "identify": "[identify] what object is in this location {prompt}",
+    "refer": "[refer] give me the location of {prompt}",
+}
+_SETTINGS = {
+    "stage": "1, 2, 3 or 4, the training stage of the weights",
+    "partial_rotary_factor": "share of a head that rotary positions turn, 0.4 in the original",
+    "lora_alpha": "scale of the adapters times their rank, 16 in the original",
+    "vision_heads": "heads of the vision tower",
+}
+
+
+def _describe(source: Source) -> Model:
+    shapes = {name: shape for raw, shape in source.shapes.items() if (name := _locate(raw))}
+    arch, stage = _arch(source)
+    vision = _vision(source, shapes, int(_run(source).get("image_size", _SIDES[arch])))
+    text, rotary = _text(source, source.files["config.json"])
+    projector = _projector(source, shapes, text)
+    return Model(
+        image=ImageSpec(
+            size=vision["image_size"], tokens=projector["queries"], mean=_MEAN, std=_STD
+        ),
+        prompt=_prompt(source, arch),
+        decoder=DecoderSpec(
+            architecture="phi2",
+            attention="causal",
+            n_embd=text["hidden_size"],
+            n_layer=text["num_hidden_layers"],
+            n_vocab=text["vocab_size"],
+            context_length=text["max_position_embeddings"],
+            extra_norms=True,
+        ),
+        # conversation.py: how an answer ends, what is cut off it, and the length demo.py allows.
+        answer=AnswerSpec(
+            stop_tokens=(),
+            stop_strings=("###",),
+            max_tokens=300,
+            strip=True,
+            role="Assistant:",
+        ),
+        vision=vision,
+        projector=projector,
+        text=text,
+        stop_pieces=("###",),
+        # transformers 4.36 begins to count with the begin token where it is given embeddings.
+        penalized_pieces=("<|endoftext|>",),
+        skipped=tuple(
+            f"vision.encoder.layers.{i}."
+            for i in range(vision["num_hidden_layers"], vision["depth"])
+        ),
+        notes=(stage, rotary, *_notes(source, vision)),
+    )
+
+
+def _arch(source: Source) -> tuple[str, str]:
+    """The original's class, minigpt4 for stages 1 to 3 and minigpt_v2 for stage 4, and who says."""
+    stated, file = source.settings.get("stage"), source.origins[_STAGE]
+    if stated is not None:
+        if stated not in ("1", "2", "3", "4"):
+            raise ValueError(f"stage {stated!r} is not one of 1, 2, 3, 4")
+        return _ARCHS[stated == "4"], f"stage {stated}, as stated"
+    named = re.search(r"stage[ _-]?([1-4])", file, re.IGNORECASE)
+    arch = _run(source).get("arch")
+    if arch is not None and arch not in _ARCHS:
+        raise ValueError(f"{file} was saved by a run of {arch!r}, not of {' or '.join(_ARCHS)}")
+    if arch and named and arch != _ARCHS[named[1] == "4"]:
+        raise ValueError(
+            f"{file} was saved by a run of {arch}, which is not stage {named[1]}; state the stage "
+            "(--set stage=N)"
+        )
+    if arch:
+        return str(arch), f"{arch}, says the run that saved {file}"
+    if named:
+        return _ARCHS[named[1] == "4"], f"stage {named[1]}, says the name of {file}"
+    raise ValueError(f"{file} does not say of which stage it is; state it (--set stage=1 to 4)")
+
+
+def _run(source: Source) -> Config:
+    """The model's part of the config of the run that saved the stage's file."""
+    found = source.files.get(f"{_STAGE}/config.json", {}).get("model", {})
+    return found if isinstance(found, Mapping) else {}
+
+
+def _text(source: Source, config: Config) -> tuple[dict[str, Any], str]:
+    """Phi-2's config, and where its rotary share comes from."""
+    own = any(key in config for key in _MICROSOFT)
+    if own != any(name.startswith("transformer.h.") for name in source.shapes):
+        raise ValueError(
+            "config.json is of one layout of Phi-2 and the weights are in another; take both from "
+            "the same revision"
+        )
+    given = {_MICROSOFT.get(key, key): value for key, value in config.items()}
+    text = {key: given.get(key, value) for key, value in _PHI.items()}
+    d, heads = text["hidden_size"], text["num_attention_heads"]
+    text["intermediate_size"] = text["intermediate_size"] or 4 * d
+    text["num_key_value_heads"] = text["num_key_value_heads"] or heads
+    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    known = {
+        "hidden_act": (text["hidden_act"], "gelu_new"),
+        "tie_word_embeddings": (text["tie_word_embeddings"], False),
+        "num_key_value_heads": (text["num_key_value_heads"], heads),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "hidden_size % num_attention_heads": (d % heads, 0),
+    }
+    for key, (value, only) in known.items():
+        if value != only:
+            raise ValueError(f"config.json: {key} is {value!r}; only {only!r} is known")
+    rotary, note = _rotary(source, {**given, **rope}, d // heads)
+    alpha = _number(source, "lora_alpha", float(_run(source).get("lora_alpha", _LORA_ALPHA)))
+    return text | {
+        "kind": "phi2",
+        "head_dim": d // heads,
+        "rope_theta": float(rope.get("rope_theta", text["rope_theta"])),
+        "rotary_dim": rotary,
+        "rms_norm_eps": 1e-6,  # LlamaRMSNorm's default in modeling_phi.py
+        "extra_norms": True,
+        "lora_alpha": alpha,
+    }, note
+
+
+def _rotary(source: Source, config: Config, head: int) -> tuple[int, str]:
+    """Dimensions of a head that are turned: the original's share, unless another is stated."""
+    if "partial_rotary_factor" in source.settings:
+        factor, who = _number(source, "partial_rotary_factor", _ROTARY), "as stated"
+    else:
+        # transformers assumes 0.5 where its config has no such key.
+        factor, who = config.get("partial_rotary_factor", 0.5), "says config.json"
+        if "rotary_dim" in config and "partial_rotary_factor" not in config:
+            factor = config["rotary_dim"] / head
+        if abs(factor - _ROTARY) > 1 / head:
+            raise ValueError(
+                f"config.json: partial_rotary_factor is {factor:g}, but TinyGPT-V's Phi-2 has "
+                f"{_ROTARY}; state the one of the training (--set partial_rotary_factor={_ROTARY})"
+            )
+    dimensions = int(factor * head)
+    if not 0 < dimensions <= head or dimensions % 2:
+        raise ValueError(
+            f"partial_rotary_factor {factor:g} turns {dimensions} of {head} dimensions"
+        )
+    return dimensions, f"rotary positions turn {dimensions} of {head} dimensions, {who}"
+
+
+def _number(source: Source, name: str, default: float) -> float:
+    try:
+        return float(source.settings.get(name, default))
+    except ValueError:
+        raise ValueError(f"{name} {source.settings[name]!r} is no number") from None
+
+
+def _vision(source: Source, shapes: Shapes, size: int) -> dict[str, Any]:
+    width, channels, patch, _ = _shape(shapes, "vision.embeddings.patch_embedding.weight", 4)
+    _, positions, _ = _shape(shapes, "vision.embeddings.position_embedding", 3)
+    mlp, _ = _shape(shapes, "vision.encoder.layers.0.mlp.fc1.weight", 2)
+    grid, depth = math.isqrt(positions - 1), _layers(shapes, "vision.encoder.layers.")
+    heads = _number(source, "vision_heads", width / _EVA_HEAD)
+    if heads < 1 or heads % 1 or width % heads:
+        raise ValueError(
+            f"a tower of width {width} has no heads of {_EVA_HEAD}; state how many it has "
+            "(--set vision_heads=N)"
+        )
+    if size % patch or grid * grid != positions - 1:
+        raise ValueError(
+            f"the tower has patches of {patch} and {positions - 1} positions, which no square of "
+            f"{size} pixels can be cut into"
+        )
+    return {
+        "kind": "eva",
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": min(_EVA_DEPTH, depth),
+        "num_attention_heads": int(heads),
+        "num_channels": channels,
+        "image_size": size,
+        "patch_size": patch,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "final_norm_eps": 1e-5,  # torch's default, which ln_vision has
+        "class_token": True,
+        "positions": grid,
+        "depth": depth,
+    }
+
+
+def _projector(source: Source, shapes: Shapes, text: Config) -> dict[str, Any]:
+    _, queries, width = _shape(shapes, "projector.query_tokens", 3)
+    layer = "projector.encoder.layer."
+    mlp, _ = _shape(shapes, f"{layer}0.intermediate_query.dense.weight", 2)
+    _, encoder = _shape(shapes, f"{layer}0.crossattention.attention.key.weight", 2)
+    middle, _ = _shape(shapes, "projector.maps.0.weight", 2)
+    bert: Config = next((c for c in source.files.values() if c.get("model_type") == "bert"), {})
+    return {
+        "kind": "qformer",
+        "in": encoder,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": _layers(shapes, layer),
+        "num_attention_heads": bert.get("num_attention_heads", width // _QFORMER_HEAD),
+        "cross_attention_frequency": 2,
+        "layer_norm_eps": 1e-12,
+        "hidden_act": "gelu",
+        "queries": queries,
+        "widths": (middle, text["hidden_size"]),
+    }
+
+
+def _shape(shapes: Shapes, name: str, sides: int) -> tuple[int, ...]:
+    if len(shapes.get(name, ())) != sides:
+        raise ValueError(f"the files hold no tensor for {name}, or one of another shape")
+    return shapes[name]
+
+
+def _layers(shapes: Shapes, start: str) -> int:
+    return 1 + max(int(n[len(start) :].split(".")[0]) for n in shapes if n.startswith(start))
+
+
+def _notes(source: Source, vision: Config) -> Iterator[str]:
+    """What the pieces left open; raises ValueError for a stage's file without TinyGPT-V's norms."""
+    file, names = source.origins[_STAGE], [n for n in source.shapes if n.startswith(f"{_STAGE}/")]
+    for norm in ("q_layernorm", "k_layernorm", "post_layernorm"):
+        if not any(n.endswith(f".{norm}.weight") for n in names):
+            raise ValueError(
+                f"{file} has no {norm}, a norm that Phi-2 itself lacks; it is no stage of TinyGPT-V"
+            )
+    if not any(".lora_A." in n for n in names):
+        yield f"{file} has no adapters (LoRA); Phi-2's matrices are used as they are"
+    if not any(n.endswith("q_layernorm.bias") for n in names):
+        yield f"{file} has no biases for the norms of queries and keys; they are 0"
+    for part in ("Qformer.bert.encoder", "query_tokens", "ln_vision"):
+        own = any(n.startswith(f"{_STAGE}/{part}") for n in names)
+        yield f"{part.partition('.')[0]} from {file if own else source.origins[_BLIP2]}"
+    side, stored = vision["image_size"] // vision["patch_size"], vision["positions"]
+    if side != stored:
+        yield f"position grid {stored} x {stored} -> {side} x {side}, bicubic"
+    if vision["depth"] > vision["num_hidden_layers"]:
+        yield f"{vision['num_hidden_layers']} of {vision['depth']} blocks of the tower are run"
+
+
+def _prompt(source: Source, arch: str) -> PromptSpec:
+    name = source.template or _DEFAULTS[arch]
+    if name not in _TEMPLATES:
+        raise ValueError(f"the template {name!r} is not one of {', '.join(_TEMPLATES)}")
+    before, after, again = _TEMPLATES[name]
+    return PromptSpec(
+        template=(*before[:-1], f"{before[-1]}<Img>", "{image}", f"</Img> {{prompt}}{after}"),
+        text_template=(*before[:-1], f"{before[-1]}{{prompt}}{after}"),
+        turn=() if again is None else (f"{again}{{prompt}}{after}",),
+        tasks=_TASKS,
+    )
+
+
+# Names in the original's own module tree, which every piece's are brought to -> canonical ones.
+_PHI_LAYER = (
+    r"llama_model\.model\.(layers\.\d+\.(?:input_layernorm|post_layernorm|mlp\.fc[12]|self_attn\."
+    r"(?:query_key_value|[qkv]_proj|dense|[qk]_layernorm)))"
+)
+_BLOCK = r"visual_encoder\.blocks\.(\d+)\."
+_BERT = r"Qformer\.bert\."
+_NAMES = tuple(
+    (re.compile(pattern), target)
+    for pattern, target in (
+        (r"llama_model\.(lm_head\.(?:weight|bias))", r"decoder.\1"),
+        (rf"{_PHI_LAYER}\.lora_([AB])\.(?:default\.)?weight", r"decoder.\1.lora_\2.weight"),
+        (rf"{_PHI_LAYER}(?:\.base_layer)?\.(weight|bias)", r"decoder.\1.\2"),
+        (r"llama_model\.model\.((?:embed_tokens|final_layernorm)\.\w+)", r"decoder.\1"),
+        (r"llama_model\.transformer\.embd\.wte\.(.+)", r"decoder.embed_tokens.\1"),
+        (r"llama_model\.transformer\.h\.(\d+)\.ln\.(.+)", r"decoder.layers.\1.input_layernorm.\2"),
+        (
+            r"llama_model\.transformer\.h\.(\d+)\.mixer\.(Wqkv\..+)",
+            r"decoder.layers.\1.self_attn.\2",
+        ),
+        (
+            r"llama_model\.transformer\.h\.(\d+)\.mixer\.out_proj\.(.+)",
+            r"decoder.layers.\1.self_attn.dense.\2",
+        ),
+        (r"llama_model\.transformer\.h\.(\d+\.mlp\..+)", r"decoder.layers.\1"),
+        (r"llama_model\.lm_head\.ln\.(.+)", r"decoder.final_layernorm.\1"),
+        (r"llama_model\.lm_head\.linear\.(.+)", r"decoder.lm_head.\1"),
+        (r"visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
+        (r"visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
+        (r"visual_encoder\.patch_embed\.proj\.(.+)", r"vision.embeddings.patch_embedding.\1"),
+        (rf"{_BLOCK}norm([12])\.(.+)", r"vision.encoder.layers.\1.layer_norm\2.\3"),
+        (rf"{_BLOCK}attn\.(qkv\.weight|[qv]_bias)", r"vision.encoder.layers.\1.self_attn.\2"),
+        (rf"{_BLOCK}attn\.proj\.(.+)", r"vision.encoder.layers.\1.self_attn.projection.\2"),
+        (rf"{_BLOCK}(mlp\..+)", r"vision.encoder.layers.\1.\2"),
+        (r"ln_vision\.(.+)", r"vision.post_layernorm.\1"),
+        (r"query_tokens", "projector.query_tokens"),
+        (rf"{_BERT}embeddings\.LayerNorm\.(.+)", r"projector.layernorm.\1"),
+        (
+            rf"{_BERT}(encoder\.layer\.\d+\.(?:cross)?attention)\.self\.(.+)",
+            r"projector.\1.attention.\2",
+        ),
+        (
+            rf"{_BERT}(encoder\.layer\.\d+\.(?:\w*attention\.output|\w+_query)\..+)",
+            r"projector.\1",
+        ),
+        (r"llama_proj\.(.+)", r"projector.maps.0.\1"),
+        (r"llama_proj2\.(.+)", r"projector.maps.1.\1"),
+    )
+)
+# Buffers that some releases stored.
+_UNUSED = re.compile(r".+\.(?:position_ids|rotary_emb\..+)")
+# Where a piece's names belong in that tree: eva_vit_g.pth and Phi-2 do not know of it.
+_ROOTS = {"": "llama_model.", _EVA: "visual_encoder."}
+
+
+def _locate(name: str) -> str | None:
+    piece, slash, own = name.rpartition("/")
+    own = _ROOTS.get(piece, "") + own
+    own = own.replace("llama_model.base_model.model.", "llama_model.", 1)
+    if _UNUSED.fullmatch(own):
+        return IGNORED
+    for pattern, target in _NAMES:
+        if match := pattern.fullmatch(own):
+            return match.expand(target)
+    return None
+
+
+FAMILY = Family(
+    name="tinygptv",
+    license="other",
+    model_types=("phi", "phi-msft"),
+    describe=_describe,
+    locate=_locate,
+    boxes=parse_percent,
+    pieces=(
+        Piece(_EVA, "eva_vit_g.pth", holds="patch_embed.proj.weight"),
+        Piece(
+            _BLIP2,
+            "blip2_pretrained_flant5xxl.pth",
+            holds="query_tokens",
+            lacks="llama_proj.weight",
+        ),
+        Piece(_STAGE, "TinyGPT-V_for_Stage<N>.pth", holds="llama_proj.weight", strict=True),
+    ),
+    settings=_SETTINGS,
+)

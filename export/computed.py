@@ -1,0 +1,112 @@
+"""Tensors that are computed from a checkpoint's own when their values are asked for.
+
+Nothing is read before that, so a decoder of gigabytes is rewritten one matrix at a time. Does not
+know what any of them means; fused.py does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.export.tensors import Raw, Tensor, to_float32
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What every computed tensor has in common; `name` and `file` stand in messages."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def raw(self) -> Raw:
+        """The values in `dtype`; each kind says how."""
+        raise NotImplementedError
+
+    def float32(self) -> NDArray[np.float32]:
+        """The values in `shape`."""
+        return to_float32(self.raw(), self.dtype)
+
+    def blocks(self) -> Iterator[Raw]:
+        """The flat values, in one block."""
+        yield self.raw().reshape(-1)
+
+
+@dataclass(frozen=True)
+class _Zeros(_Computed):
+    def raw(self) -> Raw:
+        return np.zeros(self.shape, np.float32)
+
+
+@dataclass(frozen=True)
+class _Picked(_Computed):
+    source: Tensor
+    axes: tuple[int, ...]
+    axis: int
+    index: int
+
+    def raw(self) -> Raw:
+        apart = self.source.raw().reshape(*self.axes, *self.shape[1:])
+        return np.ascontiguousarray(apart.take(self.index, self.axis).reshape(self.shape))
+
+
+@dataclass(frozen=True)
+class _Stacked(_Computed):
+    parts: tuple[Tensor, ...]
+
+    def raw(self) -> Raw:
+        if self.dtype == self.parts[0].dtype:
+            return np.concatenate([p.raw() for p in self.parts])
+        return np.concatenate([p.float32() for p in self.parts])
+
+
+@dataclass(frozen=True)
+class _Adapted(_Computed):
+    base: Tensor
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def raw(self) -> Raw:
+        return self.base.float32() + np.float32(self.scale) * (
+            self.up.float32() @ self.down.float32()
+        )
+
+
+def zeros(like: Tensor, name: str) -> Tensor:
+    """Float32 zeros of another tensor's shape."""
+    return _Zeros(name, like.file, "F32", like.shape)
+
+
+def rows(source: Tensor, axes: tuple[int, ...], axis: int, index: int) -> Tensor:
+    """One of several matrices whose rows lie fused in `source`.
+
+    The rows [n, ...] are seen as `axes` (their product is n), of which `axis` is taken at `index`.
+    """
+    shape = (math.prod(axes) // axes[axis], *source.shape[1:])
+    return _Picked(source.name, source.file, source.dtype, shape, source, axes, axis, index)
+
+
+def stacked(parts: tuple[Tensor, ...], name: str) -> Tensor:
+    """Tensors one below the other; float32 where their types differ."""
+    dtypes = {p.dtype for p in parts}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
+    shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+    return _Stacked(name, parts[0].file, dtype, shape, parts)
+
+
+def adapted(base: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """base [n, m] + scale * up [n, r] @ down [r, m], float32: a low-rank adapter, merged."""
+    return _Adapted(base.name, base.file, "F32", base.shape, base, down, up, scale)

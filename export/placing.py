@@ -1,0 +1,172 @@
+"""Which tensor is which: every one of a checkpoint's has its place in the model, or is left over.
+
+Of a model that is assembled from several files, the record of what came from where is made here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from edgevlm.bundle import PieceRecord
+from edgevlm.errors import SourceError
+from edgevlm.export.fused import APART
+from edgevlm.export.parts import EMBED, KINDS, LM_HEAD, Part
+from edgevlm.export.source import Checkpoint
+from edgevlm.export.tensors import DTYPES, SourceTensor, Tensor
+from edgevlm.family import IGNORED, TOWER, Family, Model
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The tensors of "vision", "projector" and "decoder" by canonical name, and the record of an
+    assembled model's pieces; empty for a checkpoint that is whole.
+    """
+
+    parts: Mapping[str, Part]
+    pieces: tuple[PieceRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A tensor, the piece that it came with ("" for the main checkpoint) and its place there."""
+
+    tensor: SourceTensor
+    piece: str
+    name: str | None
+
+
+def assign(checkpoint: Checkpoint, family: Family, model: Model) -> Placed:
+    """Gives every tensor its place.
+
+    Raises SourceError when a tensor is missing, left over, or of another shape or type than the
+    config says.
+    """
+    configs = {"vision": model.vision, "projector": model.projector, "decoder": model.text}
+    origins = _origins(checkpoint, family, model)
+    chosen = _chosen(origins, family)
+    parts: dict[str, Part] = {}
+    for part, config in configs.items():
+        found = {
+            n.removeprefix(f"{part}."): t for n, t in chosen.items() if n.startswith(f"{part}.")
+        }
+        if apart := APART.get(config["kind"]):
+            found = apart(found, config)
+        parts[part] = _complete(found, part, KINDS[config["kind"]](config), checkpoint)
+    return Placed(parts, _records(checkpoint, family, origins) if family.pieces else ())
+
+
+def _origins(checkpoint: Checkpoint, family: Family, model: Model) -> list[_Origin]:
+    """Every tensor with its canonical name, IGNORED where the model never reads it, None where the
+    family does not know it.
+    """
+    found = [_Origin(t, "", family.locate(t.name)) for t in checkpoint.tensors.values()]
+    if TOWER.removesuffix("/") in checkpoint.pieces:
+        # A copy inside the checkpoint is rounded; the original projects never look at it.
+        found = [o for o in found if not (o.name or "").startswith("vision.")]
+    for piece, inside in checkpoint.pieces.items():
+        found += [
+            _Origin(t, piece, family.locate(f"{piece}/{t.name}")) for t in inside.tensors.values()
+        ]
+    return [
+        replace(o, name=IGNORED) if (o.name or "").startswith(model.skipped) else o for o in found
+    ]
+
+
+def _chosen(origins: Iterable[_Origin], family: Family) -> dict[str, Tensor]:
+    """The tensor of every canonical name: of several pieces that have it, the last one's."""
+    lenient = {piece.name for piece in family.pieces if not piece.strict}
+    found: dict[str, _Origin] = {}
+    for origin in origins:
+        if origin.name is None and origin.piece not in lenient:
+            raise SourceError(f"{at(origin.tensor)} is unknown to the family {family.name!r}")
+        if not origin.name:
+            continue
+        other = found.get(origin.name)
+        if other and other.piece == origin.piece:
+            raise SourceError(
+                f"{at(origin.tensor)} and {other.tensor.name} are the same; remove one"
+            )
+        found[origin.name] = origin
+    return {name: origin.tensor for name, origin in found.items()}
+
+
+def _complete(
+    found: dict[str, Tensor], part: str, expected: Mapping[str, tuple[int, ...]], where: Checkpoint
+) -> Part:
+    head = found.pop(LM_HEAD, None) if LM_HEAD not in expected else None
+    for name, tensor in found.items():
+        if name not in expected:
+            raise SourceError(f"{at(tensor)} has no place in this model; check config.json")
+    for name, shape in expected.items():
+        if name not in found:
+            raise SourceError(
+                f"{where.folder}: lacks the tensor for {part}.{name}; download it again"
+            )
+        _check(found[name], shape)
+    if head:
+        _check_tied(head, found[EMBED])
+    return found
+
+
+def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype not in DTYPES:
+        raise SourceError(
+            f"{at(tensor)} is stored as {tensor.dtype}, not as {', '.join(DTYPES)}; "
+            "export the original float checkpoint"
+        )
+    if tensor.shape != shape:
+        raise SourceError(
+            f"{at(tensor)} has shape {list(tensor.shape)}, config.json says {list(shape)}"
+        )
+
+
+def _check_tied(head: Tensor, embed: Tensor) -> None:
+    """A stored output table is allowed when it repeats the input table, which is written once."""
+    _check(head, embed.shape)
+    same = head.dtype == embed.dtype and all(np.array_equal(a, b) for a, b in _pairs(head, embed))
+    if not same:
+        raise SourceError(
+            f"{at(head)} differs from {embed.name}; this architecture has only one table for both"
+        )
+
+
+def _pairs(a: Tensor, b: Tensor) -> Iterator[tuple[Any, Any]]:
+    return zip_longest(a.blocks(), b.blocks())
+
+
+def at(tensor: Tensor) -> str:
+    """How messages name a tensor."""
+    return f"{tensor.file}: {tensor.name}"
+
+
+def _records(
+    checkpoint: Checkpoint, family: Family, origins: list[_Origin]
+) -> tuple[PieceRecord, ...]:
+    last = {o.name: o.piece for o in origins}
+    records = []
+    for piece in ("", *(p.name for p in family.pieces)):
+        inside = checkpoint.pieces[piece] if piece else checkpoint
+        own = [o for o in origins if o.piece == piece]
+        records.append(
+            PieceRecord(
+                piece or checkpoint.configs["config.json"]["model_type"],
+                inside.weights[0].name if piece else checkpoint.folder.resolve().name,
+                used=outline(o.tensor.name for o in own if o.name and last[o.name] == piece),
+                replaced=outline(o.tensor.name for o in own if o.name and last[o.name] != piece),
+                unused=outline(o.tensor.name for o in own if not o.name),
+            )
+        )
+    return tuple(records)
+
+
+def outline(names: Iterable[str]) -> tuple[str, ...]:
+    """Names with their layers counted instead of listed, in order: "layers.*.mlp.fc1.bias x32"."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return tuple(name if n == 1 else f"{name} x{n}" for name, n in counts.items())

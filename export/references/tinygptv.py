@@ -1,0 +1,199 @@
+"""TinyGPT-V: the tower computed plainly, transformers' Q-Former and Phi with the two norms added.
+
+No release of transformers runs the model. What its classes share with it they compute here; nothing
+uses the modules that were exported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
+
+from edgevlm.export.components import Job
+from edgevlm.export.parts import Part
+from edgevlm.export.references import Arrays, Request
+from edgevlm.export.vision import quiet
+from edgevlm.family import Config
+from edgevlm.specs import ImageSpec
+
+# transformers leaves its classes without types.
+_hf: Any = transformers
+
+
+class Reference:
+    """See references.Source."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        folder = job.checkpoint.folder
+        with quiet():
+            # The original asks for the slow one, which needs vocab.json.
+            slow = (folder / "vocab.json").is_file()
+            self._tokenizer = _hf.AutoTokenizer.from_pretrained(folder, use_fast=not slow)
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """See references.Source."""
+        with quiet():
+            return [self._tokenizer(t)["input_ids"] for t in texts]
+
+    def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
+        """See references.Source."""
+        model, parts = self._job.model, self._job.parts
+        before, after = self._pieces(request.prompt)
+        with quiet(), torch.inference_mode():
+            pixels = _pixels(request.image, model.image)
+            features = _features(pixels, model.vision, _tensors(parts["vision"]))
+            rows = _queries(features, model.projector, _tensors(parts["projector"]))
+            decoder = _decoder(model.text, parts["decoder"])
+            embed = decoder.get_input_embeddings()
+            text = [embed(torch.tensor([ids])) for ids in (before, after)]
+            logits = _logits(decoder, torch.cat([text[0], rows, text[1]], 1), tokens)
+        return {
+            "pixels": pixels.numpy(),
+            "features": features.numpy(),
+            "embeddings": rows.numpy(),
+            "prompt_ids": np.array(before + after, np.int32),
+            "logits": logits,
+        }
+
+    def _pieces(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The ids on both sides of the picture (minigpt_base.py, get_context_emb)."""
+        template = self._job.model.prompt.template
+        begin = [self._tokenizer.bos_token_id] * ("{bos}" in template)
+        text = "".join(part for part in template if part != "{bos}").replace("{prompt}", prompt)
+        before, after = (self._tokenizer(piece)["input_ids"] for piece in text.split("{image}"))
+        return begin + before, after
+
+
+def _pixels(image: NDArray[np.uint8], spec: ImageSpec) -> Tensor:
+    """torchvision's Resize, ToTensor and Normalize of a PIL image."""
+    resized = Image.fromarray(image).resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+    scaled = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous().float().div(255)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (spec.mean, spec.std))
+    return scaled.sub(mean).div(std)[None]
+
+
+def _tensors(part: Part) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(t.float32().copy()) for name, t in part.items()}
+
+
+def _features(pixels: Tensor, config: Config, w: dict[str, Tensor]) -> Tensor:
+    """EVA (eva_vit.py), positions fitted to the picture's grid, and ln_vision."""
+    patch, heads = w["embeddings.patch_embedding.weight"], config["num_attention_heads"]
+    grid = F.conv2d(pixels, patch, w["embeddings.patch_embedding.bias"], stride=patch.shape[-1])
+    x = torch.cat([w["embeddings.class_embedding"], grid.flatten(2).mT], 1)
+    x = x + _positions(w["embeddings.position_embedding"], grid.shape[-1])
+    for i in range(config["num_hidden_layers"]):
+        p = f"encoder.layers.{i}."
+        y = _norm(x, w, f"{p}layer_norm1", 1e-6)
+        q, k, v = _linear(y, w, f"{p}self_attn.qkv").unflatten(-1, (3, heads, -1)).unbind(2)
+        scores = torch.einsum("nqhd,nkhd->nhqk", q * q.shape[-1] ** -0.5, k)
+        y = torch.einsum("nhqk,nkhd->nqhd", scores.softmax(-1), v).flatten(2)
+        x = x + _linear(y, w, f"{p}self_attn.projection")
+        y = F.gelu(_linear(_norm(x, w, f"{p}layer_norm2", 1e-6), w, f"{p}mlp.fc1"))
+        x = x + _linear(y, w, f"{p}mlp.fc2")
+    return _norm(x, w, "post_layernorm", 1e-5)
+
+
+def _positions(stored: Tensor, side: int) -> Tensor:
+    first, rest = stored[:, :1], stored[:, 1:]
+    old = round(rest.shape[1] ** 0.5)
+    if old == side:
+        return stored
+    grid = rest.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([first, grid.permute(0, 2, 3, 1).reshape(1, side * side, -1)], 1)
+
+
+def _linear(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def _norm(x: Tensor, w: dict[str, Tensor], name: str, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
+
+
+def _queries(features: Tensor, config: Config, w: dict[str, Tensor]) -> Tensor:
+    made = _hf.Blip2QFormerConfig(
+        hidden_size=config["hidden_size"],
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        intermediate_size=config["intermediate_size"],
+        encoder_hidden_size=config["in"],
+        cross_attention_frequency=config["cross_attention_frequency"],
+    )
+    former = Blip2QFormerModel(made).eval()
+    own = {n: t for n, t in w.items() if not n.startswith(("maps.", "query_tokens"))}
+    former.load_state_dict(own, strict=True)
+    queries = w["query_tokens"].expand(len(features), -1, -1)
+    rows: Tensor = former(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+    for i in range(len(config["widths"])):
+        rows = _linear(rows, w, f"maps.{i}")
+    return rows
+
+
+class _RmsNorm(torch.nn.Module):
+    """LlamaRMSNorm of modeling_phi.py behind a layer's attention."""
+
+    def __init__(self, dense: torch.nn.Module, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.dense, self.weight, self.eps = dense, weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dense(x)
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+def _decoder(config: Config, part: Part) -> Any:
+    state = _tensors(part)
+    after = [
+        state.pop(f"layers.{i}.post_layernorm.weight") for i in range(config["num_hidden_layers"])
+    ]
+    made = _hf.PhiConfig(
+        **{key: config[key] for key in _SAME},
+        partial_rotary_factor=(config["rotary_dim"] + 0.5) / config["head_dim"],
+        qk_layernorm=True,
+        attn_implementation="eager",
+    )
+    with torch.device("meta"):
+        decoder = _hf.PhiForCausalLM(made)
+    names = {n: n if n.startswith("lm_head") else f"model.{n}" for n in state}
+    decoder.load_state_dict({names[n]: t for n, t in state.items()}, strict=True, assign=True)
+    decoder.model.rotary_emb = type(decoder.model.rotary_emb)(made)
+    for layer, weight in zip(decoder.model.layers, after, strict=True):
+        layer.self_attn.dense = _RmsNorm(layer.self_attn.dense, weight, config["rms_norm_eps"])
+    return decoder.eval()
+
+
+_SAME = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "layer_norm_eps",
+    "hidden_act",
+    "rope_theta",
+    "tie_word_embeddings",
+)
+
+
+def _logits(decoder: Any, rows: Tensor, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    cache = _hf.DynamicCache(config=decoder.config)
+    out = decoder(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    found = [out.logits[0, -1].numpy()]
+    for token in tokens:
+        step = torch.tensor([[int(token)]])
+        out = decoder(input_ids=step, past_key_values=cache, use_cache=True)
+        found.append(out.logits[0, -1].numpy())
+    return np.stack(found)
