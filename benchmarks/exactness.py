@@ -1,6 +1,6 @@
 """How far each precision and each published layout lies from the original, on tiny random models.
 
-    python -m edgevlm.benchmarks.exactness [--out docs/exactness.md]
+    python -m edgevlm.benchmarks.exactness [--only tinygpt-v] [--out docs/exactness.md]
 
 Every row is an export with its parity check: the bundle answers in its own process, transformers
 (eager, float32) in another, and what the manifest records is printed. Random weights have no
@@ -16,8 +16,10 @@ from pathlib import Path
 
 import click
 
+from edgevlm.benchmarks import tinygptv_checkpoints
 from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.benchmarks.llava_checkpoints import ORIGINALS, write_llava
+from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
 from edgevlm.bundle import Bundle
 from edgevlm.export import export_bundle
 
@@ -40,7 +42,8 @@ Made by `python -m edgevlm.benchmarks.exactness --out docs/exactness.md`: tiny r
 the published layouts (two or three decoder layers of width 256, logits of standard deviation about
 5) against transformers in float32 with eager attention, over the prefix and 16 greedy tokens. For
 the original layouts of LLaVA's shape, which transformers does not read, its CLIP and LLaMA are
-joined by a connector computed apart from the one that is exported.
+joined by a connector computed apart from the one that is exported; for TinyGPT-V its Q-Former and
+its Phi, with the two norms added, stand behind a tower that is computed plainly.
 
 * tokens: texts of a corpus (accents, CJK, emoji, runs of spaces, `<loc>`) tokenized differently
 * pixels: largest difference
@@ -61,6 +64,7 @@ _MODELS: Models = {
     "MobilePALO": write_llava,
     "LLaVA, Phi-3": partial(write_llava, **ORIGINALS["llava-phi3"]),
     "LLaVA, LLaMA-3": partial(write_llava, **ORIGINALS["llava-llama3"]),
+    "TinyGPT-V": partial(write_tinygptv, stage=4),
 }
 _LAYOUTS: Models = {
     **{name: partial(write_llava, **options) for name, options in ORIGINALS.items()},
@@ -71,6 +75,10 @@ _LAYOUTS: Models = {
     **{
         f"{name}, transformers": partial(write_llava, layout="hf", vocabulary=vocabulary)
         for name, vocabulary in (("llava-phi3", "phi3"), ("llava-llama3", "llama3"))
+    },
+    **{
+        f"tinygpt-v, {name}": partial(write_tinygptv, **options)
+        for name, options in tinygptv_checkpoints.ORIGINALS.items()
     },
 }
 
@@ -92,16 +100,23 @@ def table(rows: list[tuple[str, str, str, Bundle]]) -> str:
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the page there."
 )
-def main(out: Path | None) -> None:
+@click.option("--only", default="", help="Models whose names hold this text.")
+def main(out: Path | None, only: str) -> None:
     """Exports every combination, verified, and prints the tables."""
+    if out and only:
+        raise click.UsageError("--out writes the page of all models; leave --only out")
     combinations = [(d, v) for d in DECODERS for v in VISIONS]
     with tempfile.TemporaryDirectory() as scratch:
-        precisions = table(_rows(Path(scratch), _MODELS, combinations))
-        layouts = table(_rows(Path(scratch), _LAYOUTS, combinations[:1]))
-    text = f"## Precisions\n\n{precisions}\n## Layouts of LLaVA's shape\n\n{layouts}"
+        precisions = table(_rows(Path(scratch), _named(_MODELS, only), combinations))
+        layouts = table(_rows(Path(scratch), _named(_LAYOUTS, only), combinations[:1]))
+    text = f"## Precisions\n\n{precisions}\n## Original layouts\n\n{layouts}"
     click.echo(text)
     if out:
         out.write_text(_HEAD + text, encoding="utf-8")
+
+
+def _named(models: Models, only: str) -> Models:
+    return {name: write for name, write in models.items() if only.lower() in name.lower()}
 
 
 def _rows(

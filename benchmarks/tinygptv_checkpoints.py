@@ -1,12 +1,12 @@
 """Random TinyGPT-V checkpoints: the four downloads that a model is assembled from, as published.
 
-Tiny by default; with `real_sizes` a model of the published size, of which one file, or one shard of
-Phi-2, is in memory at a time.
+Tiny by default; with SIZES a model of the published size, of which one file, or one shard of Phi-2,
+is in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,21 @@ from edgevlm.benchmarks.phi_vocabulary import write_phi_tokenizer
 from edgevlm.benchmarks.vocabulary import write_json
 
 EVA, BLIP2, STAGE = "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "TinyGPT-V_for_Stage{}.pth"
-# Phi-2 as transformers 4.36 saved it, as it is published now, as Microsoft's own code saved it.
-LAYOUTS = ("fused", "split", "microsoft")
+# Every stage, every layout of Phi-2, every spelling of the adapters and of the places of files.
+ORIGINALS: dict[str, dict[str, Any]] = {
+    "stage-1": {"stage": 1, "layout": "microsoft", "adapters": ""},
+    "stage-2": {"stage": 2, "layout": "fused", "weights": "bin", "tokenizer_kind": "both"},
+    "stage-3": {"stage": 3, "layout": "split", "below": False, "shards": 3, "norm_biases": True},
+    "stage-4": {
+        "stage": 4,
+        "layout": "microsoft",
+        "shards": 2,
+        "weights": "bin",
+        "adapters": "0.3",
+    },
+    "stage-4-first": {"stage": 4, "layout": "fused", "own_qformer": True, "tokenizer_kind": "fast"},
+}
+# Of the published model.
 SIZES = {
     "size": 224,
     "grid": 16,
@@ -49,6 +62,8 @@ Named = Iterator[tuple[str, Array]]
 class Tiny:
     """Sizes and layout of a checkpoint.
 
+    `layout` is Phi-2's: "fused" as transformers 4.36 saved it, "split" as it is published now,
+    "microsoft" as Microsoft's own code saved it.
     `size` is the side in pixels of stages 1 to 3 (stage 4 has twice as many), `grid` that of the
     tower's stored positions. `below` puts Phi-2 into a folder of its own; `adapters` is the
     release of peft whose names the stage has, "" for none; `own_qformer` lets it hold a Q-Former,
@@ -351,6 +366,3 @@ def _write_bin(path: Path, data: Tensors, dtype: str) -> None:
     torch.save(
         {n: torch.from_numpy(np.ascontiguousarray(v)).to(kind) for n, v in data.items()}, path
     )
-
-
-Write = Callable[[Path], Path]

@@ -17,7 +17,7 @@ from PIL import Image
 
 import edgevlm
 from edgevlm import cli
-from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
+from edgevlm.benchmarks.tinygptv_checkpoints import ORIGINALS, write_tinygptv
 from edgevlm.bundle import Bundle
 from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle, llama, pipeline
@@ -32,20 +32,6 @@ from tests.tinygptv_reference import Original
 GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 PROMPT = "what is in the picture? опиши  图片"
-# Every stage, every layout of Phi-2, every spelling of the adapters and of the places of files.
-CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "stage-1": {"stage": 1, "layout": "microsoft", "adapters": ""},
-    "stage-2": {"stage": 2, "layout": "fused", "weights": "bin", "tokenizer_kind": "both"},
-    "stage-3": {"stage": 3, "layout": "split", "below": False, "shards": 3, "norm_biases": True},
-    "stage-4": {
-        "stage": 4,
-        "layout": "microsoft",
-        "shards": 2,
-        "weights": "bin",
-        "adapters": "0.3",
-    },
-    "stage-4-first": {"stage": 4, "layout": "fused", "own_qformer": True, "tokenizer_kind": "fast"},
-}
 # What stands on both sides of the picture, from demo.py and demo_v2.py.
 SIDES = {
     "vicuna0": (
@@ -88,10 +74,10 @@ def greedy(vlm: edgevlm.VLM, prompt: str, n: int) -> tuple[np.ndarray, list[int]
     return np.stack(logits), tokens, request.parts
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS)
+@pytest.fixture(scope="module", params=ORIGINALS)
 def made(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[Path, Bundle, dict[str, Any]]:
     """A checkpoint, its verified unquantized bundle, and what it was made of."""
-    options = CHECKPOINTS[request.param]
+    options = ORIGINALS[request.param]
     folder = tmp_path_factory.mktemp("tinygptv")
     source = write_tinygptv(folder / request.param, **options)
     bundle = export_bundle(source, folder / "out", quant="f32", vision_precision="fp32")
