@@ -54,6 +54,17 @@ def turn(spec: PromptSpec, prompt: str) -> list[Segment]:
     return _filled(spec.turn, prompt, 0)
 
 
+def joined(parts: list[Segment]) -> list[Segment]:
+    """The same with neighbouring texts as one."""
+    out: list[Segment] = []
+    for part in parts:
+        if isinstance(part, Text) and out and isinstance(out[-1], Text):
+            out[-1] = Text(out[-1].text + part.text)
+        else:
+            out.append(part)
+    return out
+
+
 def _filled(template: tuple[str, ...], prompt: str, n_pictures: int) -> list[Segment]:
     parts: list[Segment] = []
     for part in template:

@@ -44,13 +44,15 @@ class PromptSpec:
     `{language}` and `{prompt}` are filled in. A part may also be `{id:N}`, the token with that id.
     `text_template` is the template of a request without pictures, where it is another. `turn`
     holds the parts between an answer and the end of the next question, for models that were trained
-    on conversations.
+    on conversations. With `joined` the texts of a conversation that follow one another are
+    tokenized as one, answers included, where the original code does that.
     """
 
     template: tuple[str, ...]
     text_template: tuple[str, ...] = ()
     turn: tuple[str, ...] = ()
     tasks: Mapping[str, str] = field(default_factory=dict)
+    joined: bool = False
 
 
 @dataclass(frozen=True)

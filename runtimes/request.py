@@ -20,14 +20,25 @@ from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
 from edgevlm.image import RGB, ImageSource, preprocess, read_image
-from edgevlm.prompt import Begin, Picture, Segment, Token, check_text, segments, turn
+from edgevlm.prompt import (
+    Begin,
+    Picture,
+    Segment,
+    Text,
+    Token,
+    check_text,
+    joined,
+    segments,
+    turn,
+)
 from edgevlm.runtimes.cache import RowCache, fingerprint
 from edgevlm.runtimes.engines import TextDecoder, VisionEncoder
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.sampling import Sampling
+from edgevlm.types import Reply
 
 Float = npt.NDArray[np.float32]
-History = Sequence[tuple[str, Sequence[int]]]
+History = Sequence[tuple[str, Reply]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,7 @@ def prepare(
 ) -> Request:
     """Reads the pictures, tokenizes the prompt and checks that all of it fits.
 
-    `history` holds the questions before it with the tokens of their answers. Raises ImageError,
+    `history` holds the questions before it with their answers. Raises ImageError,
     PromptError or ContextOverflow.
     """
     watch = Stopwatch()
@@ -148,9 +159,15 @@ def _conversation(
 ) -> list[list[int] | int]:
     spec, decoder = model.manifest.prompt, model.decoder
     prompts = [*(question for question, _ in history), prompt]
-    parts = [_part(decoder, s) for s in segments(spec, prompts[0], n_pictures)]
-    for (_, answer), following in zip(history, prompts[1:], strict=True):
-        parts += [list(answer), *(_part(decoder, s) for s in turn(spec, following))]
+    said = segments(spec, prompts[0], n_pictures)
+    following = [turn(spec, question) for question in prompts[1:]]
+    if spec.joined:
+        for (_, answer), words in zip(history, following, strict=True):
+            said += [Text(answer.text), *words]
+        return [_part(decoder, s) for s in joined(said)]
+    parts = [_part(decoder, s) for s in said]
+    for (_, answer), words in zip(history, following, strict=True):
+        parts += [list(answer.token_ids), *(_part(decoder, s) for s in words)]
     return parts
 
 

@@ -205,7 +205,7 @@ class Chat:
     def stream(self, prompt: str, **options: Unpack[SamplingOptions]) -> Answer:
         """Starts the next answer; see VLM.stream."""
         turns = self.turns[self._first :] if self._vlm.manifest.prompt.turn else []
-        history = [(question, answer.reply.token_ids) for question, answer in turns]
+        history = [(question, answer.reply) for question, answer in turns]
         answer = self._vlm._start(prompt, self._image, history, Sampling.of(options))
         self.turns.append((prompt, answer))
         return answer

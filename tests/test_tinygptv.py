@@ -390,3 +390,21 @@ def test_heads_of_the_qformer_are_berts_where_its_config_is_there(tmp_path: Path
     bert = {"model_type": "bert", "num_attention_heads": 4}
     (source / "bert-base-uncased/config.json").write_text(json.dumps(bert))
     assert prepared(source).model.projector["num_attention_heads"] == 4
+
+
+def test_a_chat_is_read_as_one_text(tmp_path: Path):
+    """The original tokenizes all that follows the picture anew with every question."""
+    source = write_tinygptv(tmp_path / "source")
+    bundle = export_bundle(
+        source, tmp_path / "out", quant="f32", vision_precision="fp32", verify=False
+    )
+    with edgevlm.load(bundle.folder) as vlm, vlm.chat(PICTURE) as chat:
+        first = chat.ask("what is it?", max_tokens=6)
+        second = chat.ask("and its colour?", max_tokens=6)
+    before, after = SIDES["vicuna0"]
+    text = f"{after.format('what is it?')}{first.text}###Human: and its colour?###Assistant: "
+    ids = [tokenizer(source)(part)["input_ids"] for part in (before, text)]
+    assert second.tokens.text == sum(map(len, ids))
+    assert second.tokens.kept == len(ids[0]) + 8
+    logits = original(source, 3).logits(PICTURE, (ids[0], ids[1]), list(second.token_ids))
+    assert logits[:-1].argmax(1).tolist() == list(second.token_ids)

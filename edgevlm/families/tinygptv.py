@@ -92,7 +92,9 @@ _SETTINGS = {
 def _describe(source: Source) -> Model:
     shapes = {name: shape for raw, shape in source.shapes.items() if (name := _locate(raw))}
     arch, stage = _arch(source)
-    vision = _vision(source, shapes, int(_run(source).get("image_size", _SIDES[arch])))
+    run = _run(source)
+    size = run.get("image_size") if run.get("arch", arch) == arch else None
+    vision = _vision(source, shapes, int(size or _SIDES[arch]))
     text, rotary = _text(source, source.files["config.json"])
     projector = _projector(source, shapes, text)
     return Model(
@@ -324,6 +326,7 @@ def _prompt(source: Source, arch: str) -> PromptSpec:
         text_template=(*before[:-1], f"{before[-1]}{{prompt}}{after}"),
         turn=() if again is None else (f"{again}{{prompt}}{after}",),
         tasks=_TASKS,
+        joined=True,
     )
 
 
