@@ -6,7 +6,7 @@ mean is the family's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +62,25 @@ def _main(folder: Path) -> Path:
     if len(found) > 1:
         names = " and ".join(f.name for f in found)
         raise SourceError(f"{folder}: has {names}; name one of them and the other parts (--part)")
+    if not found:
+        _refuse_pieces_alone(folder)
     return found[0] if found else folder
+
+
+def _refuse_pieces_alone(folder: Path) -> None:
+    """Says what is missing beside files that are pieces; other folders are not spoken of here."""
+    for path in _loose(folder, ()):
+        try:
+            inside = read_file(path)
+        except SourceError:
+            continue
+        for family in families.every():
+            if any(_is(piece, inside) for piece in family.pieces):
+                types = " or ".join(family.model_types)
+                raise SourceError(
+                    f"{folder}: has {path.name}, a part of a {family.name}, but not its main "
+                    f"checkpoint, a folder with a {CONFIG} of model_type {types}; put that there"
+                )
 
 
 def _configs_below(folder: Path) -> Iterator[tuple[Path, Config]]:
@@ -78,7 +96,7 @@ def _pieces(
     wanted = [piece for piece in family.pieces if piece.name not in opened]
     found: dict[str, list[Checkpoint]] = {piece.name: [] for piece in wanted}
     unread: list[SourceError] = []
-    for path in _loose(folder, main) if wanted else ():
+    for path in _loose(folder, main.weights) if wanted else ():
         try:
             inside = read_file(path)
         except SourceError as e:
@@ -123,10 +141,10 @@ def _is(piece: Piece, inside: Checkpoint) -> bool:
     return piece.holds in inside.tensors and piece.lacks not in inside.tensors
 
 
-def _loose(folder: Path, main: Checkpoint) -> Iterator[Path]:
+def _loose(folder: Path, known: Collection[Path]) -> Iterator[Path]:
     """Files of weights in a folder and in those below it that are no checkpoints themselves."""
     below = [f for f in folder.iterdir() if f.is_dir() and not (f / CONFIG).is_file()]
     for place in (folder, *sorted(below)):
         for path in sorted(place.iterdir()):
-            if path.suffix in _SUFFIXES and path.is_file() and path not in main.weights:
+            if path.suffix in _SUFFIXES and path.is_file() and path not in known:
                 yield path

@@ -23,6 +23,7 @@ from edgevlm.export.placing import Placed
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant, VisionPrecision
 from edgevlm.export.source import Checkpoint
+from edgevlm.export.tensors import DTYPES
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Family, Model
 
@@ -78,7 +79,8 @@ def _disk_bytes(job: Job) -> int:
     # The float32 graph and, beside it, what quantizers make of it on their way.
     making_vision = vision * 12
     kept = vision * sum(v.bits for v in job.vision) / 8 + language * job.quant.bits / 8
-    stored = sum(f.stat().st_size for f in job.checkpoint.weights)
+    # The decoder before it is quantized, every matrix as its source has it.
+    stored = sum(t.elements * DTYPES[t.dtype].itemsize for t in job.parts["decoder"].values())
     making_language = 0 if job.quant.direct else stored
     return int(max(making_vision, kept + making_language)) + _SPARE_BYTES
 

@@ -335,6 +335,12 @@ def test_files_are_known_by_what_they_hold(tmp_path: Path):
         SourceError, match=r"a.pth: is not blip2_pretrained_flant5xxl.pth, it lacks"
     ):
         prepared(source, parts={"stage": stage4, "blip2": source / "pieces/a.pth"})
+    (source / "phi-2").rename(tmp_path / "phi-2")
+    with pytest.raises(SourceError, match="a part of a tinygptv, but not its main checkpoint"):
+        prepared(source)
+    given = {"stage": stage4, "eva": source / "pieces/a.pth", "blip2": source / "pieces/b.bin"}
+    assert prepared(tmp_path / "phi-2", parts=given).model.image.size == 112
+    (tmp_path / "phi-2").rename(source / "phi-2")
     with pytest.raises(SourceError, match="'tower' is no part of a tinygptv; its parts are eva"):
         prepared(source, parts={"tower": stage4})
 
