@@ -57,6 +57,8 @@ def assign(checkpoint: Checkpoint, family: Family, model: Model) -> Placed:
             n.removeprefix(f"{part}."): t for n, t in chosen.items() if n.startswith(f"{part}.")
         }
         if apart := APART.get(config["kind"]):
+            for tensor in found.values():
+                _check_type(tensor)
             found = apart(found, config)
         parts[part] = _complete(found, part, KINDS[config["kind"]](config), checkpoint)
     return Placed(parts, _records(checkpoint, family, origins) if family.pieces else ())
@@ -106,8 +108,9 @@ def _complete(
             raise SourceError(f"{at(tensor)} has no place in this model; check config.json")
     for name, shape in expected.items():
         if name not in found:
+            beside = "".join(f", {p.weights[0].name}" for p in where.pieces.values())
             raise SourceError(
-                f"{where.folder}: lacks the tensor for {part}.{name}; download it again"
+                f"{where.folder}{beside}: lacks the tensor for {part}.{name}; download it again"
             )
         _check(found[name], shape)
     if head:
@@ -116,14 +119,18 @@ def _complete(
 
 
 def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
+    _check_type(tensor)
+    if tensor.shape != shape:
+        raise SourceError(
+            f"{at(tensor)} has shape {list(tensor.shape)}, config.json says {list(shape)}"
+        )
+
+
+def _check_type(tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise SourceError(
             f"{at(tensor)} is stored as {tensor.dtype}, not as {', '.join(DTYPES)}; "
             "export the original float checkpoint"
-        )
-    if tensor.shape != shape:
-        raise SourceError(
-            f"{at(tensor)} has shape {list(tensor.shape)}, config.json says {list(shape)}"
         )
 
 
