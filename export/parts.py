@@ -196,6 +196,7 @@ def phi3(config: Config) -> Shapes:
         ):
             matrices = [shapes.pop(f"{p}{part}.weight") for part in parts]
             shapes[f"{p}{fused}.weight"] = (sum(m[0] for m in matrices), matrices[0][1])
+    return shapes
 
 
 def phi2(config: Config) -> Shapes:
