@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 from edgevlm.bundle import Bundle, open_bundle
-from edgevlm.runtimes import decoder
+from edgevlm.runtimes import decoder, hooks
 from edgevlm.runtimes.loading import open_decoder
 from edgevlm.runtimes.rules import physical_cores
 
@@ -49,7 +49,7 @@ def measure(bundle: Bundle, hooked: bool, rows: int, tokens: int) -> Times:
     """Seconds of a prefill and, the median, of a token after it."""
     spec = bundle.manifest.decoder
     data = np.random.default_rng(0).standard_normal((rows, spec.n_embd), np.float32)
-    hook = decoder.graph_hook if hooked else _nothing
+    hook = hooks.graph_hook if hooked else _nothing
     with mock.patch.object(decoder, "graph_hook", hook):
         text, _ = open_decoder(bundle, "cpu", [], threads=physical_cores(), repack=True)
     start = time.perf_counter()

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as llama
 import numpy as np
@@ -40,7 +41,9 @@ _REMEMBERED = 256
 
 
 def _array(address: int, n: int) -> Float:
-    return np.frombuffer((ctypes.c_float * n).from_address(address), np.float32)
+    memory: Any = (ctypes.c_float * n).from_address(address)  # a buffer, which its stub leaves out
+    array: Float = np.frombuffer(memory, np.float32)
+    return array
 
 
 class GraphHook:

@@ -19,13 +19,14 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
     from edgevlm.export import pipeline
     from edgevlm.export.references import tinygptv as original
+    from edgevlm.export.vision import quiet
 
     torch.set_num_threads(task["threads"])
     options = pipeline.Options("f16", "fp32", False, None)
     job = pipeline.prepare(task["checkpoint"], options, None)
     if job.family.name != "tinygptv":
         raise ValueError(f"knows TinyGPT-V and no {job.family.name}")
-    with original.quiet(), torch.inference_mode():
+    with quiet(), torch.inference_mode():
         tower = original.weights(job.parts["vision"])
         former = original.queries(job.model.projector, original.weights(job.parts["projector"]))
         decoder = original.language_model(job.model.text, job.parts["decoder"])
