@@ -24,7 +24,12 @@ import click
 from edgevlm.benchmarks.published import WRITERS, write
 
 # Peaks that each model must stay below: export and answer, in GB.
-GOALS = {"paligemma-3b-224": (8, 3), "mobilepalo-1.7b": (6, 3), "tiny-llava-v1": (6, 3)}
+GOALS = {
+    "paligemma-3b-224": (8, 3),
+    "mobilepalo-1.7b": (6, 3),
+    "tiny-llava-v1": (6, 3),
+    "tinygptv": (12, 6),
+}
 PROMPTS = {"paligemma-3b-224": "answer en what is in the picture?"}
 
 

@@ -202,10 +202,18 @@ def write_tiny_llava(folder: Path) -> None:
     _write_safetensors(folder, tensors)
 
 
+def write_tinygptv(folder: Path) -> None:
+    """TinyGPT-V of stage 4: Phi-2 in eight half-precision safetensors, three .pth files."""
+    from edgevlm.benchmarks import tinygptv_checkpoints as pieces
+
+    pieces.write_tinygptv(folder, stage=4, below=False, **pieces.SIZES)
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "paligemma-3b-224": write_paligemma,
     "mobilepalo-1.7b": write_mobilepalo,
     "tiny-llava-v1": write_tiny_llava,
+    "tinygptv": write_tinygptv,
 }
 
 

@@ -83,6 +83,20 @@ def test_prompt_and_greedy_answer_have_the_originals_logits(kind, tmp_path):
     decoder.close()
 
 
+def test_with_a_cache_in_8_bits_the_norms_are_added_all_the_same(tmp_path):
+    # llama.cpp turns what it keeps in 8 bits, which puts nodes of its own behind the attention.
+    tiny = Tiny(head_dim=64)
+    weights = random_weights(tiny)
+    path = tmp_path / "decoder.gguf"
+    write_gguf(path, weights, tiny)
+    decoder = LlamaDecoder(path, spec(tiny), place(path), threads=1, exact=False, kv="q8_0")
+    read(decoder, PROMPT)
+    tokens, logits = greedy(decoder)
+    original = forward(weights, tiny, weights["token_embd.weight"][[*PROMPT, *tokens]])
+    assert np.abs(logits - original[len(PROMPT) - 1 :]).max() < BOUNDS["Q8_0"]
+    decoder.close()
+
+
 def test_the_repetition_penalty_counts_what_it_is_told_to_and_the_answer(decoder):
     read(decoder, PROMPT)
     best, second = decoder.logits().argsort()[::-1][:2].tolist()

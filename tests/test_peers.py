@@ -16,6 +16,7 @@ from edgevlm.benchmarks.peers import run
 from edgevlm.benchmarks.peers.__main__ import main
 from edgevlm.benchmarks.peers.run import Comparison, Peer, beside, known, own_pythons
 from edgevlm.benchmarks.synthetic import make as synthetic
+from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import BenchError
 from edgevlm.export import export_bundle
@@ -58,6 +59,15 @@ def test_transformers_answers_a_paligemma_with_the_same_positions(
     assert not theirs.error and set(theirs.metrics) == TIMES | {"peak_rss_bytes"}
     assert theirs.positions == found["edgevlm"].positions and theirs.version
     assert "no siglip tower" in found["llama.cpp, multimodal"].error
+
+
+def test_pytorch_answers_a_tinygptv_with_the_same_positions(picture, tmp_path):
+    source = write_tinygptv(tmp_path / "source")
+    bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
+    found = compared(bundle, picture, "tinygptv_torch", checkpoint=source)
+    ours, theirs = found["edgevlm"], found["PyTorch"]
+    assert not theirs.error and set(theirs.metrics) == TIMES | {"peak_rss_bytes"}
+    assert theirs.positions == ours.positions
 
 
 def test_a_synthetic_model_needs_no_checkpoint(picture, tmp_path, monkeypatch):

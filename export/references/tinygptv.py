@@ -6,6 +6,7 @@ uses the modules that were exported.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,10 @@ class Reference:
         model, parts = self._job.model, self._job.parts
         before, after = self._pieces(request.prompt)
         with quiet(), torch.inference_mode():
-            pixels = _pixels(request.image, model.image)
-            features = _features(pixels, model.vision, _tensors(parts["vision"]))
-            rows = _queries(features, model.projector, _tensors(parts["projector"]))
-            decoder = _decoder(model.text, parts["decoder"])
+            pixels = preprocessed(request.image, model.image)
+            features = tower(pixels, model.vision, weights(parts["vision"]))
+            rows = queries(model.projector, weights(parts["projector"]))(features)
+            decoder = language_model(model.text, parts["decoder"])
             embed = decoder.get_input_embeddings()
             text = [embed(torch.tensor([ids])) for ids in (before, after)]
             logits = _logits(decoder, torch.cat([text[0], rows, text[1]], 1), tokens)
@@ -73,7 +74,7 @@ class Reference:
         return begin + before, after
 
 
-def _pixels(image: NDArray[np.uint8], spec: ImageSpec) -> Tensor:
+def preprocessed(image: NDArray[np.uint8], spec: ImageSpec) -> Tensor:
     """torchvision's Resize, ToTensor and Normalize of a PIL image."""
     resized = Image.fromarray(image).resize((spec.size, spec.size), Image.Resampling.BICUBIC)
     scaled = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous().float().div(255)
@@ -81,11 +82,12 @@ def _pixels(image: NDArray[np.uint8], spec: ImageSpec) -> Tensor:
     return scaled.sub(mean).div(std)[None]
 
 
-def _tensors(part: Part) -> dict[str, Tensor]:
+def weights(part: Part) -> dict[str, Tensor]:
+    """A part's tensors in float32, by canonical name."""
     return {name: torch.from_numpy(t.float32().copy()) for name, t in part.items()}
 
 
-def _features(pixels: Tensor, config: Config, w: dict[str, Tensor]) -> Tensor:
+def tower(pixels: Tensor, config: Config, w: dict[str, Tensor]) -> Tensor:
     """EVA (eva_vit.py), positions fitted to the picture's grid, and ln_vision."""
     patch, heads = w["embeddings.patch_embedding.weight"], config["num_attention_heads"]
     grid = F.conv2d(pixels, patch, w["embeddings.patch_embedding.bias"], stride=patch.shape[-1])
@@ -121,7 +123,8 @@ def _norm(x: Tensor, w: dict[str, Tensor], name: str, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
 
 
-def _queries(features: Tensor, config: Config, w: dict[str, Tensor]) -> Tensor:
+def queries(config: Config, w: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """The Q-Former and the linear maps behind it: features -> the decoder's rows."""
     made = _hf.Blip2QFormerConfig(
         hidden_size=config["hidden_size"],
         num_hidden_layers=config["num_hidden_layers"],
@@ -133,10 +136,14 @@ def _queries(features: Tensor, config: Config, w: dict[str, Tensor]) -> Tensor:
     former = Blip2QFormerModel(made).eval()
     own = {n: t for n, t in w.items() if not n.startswith(("maps.", "query_tokens"))}
     former.load_state_dict(own, strict=True)
-    queries = w["query_tokens"].expand(len(features), -1, -1)
-    rows: Tensor = former(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
-    for i in range(len(config["widths"])):
-        rows = _linear(rows, w, f"maps.{i}")
+
+    def rows(features: Tensor) -> Tensor:
+        learned = w["query_tokens"].expand(len(features), -1, -1)
+        out: Tensor = former(query_embeds=learned, encoder_hidden_states=features).last_hidden_state
+        for i in range(len(config["widths"])):
+            out = _linear(out, w, f"maps.{i}")
+        return out
+
     return rows
 
 
@@ -152,8 +159,9 @@ class _RmsNorm(torch.nn.Module):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
 
 
-def _decoder(config: Config, part: Part) -> Any:
-    state = _tensors(part)
+def language_model(config: Config, part: Part) -> Any:
+    """transformers' Phi with the two norms that it lacks."""
+    state = weights(part)
     after = [
         state.pop(f"layers.{i}.post_layernorm.weight") for i in range(config["num_hidden_layers"])
     ]
