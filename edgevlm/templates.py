@@ -15,8 +15,8 @@ from typing import Literal
 from edgevlm.family import Tokenizer
 
 IMAGE = "<image>"
-# What stands for the end token in a template, whose id is the checkpoint's to say.
-EOS = "{eos}"
+# What stands for the begin and end tokens in a template: their texts are the checkpoint's to say.
+BOS, EOS = "{bos}", "{eos}"
 _TOKEN = re.compile(r"<\|\w+\|>")
 _ID = re.compile(r"\{id:(\d+)\}")
 
@@ -57,7 +57,7 @@ _PHI3_USER, _PHI3_ANSWER = "<|user|>\n", "<|end|>\n<|assistant|>\n"
 TEMPLATES = {
     "vicuna_v1": Template(_SYSTEM.format("user") + "USER: ", " ASSISTANT:", f"{EOS}USER: "),
     "llava_v1": Template(_SYSTEM.format("human") + "USER: ", " ASSISTANT:", f"{EOS}USER: "),
-    "llava_llama_2": Template(_LLAMA_2, " [/INST]", f" {EOS}<s>[INST] "),
+    "llava_llama_2": Template(_LLAMA_2, " [/INST]", f" {EOS}{BOS}[INST] "),
     "mistral_instruct": Template("[INST] ", " [/INST]", f" {EOS}[INST] "),
     "hf": Template("USER: ", " ASSISTANT:", f"{EOS}USER: "),
     "plain": Template("", "", EOS),
@@ -86,13 +86,24 @@ class Cutter:
         With `goes_on` it continues what was tokenized before. Raises ValueError for a token that
         the tokenizer lacks.
         """
-        if text and not goes_on and self.spaces in ("start", "first"):
+        if text and not goes_on and self._begins_with_space(text):
             text = " " + text
         found: list[str] = []
         for i, (piece, spaced) in enumerate(self._pieces(text)):
             space = " " if spaced and self.spaces == "every" and not (goes_on and i == 0) else ""
             found.append(space + piece)
-        return tuple(self._without_lone_space(text, found))
+        return tuple(found)
+
+    def _begins_with_space(self, text: str) -> bool:
+        """Whether the tokenizer puts one before the whole text."""
+        if self.spaces not in ("start", "first"):
+            return False
+        added = self.tokenizer.added
+        token = next((t for t in (*added, IMAGE) if text.startswith(t)), None)
+        if token is None:
+            return True
+        # transformers' slow tokenizers keep it before a token that is not special to them.
+        return self.spaces == "start" and token in added and not added[token].special
 
     def end(self, template: Template) -> int:
         """The token that ends an answer: the first one behind it."""
@@ -101,11 +112,13 @@ class Cutter:
 
     def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """(part, whether it is text) in order, without what tokens eat."""
-        names = sorted([*self.tokenizer.added, IMAGE, EOS], key=len, reverse=True)
+        names = sorted([*self.tokenizer.added, IMAGE, BOS, EOS], key=len, reverse=True)
         eats = False
         for piece in re.split(f"({'|'.join(map(re.escape, names))})", text):
             if piece == IMAGE:
                 yield "{image}", False
+            elif piece == BOS:
+                yield BOS, False
             elif piece == EOS:
                 yield f"{{id:{self.eos}}}", False
             elif token := self.tokenizer.added.get(piece):
@@ -115,14 +128,3 @@ class Cutter:
                     raise ValueError(f"the template needs {lacking[0]}, which the tokenizer lacks")
                 yield piece, True
             eats = piece in self.tokenizer.added and self.tokenizer.added[piece].eats
-
-    def _without_lone_space(self, text: str, parts: list[str]) -> list[str]:
-        """Drops the space at the start where no text follows it.
-
-        transformers' slow tokenizers keep it before a token that is not special to them.
-        """
-        if self.spaces not in ("start", "first") or parts[:1] != [" "] or len(parts) < 2:
-            return parts
-        first = next((t for t in self.tokenizer.added if text.startswith(f" {t}")), None)
-        kept = self.spaces == "start" and first and not self.tokenizer.added[first].special
-        return parts if kept else parts[1:]

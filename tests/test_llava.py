@@ -116,6 +116,7 @@ def test_transformers_layout_answers_like_transformers(
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids + tokens]), pixel_values=pixels).logits
     assert np.abs(ours - logits[0, -17:].numpy()).max() < 5e-3
+    ask_and_chat(bundle, tmp_path)
 
 
 AGAIN = {
