@@ -146,10 +146,13 @@ def layers_that_fit(needs: LayerBytes, free_bytes: int, context_length: int) -> 
     return next(fitting, 0)
 
 
-def too_small(device: LlamaDevice, needs: LayerBytes, context_length: int) -> str:
-    """Why a device holds no layer, in one line."""
+def offload(device: LlamaDevice, needs: LayerBytes, context_length: int) -> Offload:
+    """As many layers on a device as fit; raises EngineError where none does."""
+    layers = layers_that_fit(needs, device.free_bytes, context_length)
+    if layers:
+        return Offload(device, layers)
     one = needs.offloaded(1, min(context_length, _PLANNED_POSITIONS)) + _SPARE_BYTES
-    return (
+    raise EngineError(
         f"{device.name} has {device.free_bytes // _MIB} MiB free and the decoder needs "
         f"{one // _MIB} MiB for its first layer"
     )
@@ -163,15 +166,15 @@ def refused(word: str, notes: Sequence[str]) -> EngineError:
     )
 
 
-def placement(word: str, offload: Offload, n_layers: int, notes: Sequence[str]) -> Placement:
+def placement(word: str, where: Offload, n_layers: int, notes: Sequence[str]) -> Placement:
     """What `Placement` says of a decoder of `n_layers` layers, the output counted as one."""
-    device = offload.device
+    device = where.device
     return Placement(
         asked=word,
         device=device.backend.word if device else "cpu",
         engine=device.name if device else "llama.cpp",
         hardware=device.description if device else "",
-        placed=offload.layers,
+        placed=where.layers,
         total=n_layers if device else 0,
         unit="layers",
         notes=tuple(notes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from edgevlm import family
@@ -100,20 +101,17 @@ def open_decoder(
         ggml.check_heads(bundle.path("decoder"), spec)
     # Who keeps the decoder in f32 wants the original's numbers, not speed.
     exact = bundle.manifest.components["decoder"].precision == "f32"
+    make = partial(
+        LlamaDecoder,
+        bundle.path("decoder"),
+        spec,
+        bundle.manifest.token_embedding,
+        threads=threads,
+        exact=exact,
+        kv=kv,
+        repack=repack,
+    )
     notes: list[str] = []
-
-    def on(offload: Offload) -> LlamaDecoder:
-        return LlamaDecoder(
-            bundle.path("decoder"),
-            spec,
-            bundle.manifest.token_embedding,
-            threads=threads,
-            exact=exact,
-            kv=kv,
-            repack=repack,
-            offload=offload,
-        )
-
     found = backends.candidates(word, offered)
     if found and word == "auto" and (reason := _stays(spec, exact)):
         notes.append(f"{found[0].name}: {reason}")
@@ -121,12 +119,8 @@ def open_decoder(
     needs = ggml.layer_bytes(bundle.path("decoder"), spec, exact) if found else None
     for device in found:
         assert needs is not None
-        layers = backends.layers_that_fit(needs, device.free_bytes, spec.context_length)
-        if layers == 0:
-            notes.append(backends.too_small(device, needs, spec.context_length))
-            continue
         try:
-            decoder = on(Offload(device, layers))
+            decoder = make(offload=backends.offload(device, needs, spec.context_length))
         except EngineError as e:
             notes.append(str(e))
             continue
@@ -137,7 +131,7 @@ def open_decoder(
         notes.append(f"{device.name}: llama.cpp put no layer there")
     if found and word != "auto":
         raise backends.refused(word, notes)
-    return on(ON_THE_CPU), backends.placement(word, ON_THE_CPU, spec.n_layer + 1, notes)
+    return make(), backends.placement(word, ON_THE_CPU, spec.n_layer + 1, notes)
 
 
 def _stays(spec: DecoderSpec, exact: bool) -> str:

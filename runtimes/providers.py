@@ -206,7 +206,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         **_OPENVINO,  # type: ignore[arg-type]
         kind="cpu",
-        # It loads for seconds and runs int8 slower than onnxruntime's own CPU (docs/devices.md).
+        # It loads for seconds and was not faster than onnxruntime's own CPU (docs/devices.md).
         auto=False,
         precisions=("qdq8", "fp32", "fp16"),
         device={"device_type": "CPU", "num_of_threads": "{threads}"},

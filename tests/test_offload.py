@@ -11,6 +11,7 @@ from edgevlm.models import built_in
 from edgevlm.runtimes import ggml, loading, rules
 from edgevlm.runtimes.backends import (
     BACKENDS,
+    ON_THE_CPU,
     LayerBytes,
     LlamaDevice,
     backend,
@@ -43,7 +44,7 @@ def llama(monkeypatch):
         takes = 99
         fails = ()
 
-        def __init__(self, path, spec, place, *, offload, **_):
+        def __init__(self, path, spec, place, *, offload=ON_THE_CPU, **_):
             self.asked.append(offload)
             if offload.device and offload.device.name in self.fails:
                 raise EngineError(f"{offload.device.name} cannot load the decoder (out of memory)")
