@@ -86,3 +86,12 @@ def test_a_mirror_turns_pictures_and_places_alike():
     assert np.array_equal(back, picture) and again[0][0][0].box == pytest.approx(LAST.box)
     asked = questions.position(facts[0][0], Random(0))
     assert asked is None or asked.answer in KINDS
+
+
+def test_the_answer_about_a_side_knows_where_its_thing_is(lexicon):
+    asked = questions.Question("answer en what is right of the circle?", "star", "position")
+    answer = lexicon.tokenizer.answer_ids("star", "position")
+    (named,) = lexicon.written(asked, answer, (FIRST, STAR), 12)
+    assert named.column == 11 and described(named) == (1, "star", "blue", STAR.box)
+    several = asked._replace(answer="circle")
+    assert lexicon.written(several, answer, THINGS, 12) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from random import Random
 from typing import Protocol
 
@@ -26,6 +27,7 @@ TASKS = (
     "shape",
     "count",
     "position",
+    "contested position",
     "yes/no",
     "caption",
     "detect",
@@ -125,7 +127,8 @@ def questions_of(scene: Scene, rng: Random) -> Iterator[questions.Question]:
         questions.colour,
         questions.shape,
         questions.count,
-        questions.position,
+        partial(questions.position, contested=0.0),
+        questions.contested_position,
         questions.exists,
     ):
         for _ in range(8):

@@ -33,9 +33,11 @@ from edgevlm.benchmarks.pico.phrasings import (
     WHAT_FORMS,
 )
 from edgevlm.benchmarks.pico.scenes import Thing, Word
+from edgevlm.benchmarks.pico.sides import Side, unambiguous
 
-# One centre lies beyond another, to its left for instance, by at least this share of the side.
-CLEARLY = 0.08
+# Where only one object lies on a side it is also the one farthest to that side, so the answer needs
+# no look at the place of the object named: nearly all questions must be about the other cases.
+CONTESTED_SHARE = 0.85
 PLAIN_SHARE = 0.1  # of the questions come without PaliGemma's "answer en "
 EASY_SKIPPED = 0.8  # of the colour questions about pictures with only one colour
 LOC_STEP = 8  # boxes are taught on every eighth of PaliGemma's 1024 places: 0.8 % of the side
@@ -238,53 +240,29 @@ def truth(things: Things, rng: Random) -> Question | None:
     return ask((f"is the {thing.kind} {tone}",), "yes/no", answer, rng)
 
 
-def position(things: Things, rng: Random) -> Question | None:
-    """Asked when exactly one object lies on that side of another that is named without doubt."""
-    if len(things) < 2:
-        return None
-    named = [(t, phrase) for t in things for phrase in _unique_names(t, things)]
-    if not named:
-        return None
-    for _ in range(6):
-        anchor, phrase = rng.choice(named)
-        side = rng.choice(tuple(SIDES))
-        found = on_side(anchor, side, things)
-        if found is not None:
-            thing = "shape" if found.colour and rng.random() < 0.6 else "object"
-            side_words = rng.choice(SIDES[side]) if rng.random() < 0.6 else SIDES[side][0]
-            return ask(
-                POSITION_FORMS, "position", found.kind, rng, side=side_words, x=phrase, thing=thing
-            )
-    return None
+def position(things: Things, rng: Random, contested: float = CONTESTED_SHARE) -> Question | None:
+    """Asked when one object is what lies on that side of another that is named without doubt.
 
-
-def on_side(anchor: Thing, side: str, things: Things) -> Thing | None:
-    """The one object on that side, or ``None`` when there is none or a person might waver.
-
-    The only object whose centre lies on that side, clearly; among several, the only one for which
-    that direction is also the main one, if none of the others comes near to it.
+    This share of the questions is about a side with several objects, where there is one.
     """
-    offsets = {id(t): _along(anchor, t, side) for t in things if t is not anchor}
-    beyond = [t for t in things if t is not anchor and offsets[id(t)][0] > -0.02]
-    if len(beyond) == 1:
-        return beyond[0] if offsets[id(beyond[0])][0] > CLEARLY else None
-    straight = [t for t in beyond if offsets[id(t)][0] > max(CLEARLY, 1.25 * offsets[id(t)][1])]
-    doubtful = [
-        t for t in beyond if offsets[id(t)][0] > 0.6 * offsets[id(t)][1] and t not in straight
-    ]
-    return straight[0] if len(straight) == 1 and not doubtful else None
+    found = unambiguous(things)
+    several = [side for side in found if side.contested]
+    return _ask_side(several if several and rng.random() < contested else found, "position", rng)
 
 
-def _along(anchor: Thing, other: Thing, side: str) -> tuple[float, float]:
-    """How far ``other`` lies on that side of ``anchor``, and how far across."""
-    dx = other.centre[0] - anchor.centre[0]
-    dy = other.centre[1] - anchor.centre[1]
-    return {
-        "left": (-dx, abs(dy)),
-        "right": (dx, abs(dy)),
-        "above": (-dy, abs(dx)),
-        "below": (dy, abs(dx)),
-    }[side]
+def contested_position(things: Things, rng: Random) -> Question | None:
+    """The same, only about sides with several objects."""
+    several = [side for side in unambiguous(things) if side.contested]
+    return _ask_side(several, "contested position", rng)
+
+
+def _ask_side(options: list[Side], task: str, rng: Random) -> Question | None:
+    if not options:
+        return None
+    name, side, found, _ = rng.choice(options)
+    noun = "shape" if found.colour and rng.random() < 0.6 else "object"
+    words = rng.choice(SIDES[side]) if rng.random() < 0.6 else SIDES[side][0]
+    return ask(POSITION_FORMS, task, found.kind, rng, side=words, x=name, thing=noun)
 
 
 def detect(things: Things, rng: Random) -> Question | None:
@@ -336,13 +314,6 @@ def _kinds(things: Things) -> Counter[str]:
     return Counter(t.kind for t in things)
 
 
-def _unique_names(thing: Thing, things: Things) -> list[str]:
-    names = [thing.kind] * 2 if _kinds(things)[thing.kind] == 1 else []
-    if thing.colour and sum(t.name == thing.name for t in things) == 1:
-        names.append(thing.name)
-    return names
-
-
 def _prefer_many(things: Things, rng: Random) -> str:
     """A kind of the scene; one with several members rather than one alone."""
     kinds = _kinds(things)
@@ -365,6 +336,6 @@ THING_MAKERS: tuple[tuple[Maker, float], ...] = (
     (count, 1.8),
     (exists, 0.8),
     (truth, 0.5),
-    (position, 0.9),
+    (position, 2.0),
     (detect, 3.2),
 )

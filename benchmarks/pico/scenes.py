@@ -16,6 +16,8 @@ from edgevlm.benchmarks.pico.fonts import emoji_bitmaps, text_font, text_fonts
 from edgevlm.benchmarks.pico.kinds import COLOURS, OBJECTS, SHAPES, WORDS
 
 MAX_TRIES = 60
+# Columns and rows in which the things of an ordered scene stand.
+LAYOUTS = ((2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2), (2, 2), (2, 2), (3, 2), (2, 3), (3, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +59,27 @@ class Scene:
     word: Word | None = None
 
 
-def make_scene(rng: Random, word_share: float = 0.2) -> Scene:
-    """Draws one scene; everything about it follows from ``rng``."""
+def make_scene(rng: Random, word_share: float = 0.2, ordered_share: float = 0.0) -> Scene:
+    """Draws one scene; everything about it follows from ``rng``.
+
+    ``ordered_share`` of the scenes without a word have their things in rows and columns, the
+    others anywhere.
+    """
     size = _picture_size(rng)
     has_word = rng.random() < word_share
     wanted = rng.choices((0, 1, 2), (86, 9, 5))[0] if has_word else _object_count(rng)
+    layout = None
+    # No draw where the share is nothing: the held-out scenes stay what they were.
+    if not has_word and ordered_share and rng.random() < ordered_share:
+        layout = rng.choice(LAYOUTS)
+        wanted = min(rng.choices((2, 3, 4, 5), (18, 30, 42, 10))[0], layout[0] * layout[1])
     named = _cast(wanted, rng)
     fills = [drawing.named_rgb(colour, rng) if colour else None for _, colour in named]
     tones = _tones([fill for fill in fills if fill], rng, any_emoji=None in fills)
     canvas = drawing.background(size, tones, rng)
+    if layout:
+        things = _draw_in_order(canvas, named, fills, layout, rng)
+        return Scene(drawing.finish(canvas, rng), tuple(things))
     word = _draw_word(canvas, tones, rng) if has_word else None
     things = _draw_things(canvas, named, fills, [_pixels(word.box, size)] if word else [], rng)
     return Scene(drawing.finish(canvas, rng), tuple(things), word)
@@ -158,10 +172,48 @@ def _draw_things(
     return things
 
 
+def _draw_in_order(
+    canvas: Image.Image,
+    named: list[tuple[str, str | None]],
+    fills: list[Rgb | None],
+    layout: tuple[int, int],
+    rng: Random,
+) -> list[Thing]:
+    """One thing to a cell of the layout, exactly or nearly in its middle; some cells stay empty."""
+    columns, rows = layout
+    cells = rng.sample([(x, y) for y in range(rows) for x in range(columns)], len(named))
+    width, height = canvas.size
+    reference = min(width, height) ** 0.6 * (width * height) ** 0.2
+    room = min(width / columns, height / rows) / reference
+    alike = rng.uniform(0.5, 0.85) * room if rng.random() < 0.6 else None
+    slack = rng.choice((0.0, 0.04, 0.1))
+    things: list[Thing] = []
+    taken: list[Box] = []
+    for (kind, colour), fill, (column, row) in zip(named, fills, cells, strict=True):
+        share = alike or rng.uniform(0.4, 0.85) * room
+        for shrink in (1.0, 0.85, 0.7, 0.55):
+            x = (column + 0.5 + rng.uniform(-slack, slack)) / columns
+            y = (row + 0.5 + rng.uniform(-slack, slack)) / rows
+            box = _draw_one(canvas, kind, fill, max(0.1, share * shrink), taken, rng, (x, y))
+            if box is not None:
+                taken.append(box)
+                things.append(Thing(kind, colour, _shares(box, canvas.size)))
+                break
+    return things
+
+
 def _draw_one(
-    canvas: Image.Image, kind: str, fill: Rgb | None, share: float, taken: list[Box], rng: Random
+    canvas: Image.Image,
+    kind: str,
+    fill: Rgb | None,
+    share: float,
+    taken: list[Box],
+    rng: Random,
+    place: tuple[float, float] | None = None,
 ) -> Box | None:
-    """Draws one object where it touches nothing else; ``None`` when the place tried is not free."""
+    """Draws one object, at a place (shares of the picture) or anywhere, where it touches nothing
+    else; ``None`` when the place tried is not free.
+    """
     width, height = canvas.size
     # Between the shorter side and the geometric mean: visible in a panorama, not larger than it.
     reference = min(width, height) ** 0.6 * (width * height) ** 0.2
@@ -185,7 +237,11 @@ def _draw_one(
     )
     if spans[0] > spans[1] or spans[2] > spans[3]:
         return None
-    centre = (rng.uniform(spans[0], spans[1]), rng.uniform(spans[2], spans[3]))
+    if place is None:
+        centre = (rng.uniform(spans[0], spans[1]), rng.uniform(spans[2], spans[3]))
+    else:
+        x, y = place[0] * width, place[1] * height
+        centre = (min(max(x, spans[0]), spans[1]), min(max(y, spans[2]), spans[3]))
     box = (
         offset[0] + centre[0],
         offset[1] + centre[1],

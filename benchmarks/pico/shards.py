@@ -24,6 +24,7 @@ from edgevlm.benchmarks.pico.scenes import Scene, Thing, Word, make_scene
 SIDE = 112  # pixels of the model's square input
 SCENES_PER_SHARD = 2048
 WORD_SHARE = 0.2
+ORDERED_SHARE = 0.3  # of the scenes without a word
 
 Facts = tuple[tuple[Thing, ...], Word | None]
 
@@ -42,7 +43,7 @@ def write_shard(folder: Path, index: int) -> None:
     pictures = np.empty((SCENES_PER_SHARD, SIDE, SIDE, 3), np.uint8)
     facts = []
     for k in range(SCENES_PER_SHARD):
-        scene = make_scene(Random(f"pico {index} {k}"), WORD_SHARE)
+        scene = make_scene(Random(f"pico {index} {k}"), WORD_SHARE, ORDERED_SHARE)
         pictures[k] = model_input(scene.picture)
         facts.append(_packed(scene))
     temporary = folder / f"{index:05d}.{os.getpid()}.tmp"

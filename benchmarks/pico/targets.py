@@ -76,7 +76,12 @@ class Lexicon:
     def written(
         self, question: Question, answer: list[int], things: tuple[Thing, ...], start: int
     ) -> list[Named]:
-        """For every token of a caption or of boxes: what the state before it is about to name."""
+        """For every token of a caption or of boxes, and for the name of what is on a side: what
+        the state before it is about to name.
+        """
+        if question.task == "position":
+            meant = [t for t in things if t.kind == question.answer]
+            return [_described(start - 1, -1, meant)] if len(meant) == 1 else []
         groups = _groups(question, things)
         if groups is None:
             return []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import resource
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -314,7 +315,11 @@ class Trainer:
         means = {name: sum(v) / len(v) for name, v in self.sums.items()}
         self.sums.clear()
         text = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        log.info("%s step %d/%d  %s", mode, self.step, self.schedule.total, text)
+        usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        used = sum(usage.ru_utime + usage.ru_stime for usage in usages) / 3600
+        log.info(
+            "%s step %d/%d  %s  CPU hours %.2f", mode, self.step, self.schedule.total, text, used
+        )
 
     def _measure(self) -> None:
         averaged = Pico(self.config)
