@@ -54,6 +54,7 @@ class Tokenizer:
     added: Mapping[str, AddedToken] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class Piece:
     """A file of weights that a model is assembled from beside its main checkpoint.
 
