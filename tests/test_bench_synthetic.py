@@ -54,11 +54,11 @@ def llava(projector: str, **text) -> Source:
 
 def tinygptv() -> Source:
     """What is told of a small TinyGPT-V."""
-    text = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+    text = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
             "num_hidden_layers": 9, "vocab_size": 1000, "partial_rotary_factor": 0.4,
             "hidden_act": "gelu_new", "model_type": "phi"}  # fmt: skip
     real = MODELS["tinygptv-stage4"]
-    small = {1408: 176, 6144: 384, 768: 128, 3072: 256, 4096: 192, 2560: 256, 80: 64}
+    small = {1408: 176, 6144: 384, 768: 128, 3072: 256, 4096: 192, 2560: 256, 80: 32}
     shapes = {n: tuple(small.get(side, side) for side in s) for n, s in real.shapes.items()}
     shapes = {n.replace(".38.", ".1.").replace(".11.", ".2."): s for n, s in shapes.items()}
     run = {"model": {"arch": "minigpt_v2", "image_size": 112}}
