@@ -24,7 +24,6 @@ from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import export_bundle, llama, pipeline, quantize
-from edgevlm.export.parts import patches
 from edgevlm.export.progress import Stage
 from edgevlm.family import TOWER, Source
 
@@ -159,9 +158,7 @@ def test_graphs_do_what_exported_ones_do(name, tmp_path):
     options = pipeline.Options("f16", "int8", False, None)
     model = pipeline.prepare(source, options, None).model
     write_encoder(tmp_path / "vision.onnx", model.vision)
-    write_projector(
-        tmp_path / "projector.onnx", model.projector, patches(model.vision), model.image.tokens
-    )
+    write_projector(tmp_path / "projector.onnx", model)
     for part in ("vision", "projector"):
         assert heavy(tmp_path / f"{part}.onnx") == heavy(exported.path(part))
 
