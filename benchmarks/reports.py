@@ -36,12 +36,19 @@ _CHECKPOINT = "checkpoint"
 # Name -> arguments of `edgevlm bench`; two rounds where one takes minutes.
 REPORTS: Mapping[str, tuple[str, ...]] = {
     "pico": ("pico", *_PICOS, "--runs", "3", "--quality", "pico-f32"),
-    "paligemma-3b-224": ("--synthetic", "paligemma-3b-224", "--runs", "2", "--peers"),
+    "paligemma-3b-224": (
+        *("--synthetic", "paligemma-3b-224", "--runs", "2"),
+        *("--peers", "--peer-rounds", "1"),
+    ),
     "paligemma2-3b-224": ("--synthetic", "paligemma2-3b-224", "--runs", "2"),
-    "mobilepalo-1.7b": ("--synthetic", "mobilepalo-1.7b", "--peers"),
+    "mobilepalo-1.7b": (
+        *("--synthetic", "mobilepalo-1.7b", "--runs", "2"),
+        *("--peers", "--peer-rounds", "1"),
+    ),
+    "tinygptv-stage4": ("--synthetic", "tinygptv-stage4", "--runs", "2"),
     "tiny-llava-v1": (
         *("--synthetic", "tiny-llava-v1", "--runs", "2"),
-        *("--peers", "--checkpoint", _CHECKPOINT),
+        *("--peers", "--peer-rounds", "1", "--checkpoint", _CHECKPOINT),
     ),
 }
 _KEPT = ("report.json", "report.md", "report.html")

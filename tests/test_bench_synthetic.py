@@ -1,8 +1,9 @@
 """Bundles of random weights: whole, runnable, made once, of the types and the work of real ones."""
 
-import json
 import shutil
 from collections import Counter, namedtuple
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ import edgevlm
 from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.benchmarks.llava_checkpoints import write_llava
 from edgevlm.benchmarks.synthetic import make as synthetic
+from edgevlm.benchmarks.synthetic.connectors import write_projector
 from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes
 from edgevlm.benchmarks.synthetic.models import MODELS
+from edgevlm.benchmarks.synthetic.towers import write_encoder
 from edgevlm.benchmarks.synthetic.words import vocabulary
+from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
-from edgevlm.export import export_bundle, llama, quantize
+from edgevlm.export import export_bundle, llama, pipeline, quantize
 from edgevlm.export.progress import Stage
 from edgevlm.family import TOWER, Source
 
@@ -47,7 +51,21 @@ def llava(projector: str, **text) -> Source:
     return Source({"config.json": config, f"{TOWER}config.json": tower})
 
 
+def tinygptv() -> Source:
+    """What is told of a small TinyGPT-V."""
+    text = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
+            "num_hidden_layers": 9, "vocab_size": 1000, "partial_rotary_factor": 0.4,
+            "hidden_act": "gelu_new", "model_type": "phi"}  # fmt: skip
+    real = MODELS["tinygptv-stage4"]
+    small = {1408: 176, 6144: 384, 768: 128, 3072: 256, 4096: 192, 2560: 256, 80: 32}
+    shapes = {n: tuple(small.get(side, side) for side in s) for n, s in real.shapes.items()}
+    shapes = {n.replace(".38.", ".1.").replace(".11.", ".2."): s for n, s in shapes.items()}
+    run = {"model": {"arch": "minigpt_v2", "image_size": 112}}
+    return replace(real, files={"config.json": text, "stage/config.json": run}, shapes=shapes)
+
+
 SMALL = {
+    "tinygptv": tinygptv(),
     "gemma": paligemma("gemma"),
     "gemma2": paligemma("gemma2"),
     **{name: llava(name) for name in ("linear", "mlp2x_gelu", "ldpnet", "ldpnetv2")},
@@ -74,31 +92,32 @@ def types(path: Path) -> dict[str, tuple]:
 
 @pytest.fixture(scope="module")
 def plain_decoders(tmp_path_factory) -> dict[str, Path]:
-    """Half-precision decoders of nine layers: keys and values shared by many heads and by none,
-    the output table tied to the input's and its own.
+    """Half-precision decoders of nine layers: keys and values shared by many heads, by none, and
+    in one matrix with the queries; the output table tied to the input's and its own.
     """
     folder = tmp_path_factory.mktemp("plain")
-    for name in ("shared", "own"):
-        synthetic.make(folder / name, "synthetic-plain", nine_layers(name), "f16")
-    return {name: folder / name / "decoder.gguf" for name in ("shared", "own")}
+    for name in NINE_LAYERS:
+        synthetic.make(folder / name, "synthetic-plain", NINE_LAYERS[name], "f16")
+    return {name: folder / name / "decoder.gguf" for name in NINE_LAYERS}
 
 
-def nine_layers(name: str) -> Source:
-    if name == "shared":
-        return paligemma("gemma", num_hidden_layers=9)
-    return llava("linear", num_hidden_layers=9, num_key_value_heads=4)
+NINE_LAYERS = {
+    "shared": paligemma("gemma", num_hidden_layers=9),
+    "own": llava("linear", num_hidden_layers=9, num_key_value_heads=4),
+    "fused": SMALL["tinygptv"],
+}
 
 
 @pytest.mark.parametrize(
     ("name", "quant"),
     [("own", q) for q in QUANTS if not quantize.quant(q).direct]
-    + [("shared", "q4_k_m"), ("shared", "iq4_xs")],
+    + [("shared", "q4_k_m"), ("shared", "iq4_xs"), ("fused", "q4_k_m"), ("fused", "q5_k_m")],
 )
 def test_every_tensor_has_the_type_that_llama_cpp_gives_it(name, quant, plain_decoders, tmp_path):
     expected = tmp_path / "expected.gguf"
     stage = Stage(None, "quantize", 1, "B")
     llama.quantize(plain_decoders[name], expected, quantize.quant(quant).ftype, stage)
-    synthetic.make(tmp_path / "made", "synthetic-plain", nine_layers(name), quant)
+    synthetic.make(tmp_path / "made", "synthetic-plain", NINE_LAYERS[name], quant)
     assert types(tmp_path / "made" / "decoder.gguf") == types(expected)
 
 
@@ -125,29 +144,30 @@ def heavy(path: Path) -> Counter:
     return Counter(n.op_type for n in nodes if n.op_type in kinds)
 
 
-@pytest.mark.parametrize("projector", ["", "mlp2x_gelu", "ldpnet", "ldpnetv2"])
-def test_graphs_do_what_exported_ones_do(projector, tmp_path):
-    source = tmp_path / "source"
-    if projector:
-        write_llava(source, projector=projector, tower="folder")
-    else:
-        write_paligemma(source)
+CHECKPOINTS = {
+    "paligemma": write_paligemma,
+    "tinygptv": partial(write_tinygptv, stage=4),
+    **{p: partial(write_llava, projector=p) for p in ("mlp2x_gelu", "ldpnet", "ldpnetv2")},
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_graphs_do_what_exported_ones_do(name, tmp_path):
+    source = CHECKPOINTS[name](tmp_path / "source")
     exported = export_bundle(source, tmp_path / "out", quant="f16", verify=False)
-    files = {"config.json": json.loads((source / "config.json").read_text())}
-    if projector:
-        tower = json.loads((tmp_path / "source-tower" / "config.json").read_text())
-        files[f"{TOWER}config.json"] = tower["vision_config"]
-    synthetic.make(tmp_path / "made", "synthetic-same", Source(files), "f16")
-    made = open_bundle(tmp_path / "made")
+    options = pipeline.Options("f16", "int8", False, None)
+    model = pipeline.prepare(source, options, None).model
+    write_encoder(tmp_path / "vision.onnx", model.vision)
+    write_projector(tmp_path / "projector.onnx", model)
     for part in ("vision", "projector"):
-        assert heavy(made.path(part)) == heavy(exported.path(part))
+        assert heavy(tmp_path / f"{part}.onnx") == heavy(exported.path(part))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_name_has_a_family_that_reads_its_config(name):
     _, model = synthetic.describe(MODELS[name], name)
     side = model.vision["image_size"]
-    assert f"-{side}" in name or side == 336
+    assert f"-{side}" in name or side in (336, 448)
     assert 1e9 < decoder_bytes(model, "f16") < 2e10
     assert len(vocabulary(model).tokens) == model.decoder.n_vocab
 

@@ -103,7 +103,7 @@ def test_without_a_checkpoint_the_decoder_still_answers(picture):
 
 PEERS = {
     "good": "def answer(t):\n print('noise')\n return {'token_ms': 1.0, 'positions': 7}",
-    "refuses": "def answer(t):\n raise ValueError('knows no\\n pictures')",
+    "refuses": "def answer(t):\n raise ValueError('knows no\\n pictures (/a/b/c.py)')",
     "dies": "import os, sys\ndef answer(t):\n sys.stderr.write('out of memory')\n os._exit(9)",
     "absent": "def answer(t):\n import no_such_engine",
 }
@@ -128,7 +128,7 @@ def test_a_peer_that_cannot_says_why_and_is_not_asked_again(few, picture, tmp_pa
     found = {r.title: r for r in beside(asked, "pico").results}
     assert (tmp_path / "asked").read_text() == "good refuses dies absent good "
     assert found["GOOD"].metrics["token_ms"].samples == (1.0, 1.0) and found["GOOD"].positions == 7
-    assert found["REFUSES"].error == "ValueError: knows no pictures"
+    assert found["REFUSES"].error == "ValueError: knows no pictures (c.py)"
     assert found["DIES"].error == "its process ended with status 9 (out of memory)"
     assert found["ABSENT"].error == "No module named 'no_such_engine'; pip install absent"
     assert [r.installed for r in found.values()] == [True, True, True, True, False]
@@ -170,4 +170,4 @@ def test_the_command_prints_a_table(few, picture):
     assert done.exit_code == 0, done.output
     assert re.search(r"\| GOOD [\d.]+ \| - \| - \| - \| 1.00 ms \|", done.stdout)
     assert "| REFUSES | - | - | not supported |" in done.stdout
-    assert "* REFUSES: ValueError: knows no pictures." in done.stdout
+    assert "* REFUSES: ValueError: knows no pictures (c.py)." in done.stdout

@@ -17,11 +17,13 @@ _SCENES = 100
 
 @dataclass(frozen=True)
 class Extras:
-    """What else to measure. `reference` is the bundle with which others are compared, `checkpoint`
-    the one that the measured bundle was made of, `pythons` those of peers that have their own.
+    """What else to measure. `peer_rounds` are turns of every peer, `checkpoint` is what the
+    measured bundle was made of, `tower` what that leaves out, `pythons` are those of peers that
+    have their own, `reference` is the bundle with which answers are compared.
     """
 
     peers: bool = False
+    peer_rounds: int = 3
     checkpoint: Path | None = None
     tower: Path | None = None
     pythons: Mapping[str, str] = field(default_factory=dict)
@@ -57,7 +59,7 @@ def _with_peers(
                     words=prompts[one.name],
                     checkpoint=extras.checkpoint,
                     tower=extras.tower,
-                    rounds=min(plan.runs or 3, 3),
+                    rounds=extras.peer_rounds,
                     tokens=plan.tokens - 1,
                     threads=one.threads,
                     pythons=extras.pythons,

@@ -95,7 +95,7 @@ class Gathered:
                 device=self.configuration.device,
                 **{k: facts[k] for k in ("provider", "threads", "repack")},
                 llama_cpp=tuple(facts["llama_cpp"]),
-                **{k: facts.get(k, "") for k in ("energy", "decoder", "vision_precision")},
+                **{k: facts.get(k, "") for k in ("energy", "decoder", "vision_precision", "kv")},
             ),
             rounds=self.rounds,
             settled=self.settled(target),

@@ -139,8 +139,8 @@ class Workload:
 @dataclass(frozen=True)
 class Settings:
     """What ran: device asked for, provider that really ran the encoder and the precision of its
-    file, threads, llama.cpp's repacking and features, what really ran the decoder, what gave the
-    energy ("" for what is not known).
+    file, threads, llama.cpp's repacking and features, what really ran the decoder, the type of its
+    cache, what gave the energy ("" for what is not known).
     """
 
     device: str
@@ -151,6 +151,7 @@ class Settings:
     energy: str = ""
     decoder: str = ""
     vision_precision: str = ""
+    kv: str = ""
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,9 @@ def _asked(result: Result) -> str:
 def _engines(result: Result) -> str:
     settings = result.settings
     vision = " ".join(filter(None, (settings.vision_precision, "encoder on", settings.provider)))
-    return f"{vision}, decoder on {settings.decoder}" if settings.decoder else vision
+    decoder = f"decoder on {settings.decoder}" if settings.decoder else ""
+    cache = f"its cache in {settings.kv}" if settings.kv else ""
+    return ", ".join(filter(None, (vision, decoder, cache)))
 
 
 def _limits(report: Report, result: Result) -> Section:

@@ -42,6 +42,7 @@ def run(job: Job, send: Callable[[dict[str, Any]], None]) -> None:
             "provider": vlm.devices.vision.engine,
             "vision_precision": vlm.devices.vision.precision,
             "decoder": vlm.devices.decoder.engine,
+            "kv": "f32" if decoder == "f32" else "f16",
         }
         send({"facts": facts})
         return vlm

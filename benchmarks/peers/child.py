@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_LONGEST = 300
+_LONGEST = 200
 
 
 def turn(file: str, task: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgevlm.errors import BenchError
 from edgevlm.export.parts import Part
-from edgevlm.export.tensors import SourceTensor
+from edgevlm.export.tensors import Tensor
 from edgevlm.family import Model
 
 _LAYER = {
@@ -73,7 +73,7 @@ def write_mmproj(model: Model, parts: Mapping[str, Part], path: Path) -> None:
     writer.close()
 
 
-def _tensors(parts: Mapping[str, Part], prefix: str) -> Iterator[tuple[str, SourceTensor]]:
+def _tensors(parts: Mapping[str, Part], prefix: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in parts["vision"].items():
         if name in _TOP:
             yield _TOP[name], tensor

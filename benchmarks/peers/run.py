@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import tempfile
@@ -31,6 +33,8 @@ OURS = "ours"
 _UNITS = dict.fromkeys(peers.METRICS, "ms") | {"peak_rss_bytes": "B"}
 # A turn of the slowest peer takes minutes; beyond this nobody waits for it.
 _LONGEST_S = 900.0
+# The folders of a path in a message.
+_FOLDERS = re.compile(r"(?<![\w/:.])/(?:[^\s/'\"()]+/)+")
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,8 @@ class _Asked:
     installed: bool = True
 
     def add(self, found: dict[str, Any]) -> None:
-        """Takes in the answer of one turn."""
-        self.error = found.get("error", "")
+        """Takes in the answer of one turn; folders of this machine are nobody's business."""
+        self.error = _FOLDERS.sub("", found.get("error", ""))
         if found.get("missing"):
             self.installed, self.error = False, f"{self.error}; {self.peer.install}"
         if not self.error:
@@ -190,8 +194,10 @@ def _whole_prompt(comparison: Comparison) -> str:
 def _turn(peer: Peer, task: dict[str, Any], python: str | None) -> dict[str, Any]:
     """One answer, or {"error": why there is none}."""
     file = peers.__path__[0]
-    given: dict[str, Any] = {} if python else dict(setting())
-    # Another Python has packages of its own: nothing of this one may come before them.
+    given: dict[str, Any] = dict(setting())
+    if python:
+        # It has packages of its own: nothing of this one's may come before them.
+        given = {"env": {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}}
     start = [python, "-I", str(Path(file) / "child.py")] if python else command(
         f"{peers.__name__}.child"
     )  # fmt: skip

@@ -9,42 +9,43 @@ from pathlib import Path
 import numpy as np
 
 from edgevlm.benchmarks.synthetic.graph import Graph
-from edgevlm.export.parts import ldp_squeezed
-from edgevlm.family import Config
+from edgevlm.export.parts import ldp_squeezed, patches
+from edgevlm.family import Config, Model
 
 _EPSILON = 1e-5
 _POOLED = 12
 
 
-def write_projector(path: Path, config: Config, patches: int, tokens: int) -> None:
-    """features float32 [n, patches, in] -> embeddings float32 [n, tokens, out]."""
+def write_projector(path: Path, model: Model) -> None:
+    """features float32 [n, patches, in] -> embeddings float32 [n, tokens, n_embd]."""
+    config, rows = model.projector, patches(model.vision)
     graph = Graph()
-    CONNECTORS[config["kind"]](graph, config, patches)
-    inside, outside = ["n", patches, config["in"]], ["n", tokens, config["out"]]
+    CONNECTORS[config["kind"]](graph, config, rows)
+    inside, outside = ["n", rows, config["in"]], ["n", model.image.tokens, model.decoder.n_embd]
     graph.save(path, ("features", inside), ("embeddings", outside))
 
 
-def linear(graph: Graph, config: Config, patches: int) -> None:
+def linear(graph: Graph, config: Config, rows: int) -> None:
     """One linear map."""
     graph.linear("features", config["in"], config["out"])
 
 
-def mlp(graph: Graph, config: Config, patches: int) -> None:
+def mlp(graph: Graph, config: Config, rows: int) -> None:
     """Linear maps with GELU between them."""
     _mlp(graph, config, config["depth"])
 
 
-def ldp(graph: Graph, config: Config, patches: int) -> None:
+def ldp(graph: Graph, config: Config, rows: int) -> None:
     """MobileVLM's: two linear maps, two inverted residual blocks, a quarter of the patches."""
     d = config["out"]
-    grid = _grid(graph, _mlp(graph, config, 2), d, math.isqrt(patches))
+    grid = _grid(graph, _mlp(graph, config, 2), d, math.isqrt(rows))
     grid = graph.node("Add", grid, _inverted_residual(graph, grid, d, stride=1))
     _rows(graph, _inverted_residual(graph, grid, d, stride=2), d)
 
 
-def ldpv2(graph: Graph, config: Config, patches: int) -> None:
+def ldpv2(graph: Graph, config: Config, rows: int) -> None:
     """MobileVLM V2's: two linear maps, pooling, one depthwise convolution."""
-    d, side = config["out"], math.isqrt(patches)
+    d, side = config["out"], math.isqrt(rows)
     grid = _grid(graph, _mlp(graph, config, 2), d, side)
     pool = np.full((_POOLED, side), 1 / side, np.float32)
     grid = graph.node("MatMul", graph.constant(pool), grid)
@@ -54,14 +55,14 @@ def ldpv2(graph: Graph, config: Config, patches: int) -> None:
     _rows(graph, graph.node("Add", place, grid), d)
 
 
-def qformer(graph: Graph, config: Config, patches: int) -> None:
+def qformer(graph: Graph, config: Config, rows: int) -> None:
     """BLIP-2's: learned queries attend to one another and, in some layers, to the features."""
     d, queries, eps = config["hidden_size"], config["queries"], config["layer_norm_eps"]
     x = graph.norm(graph.random(1, queries, d), d, eps)
     for i in range(config["num_hidden_layers"]):
         x = _attended(graph, config, x, (x, queries, d))
         if i % config["cross_attention_frequency"] == 0:
-            x = _attended(graph, config, x, ("features", patches, config["in"]))
+            x = _attended(graph, config, x, ("features", rows, config["in"]))
         wide = graph.gelu(graph.linear(x, d, config["intermediate_size"]))
         narrow = graph.linear(wide, config["intermediate_size"], d)
         x = graph.norm(graph.node("Add", narrow, x), d, eps)

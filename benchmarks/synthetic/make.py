@@ -22,7 +22,7 @@ from edgevlm.bundle import (
 )
 from edgevlm.errors import BenchError
 from edgevlm.export.decoder import FILE, embedding_place
-from edgevlm.export.parts import KINDS, patches
+from edgevlm.export.parts import KINDS
 from edgevlm.family import Family, Model, Source, by_model_type
 from edgevlm.models import directory
 
@@ -71,8 +71,7 @@ def make(destination: Path, name: str, source: Source, quant: str) -> None:
     with writing(destination) as folder:
         write_decoder(folder / FILE, name, model, quant)
         write_encoder(folder / "vision.onnx", model.vision)
-        rows = patches(model.vision)
-        write_projector(folder / "projector.onnx", model.projector, rows, model.image.tokens)
+        write_projector(folder / "projector.onnx", model)
         manifest = Manifest(
             format=FORMAT,
             family=family.name,

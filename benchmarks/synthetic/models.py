@@ -53,6 +53,41 @@ _VICUNA_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
     "num_hidden_layers": 32, "max_position_embeddings": 4096,
 }  # fmt: skip
+# Phi-2's config.json, and those tensors of the other files whose shapes say how large the rest is:
+# EVA ViT-g, BLIP-2's Q-Former, what stage 4 trained.
+_PHI2 = {
+    "hidden_act": "gelu_new",
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "model_type": "phi",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "partial_rotary_factor": 0.4,
+    "vocab_size": 51200,
+}
+_QFORMER = "blip2/Qformer.bert.encoder.layer."
+_STAGE = "stage/llama_model.base_model.model.model.layers.0."
+_TINYGPTV = {
+    "eva/patch_embed.proj.weight": (1408, 3, 14, 14),
+    "eva/pos_embed": (1, 257, 1408),
+    "eva/blocks.0.mlp.fc1.weight": (6144, 1408),
+    "eva/blocks.38.mlp.fc1.weight": (6144, 1408),
+    "blip2/query_tokens": (1, 32, 768),
+    f"{_QFORMER}0.crossattention.self.key.weight": (768, 1408),
+    f"{_QFORMER}0.intermediate_query.dense.weight": (3072, 768),
+    f"{_QFORMER}11.intermediate_query.dense.weight": (3072, 768),
+    "stage/llama_proj.weight": (4096, 768),
+    f"{_STAGE}self_attn.q_layernorm.weight": (80,),
+    f"{_STAGE}self_attn.k_layernorm.weight": (80,),
+    f"{_STAGE}post_layernorm.weight": (2560,),
+}
+_TINYGPTV_STAGE_4 = Source(
+    {"config.json": _PHI2},
+    _TINYGPTV,
+    settings={"stage": "4"},
+    origins={"eva": "eva_vit_g.pth", "blip2": "blip2.pth", "stage": "stage4.pth"},
+)
+
 MODELS: Mapping[str, Source] = {
     "paligemma-3b-224": _paligemma(224),
     "paligemma-3b-448": _paligemma(448),
@@ -64,5 +99,6 @@ MODELS: Mapping[str, Source] = {
     "mobilevlm-v2-1.7b": _llava("mobilevlm", "ldpnetv2"),
     "mobilevlm-v2-3b": _llava("mobilevlm", "ldpnetv2", **_MOBILELLAMA_3B),
     "tiny-llava-v1": Source({"config.json": TINY_LLAVA}),
+    "tinygptv-stage4": _TINYGPTV_STAGE_4,
     "llava-1.5-7b": _llava("llava_llama", "mlp2x_gelu", **_VICUNA_7B),
 }

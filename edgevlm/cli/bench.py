@@ -110,6 +110,14 @@ def bench() -> None:
     help="Ask other projects the same: transformers, llama.cpp, OpenVINO and more, if installed.",
 )
 @click.option(
+    "--peer-rounds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Turns of every peer.",
+)
+@click.option(
     "--checkpoint",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="FOLDER",
@@ -138,8 +146,8 @@ def bench() -> None:
 def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ...],
         images: tuple[Path, ...], prompt: str | None, tokens: int | None, runs: int | None,
         devices: tuple[str, ...], threads: tuple[int, ...], out: Path | None, quick: bool,
-        peers: bool, checkpoint: Path | None, tower: Path | None, pythons: tuple[str, ...],
-        reference: str | None) -> None:  # fmt: skip
+        peers: bool, peer_rounds: int, checkpoint: Path | None, tower: Path | None,
+        pythons: tuple[str, ...], reference: str | None) -> None:  # fmt: skip
     """Measure MODELs: bundle folders or installed names, pico if none is named.
 
     Every stage from the picture file to the last token, cold, warm and with a known picture;
@@ -157,6 +165,7 @@ def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ..
     for image in images:
         read_image(image)
     extras = _extras(peers, checkpoint, tower, pythons, reference)
+    extras = replace(extras, peer_rounds=peer_rounds)
     if out:
         files.make_folder(out)
     console = Console(stderr=True, markup=False, highlight=False)
@@ -203,7 +212,7 @@ def _extras(
         from edgevlm.benchmarks.peers.run import own_pythons
 
         own = own_pythons(pythons)
-    return Extras(peers, checkpoint, tower, own, folder)
+    return Extras(peers=peers, checkpoint=checkpoint, tower=tower, pythons=own, reference=folder)
 
 
 def _bundles(
