@@ -35,7 +35,10 @@ def picture(tmp_path: Path) -> Path:
 
 def compared(bundle: Bundle, picture: Path, *only: str, **options) -> dict:
     """Results by title, of one turn."""
-    asked = Comparison(bundle, picture, "What is it?", rounds=1, tokens=3, only=only, **options)
+    # One thread: those of several wait for one another by spinning, for long on a busy machine.
+    asked = Comparison(
+        bundle, picture, "What is it?", rounds=1, tokens=3, threads=1, only=only, **options
+    )
     return {result.title: result for result in beside(asked, "it").results}
 
 
@@ -124,7 +127,9 @@ def few(tmp_path, monkeypatch) -> dict[str, Path]:
 
 
 def test_a_peer_that_cannot_says_why_and_is_not_asked_again(few, picture, tmp_path):
-    asked = Comparison(open_bundle(built_in()), picture, "caption en", rounds=2, tokens=2)
+    asked = Comparison(
+        open_bundle(built_in()), picture, "caption en", rounds=2, tokens=2, threads=1
+    )
     found = {r.title: r for r in beside(asked, "pico").results}
     assert (tmp_path / "asked").read_text() == "good refuses dies absent good "
     assert found["GOOD"].metrics["token_ms"].samples == (1.0, 1.0) and found["GOOD"].positions == 7
@@ -149,7 +154,9 @@ def test_an_interrupt_leaves_what_there_is(few, picture):
         if "REFUSES" in text:
             raise KeyboardInterrupt
 
-    asked = Comparison(open_bundle(built_in()), picture, "caption en", rounds=1, tokens=2)
+    asked = Comparison(
+        open_bundle(built_in()), picture, "caption en", rounds=1, tokens=2, threads=1
+    )
     found = beside(asked, "pico", progress)
     assert [r.title for r in found.results] == ["edgevlm", "GOOD"] and not found.complete
 
@@ -165,7 +172,8 @@ def test_unknown_peers_and_pythons_are_refused(picture):
 
 def test_the_command_prints_a_table(few, picture):
     done = CliRunner().invoke(
-        main, [str(built_in()), "-i", str(picture), "--rounds", "1", "--tokens", "2"]
+        main,
+        [str(built_in()), "-i", str(picture), "--rounds", "1", "--tokens", "2", "--threads", "1"],
     )
     assert done.exit_code == 0, done.output
     assert re.search(r"\| GOOD [\d.]+ \| - \| - \| - \| 1.00 ms \|", done.stdout)

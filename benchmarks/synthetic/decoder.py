@@ -24,14 +24,13 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class Mix:
     """The types of a file: of most matrices, of the output table, of the values' and the second
-    feed-forward matrices in the layers to which llama.cpp gives more bits, of queries, keys and
-    values where they are one matrix.
+    feed-forward matrices in the layers to which llama.cpp gives more bits. Queries, keys and values
+    in one matrix count as values.
     """
 
     most: str
     output: str
     more: str = ""
-    fused: str = ""
 
 
 # What llama.cpp's llama_tensor_get_type chooses without an importance matrix; a test asks it.
@@ -41,8 +40,8 @@ _MIXES = {
     "bf16": Mix("BF16", "BF16"),
     "q8_0": Mix("Q8_0", "Q8_0"),
     "q6_k": Mix("Q6_K", "Q6_K"),
-    "q5_k_m": Mix("Q5_K", "Q6_K", "Q6_K", "Q6_K"),
-    "q4_k_m": Mix("Q4_K", "Q6_K", "Q6_K", "Q5_K"),
+    "q5_k_m": Mix("Q5_K", "Q6_K", "Q6_K"),
+    "q4_k_m": Mix("Q4_K", "Q6_K", "Q6_K"),
     "q4_0": Mix("Q4_0", "Q6_K"),
     "iq4_xs": Mix("IQ4_XS", "Q6_K"),
 }
@@ -105,14 +104,13 @@ def _type(name: str, quant: str, config: Config, output: str) -> str:
     mix = _MIXES[quant]
     if name == output:
         return mix.output
-    if ".attn_qkv." in name:
-        return mix.fused or mix.most
-    if ".attn_v." not in name and ".ffn_down." not in name:
+    values = ".attn_v." in name or ".attn_qkv." in name
+    if not values and ".ffn_down." not in name:
         return mix.most
     layer, n = int(name.split(".")[1]), config["num_hidden_layers"]
     if quant == "iq4_xs":
         shared = config["num_attention_heads"] // config["num_key_value_heads"] >= _SHARED
-        more = shared if ".attn_v." in name else layer < n // 8
+        more = shared if values else layer < n // 8
         return _IQ4_MORE if more else mix.most
     # llama.cpp's use_more_bits: the first and last eighth of the layers, a third of the rest.
     more = layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2
