@@ -139,7 +139,8 @@ class LlamaDecoder:
             raise EngineError(f"rows {rows.shape} are not [n, {self._spec.n_embd}]")
         if n + room > self._spec.context_length:
             raise ContextOverflow(0, n, room, self._spec.context_length)
-        self._reserve(n + room, n if bidirectional else min(n, _CAUSAL_BATCH))
+        # The same for every causal prompt: a longer one does not cost the state of the last.
+        self._reserve(n + room, n if bidirectional else _CAUSAL_BATCH)
         self._cancelled.clear()
         kept = self._keep(rows, tuple(shared))
         llama.llama_set_causal_attn(self._context, not bidirectional)
