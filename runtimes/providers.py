@@ -66,6 +66,26 @@ _OPENVINO = {
     "options": {"cache_dir": "{folder}"},
 }
 
+
+def _coreml(kind: Kind, units: str) -> Provider:
+    """Core ML on one kind of device; options from onnxruntime's page on it."""
+    return Provider(
+        "coreml",
+        kind,
+        "CoreMLExecutionProvider",
+        "pip install onnxruntime",
+        systems=("darwin",),
+        precisions=_FLOATS_FIRST,
+        # MLProgram knows more operators than NeuralNetwork and computes in the graph's precision.
+        options={
+            "ModelFormat": "MLProgram",
+            "MLComputeUnits": units,
+            "RequireStaticInputShapes": "1",
+            "ModelCacheDirectory": "{folder}",
+        },
+    )
+
+
 CPU = Provider("cpu", "cpu", "CPUExecutionProvider", "pip install onnxruntime")
 
 # Pages named here are onnxruntime.ai/docs/execution-providers/NAME-ExecutionProvider.
@@ -124,37 +144,8 @@ PROVIDERS: tuple[Provider, ...] = (
         # Page MIGraphX.
         options={"migraphx_model_cache_dir": "{folder}"},
     ),
-    Provider(
-        "coreml",
-        "gpu",
-        "CoreMLExecutionProvider",
-        "pip install onnxruntime",
-        systems=("darwin",),
-        precisions=_FLOATS_FIRST,
-        # Page CoreML: MLProgram knows more operators than NeuralNetwork and computes in the
-        # graph's precision; the folder keeps compiled models.
-        options={
-            "ModelFormat": "MLProgram",
-            "MLComputeUnits": "CPUAndGPU",
-            "RequireStaticInputShapes": "1",
-            "ModelCacheDirectory": "{folder}",
-        },
-    ),
-    Provider(
-        "coreml",
-        "npu",
-        "CoreMLExecutionProvider",
-        "pip install onnxruntime",
-        systems=("darwin",),
-        precisions=_FLOATS_FIRST,
-        # As above, on the Neural Engine.
-        options={
-            "ModelFormat": "MLProgram",
-            "MLComputeUnits": "CPUAndNeuralEngine",
-            "RequireStaticInputShapes": "1",
-            "ModelCacheDirectory": "{folder}",
-        },
-    ),
+    _coreml("gpu", "CPUAndGPU"),
+    _coreml("npu", "CPUAndNeuralEngine"),
     Provider(
         "qnn",
         "npu",
