@@ -84,9 +84,9 @@ def test_options_reach_the_answer(edge, picture):
     out = edge("ask", "x", "-i", picture, "--max-tokens", 3)[1]
     assert out == "a r\n"
     assert edge("ask", "x", "-i", picture, "--stop", "ci", "--stop", "zz")[1] == "a red \n"
-    edge("ask", "x", "--threads", 2, "--device", "npu", "--decoder-device", "gpu")
+    edge("ask", "x", "--threads", 2, "--device", "npu", "--decoder-device", "gpu", "--kv", "q8_0")
     assert edge.loaded[-1][1] == {
-        "device": "npu", "vision_device": None, "decoder_device": "gpu", "threads": 2
+        "device": "npu", "vision_device": None, "decoder_device": "gpu", "threads": 2, "kv": "q8_0"
     }  # fmt: skip
 
 
