@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,18 @@ from edgevlm.benchmarks.latency.runner import Plan, run_plan
 from edgevlm.benchmarks.latency.sections import Section
 from edgevlm.benchmarks.latency.tables import section_markdown
 from edgevlm.benchmarks.quality import Quality, compare, observe
-from edgevlm.bundle import Bundle, open_bundle
+from edgevlm.bundle import Bundle, open_bundle, write_manifest
 from edgevlm.errors import ExportError
-from edgevlm.export import QUANTS, VISION_PRECISIONS, export_bundle, quantize, requantize_bundle
+from edgevlm.export import (
+    QUANTS,
+    VISION_PRECISIONS,
+    export_bundle,
+    importance,
+    quantize,
+    requantize,
+    requantize_bundle,
+)
+from edgevlm.export.llama import Matrix
 from edgevlm.models import BUILT_IN
 
 _HERE = Path(__file__).parent
@@ -34,8 +44,8 @@ CHECKPOINT = _HERE / "pico" / "checkpoint"
 _PICTURE = _HERE.parent / "examples" / "shapes.png"
 # Between these lines of the page stands what this command measured.
 _BEGIN, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
-# Types of at most this many bits are also made with an importance matrix, where they need none.
-_WEIGHED_BITS = 5.7
+# Also made with an importance matrix, which they do not need.
+_WEIGHED = ("q4_0", "q4_k_m", "iq4_xs", "q3_k_m", "q2_k")
 _TOKENS = 24
 _QUALITY = ("KL, nats", "top-1", "accuracy", "change")
 
@@ -75,20 +85,32 @@ def rows(work: Path, checkpoint: Path = CHECKPOINT) -> Iterator[Row]:
         verify=False,
     )
     yield Row("decoder", "f32", whole)
-    change = partial(requantize_bundle, whole.folder, verify=False)
     for precision in VISION_PRECISIONS:
         bundle = whole
         if precision != "fp32":
-            bundle = change(work / f"vision-{precision}", vision_precision=precision)
+            bundle = requantize_bundle(
+                whole.folder, work / precision, vision_precision=precision, verify=False
+            )
         yield Row("vision", precision, bundle)
+    matrix = importance.collect(whole.folder, whole.manifest, None)
     for name in QUANTS[1:]:
-        quant = quantize.quant(name)
-        yield Row("decoder", name, change(work / name, quant=name))
-        if quant.bits <= _WEIGHED_BITS and not quant.imatrix:
-            weighed = change(work / f"{name}-imatrix", quant=name, imatrix=True)
+        needed = matrix if quantize.quant(name).imatrix else None
+        yield Row("decoder", name, _decoder_at(whole, work / name, name, needed))
+        if name in _WEIGHED:
+            weighed = _decoder_at(whole, work / f"{name}-imatrix", name, matrix)
             yield Row("decoder", f"{name} + imatrix", weighed)
-    halves = open_bundle(work / "f16")
-    yield Row("decoder", "f16, cache q8_0", halves, kv="q8_0")
+    yield Row("decoder", "f16, cache q8_0", open_bundle(work / "f16"), kv="q8_0")
+
+
+def _decoder_at(whole: Bundle, folder: Path, name: str, matrix: Matrix | None) -> Bundle:
+    """`requantize_bundle` with a matrix that is there already."""
+    folder.mkdir()
+    for part in ("vision", "projector"):
+        for entry in whole.manifest.components[part].files:
+            shutil.copyfile(whole.folder / entry.file, folder / entry.file)
+    manifest = requantize.decoder_at(whole, folder, quantize.quant(name), matrix, None)
+    write_manifest(folder, manifest)
+    return Bundle(folder, manifest)
 
 
 def qualities(made: Sequence[Row], work: Path, scenes: int) -> list[Quality]:

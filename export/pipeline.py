@@ -32,7 +32,6 @@ from edgevlm.export.assembly import family_of, read_source
 from edgevlm.export.components import Job, Written
 from edgevlm.export.placing import assign
 from edgevlm.export.progress import Report, Stage
-from edgevlm.export.requantize import Weighing
 from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint, stated_license
 from edgevlm.export.tokenizer import Vocabulary, read_vocabulary
 from edgevlm.family import TOWER, Family, Model, Source
@@ -91,9 +90,9 @@ def _write(job: Job, out: Path, verify: bool) -> Bundle:
         write_manifest(folder, manifest)
         if job.imatrix:
             unquantized = Bundle(folder, manifest)
-            manifest = requantize.decoder_at(
-                unquantized, folder, job.quant, Weighing(True, job.calibration), job.report
-            )
+            weighing = requantize.Weighing(True, job.calibration)
+            matrix = requantize.weights(unquantized, weighing, job.report)
+            manifest = requantize.decoder_at(unquantized, folder, job.quant, matrix, job.report)
             write_manifest(folder, manifest)
         if verify:
             manifest = replace(manifest, parity=parity.verify(job, folder))

@@ -25,6 +25,7 @@ from edgevlm.bundle import (
 from edgevlm.errors import ExportError
 from edgevlm.export import decoder, images, importance, parity, quantize
 from edgevlm.export.components import hashed, vision_file
+from edgevlm.export.llama import Matrix
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant, VisionPrecision
 
@@ -64,9 +65,9 @@ def run(plan: Plan, out: Path, *, verify: bool, report: Report | None) -> Bundle
     with writing(out) as folder:
         manifest = _vision_at(plan, folder, report)
         if plan.quant:
-            manifest = decoder_at(
-                Bundle(plan.source.folder, manifest), folder, plan.quant, plan.weighing, report
-            )
+            source = Bundle(plan.source.folder, manifest)
+            matrix = weights(plan.source, plan.weighing, report)
+            manifest = decoder_at(source, folder, plan.quant, matrix, report)
         else:
             _copy(plan.source, manifest.components["decoder"], folder)
         manifest = replace(manifest, source=_sources(plan), parity=_untouched(plan.source))
@@ -190,17 +191,22 @@ def _convert(
     shutil.rmtree(work)
 
 
+def weights(source: Bundle, weighing: Weighing, report: Report | None) -> Matrix | None:
+    """The importance matrix of an unquantized bundle's decoder, where one is wanted."""
+    if not weighing.imatrix:
+        return None
+    stage = Stage(report, "importance", 1, "steps")
+    matrix = importance.collect(source.folder, source.manifest, weighing.pictures)
+    stage.advance(1)
+    return matrix
+
+
 def decoder_at(
-    source: Bundle, folder: Path, quant: Quant, weighing: Weighing, report: Report | None
+    source: Bundle, folder: Path, quant: Quant, matrix: Matrix | None, report: Report | None
 ) -> Manifest:
     """The manifest of `source`, an unquantized bundle, with its decoder at a precision; the file is
     written into `folder`, which may be the bundle's own.
     """
-    matrix = None
-    if weighing.imatrix:
-        stage = Stage(report, "importance", 1, "steps")
-        matrix = importance.collect(source.folder, source.manifest, weighing.pictures)
-        stage.advance(1)
     made, target = folder / "quantized.gguf", folder / decoder.FILE
     decoder.quantize(source.path("decoder"), made, quant, report, matrix)
     made.replace(target)
