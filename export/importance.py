@@ -20,8 +20,8 @@ from edgevlm.export.llama import Matrix
 from edgevlm.prompt import task_prompt
 from edgevlm.specs import PromptSpec
 
-# Each picture is asked about twice, in other words. Drawn pictures alone are 14 requests; with
-# twice as many, pico's quantized weights hardly changed (docs/precisions.md).
+# Each picture is asked about twice, in other words: 14 requests about the drawn ones alone. A guess;
+# more were not tried.
 _ROUNDS = 2
 _TOKENS = 12
 _QUESTIONS = (

@@ -85,6 +85,7 @@ class Recipe:
 # Left out: tq1_0, tq2_0, q1_0 and q2_0, which are for weights that were trained to three or two
 # values and turn any others into noise; mxfp4, which llama.cpp gives to mixtures of experts alone;
 # nvfp4, which it reads but does not make.
+# The bounds of three and fewer bits are guesses above those of four, not measured as the others.
 _FOUR, _THREE, _TWO = Bounds(6.0, 5.0), Bounds(8.0, 9.0), Bounds(10.0, 16.0)
 _QUANTS = (
     Quant("f32", 0, 32, Bounds(0.001, 1e-6), "F32"),

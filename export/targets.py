@@ -1,6 +1,6 @@
 """Which precisions a kind of device gets: a table, to be read and to be argued with.
 
-What an explicit option says comes first. docs/precisions.md has the measurements.
+What an explicit option says comes first. Only the laptop's set was measured on hardware.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Target:
 
 
 TARGETS: Mapping[str, Target] = {
-    # The smallest decoder whose answers stay; 8-bit products are the processor's fastest.
+    # 8-bit products are the processor's fastest (docs/performance.md).
     "laptop": Target("q4_k_m", ("int8",)),
     # llama.cpp re-orders q4_0 for ARM's 8-bit products, which K-quants are not.
     "phone": Target("q4_0", ("int8",)),

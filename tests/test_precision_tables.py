@@ -11,10 +11,7 @@ from edgevlm.benchmarks import precisions
 from edgevlm.benchmarks.quality import Quality
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import ExportError
-from edgevlm.export import QUANTS, VISION_PRECISIONS
 from edgevlm.models import resolve
-
-PAGE = Path(__file__).parent.parent / "docs" / "precisions.md"
 
 
 def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
@@ -41,9 +38,3 @@ def test_a_line_says_how_far_a_precision_is_from_the_reference() -> None:
     assert line["precision"] == "int8" and line["size"].endswith(" MB")
     assert line["features"] == "0.99984" and line["KL, nats"] == "0.0029"
     assert (line["top-1"], line["accuracy"], line["change"]) == ("98.0 %", "94.0 %", "-1.0")
-
-
-def test_the_page_names_every_precision() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    for name in (*VISION_PRECISIONS, *QUANTS):
-        assert f"| {name} |" in text, f"{name} is not in docs/precisions.md; make it anew"
