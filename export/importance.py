@@ -20,8 +20,8 @@ from edgevlm.export.llama import Matrix
 from edgevlm.prompt import task_prompt
 from edgevlm.specs import PromptSpec
 
-# Each picture is asked about twice, in other words: 14 requests about the drawn ones alone. A guess;
-# more were not tried.
+# Each picture is asked about twice, in other words: 14 requests about the drawn ones alone. More
+# were not tried.
 _ROUNDS = 2
 _TOKENS = 12
 _QUESTIONS = (

@@ -122,8 +122,8 @@ _QUANTS = (
 _VISION = (
     # torch and onnxruntime add in another order.
     VisionPrecision("fp32", 32, 1e-6, Bounds(0.0, 0.0)),
-    # Rounds the weights alone.
-    VisionPrecision("fp16", 16, 1e-5, Bounds(0.06, 5e-4)),
+    # Rounds every weight and the pixels. A random tiny model had 1.4e-3 nats together with f16.
+    VisionPrecision("fp16", 16, 1e-5, Bounds(0.12, 2e-3)),
     # The exporter leaves out of quantization what would go beyond this.
     VisionPrecision("int8", 8, 0.01, Bounds(2.5, 0.8)),
     VisionPrecision("qdq8", 8, 0.01, Bounds(2.5, 0.8)),
