@@ -32,6 +32,7 @@ from edgevlm.models import BUILT_IN
 from edgevlm.prompt import task_prompt
 
 if TYPE_CHECKING:
+    from edgevlm.runtimes.loading import Settings
     from edgevlm.runtimes.session import VLM
 
 # Scenes whose answers are followed token by token, and tokens of each answer at most: a row of
@@ -92,15 +93,16 @@ def observe(
     *,
     follow: Path | None = None,
     threads: int | None = None,
+    kv: str | None = None,
 ) -> Path:
     """Writes what a bundle makes of the scenes to `target`, an npz file, and returns it.
 
-    With `follow`, another bundle's file, the decoder reads that one's answers instead of its own.
+    With `follow`, another bundle's file, the decoder reads that one's answers instead of its own;
+    threads and kv are those of `edgevlm.load`.
     """
     more = [follow] if follow else []
-    command = child.command(
-        "edgevlm.benchmarks.quality", bundle, target, str(scenes), str(threads or 0), *more
-    )
+    numbers = (str(scenes), str(threads or 0), kv or "")
+    command = child.command("edgevlm.benchmarks.quality", bundle, target, *numbers, *more)
     done = subprocess.run(command, capture_output=True, check=False, **child.setting())
     if done.returncode or not target.exists():
         lines = done.stderr.decode(errors="replace").strip().splitlines()
@@ -128,11 +130,11 @@ def _cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(((x * y).sum(-1) / np.maximum(norms, 1e-30)).mean())
 
 
-def _watch(bundle: Path, scenes: int, threads: int, follow: Path | None) -> dict[str, Any]:
+def _watch(bundle: Path, settings: Settings, scenes: int, follow: Path | None) -> dict[str, Any]:
     """What `observe` writes, with the engines in this process."""
-    from edgevlm.runtimes.loading import Settings, load_bundle
+    from edgevlm.runtimes.loading import load_bundle
 
-    with load_bundle(bundle, Settings(threads=threads or None)) as vlm:
+    with load_bundle(bundle, settings) as vlm:
         found = _follow(vlm, scenes, np.load(follow) if follow else None)
         tasks = _accuracy(vlm, scenes) if vlm.manifest.name == BUILT_IN else {}
     return found | {"tasks": np.array(list(tasks), str), "shares": np.array(list(tasks.values()))}
@@ -224,8 +226,12 @@ def _accuracy(vlm: VLM, scenes: int) -> dict[str, float]:
     return {task: right / of for task, (right, of) in counts.items()}
 
 
-def _main(bundle: str, target: str, scenes: str, threads: str, follow: str = "") -> None:
-    found = _watch(Path(bundle), int(scenes), int(threads), Path(follow) if follow else None)
+def _main(bundle: str, target: str, *words: str) -> None:
+    from edgevlm.runtimes.loading import Settings
+
+    scenes, threads, kv, *follow = words
+    settings = Settings(threads=int(threads) or None, kv=kv or None)
+    found = _watch(Path(bundle), settings, int(scenes), Path(follow[0]) if follow else None)
     np.savez(target, **found)
 
 

@@ -12,10 +12,19 @@ from pathlib import Path
 
 from edgevlm.bundle import Bundle, PieceRecord
 from edgevlm.export.quantize import QUANTS, VISION_PRECISIONS
+from edgevlm.export.targets import TARGETS
 from edgevlm.specs import DecoderSpec, Fit, ImageSpec, PromptSpec
 from edgevlm.types import Progress
 
-__all__ = ["QUANTS", "VISION_PRECISIONS", "Inspection", "export_bundle", "inspect_source"]
+__all__ = [
+    "QUANTS",
+    "TARGETS",
+    "VISION_PRECISIONS",
+    "Inspection",
+    "export_bundle",
+    "inspect_source",
+    "requantize_bundle",
+]
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,9 @@ def export_bundle(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    quant: str = "q4_k_m",
-    vision_precision: str | Sequence[str] = "int8",
+    target: str | None = None,
+    quant: str | None = None,
+    vision_precision: str | Sequence[str] = (),
     verify: bool = True,
     name: str | None = None,
     vision_tower: str | os.PathLike[str] | None = None,
@@ -45,12 +55,14 @@ def export_bundle(
     calibration: str | os.PathLike[str] | None = None,
     parts: Mapping[str, str | os.PathLike[str]] | None = None,
     settings: Mapping[str, str] | None = None,
+    imatrix: bool | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Converts a checkpoint into a bundle in the folder `out` and returns it.
 
     `source` is a checkpoint folder or a model on the hub (`org/name[@revision]`); `quant` is one
-    of QUANTS, `vision_precision` one of VISION_PRECISIONS, or several, the main one first. With
+    of QUANTS, `vision_precision` one of VISION_PRECISIONS, or several, the main one first. What of
+    them is not named, `target` picks, one of TARGETS; that itself is "laptop" where not named. With
     `verify` the bundle is compared with the source, run by transformers in float32, where
     transformers is installed. `vision_tower` is a folder or hub id to take the vision tower from,
     for checkpoints that leave it out; `template` and `image_fit` choose another prompt template and
@@ -59,17 +71,20 @@ def export_bundle(
     model then look at them, too. `parts` are the files of a model that is assembled from several,
     by part, where the source's folder is not enough, and `settings` what its files leave open or
     get wrong, such as {"stage": "4"}; a wrong name raises SourceError with those that there are.
-    `progress` is called with every step of a long stage.
+    `imatrix` has the decoder's weights rounded by how much they matter to pictures and prompts;
+    None does so where llama.cpp's type needs it. `progress` is called with every step of a long
+    stage.
 
     Raises SourceError for a checkpoint that is incomplete or unknown, ParityError when the bundle
     does not answer like its source, ExportError or BundleError when there is no room, EngineMissing
     without the packages of edgevlm[export]. Whatever happens, `out` is whole or untouched.
     """
-    from edgevlm.export import pipeline
+    from edgevlm.export import pipeline, targets
 
+    chosen = targets.target(target or "laptop")
     options = pipeline.Options(
-        quant,
-        vision_precision,
+        quant or chosen.quant,
+        vision_precision or chosen.vision,
         verify,
         name,
         vision_tower,
@@ -78,6 +93,7 @@ def export_bundle(
         calibration,
         parts or {},
         settings or {},
+        imatrix,
     )
     return pipeline.run(source, Path(out), options, progress)
 
@@ -120,3 +136,32 @@ def inspect_source(
         job.placed.pieces,
         model.notes,
     )
+
+
+def requantize_bundle(
+    bundle: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    quant: str | None = None,
+    vision_precision: str | Sequence[str] = (),
+    verify: bool = True,
+    calibration: str | os.PathLike[str] | None = None,
+    imatrix: bool | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Bundle:
+    """Writes a bundle at other precisions into the folder `out`, without its checkpoint.
+
+    What is not named stays as it is; the other words are those of `export_bundle`. Only what is
+    still whole is quantized: a decoder in f32, f16 or bf16, a vision encoder in fp32 or fp16. With
+    `verify` the new bundle is compared with the old one; its manifest names both the checkpoint's
+    files and the old bundle's.
+
+    Raises BundleError, ParityError when the new bundle does not answer like the old one, and
+    ExportError where precision would be lost twice, there is no room, or nothing was named.
+    """
+    from edgevlm.export import requantize
+
+    names = [vision_precision] if isinstance(vision_precision, str) else list(vision_precision)
+    pictures = Path(calibration) if calibration else None
+    plan = requantize.plan(Path(bundle), quant, names, imatrix, pictures)
+    return requantize.run(plan, Path(out), verify=verify, report=progress)

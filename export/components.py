@@ -47,6 +47,7 @@ class Job:
     name: str
     report: Report | None = None
     calibration: Path | None = None
+    imatrix: bool = False
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -94,16 +95,24 @@ class Written:
 
 
 def write(job: Job, folder: Path) -> Written:
-    """Writes every component into `folder`; raises SourceError, ExportError or EngineMissing."""
+    """Writes every component into `folder`, the decoder unquantized where the job's precision takes
+    an importance matrix; raises SourceError, ExportError or EngineMissing.
+    """
     work = folder / "work"
     work.mkdir()
     # First the decoder: what a checkpoint lacks shows before torch has to load.
     source = DecoderSource(job.parts["decoder"], job.model.text, job.vocabulary, job.name)
-    gguf = [decoder.write_decoder(source, folder, job.quant, job.report)]
+    if job.imatrix:
+        # The model has to answer before it is quantized.
+        gguf, stored = folder / decoder.FILE, "unquantized"
+        decoder.write_gguf(source, gguf, None, job.report)
+    else:
+        gguf = decoder.write_decoder(source, folder, job.quant, job.report)
+        stored = job.quant.name
     vision = _write_vision(job, folder, work)
     precision, projector = _write_projector(job, folder, work)
     shutil.rmtree(work)
-    parts = {"projector": (precision, projector), "decoder": (job.quant.name, gguf)}
+    parts = {"projector": (precision, projector), "decoder": (stored, [gguf])}
     return hashed(parts, vision, job.report)
 
 
@@ -135,10 +144,10 @@ def _write_vision(job: Job, folder: Path, work: Path) -> dict[str, list[Path]]:
     vision.trace_encoder(vision.build_encoder(job.model.vision, job.parts["vision"], stage), traced)
     stage.advance(1)
     pixels = images.calibration(job.model.image, job.calibration)
-    return write_precisions(traced, folder, job.vision, pixels, stage)
+    return _write_precisions(traced, folder, job.vision, pixels, stage)
 
 
-def write_precisions(
+def _write_precisions(
     source: Path,
     folder: Path,
     wanted: Sequence[VisionPrecision],
@@ -150,11 +159,16 @@ def write_precisions(
 
     made = {}
     for i, precision in enumerate(wanted):
-        target = folder / ("vision.onnx" if i == 0 else f"vision.{precision.name}.onnx")
+        target = folder / vision_file(i, precision)
         precisions.convert(source, target, precision, pixels)
         made[precision.name] = onnx_files.files(target)
         stage.advance(1)
     return made
+
+
+def vision_file(i: int, precision: VisionPrecision) -> str:
+    """The name of the i-th vision encoder of a bundle."""
+    return "vision.onnx" if i == 0 else f"vision.{precision.name}.onnx"
 
 
 def _write_projector(job: Job, folder: Path, work: Path) -> tuple[str, list[Path]]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgevlm.errors import ExportError
 from edgevlm.export import llama
 from edgevlm.export.computed import stacked
+from edgevlm.export.llama import Matrix
 from edgevlm.export.parts import Part
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant
@@ -110,12 +111,23 @@ def write_decoder(source: DecoderSource, folder: Path, quant: Quant, report: Rep
         return path
     unquantized = folder / "unquantized.gguf"
     write_gguf(source, unquantized, None, report)
-    total = sum(t.elements for t in source.tensors.values())
-    stage = Stage(report, "quantize", int(total * quant.bits / 8), "B")
-    llama.quantize(unquantized, path, quant.ftype, stage)
+    quantize(unquantized, path, quant, report)
     unquantized.unlink()
-    _check_quantized(path, quant)
     return path
+
+
+def quantize(
+    source: Path, target: Path, quant: Quant, report: Report | None, matrix: Matrix | None = None
+) -> None:
+    """Writes a GGUF at a precision from one in f32, f16 or bf16; raises ExportError.
+
+    `matrix` says how much each column of a tensor matters (export/importance.py).
+    """
+    total = sum(int(np.prod(t.shape)) for t in _read(source))
+    stage = Stage(report, "quantize", int(total * quant.bits / 8), "B")
+    llama.quantize(source, target, quant.ftype, stage, matrix)
+    if not quant.direct:
+        _check_quantized(target, quant)
 
 
 def write_gguf(source: DecoderSource, path: Path, type: str | None, report: Report | None) -> None:

@@ -35,8 +35,12 @@ def calibration(spec: ImageSpec, folder: Path | None = None) -> NDArray[np.float
 
     Raises ImageError for a folder without pictures or a picture that cannot be read.
     """
-    pictures = [*drawn(), *map(read_image, check_folder(folder))]
-    return np.stack([preprocess(picture, spec) for picture in pictures])
+    return np.stack([preprocess(picture, spec) for picture in all_pictures(folder)])
+
+
+def all_pictures(folder: Path | None) -> list[RGB]:
+    """The drawn pictures and those of a folder; raises ImageError."""
+    return [*drawn(), *map(read_image, check_folder(folder))]
 
 
 def drawn() -> list[RGB]:

@@ -12,8 +12,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgevlm.errors import ExportError
 from edgevlm.export import child
@@ -21,14 +25,23 @@ from edgevlm.export.progress import Stage
 
 _POLL_S = 0.05
 
+Matrix = Mapping[str, NDArray[np.float32]]
 
-def quantize(source: Path, target: Path, ftype: int, stage: Stage) -> None:
+
+def quantize(
+    source: Path, target: Path, ftype: int, stage: Stage, matrix: Matrix | None = None
+) -> None:
     """Writes `target`, a GGUF of llama.cpp's file type `ftype`, from an unquantized `source`.
 
-    The stage follows the bytes written. Raises ExportError.
+    `matrix` holds the importance of each column by the tensor's name. The stage follows the bytes
+    written. Raises ExportError.
     """
-    with tempfile.TemporaryFile() as log:
-        with _child(["quantize", source, target, str(ftype)], log) as process:
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / "matrix.npz"
+        if matrix:
+            np.savez(weights, **matrix)  # type: ignore[arg-type]
+        more = [weights] if matrix else []
+        with _child(["quantize", source, target, str(ftype), *more], log) as process:
             try:
                 while process.poll() is None:
                     time.sleep(_POLL_S)
@@ -76,13 +89,22 @@ def _reason(log: IO[bytes]) -> str:
     return (said or [line for line in lines if line] or ["no reason given"])[-1]
 
 
-def _quantize(source: str, target: str, ftype: str) -> int:
+def _quantize(source: str, target: str, ftype: str, matrix: str = "") -> int:
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(ftype)
     # The intermediate file is bf16 where the checkpoint is: no precision is lost twice.
     params.allow_requantize = False
+    if matrix:
+        with np.load(matrix) as found:
+            kept = {name: np.ascontiguousarray(found[name], np.float32) for name in found.files}
+        # An entry without a name ends the list.
+        entries = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()
+        for entry, (name, values) in zip(entries, kept.items(), strict=False):
+            entry.name, entry.size = name.encode(), len(values)
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = entries
     code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
     return int(code)
 

@@ -74,11 +74,14 @@ def remove(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def copy(source: Path, folder: Path) -> Path:
-    """A stored model's files under the same names in another folder; the graph's path there."""
-    for file in files(source):
-        shutil.copyfile(file, folder / file.name)
-    return folder / source.name
+def copy(source: Path, target: Path) -> None:
+    """Copies a stored model, under another name if `target` has one."""
+    if source.name == target.name:
+        for file in files(source):
+            shutil.copyfile(file, target.with_name(file.name))
+    else:
+        # The graph names the file of its weights.
+        save(load(source), target)
 
 
 def input_name(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from edgevlm.export.components import Job, elements
 from edgevlm.export.corpus import corpus
 from edgevlm.export.metrics import distance, divergence
 from edgevlm.export.progress import Stage
+from edgevlm.export.quantize import Quant, VisionPrecision
 
 PROMPT = "answer en what is in the picture?"
 N_TOKENS = 16
@@ -64,7 +65,7 @@ def verify(job: Job, folder: Path) -> tuple[StageParity, ...]:
         expected = reference.token_ids(corpus())
     texts = [job.model.prefixed(text) for text in corpus()]
     stages = [_tokens(llama.tokenize(folder / "decoder.gguf", texts), expected)]
-    _raise(stages)
+    check(stages)
     stage.advance(1)
     request = references.Request(images.scene(), PROMPT, N_TOKENS)
     ours = probe(folder, request.image, request.prompt, request.n_tokens)
@@ -73,7 +74,7 @@ def verify(job: Job, folder: Path) -> tuple[StageParity, ...]:
         source = reference.run(request, ours["tokens"])
     stage.advance(1)
     stages += [*compare(job, ours, source), *_alternatives(job, folder, ours["pixels"], source)]
-    _raise(stages)
+    check(stages)
     stage.advance(1)
     return tuple(stages)
 
@@ -93,7 +94,8 @@ def _explained(job: Job) -> Iterator[None]:
         ) from e
 
 
-def _raise(stages: list[StageParity]) -> None:
+def check(stages: Iterable[StageParity]) -> None:
+    """Raises ParityError at the first stage that is off by more than its tolerance."""
     for s in stages:
         if not s.ok:
             raise ParityError(s.stage, s.worst, s.tolerance)
@@ -106,30 +108,42 @@ def _tokens(ours: list[list[int]], source: list[list[int]]) -> StageParity:
 
 def compare(job: Job, ours: Arrays, source: Arrays) -> list[StageParity]:
     """Every stage of one answer; `source` was fed the tokens that the bundle chose."""
-    a, b = ours["logits"].astype(np.float64), source["logits"].astype(np.float64)
-    spread = float(b.std())
-    error = np.abs(a - b).max(axis=1) / spread
-    # Errors of the two parts are independent at best and add up at worst.
-    vision = job.vision[0]
-    parts = (job.quant.bounds, vision.bounds)
-    bound, kl = sum(p.logit for p in parts), sum(p.kl for p in parts)
     stages = [
         StageParity("prompt", "ids that differ", _ids(ours, source), 0.0),
         StageParity("pixels", "max |d|", _max(ours, source, "pixels"), _PIXELS),
-        *_encoded(ours, source, vision.cosine),
+        *answered(job.quant, job.vision[0], ours, source),
+    ]
+    if job.quant.direct and job.vision[0].name == "fp32":
+        stages.append(_greedy(job.quant, ours, source))
+    return stages
+
+
+def answered(
+    quant: Quant, vision: VisionPrecision, ours: Arrays, source: Arrays
+) -> list[StageParity]:
+    """The stages that precisions change: features, embeddings and logits of one answer."""
+    a, b = ours["logits"].astype(np.float64), source["logits"].astype(np.float64)
+    error = np.abs(a - b).max(axis=1) / float(b.std())
+    # Errors of the two parts are independent at best and add up at worst.
+    bound, kl = (quant.bounds.logit + vision.bounds.logit, quant.bounds.kl + vision.bounds.kl)
+    return [
+        *encoded(ours, source, vision.cosine),
         StageParity("prefill", "max |d| / std", float(error[0]), bound),
         StageParity("answer", "max |d| / std", float(error.max()), bound),
         StageParity("divergence", "mean KL, nats", divergence(a, b), kl),
     ]
-    if job.quant.direct and vision.name == "fp32":
-        chosen = np.take_along_axis(b[:-1], ours["tokens"][:, None].astype(np.int64), axis=1)[:, 0]
-        regret = float((b[:-1].max(axis=1) - chosen).max()) / spread
-        # Two logits nearer than twice the bound may change places.
-        stages.append(StageParity("greedy", "logit lost / std", regret, 2 * bound))
-    return stages
 
 
-def _encoded(ours: Arrays, source: Arrays, cosine: float, of: str = "") -> list[StageParity]:
+def _greedy(quant: Quant, ours: Arrays, source: Arrays) -> StageParity:
+    logits = source["logits"].astype(np.float64)
+    tokens = ours["tokens"][:, None].astype(np.int64)
+    chosen = np.take_along_axis(logits[:-1], tokens, axis=1)[:, 0]
+    regret = float((logits[:-1].max(axis=1) - chosen).max()) / float(logits.std())
+    # Two logits nearer than twice the bound may change places.
+    return StageParity("greedy", "logit lost / std", regret, 2 * quant.bounds.logit)
+
+
+def encoded(ours: Arrays, source: Arrays, cosine: float, of: str = "") -> list[StageParity]:
     """What the encoder and, after it, the projector make of a picture."""
     return [
         StageParity(name + of, "1 - cosine", distance(*_same_shape(ours, source, name)), cosine)
@@ -139,15 +153,22 @@ def _encoded(ours: Arrays, source: Arrays, cosine: float, of: str = "") -> list[
 
 def _alternatives(job: Job, folder: Path, pixels: Array, source: Arrays) -> list[StageParity]:
     """The further vision encoders, on the same picture."""
-    from edgevlm.export import onnx_files
-
     stages = []
     for v in job.vision[1:]:
-        features = onnx_files.run(folder / f"vision.{v.name}.onnx", "pixels", pixels)
-        rows = onnx_files.run(folder / "projector.onnx", "features", features)
-        ours = {"features": features, "embeddings": rows}
-        stages += _encoded(ours, source, v.cosine, f" {v.name}")
+        ours = rows(folder / f"vision.{v.name}.onnx", folder / "projector.onnx", pixels)
+        stages += encoded(ours, source, v.cosine, f" {v.name}")
     return stages
+
+
+def rows(vision: Path, projector: Path, pixels: Array) -> Arrays:
+    """What an encoder and a projector make of pixels: "features" and "embeddings"."""
+    from edgevlm.export import onnx_files
+
+    features = onnx_files.run(vision, "pixels", pixels)
+    return {
+        "features": features,
+        "embeddings": onnx_files.run(projector, "features", features),
+    }
 
 
 def _ids(ours: Arrays, source: Arrays) -> float:
@@ -170,11 +191,22 @@ def _max(ours: Arrays, source: Arrays, name: str) -> float:
     return float(np.abs(a.astype(np.float64) - b).max())
 
 
-def probe(folder: Path, image: NDArray[np.uint8], prompt: str, n_tokens: int) -> Arrays:
-    """What the bundle makes of a picture and a prompt, all stages, from a child process."""
+def probe(
+    folder: Path,
+    image: NDArray[np.uint8],
+    prompt: str,
+    n_tokens: int,
+    tokens: Array | None = None,
+) -> Arrays:
+    """What the bundle makes of a picture and a prompt, all stages, from a child process.
+
+    The answer is its own, or `tokens` where another's is to be read.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         given, got = Path(scratch) / "in.npz", Path(scratch) / "out.npz"
-        np.savez(given, image=image, prompt=np.array(prompt), n_tokens=np.array(n_tokens))
+        follow = {} if tokens is None else {"tokens": tokens}
+        n = np.array(n_tokens)
+        np.savez(given, image=image, prompt=np.array(prompt), n_tokens=n, **follow)
         command = child.command("edgevlm.runtimes.probe", folder, given, got)
         done = subprocess.run(command, capture_output=True, check=False, **child.setting())
         if done.returncode or not got.exists():

@@ -18,7 +18,16 @@ from edgevlm.bundle import (
     writing,
 )
 from edgevlm.errors import ExportError, SourceError
-from edgevlm.export import added_tokens, components, decoder, hub, images, parity, quantize
+from edgevlm.export import (
+    added_tokens,
+    components,
+    decoder,
+    hub,
+    images,
+    parity,
+    quantize,
+    requantize,
+)
 from edgevlm.export.assembly import family_of, read_source
 from edgevlm.export.components import Job, Written
 from edgevlm.export.placing import assign
@@ -55,6 +64,7 @@ class Options:
     calibration: str | os.PathLike[str] | None = None
     parts: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
+    imatrix: bool | None = None
 
 
 def run(
@@ -78,6 +88,12 @@ def _write(job: Job, out: Path, verify: bool) -> Bundle:
     with writing(out) as folder:
         manifest = _manifest(job, components.write(job, folder), folder)
         write_manifest(folder, manifest)
+        if job.imatrix:
+            unquantized = Bundle(folder, manifest)
+            weighing = requantize.Weighing(True, job.calibration)
+            matrix = requantize.weights(unquantized, weighing, job.report)
+            manifest = requantize.decoder_at(unquantized, folder, job.quant, matrix, job.report)
+            write_manifest(folder, manifest)
         if verify:
             manifest = replace(manifest, parity=parity.verify(job, folder))
             write_manifest(folder, manifest)
@@ -87,6 +103,7 @@ def _write(job: Job, out: Path, verify: bool) -> Bundle:
 def prepare(source: str | os.PathLike[str], options: Options, report: Report | None) -> Job:
     """Everything that can be checked before the first byte is written; raises ExportError."""
     quant = quantize.quant(options.quant)
+    imatrix = quantize.wants_imatrix(quant, options.imatrix)
     vision = quantize.vision_precisions(options.vision_precision)
     calibration = Path(options.calibration) if options.calibration else None
     images.check_folder(calibration)
@@ -99,7 +116,17 @@ def prepare(source: str | os.PathLike[str], options: Options, report: Report | N
     model = replace(model, answer=_resolved(model, vocabulary))
     name = options.name or name
     return Job(
-        checkpoint, family, model, placed, vocabulary, quant, vision, name, report, calibration
+        checkpoint,
+        family,
+        model,
+        placed,
+        vocabulary,
+        quant,
+        vision,
+        name,
+        report,
+        calibration,
+        imatrix,
     )
 
 

@@ -27,8 +27,8 @@ from edgevlm.export.quantize import VisionPrecision, recipe
 
 # The key under which a graph names its nodes that stayed in float32.
 FLOAT_KEY = "edgevlm.float32"
-# Rows of a weight that share a scale in 4 bits. Blocks of 32 have half the noise of blocks of 128
-# (docs/precisions.md) and are what every provider's MatMulNBits takes.
+# Rows of a weight that share a scale in 4 bits: the size of llama.cpp's q4_0. Other sizes were not
+# measured.
 INT4_BLOCK = 32
 _HALF_MAX = 65504.0
 

@@ -25,7 +25,8 @@ class Bounds:
 class Quant:
     """A decoder precision: llama.cpp's file type, and bits per weight for estimates of size.
 
-    `direct` names the ggml type that is written without llama.cpp's quantizer.
+    `direct` names the ggml type that is written without llama.cpp's quantizer. `imatrix` is for
+    types that llama.cpp makes with an importance matrix only.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Quant:
     bits: float
     bounds: Bounds
     direct: str = ""
+    imatrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,22 +81,49 @@ class Recipe:
 # twice the worst of six random tiny models (three of each version, 17 rows of 2,211 logits each).
 # Their small matrices average nothing out and no training made them robust, so that a real
 # model stays far below; a model that is broken has a divergence beyond 20.
+#
+# Left out: tq1_0, tq2_0, q1_0 and q2_0, which are for weights that were trained to three or two
+# values and turn any others into noise; mxfp4, which llama.cpp gives to mixtures of experts alone;
+# nvfp4, which it reads but does not make.
+# The bounds of three and fewer bits are guesses above those of four, not measured as the others.
+_FOUR, _THREE, _TWO = Bounds(6.0, 5.0), Bounds(8.0, 9.0), Bounds(10.0, 16.0)
 _QUANTS = (
     Quant("f32", 0, 32, Bounds(0.001, 1e-6), "F32"),
     Quant("f16", 1, 16, Bounds(0.06, 5e-4), "F16"),
     Quant("bf16", 32, 16, Bounds(0.3, 0.01), "BF16"),
     Quant("q8_0", 7, 8.5, Bounds(1.0, 0.1)),
     Quant("q6_k", 18, 6.8, Bounds(3.0, 0.6)),
+    Quant("q5_1", 9, 6.3, Bounds(4.0, 2.5)),
     Quant("q5_k_m", 17, 6.1, Bounds(4.0, 2.5)),
-    Quant("q4_k_m", 15, 5.4, Bounds(6.0, 5.0)),
-    Quant("q4_0", 2, 5.2, Bounds(6.0, 5.0)),
-    Quant("iq4_xs", 30, 5.0, Bounds(6.0, 5.0)),
+    Quant("q5_k_s", 16, 6.0, Bounds(4.0, 2.5)),
+    Quant("q5_0", 8, 6.0, Bounds(4.0, 2.5)),
+    Quant("q4_1", 3, 5.6, _FOUR),
+    Quant("q4_k_m", 15, 5.4, _FOUR),
+    Quant("q4_k_s", 14, 5.3, _FOUR),
+    Quant("q4_0", 2, 5.2, _FOUR),
+    Quant("iq4_nl", 25, 5.2, _FOUR),
+    Quant("iq4_xs", 30, 5.0, _FOUR),
+    Quant("q3_k_l", 13, 5.0, _THREE),
+    Quant("q3_k_m", 12, 4.7, _THREE),
+    Quant("iq3_m", 27, 4.6, _THREE),
+    Quant("q3_k_s", 11, 4.5, _THREE),
+    Quant("iq3_s", 26, 4.5, _THREE),
+    Quant("iq3_xs", 22, 4.3, _THREE, imatrix=True),
+    Quant("iq3_xxs", 23, 4.1, _THREE, imatrix=True),
+    Quant("q2_k", 10, 4.2, _TWO),
+    Quant("q2_k_s", 21, 3.9, _TWO, imatrix=True),
+    Quant("iq2_m", 29, 3.6, _TWO, imatrix=True),
+    Quant("iq2_s", 28, 3.5, _TWO, imatrix=True),
+    Quant("iq2_xs", 20, 3.4, _TWO, imatrix=True),
+    Quant("iq2_xxs", 19, 3.2, _TWO, imatrix=True),
+    Quant("iq1_m", 31, 3.0, _TWO, imatrix=True),
+    Quant("iq1_s", 24, 2.8, _TWO, imatrix=True),
 )
 _VISION = (
     # torch and onnxruntime add in another order.
     VisionPrecision("fp32", 32, 1e-6, Bounds(0.0, 0.0)),
-    # Rounds the weights alone.
-    VisionPrecision("fp16", 16, 1e-5, Bounds(0.06, 5e-4)),
+    # Rounds every weight and the pixels. A random tiny model had 1.4e-3 nats together with f16.
+    VisionPrecision("fp16", 16, 1e-5, Bounds(0.12, 2e-3)),
     # The exporter leaves out of quantization what would go beyond this.
     VisionPrecision("int8", 8, 0.01, Bounds(2.5, 0.8)),
     VisionPrecision("qdq8", 8, 0.01, Bounds(2.5, 0.8)),
@@ -145,3 +174,20 @@ def vision_precisions(names: str | Sequence[str]) -> tuple[VisionPrecision, ...]
 def recipe(precision: str) -> Recipe:
     """How towers are brought to a precision other than fp32."""
     return _RECIPES[precision]
+
+
+def wants_imatrix(precision: Quant, asked: bool | None) -> bool:
+    """Whether an importance matrix is made: as asked, and where llama.cpp insists on one.
+
+    Raises ExportError where the two disagree.
+    """
+    if asked and precision.direct:
+        raise ExportError(
+            f"quant {precision.name!r} rounds every weight alike; leave out --imatrix"
+        )
+    if asked is False and precision.imatrix:
+        raise ExportError(
+            f"quant {precision.name!r} is made with an importance matrix only; "
+            "leave out --no-imatrix or choose another quant"
+        )
+    return precision.imatrix if asked is None else asked

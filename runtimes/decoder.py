@@ -21,7 +21,7 @@ from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
 from edgevlm.runtimes import ggml
 from edgevlm.runtimes.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.engines import Cancelled, Float
-from edgevlm.runtimes.hooks import GraphHook, graph_hook
+from edgevlm.runtimes.hooks import GraphHook, Importance, graph_hook
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.rows import EmbeddingRows
 from edgevlm.sampling import Sampling
@@ -95,6 +95,12 @@ class LlamaDecoder:
         self._n_ctx = self._n_batch = self._past = 0
         self._cancelled = threading.Event()
         self._abort = llama.ggml_abort_callback(lambda _: self._cancelled.is_set())
+
+    def listen(self) -> Importance:
+        """From now on, sums up what flows into the layers' matrices."""
+        self._free_context()
+        self._hook = heard = Importance(self._hook)
+        return heard
 
     @property
     def bos(self) -> int:

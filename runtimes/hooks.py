@@ -15,6 +15,7 @@ from typing import Any
 
 import llama_cpp as llama
 import numpy as np
+import numpy.typing as npt
 
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.runtimes.edits import ATTENTION, Edit, ExactGelu, ExtraNorms, Float, Visit
@@ -26,6 +27,21 @@ class _TensorHead(ctypes.Structure):
     """How a ggml_tensor begins."""
 
     _fields_ = (("type", c_int), ("buffer", c_void_p))
+
+
+class _Tensor(ctypes.Structure):
+    """A ggml_tensor up to its sources."""
+
+    _fields_ = (
+        ("type", c_int),
+        ("buffer", c_void_p),
+        ("ne", c_int64 * 4),
+        ("nb", c_size_t * 4),
+        ("op", c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", c_void_p * 10),
+    )
 
 
 _get_name = declare(BASE, "ggml_get_name", c_char_p, c_void_p)
@@ -44,6 +60,9 @@ def _array(address: int, n: int) -> Float:
     memory: Any = (ctypes.c_float * n).from_address(address)  # a buffer, which its stub leaves out
     array: Float = np.frombuffer(memory, np.float32)
     return array
+
+
+Float64 = npt.NDArray[np.float64]
 
 
 class GraphHook:
@@ -134,6 +153,64 @@ class GraphHook:
                 f"{self._visited} of {len(self._visits)} nodes were changed; this llama.cpp builds "
                 "another graph than edgevlm knows; install the llama-cpp-python of setup.cfg"
             )
+
+
+class Importance(GraphHook):
+    """Sums the squares of every value that a layer's matrices are multiplied by, column by column:
+    how much each column of their weights matters, as llama.cpp's own importance matrix has it.
+
+    `inner` is the hook that the decoder has already; its edits come first.
+    """
+
+    def __init__(self, inner: GraphHook | None) -> None:
+        super().__init__((), 0)
+        self._inner = inner
+        self._forward = False
+        self._sums: dict[str, tuple[Float64, int]] = {}
+
+    @property
+    def mean_squares(self) -> dict[str, Float]:
+        """Name of a matrix -> mean square of each column of its input, float32 [columns]."""
+        return {name: (sums / n).astype(np.float32) for name, (sums, n) in self._sums.items()}
+
+    def _wants(self, tensor: int) -> bool:
+        self._forward = self._inner is not None and self._inner._wants(tensor)
+        return self._forward or _multiplied(tensor) is not None
+
+    def _apply(self, tensor: int) -> None:
+        if self._forward:
+            assert self._inner
+            self._inner._apply(tensor)
+        if name := _multiplied(tensor):
+            given = _Tensor.from_address(_Tensor.from_address(tensor).src[1])
+            columns, rows = given.ne[0], int(np.prod(given.ne[1:4]))
+            if given.type != 0 or tuple(given.nb[:2]) != (4, 4 * columns):
+                raise EngineError(f"the input of {name} is not rows of float32")
+            values = np.empty((rows, columns), np.float32)
+            address = _Tensor.from_address(tensor).src[1]
+            _get(address, values.ctypes.data, 0, values.nbytes)
+            sums, n = self._sums.get(name, (np.zeros(columns), 0))
+            self._sums[name] = (sums + np.square(values, dtype=np.float64).sum(0), n + rows)
+
+    def start(self) -> None:
+        """See GraphHook."""
+        super().start()
+        if self._inner:
+            self._inner.start()
+
+    def check(self) -> None:
+        """See GraphHook."""
+        super().check()
+        if self._inner:
+            self._inner.check()
+
+
+def _multiplied(tensor: int) -> str | None:
+    """The name of the layer's matrix that a node multiplies by, if it is such a node."""
+    if _operation(tensor) != b"MUL_MAT":
+        return None
+    name = str(_get_name(_Tensor.from_address(tensor).src[0]).decode())
+    return name if name.startswith("blk.") and name.endswith(".weight") else None
 
 
 def graph_hook(path: Path, spec: DecoderSpec, *, exact: bool) -> GraphHook | None:

@@ -3,7 +3,8 @@
 For the exporter, which compares the stages with the source in another process: the two halves of
 edgevlm meet only in files, and the thread pools of two engines do not share a process.
 
-IN: image uint8 [h, w, 3], prompt (str), n_tokens (int).
+IN: image uint8 [h, w, 3], prompt (str), n_tokens (int); tokens int32 [n_tokens] to read instead of
+its own, where they are there.
 OUT: pixels float32 [1, 3, size, size], features [1, patches, width], embeddings
 [1, tokens, n_embd], prompt_ids int32 [n], logits float32 [1 + n_tokens, n_vocab] (after the prefix,
 then after each token), tokens int32 [n_tokens] (the arg max each time, end tokens included).
@@ -40,8 +41,8 @@ def probe(folder: Path, source: Path, target: Path) -> None:
         ]
         prefill(model, request, np.concatenate(blocks), n_tokens)
         logits, tokens = [model.decoder.logits()], []
-        for _ in range(n_tokens):
-            tokens.append(int(logits[-1].argmax()))
+        for i in range(n_tokens):
+            tokens.append(int(given["tokens"][i] if "tokens" in given else logits[-1].argmax()))
             model.decoder.step(tokens[-1])
             logits.append(model.decoder.logits())
     np.savez(

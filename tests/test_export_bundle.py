@@ -68,12 +68,9 @@ def test_several_vision_precisions_are_each_compared(
     assert 0 < stages["features fp16"].worst < stages["features qdq8"].worst
 
 
-@pytest.mark.parametrize("wanted", [[], ["int8", "int8"]])
-def test_vision_precisions_are_named_once(
-    paligemma_checkpoint: Path, tmp_path: Path, wanted: list[str]
-) -> None:
+def test_vision_precisions_are_named_once(paligemma_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="name each vision precision once, and at least one"):
-        quick(paligemma_checkpoint, tmp_path / "out", vision_precision=wanted)
+        quick(paligemma_checkpoint, tmp_path / "out", vision_precision=["int8", "int8"])
 
 
 def arrays(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:

@@ -25,6 +25,7 @@ _COMMANDS = {
     "export": "edgevlm.cli.export",
     "models": "edgevlm.cli.models",
     "ocr": "edgevlm.cli.tasks",
+    "requantize": "edgevlm.cli.requantize",
 }
 
 

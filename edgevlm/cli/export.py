@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
-from edgevlm.export import QUANTS, VISION_PRECISIONS, export_bundle, inspect_source
-from edgevlm.types import Progress
+from edgevlm.cli.progress import ProgressBars, err_console, summary
+from edgevlm.export import QUANTS, TARGETS, VISION_PRECISIONS, export_bundle, inspect_source
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,18 +29,22 @@ class _Choices(TypedDict):
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    help="Kind of device, which picks the precisions not named  [default: laptop]",
+)
+@click.option(
     "--quant",
     type=click.Choice(QUANTS),
-    default="q4_k_m",
-    show_default=True,
-    help="Of the language decoder.",
+    metavar="QUANT",
+    help=f"Of the language decoder: {', '.join(QUANTS)}  [default: the target's]",
 )
 @click.option(
     "--vision-precision",
     "vision_precisions",
     type=click.Choice(VISION_PRECISIONS),
     multiple=True,
-    help="Of the vision encoder; repeatable, the main one first  [default: int8]",
+    help="Of the vision encoder; repeatable, the main one first  [default: the target's]",
 )
 @click.option(
     "--verify/--no-verify",
@@ -87,40 +88,42 @@ class _Choices(TypedDict):
     multiple=True,
     help="What the files leave open or get wrong, such as stage=4.",
 )
+@click.option(
+    "--imatrix/--no-imatrix",
+    default=None,
+    help="Round the decoder's weights by how much they matter to pictures and prompts "
+    "[default: for quants that need it]",
+)
 @click.option("--dry-run", is_flag=True, help="Check SOURCE and say what is in it; write nothing.")
-def export(source: str, out: Path, quant: str, vision_precisions: tuple[str, ...], verify: bool,
-           calibration: Path | None, dry_run: bool, parts: tuple[str, ...],
-           settings: tuple[str, ...], **choices: Unpack[_Choices]) -> None:  # fmt: skip
+def export(source: str, out: Path, target: str | None, quant: str | None,
+           vision_precisions: tuple[str, ...], verify: bool, calibration: Path | None,
+           dry_run: bool, parts: tuple[str, ...], settings: tuple[str, ...],
+           imatrix: bool | None, **choices: Unpack[_Choices]) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE into the bundle OUT.
 
     SOURCE is a folder or a hub id such as google/paligemma-3b-mix-224, OUT a folder.
     """
-    from edgevlm.cli.models import parity_table, pieces_text
-
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = err_console()
     named, stated = _pairs(parts, "--part"), _pairs(settings, "--set")
     if dry_run:
         console.print(_report(inspect_source(source, parts=named, settings=stated, **choices)))
         return
-    with _Bars(console) as bars:
+    with ProgressBars(console) as bars:
         bundle = export_bundle(
             source,
             out,
+            target=target,
             quant=quant,
-            vision_precision=vision_precisions or "int8",
-            calibration=calibration,
+            vision_precision=vision_precisions,
             verify=verify,
+            calibration=calibration,
             parts=named,
             settings=stated,
+            imatrix=imatrix,
             progress=bars.update,
             **choices,
         )
-    if bundle.manifest.pieces:
-        console.print(pieces_text(bundle.manifest.pieces, bundle.manifest.notes))
-    if bundle.manifest.parity:
-        console.print(parity_table(bundle))
-    console.print(f"{out}: {bundle.bytes / 2**20:.1f} MiB")
-    console.print(f"Try it: edgevlm chat -m {out} -i PICTURE")
+    summary(console, bundle)
 
 
 def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
@@ -143,44 +146,3 @@ def _report(found: Inspection) -> str:
         f"prompt    {''.join(found.prompt.template)!r}",
     ]
     return "\n".join([*lines, pieces_text(found.pieces, found.notes, used=True)])
-
-
-class _Bars:
-    """A progress bar for each stage, with sizes and times."""
-
-    def __init__(self, console: Console) -> None:
-        self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[amount]}", justify="right"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._tasks:
-            self._bars.stop()
-
-    def update(self, progress: Progress) -> None:
-        """Moves the stage's bar, making it when the stage is new."""
-        if not self._tasks:
-            self._bars.start()
-        if progress.stage not in self._tasks:
-            self._tasks[progress.stage] = self._bars.add_task(progress.stage, amount="")
-        self._bars.update(
-            self._tasks[progress.stage],
-            completed=progress.done,
-            total=progress.total,
-            amount=_amount(progress),
-        )
-
-
-def _amount(progress: Progress) -> str:
-    if progress.unit == "B":
-        return f"{progress.done / 2**20:.0f}/{progress.total / 2**20:.0f} MiB"
-    return f"{progress.done}/{progress.total} {progress.unit}"

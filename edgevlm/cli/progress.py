@@ -1,0 +1,68 @@
+"""Progress bars for long stages, and what an export says at its end."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from edgevlm.bundle import Bundle
+from edgevlm.types import Progress
+
+
+def err_console() -> Console:
+    """Stderr; names and paths are shown as they are."""
+    return Console(stderr=True, markup=False, highlight=False)
+
+
+def summary(console: Console, bundle: Bundle) -> None:
+    """What it was made of, the comparison, the size, and what to do next."""
+    from edgevlm.cli.models import parity_table, pieces_text
+
+    if bundle.manifest.pieces:
+        console.print(pieces_text(bundle.manifest.pieces, bundle.manifest.notes))
+    if bundle.manifest.parity:
+        console.print(parity_table(bundle))
+    console.print(f"{bundle.folder}: {bundle.bytes / 2**20:.1f} MiB")
+    console.print(f"Try it: edgevlm chat -m {bundle.folder} -i PICTURE")
+
+
+class ProgressBars:
+    """A progress bar for each stage, with sizes and times."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[amount]}", justify="right"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ProgressBars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tasks:
+            self._bars.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Moves the stage's bar, making it when the stage is new."""
+        if not self._tasks:
+            self._bars.start()
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bars.add_task(progress.stage, amount="")
+        self._bars.update(
+            self._tasks[progress.stage],
+            completed=progress.done,
+            total=progress.total,
+            amount=_amount(progress),
+        )
+
+
+def _amount(progress: Progress) -> str:
+    if progress.unit == "B":
+        return f"{progress.done / 2**20:.0f}/{progress.total / 2**20:.0f} MiB"
+    return f"{progress.done}/{progress.total} {progress.unit}"

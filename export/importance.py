@@ -1,0 +1,66 @@
+"""The importance matrix of a decoder: from drawn pictures and the model's own prompts.
+
+A text's importance matrix never sees a picture's rows, which are most of what a vision-language
+model reads. The bundle answers in a child process, through the runtime, as every answer is made.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+
+from edgevlm.bundle import Manifest
+from edgevlm.errors import ExportError
+from edgevlm.export import child, images
+from edgevlm.export.llama import Matrix
+from edgevlm.prompt import task_prompt
+from edgevlm.specs import PromptSpec
+
+# Each picture is asked about twice, in other words: 14 requests about the drawn ones alone. More
+# were not tried.
+_ROUNDS = 2
+_TOKENS = 12
+_QUESTIONS = (
+    "What is in the picture?",
+    "How many objects are there?",
+    "Describe the picture in a few words.",
+    "What colour is the largest object?",
+    "Where is it?",
+)
+_OBJECTS = ("circle", "cat", "person", "text")
+
+
+def collect(folder: Path, manifest: Manifest, pictures: Path | None) -> Matrix:
+    """What flows into each matrix of the decoder of a bundle; `pictures` is a folder of more.
+
+    The decoder must be in f32, f16 or bf16. Raises ImageError, or ExportError if it cannot answer.
+    """
+    seen = images.all_pictures(pictures) * _ROUNDS
+    prompts = list(islice(cycle(_prompts(manifest.prompt)), len(seen)))
+    with tempfile.TemporaryDirectory() as scratch:
+        given, got = Path(scratch) / "in.npz", Path(scratch) / "out.npz"
+        arrays = {f"image{i}": picture for i, picture in enumerate(seen)}
+        np.savez(given, prompts=np.array(prompts), n_tokens=np.array(_TOKENS), **arrays)  # type: ignore[arg-type]
+        command = child.command("edgevlm.runtimes.importance", folder, given, got)
+        done = subprocess.run(command, capture_output=True, check=False, **child.setting())
+        if done.returncode or not got.exists():
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            raise ExportError(
+                f"importance matrix: the model does not answer ({(lines or ['no reason'])[-1]})"
+            )
+        with np.load(got) as found:
+            return {name: found[name] for name in found.files}
+
+
+def _prompts(spec: PromptSpec) -> list[str]:
+    """The model's own tasks, each with fitting words; plain questions where it has none."""
+    words = {"answer": _QUESTIONS, "detect": _OBJECTS}
+    # Seven pictures and a number of prompts that shares no factor with seven meet in many pairs.
+    tasks = [
+        task_prompt(spec, task, word) for task in spec.tasks for word in words.get(task, ("",))
+    ]
+    return tasks or list(_QUESTIONS)

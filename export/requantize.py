@@ -1,0 +1,252 @@
+"""A bundle -> the same model at other precisions, without its checkpoint.
+
+Only from weights that are still what the checkpoint's were, or rounded once to half: quantizing
+what was quantized already would lose twice, and nobody would know how much.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgevlm.bundle import (
+    Bundle,
+    Component,
+    FileRecord,
+    Manifest,
+    StageParity,
+    open_bundle,
+    record,
+    write_manifest,
+    writing,
+)
+from edgevlm.errors import ExportError
+from edgevlm.export import decoder, images, importance, parity, quantize
+from edgevlm.export.components import hashed, vision_file
+from edgevlm.export.llama import Matrix
+from edgevlm.export.progress import Report, Stage
+from edgevlm.export.quantize import Quant, VisionPrecision
+
+# What can still be quantized, and how such a decoder may be rounded without quantizing it.
+_WHOLE = {"f32": ("f16", "bf16"), "f16": (), "bf16": ()}
+_WHOLE_VISION = ("fp32", "fp16")
+# Begins the names of the input bundle's files among the manifest's sources.
+_INPUT = "bundle/"
+# Stages that no precision changes: tokenizer, template and preprocessing are taken over.
+_UNTOUCHED = ("tokens", "prompt", "pixels")
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Whether an importance matrix is made, and a folder with more pictures for it."""
+
+    imatrix: bool
+    pictures: Path | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of a bundle, checked: its decoder's precision (None: as it is), its vision
+    encoders' (the main one first), the vision encoder to make new ones from.
+    """
+
+    source: Bundle
+    quant: Quant | None
+    vision: tuple[VisionPrecision, ...]
+    whole: str | None
+    weighing: Weighing
+
+
+def run(plan: Plan, out: Path, *, verify: bool, report: Report | None) -> Bundle:
+    """Writes the bundle `out`; see `requantize_bundle`."""
+    _check_disk(plan, out)
+    with writing(out) as folder:
+        manifest = _vision_at(plan, folder, report)
+        if plan.quant:
+            source = Bundle(plan.source.folder, manifest)
+            matrix = weights(plan.source, plan.weighing, report)
+            manifest = decoder_at(source, folder, plan.quant, matrix, report)
+        else:
+            _copy(plan.source, manifest.components["decoder"], folder)
+        manifest = replace(manifest, source=_sources(plan), parity=_untouched(plan.source))
+        write_manifest(folder, manifest)
+        if verify:
+            measured = _compare(plan, folder)
+            parity.check(measured)
+            manifest = replace(manifest, parity=(*manifest.parity, *measured))
+            write_manifest(folder, manifest)
+    return Bundle(out, manifest)
+
+
+def plan(
+    folder: Path,
+    quant: str | None,
+    vision: Sequence[str],
+    imatrix: bool | None,
+    pictures: Path | None,
+) -> Plan:
+    """Everything that can be checked before a byte is written; raises BundleError, ExportError."""
+    source = open_bundle(folder, "full")
+    if quant is None and not vision:
+        raise ExportError("nothing is to be changed; name --quant or --vision-precision")
+    images.check_folder(pictures)
+    wanted = quantize.vision_precisions(vision or source.vision_precisions)
+    made = quantize.quant(quant) if quant else None
+    if made and made.name == source.manifest.components["decoder"].precision:
+        made = None
+    if made:
+        _check_decoder(source, made)
+    weigh = quantize.wants_imatrix(made, imatrix) if made else False
+    return Plan(source, made, wanted, _whole_vision(source, wanted), Weighing(weigh, pictures))
+
+
+def _check_decoder(source: Bundle, wanted: Quant) -> None:
+    stored = source.manifest.components["decoder"].precision
+    if stored not in _WHOLE or (wanted.direct and wanted.name not in _WHOLE[stored]):
+        raise _refused(source, "decoder", stored, wanted.name, "--quant")
+
+
+def _whole_vision(source: Bundle, wanted: Iterable[VisionPrecision]) -> str | None:
+    there = source.vision_precisions
+    whole = next((name for name in _WHOLE_VISION if name in there), None)
+    for v in wanted:
+        if v.name not in there and (whole is None or v.name == "fp32"):
+            raise _refused(source, "encoder", ", ".join(there), v.name, "--vision-precision")
+    return whole
+
+
+def _refused(source: Bundle, part: str, stored: str, wanted: str, option: str) -> ExportError:
+    return ExportError(
+        f"{source.folder}: its {part} is in {stored}, from which {wanted} would gain nothing or "
+        f"lose twice; export the checkpoint again with {option} {wanted}"
+    )
+
+
+def _check_disk(plan: Plan, out: Path) -> None:
+    if out.exists() and out.resolve() == plan.source.folder.resolve():
+        raise ExportError(f"{out}: is the bundle itself; choose another folder")
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    # Nothing that is written is larger than what it is made from, the float32 graph in between
+    # at most twice.
+    need, free = 3 * plan.source.bytes, shutil.disk_usage(place).free
+    if free < need:
+        raise ExportError(
+            f"{out}: this needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; "
+            "make room or choose another folder"
+        )
+
+
+def _vision_at(plan: Plan, folder: Path, report: Report | None) -> Manifest:
+    """The manifest with the vision encoders of the plan, written into `folder`."""
+    from edgevlm.export import onnx_files
+
+    source, manifest = plan.source, plan.source.manifest
+    stage = Stage(report, "vision", len(plan.vision), "precisions")
+    new = []
+    for i, precision in enumerate(plan.vision):
+        target = folder / vision_file(i, precision)
+        if precision.name in source.vision_precisions:
+            onnx_files.copy(source.vision(precision.name), target)
+            stage.advance(1)
+        else:
+            new.append((precision, target))
+    _convert(plan, folder, new, stage)
+    made = {
+        precision.name: onnx_files.files(folder / vision_file(i, precision))
+        for i, precision in enumerate(plan.vision)
+    }
+    _copy(source, manifest.components["projector"], folder)
+    written = hashed({}, made, report)
+    return replace(
+        manifest,
+        components={**manifest.components, **written.components},
+        alternatives=written.alternatives,
+    )
+
+
+def _convert(
+    plan: Plan, folder: Path, new: Sequence[tuple[VisionPrecision, Path]], stage: Stage
+) -> None:
+    """Makes encoders from the one that is whole."""
+    from edgevlm.export import onnx_files, precisions
+
+    if not new:
+        return
+    assert plan.whole
+    work = folder / "work"
+    work.mkdir()
+    model = onnx_files.load(plan.source.vision(plan.whole))
+    if plan.whole == "fp16":
+        precisions.widen(model)
+    onnx_files.save(model, work / "vision.onnx")
+    del model
+    pixels = images.calibration(plan.source.manifest.image, plan.weighing.pictures)
+    for precision, target in new:
+        precisions.convert(work / "vision.onnx", target, precision, pixels)
+        stage.advance(1)
+    shutil.rmtree(work)
+
+
+def weights(source: Bundle, weighing: Weighing, report: Report | None) -> Matrix | None:
+    """The importance matrix of an unquantized bundle's decoder, where one is wanted."""
+    if not weighing.imatrix:
+        return None
+    stage = Stage(report, "importance", 1, "steps")
+    matrix = importance.collect(source.folder, source.manifest, weighing.pictures)
+    stage.advance(1)
+    return matrix
+
+
+def decoder_at(
+    source: Bundle, folder: Path, quant: Quant, matrix: Matrix | None, report: Report | None
+) -> Manifest:
+    """The manifest of `source`, an unquantized bundle, with its decoder at a precision; the file is
+    written into `folder`, which may be the bundle's own.
+    """
+    made, target = folder / "quantized.gguf", folder / decoder.FILE
+    decoder.quantize(source.path("decoder"), made, quant, report, matrix)
+    made.replace(target)
+    part = Component(quant.name, (record(target),))
+    return replace(
+        source.manifest,
+        components={**source.manifest.components, "decoder": part},
+        token_embedding=decoder.embedding_place(target),
+    )
+
+
+def _copy(source: Bundle, component: Component, folder: Path) -> None:
+    for entry in component.files:
+        shutil.copyfile(source.folder / entry.file, folder / entry.file)
+
+
+def _sources(plan: Plan) -> tuple[FileRecord, ...]:
+    """The checkpoint's files, and the bundle's that went through this."""
+    manifest = plan.source.manifest
+    used = [c for c in manifest.all_components if c is not manifest.components["projector"]]
+    files = [replace(entry, file=_INPUT + entry.file) for c in used for entry in c.files]
+    return (*manifest.source, *files)
+
+
+def _untouched(source: Bundle) -> tuple[StageParity, ...]:
+    return tuple(s for s in source.manifest.parity if s.stage in _UNTOUCHED)
+
+
+def _compare(plan: Plan, folder: Path) -> list[StageParity]:
+    """One answer of the new bundle against the old one's, stage by stage; each metric says so."""
+    source = plan.source
+    made = open_bundle(folder)
+    asked = (images.scene(), parity.PROMPT, parity.N_TOKENS)
+    ours = parity.probe(folder, *asked)
+    theirs = parity.probe(source.folder, *asked, ours["tokens"])
+    quant = quantize.quant(made.manifest.components["decoder"].precision)
+    stages = parity.answered(quant, plan.vision[0], ours, theirs)
+    for v in plan.vision[1:]:
+        rows = parity.rows(made.vision(v.name), made.path("projector"), ours["pixels"])
+        stages += parity.encoded(rows, theirs, v.cosine, f" {v.name}")
+    parts = source.manifest.components
+    against = f"to {parts['vision'].precision} + {parts['decoder'].precision}"
+    return [replace(s, metric=f"{s.metric} {against}") for s in stages]

@@ -1,0 +1,114 @@
+"""Which weights matter: what llama.cpp is told of them, and the types it makes no other way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from edgevlm.bundle import Bundle
+from edgevlm.errors import ExportError
+from edgevlm.export import QUANTS, decoder, export_bundle, importance, quantize, requantize_bundle
+from edgevlm.export.llama import Matrix
+from edgevlm.export.pipeline import Options, prepare
+
+
+@pytest.fixture(scope="module")
+def matrix(paligemma_bundle: Bundle) -> Matrix:
+    return importance.collect(paligemma_bundle.folder, paligemma_bundle.manifest, None)
+
+
+def test_every_matrix_of_every_layer_is_weighed(matrix: Matrix, paligemma_bundle: Bundle) -> None:
+    tensors = gguf.GGUFReader(paligemma_bundle.path("decoder")).tensors
+    columns = {t.name: int(t.shape[0]) for t in tensors if len(t.shape) == 2 and "blk." in t.name}
+    assert {name: len(values) for name, values in matrix.items()} == columns
+    assert all(np.isfinite(v).all() and (v >= 0).all() and v.any() for v in matrix.values())
+    # Queries, keys and values are made of the same rows.
+    for name in ("attn_k", "attn_v"):
+        assert np.array_equal(matrix["blk.1.attn_q.weight"], matrix[f"blk.1.{name}.weight"])
+
+
+def test_an_rms_norm_leaves_unit_power(matrix: Matrix, paligemma_bundle: Bundle) -> None:
+    (norm,) = (
+        np.asarray(t.data)
+        for t in gguf.GGUFReader(paligemma_bundle.path("decoder")).tensors
+        if t.name == "blk.0.attn_norm.weight"
+    )
+    # Normalized rows have a mean square of one, so that this holds whatever was read.
+    assert (matrix["blk.0.attn_q.weight"] / norm**2).mean() == pytest.approx(1, rel=1e-3)
+
+
+def test_columns_that_matter_are_kept_nearer(
+    paligemma_bundle: Bundle, matrix: Matrix, tmp_path: Path
+) -> None:
+    source, name = paligemma_bundle.path("decoder"), "blk.1.ffn_down.weight"
+    weights = {"plain": None, "weighed": matrix}
+    errors = {}
+    for kind, given in weights.items():
+        target = tmp_path / f"{kind}.gguf"
+        decoder.quantize(source, target, quantize.quant("q3_k_s"), None, given)
+        exact, rounded = (values(path, name) for path in (source, target))
+        errors[kind] = (np.square(rounded - exact) * matrix[name]).sum()
+    assert errors["weighed"] < 0.95 * errors["plain"]
+
+
+def values(path: Path, name: str) -> np.ndarray:
+    (tensor,) = (t for t in gguf.GGUFReader(path).tensors if t.name == name)
+    return gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_llama_cpp_makes_every_type(
+    quant: str, paligemma_bundle: Bundle, matrix: Matrix, tmp_path: Path
+) -> None:
+    wanted = quantize.quant(quant)
+    given = matrix if wanted.imatrix else None
+    target = tmp_path / "decoder.gguf"
+    decoder.quantize(paligemma_bundle.path("decoder"), target, wanted, None, given)
+    types = set(decoder.tensor_types(target).values())
+    # The type's own name is that of most tensors: q4_k_m is made of Q4_K.
+    stem = quant.upper().removesuffix("_M").removesuffix("_S").removesuffix("_L")
+    assert any(stem.split("_X")[0] in kind for kind in types), types
+
+
+@pytest.mark.parametrize("quant", [q for q in QUANTS if quantize.quant(q).imatrix])
+def test_types_that_need_a_matrix_are_refused_without_one(
+    quant: str, paligemma_checkpoint: Path
+) -> None:
+    options = Options(quant, "fp32", False, None, imatrix=False)
+    with pytest.raises(ExportError, match=f"'{quant}' is made with an importance matrix only"):
+        prepare(paligemma_checkpoint, options, None)
+
+
+def test_what_needs_a_matrix_says_so_and_no_more(paligemma_bundle: Bundle, tmp_path: Path) -> None:
+    for quant in ("iq3_s", "q2_k"):
+        decoder.quantize(
+            paligemma_bundle.path("decoder"), tmp_path / quant, quantize.quant(quant), None
+        )
+    with pytest.raises(ExportError, match="cannot quantize it"):
+        decoder.quantize(
+            paligemma_bundle.path("decoder"), tmp_path / "x", quantize.quant("iq3_xs"), None
+        )
+
+
+def test_an_export_weighs_by_itself(
+    paligemma_checkpoint: Path, paligemma_bundle: Bundle, tmp_path: Path
+) -> None:
+    wanted = {"quant": "iq2_xs", "vision_precision": "fp32", "verify": False}
+    direct = export_bundle(paligemma_checkpoint, tmp_path / "direct", **wanted)
+    assert sorted(p.name for p in direct.folder.iterdir()) == [
+        "decoder.gguf", "edgevlm.json", "projector.onnx", "vision.onnx",
+    ]  # fmt: skip
+    assert direct.manifest.components["decoder"].precision == "iq2_xs"
+    assert "IQ2_XS" in decoder.tensor_types(direct.path("decoder")).values()
+    again = requantize_bundle(
+        paligemma_bundle.folder, tmp_path / "again", quant="iq2_xs", verify=False
+    )
+    assert again.path("decoder").read_bytes() == direct.path("decoder").read_bytes()
+
+
+def test_rounding_alone_takes_no_matrix(paligemma_checkpoint: Path) -> None:
+    with pytest.raises(ExportError, match="'f16' rounds every weight alike; leave out --imatrix"):
+        prepare(paligemma_checkpoint, Options("f16", "fp32", False, None, imatrix=True), None)
