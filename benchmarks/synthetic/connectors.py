@@ -1,4 +1,7 @@
-"""Projectors of random weights in float32, one function for each kind in export/connectors.py."""
+"""Projectors of random weights, one function for each kind in export/connectors.py.
+
+As in exported bundles, a Q-Former is in 8 bits and all others are in float32.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,11 @@ def write_projector(path: Path, model: Model) -> None:
     CONNECTORS[config["kind"]](graph, config, rows)
     inside, outside = ["n", rows, config["in"]], ["n", model.image.tokens, model.decoder.n_embd]
     graph.save(path, ("features", inside), ("embeddings", outside))
+
+
+def precision(config: Config) -> str:
+    """What a manifest says of such a projector."""
+    return "int8" if config["kind"] == "qformer" else "fp32"
 
 
 def linear(graph: Graph, config: Config, rows: int) -> None:
@@ -58,15 +66,17 @@ def ldpv2(graph: Graph, config: Config, rows: int) -> None:
 def qformer(graph: Graph, config: Config, rows: int) -> None:
     """BLIP-2's: learned queries attend to one another and, in some layers, to the features."""
     d, queries, eps = config["hidden_size"], config["queries"], config["layer_norm_eps"]
+    seen, mlp_width = graph.quantized("features"), config["intermediate_size"]
     x = graph.norm(graph.random(1, queries, d), d, eps)
     for i in range(config["num_hidden_layers"]):
-        x = _attended(graph, config, x, (x, queries, d))
+        own = graph.quantized(x)
+        x = _attended(graph, config, x, own, (own, queries, d))
         if i % config["cross_attention_frequency"] == 0:
-            x = _attended(graph, config, x, ("features", rows, config["in"]))
-        wide = graph.gelu(graph.linear(x, d, config["intermediate_size"]))
-        narrow = graph.linear(wide, config["intermediate_size"], d)
+            x = _attended(graph, config, x, graph.quantized(x), (seen, rows, config["in"]))
+        wide = graph.gelu(graph.linear8(graph.quantized(x), d, mlp_width))
+        narrow = graph.linear8(graph.quantized(wide), mlp_width, d)
         x = graph.norm(graph.node("Add", narrow, x), d, eps)
-    graph.linear(x, d, config["widths"][-1])
+    graph.linear8(graph.quantized(x), d, config["widths"][-1])
 
 
 CONNECTORS: dict[str, Callable[[Graph, Config, int], None]] = {
@@ -85,18 +95,23 @@ def _mlp(graph: Graph, config: Config, depth: int) -> str:
     return x
 
 
-def _attended(graph: Graph, config: Config, x: str, source: tuple[str, int, int]) -> str:
-    """Queries that read `source` (its name, rows and width), added to themselves and normed."""
+def _attended(
+    graph: Graph, config: Config, x: str, own: list[str], source: tuple[list[str], int, int]
+) -> str:
+    """Queries x, in 8 bits `own`, that read `source` (its 8-bit values, rows and width), added to
+    themselves and normed.
+    """
     d, heads, queries = config["hidden_size"], config["num_attention_heads"], config["queries"]
-    (name, rows, width), each = source, d // heads
-    q = graph.reshape(graph.linear(x, d, d), -1, queries, heads, each)
-    k, v = (graph.reshape(graph.linear(name, width, d), -1, rows, heads, each) for _ in range(2))
+    (seen, rows, width), each = source, d // heads
+    q = graph.reshape(graph.linear8(own, d, d), -1, queries, heads, each)
+    k, v = (graph.reshape(graph.linear8(seen, width, d), -1, rows, heads, each) for _ in range(2))
     scores = graph.node("MatMul", graph.transpose(q, 0, 2, 1, 3), graph.transpose(k, 0, 2, 3, 1))
     scores = graph.node("Div", scores, graph.constant(each**0.5))
     read = graph.node("Softmax", scores, axis=-1)
     read = graph.node("MatMul", read, graph.transpose(v, 0, 2, 1, 3))
     read = graph.reshape(graph.transpose(read, 0, 2, 1, 3), -1, queries, d)
-    return graph.norm(graph.node("Add", graph.linear(read, d, d), x), d, config["layer_norm_eps"])
+    read = graph.linear8(graph.quantized(read), d, d)
+    return graph.norm(graph.node("Add", read, x), d, config["layer_norm_eps"])
 
 
 def _grid(graph: Graph, rows: str, d: int, side: int) -> str:

@@ -63,7 +63,7 @@ def make(destination: Path, name: str, source: Source, quant: str) -> None:
 
     Raises BenchError without room on the disk, EngineMissing without onnx.
     """
-    from edgevlm.benchmarks.synthetic.connectors import write_projector
+    from edgevlm.benchmarks.synthetic.connectors import precision, write_projector
     from edgevlm.benchmarks.synthetic.towers import write_encoder
 
     family, model = describe(source, name)
@@ -79,7 +79,7 @@ def make(destination: Path, name: str, source: Source, quant: str) -> None:
             license="none: random weights",
             components={
                 "vision": _component("int8", folder, "vision.onnx"),
-                "projector": _component("fp32", folder, "projector.onnx"),
+                "projector": _component(precision(model.projector), folder, "projector.onnx"),
                 "decoder": _component(quant, folder, FILE),
             },
             image=model.image,
