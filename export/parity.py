@@ -204,7 +204,7 @@ def probe(
     """
     with tempfile.TemporaryDirectory() as scratch:
         given, got = Path(scratch) / "in.npz", Path(scratch) / "out.npz"
-        follow = {} if tokens is None else {"tokens": tokens}
+        follow: Any = {} if tokens is None else {"tokens": tokens}
         n = np.array(n_tokens)
         np.savez(given, image=image, prompt=np.array(prompt), n_tokens=n, **follow)
         command = child.command("edgevlm.runtimes.probe", folder, given, got)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +37,19 @@ class QFormer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features [n, patches, in] -> rows [n, queries, out]."""
         x = self.layernorm(self.query_tokens).expand(features.shape[0], -1, -1)
-        for layer in self.encoder["layer"]:
+        layers: Any = self.encoder["layer"]  # torch's modules by name have no types
+        for layer in layers:
             x = layer(x, features)
         for linear in self.maps:
             x = linear(x)
-        return x
+        rows: Tensor = x
+        return rows
 
     @torch.no_grad()
     def loaded(self) -> None:
         """Folds the maps into one, in float64."""
-        first, *others = self.maps
+        maps: Any = self.maps
+        first, *others = maps
         weight, bias = first.weight.double(), first.bias.double()
         for linear in others:
             weight = linear.weight.double() @ weight
@@ -95,7 +99,7 @@ class _Attention(nn.Module):
         return out
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
 
 
 class _Output(nn.Module):

@@ -92,7 +92,7 @@ def read_file(path: Path) -> Checkpoint:
     Raises SourceError, and EngineMissing where it is torch's and torch is not there.
     """
     if path.suffix == ".safetensors":
-        tensors, said = read_header(path), {}
+        tensors, said = read_header(path), dict[str, Any]()
     else:
         # Importing it loads torch, which takes seconds.
         from edgevlm.export.pickles import read_saved

@@ -96,7 +96,8 @@ def tower(pixels: Tensor, config: Config, w: dict[str, Tensor]) -> Tensor:
     for i in range(config["num_hidden_layers"]):
         p = f"encoder.layers.{i}."
         y = _norm(x, w, f"{p}layer_norm1", 1e-6)
-        q, k, v = _linear(y, w, f"{p}self_attn.qkv").unflatten(-1, (3, heads, -1)).unbind(2)
+        qkv = torch.unflatten(_linear(y, w, f"{p}self_attn.qkv"), -1, (3, heads, -1))
+        q, k, v = qkv.unbind(2)
         scores = torch.einsum("nqhd,nkhd->nhqk", q * q.shape[-1] ** -0.5, k)
         y = torch.einsum("nhqk,nkhd->nqhd", scores.softmax(-1), v).flatten(2)
         x = x + _linear(y, w, f"{p}self_attn.projection")
@@ -133,7 +134,9 @@ def queries(config: Config, w: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         encoder_hidden_size=config["in"],
         cross_attention_frequency=config["cross_attention_frequency"],
     )
-    former = Blip2QFormerModel(made).eval()
+    # transformers leaves its models without types.
+    former: Any = Blip2QFormerModel(made)
+    former.eval()
     own = {n: t for n, t in w.items() if not n.startswith(("maps.", "query_tokens"))}
     former.load_state_dict(own, strict=True)
 
