@@ -104,7 +104,7 @@ def write(job: Job, folder: Path) -> Written:
     source = DecoderSource(job.parts["decoder"], job.model.text, job.vocabulary, job.name)
     if job.imatrix:
         # The model has to answer before it is quantized.
-        gguf, stored = folder / decoder.FILE, "unquantized"
+        gguf, stored = folder / decoder.FILE, source.precision
         decoder.write_gguf(source, gguf, None, job.report)
     else:
         gguf = decoder.write_decoder(source, folder, job.quant, job.report)

@@ -102,6 +102,12 @@ class DecoderSource:
     vocabulary: Vocabulary
     name: str
 
+    @property
+    def precision(self) -> str:
+        """What the source's matrices are in; "f32", which holds any of them, where they differ."""
+        kinds = {t.dtype.lower() for t in self.tensors.values() if len(t.shape) > 1}
+        return kinds.pop() if len(kinds) == 1 else "f32"
+
 
 def write_decoder(source: DecoderSource, folder: Path, quant: Quant, report: Report | None) -> Path:
     """Writes decoder.gguf into `folder` at a precision; raises SourceError or ExportError."""

@@ -27,7 +27,7 @@ def write(folder: Path, out: Path, precision: str) -> tuple[Path, Path]:
     job = prepare(folder, Options("f32", precision, False, None), None)
     (out / "work").mkdir(parents=True)
     vision = components._write_vision(job, out, out / "work")
-    projector = components._write_projector(job, out, out / "work")
+    _, projector = components._write_projector(job, out, out / "work")
     return vision[precision][0], projector[0]
 
 
