@@ -8,7 +8,7 @@ setup:
 	$(BIN)/python -m pip install -e ".[test]"
 
 test:
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check:
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from edgevlm.bundle import Bundle
 
 # A run in the background inherits an ignored Ctrl-C; the programs that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Two engines that both want every core wait for one another; each worker of pytest-xdist, and what
+# it starts, gets a core of its own.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 @pytest.fixture(scope="session")

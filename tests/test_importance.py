@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
+from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle
 from edgevlm.errors import ExportError
 from edgevlm.export import QUANTS, decoder, export_bundle, importance, quantize, requantize_bundle
@@ -18,6 +19,23 @@ from edgevlm.export.pipeline import Options, prepare
 @pytest.fixture(scope="module")
 def matrix(paligemma_bundle: Bundle) -> Matrix:
     return importance.collect(paligemma_bundle.folder, paligemma_bundle.manifest, None)
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer: the search for codes of 1 and 2 bits is slow."""
+    return write_paligemma(tmp_path_factory.mktemp("small"), layers=1, mlp=256)
+
+
+@pytest.fixture(scope="module")
+def small(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    out = tmp_path_factory.mktemp("bundle") / "small"
+    return export_bundle(small_checkpoint, out, quant="f32", vision_precision="fp32", verify=False)
+
+
+@pytest.fixture(scope="module")
+def small_matrix(small: Bundle) -> Matrix:
+    return importance.collect(small.folder, small.manifest, None)
 
 
 def test_every_matrix_of_every_layer_is_weighed(matrix: Matrix, paligemma_bundle: Bundle) -> None:
@@ -59,14 +77,19 @@ def values(path: Path, name: str) -> np.ndarray:
     return gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-def test_llama_cpp_makes_every_type(
-    quant: str, paligemma_bundle: Bundle, matrix: Matrix, tmp_path: Path
+# llama.cpp spends seconds on the tables of each other IQ type, however small the model;
+# `python -m edgevlm.benchmarks.precisions` makes them all.
+QUICK = [q for q in QUANTS if not q.startswith("iq") or q in ("iq2_xxs", "iq4_nl", "iq4_xs")]
+
+
+@pytest.mark.parametrize("quant", QUICK)
+def test_llama_cpp_makes_the_type(
+    quant: str, small: Bundle, small_matrix: Matrix, tmp_path: Path
 ) -> None:
     wanted = quantize.quant(quant)
-    given = matrix if wanted.imatrix else None
+    given = small_matrix if wanted.imatrix else None
     target = tmp_path / "decoder.gguf"
-    decoder.quantize(paligemma_bundle.path("decoder"), target, wanted, None, given)
+    decoder.quantize(small.path("decoder"), target, wanted, None, given)
     types = set(decoder.tensor_types(target).values())
     # The type's own name is that of most tensors: q4_k_m is made of Q4_K.
     stem = quant.upper().removesuffix("_M").removesuffix("_S").removesuffix("_L")
@@ -93,19 +116,15 @@ def test_what_needs_a_matrix_says_so_and_no_more(paligemma_bundle: Bundle, tmp_p
         )
 
 
-def test_an_export_weighs_by_itself(
-    paligemma_checkpoint: Path, paligemma_bundle: Bundle, tmp_path: Path
-) -> None:
+def test_an_export_weighs_by_itself(small_checkpoint: Path, small: Bundle, tmp_path: Path) -> None:
     wanted = {"quant": "iq2_xs", "vision_precision": "fp32", "verify": False}
-    direct = export_bundle(paligemma_checkpoint, tmp_path / "direct", **wanted)
+    direct = export_bundle(small_checkpoint, tmp_path / "direct", **wanted)
     assert sorted(p.name for p in direct.folder.iterdir()) == [
         "decoder.gguf", "edgevlm.json", "projector.onnx", "vision.onnx",
     ]  # fmt: skip
     assert direct.manifest.components["decoder"].precision == "iq2_xs"
     assert "IQ2_XS" in decoder.tensor_types(direct.path("decoder")).values()
-    again = requantize_bundle(
-        paligemma_bundle.folder, tmp_path / "again", quant="iq2_xs", verify=False
-    )
+    again = requantize_bundle(small.folder, tmp_path / "again", quant="iq2_xs", verify=False)
     assert again.path("decoder").read_bytes() == direct.path("decoder").read_bytes()
 
 

@@ -215,7 +215,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory):
     """A tiny model with the real LLaMA vocabulary."""
     folder = tmp_path_factory.mktemp("llama")
     source = write_llava(folder / "source", tokenizer=LLAMA, layers=1)
-    with edgevlm.load(export_bundle(source, folder / "out", verify=False).folder) as vlm:
+    how = {"quant": "f16", "vision_precision": "fp32", "verify": False}
+    with edgevlm.load(export_bundle(source, folder / "out", **how).folder) as vlm:
         yield vlm
 
 
