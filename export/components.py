@@ -185,6 +185,6 @@ def _write_projector(job: Job, folder: Path, work: Path) -> tuple[str, list[Path
         features = onnx_files.run(folder / "vision.onnx", "pixels", pixels)
         precisions.convert(traced, target, precision, features)
     else:
-        onnx_files.save(onnx_files.load(traced), target)
+        onnx_files.store(traced, target)
     stage.advance(1)
     return precision.name if config["kind"] in _DEEP else "fp32", onnx_files.files(target)

@@ -6,8 +6,9 @@ Knows onnx and onnxruntime; does not know where a graph came from or what its we
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +17,25 @@ from edgevlm.errors import EngineMissing
 
 try:
     import onnx
+    from onnx import helper, numpy_helper
 except ImportError:
     raise EngineMissing("export needs onnx", 'pip install "edgevlm[export]"') from None
 
 # Weights of more than this lie in a file of their own: onnxruntime maps it instead of parsing it.
 EXTERNAL_BYTES = 64 << 20
+_ALIGNMENT = 64  # bytes: a cache line, and more than any vector load asks for
 
 Array = NDArray[np.float32]
+Change = Callable[[str, NDArray[Any]], Iterable[tuple[str, NDArray[Any]]]]
 
 
 def load(path: Path) -> Any:
-    """The model (onnx.ModelProto) with all its weights."""
-    return onnx.load(str(path))
+    """The model (onnx.ModelProto) with all its weights, wherever they lay."""
+    model = onnx.load(str(path))
+    for tensor in model.graph.initializer:
+        # A mark that onnx leaves behind would make other bytes of the same weights.
+        tensor.ClearField("data_location")
+    return model
 
 
 def skeleton(path: Path) -> Any:
@@ -57,6 +65,44 @@ def save(model: Any, target: Path) -> None:
         onnx.save(model, str(target))
 
 
+def store(source: Path, target: Path) -> None:
+    """Writes any model on disk as a bundle keeps it, large weights beside it."""
+    rewrite(skeleton(source), source, target, lambda name, values: [(name, values)])
+
+
+def rewrite(model: Any, source: Path, target: Path, change: Change) -> None:
+    """Writes `model`, a skeleton of `source` with other nodes, and the weights one at a time: each
+    becomes what `change` makes of its name and values.
+    """
+    weights = list(model.graph.initializer)
+    del model.graph.initializer[:]
+    with _data(target).open("wb") as data:
+        for old in weights:
+            for name, values in change(old.name, numpy_helper.to_array(old, str(source.parent))):
+                model.graph.initializer.append(_append(name, values, data))
+    save_skeleton(model, target)
+    if _data(target).stat().st_size <= EXTERNAL_BYTES:
+        whole = load(target)
+        remove(target)
+        save(whole, target)
+
+
+def _append(name: str, values: NDArray[Any], data: BinaryIO) -> Any:
+    """A tensor whose values stand at the end of a file."""
+    data.write(bytes(-data.tell() % _ALIGNMENT))
+    tensor = onnx.TensorProto(
+        name=name,
+        dims=values.shape,
+        data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    place = {"location": Path(data.name).name, "offset": data.tell(), "length": values.nbytes}
+    for key, value in place.items():
+        tensor.external_data.add(key=key, value=str(value))
+    data.write(np.ascontiguousarray(values).data)
+    return tensor
+
+
 def _bytes(model: Any) -> int:
     """Size of the weights; protobuf cannot say it of a whole model beyond 2 GB."""
     return sum(tensor.ByteSize() for tensor in model.graph.initializer)
@@ -81,7 +127,7 @@ def copy(source: Path, target: Path) -> None:
             shutil.copyfile(file, target.with_name(file.name))
     else:
         # The graph names the file of its weights.
-        save(load(source), target)
+        store(source, target)
 
 
 def input_name(path: Path) -> str:

@@ -21,7 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from edgevlm.export import flow, onnx_files
+from edgevlm.export import dynamic8, flow, onnx_files
 from edgevlm.export.metrics import distance
 from edgevlm.export.quantize import VisionPrecision, recipe
 
@@ -71,7 +71,7 @@ def convert(source: Path, target: Path, precision: VisionPrecision, pixels: Arra
     """
     scheme = _SCHEMES.get(precision.name)
     if scheme is None:
-        onnx_files.save(onnx_files.load(source), target)
+        onnx_files.store(source, target)
         return []
     graph = _look(source, scheme, pixels)
     name = onnx_files.input_name(source)
@@ -164,23 +164,8 @@ def _write_half(graph: Graph, target: Path, keep: Collection[str]) -> None:
 
 def _write_dynamic(graph: Graph, target: Path, keep: Collection[str]) -> None:
     """Weights in 8 bits for each output channel, activations quantized on the fly."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantized = graph.path.with_name("int8." + graph.path.name)
-    quantize_dynamic(
-        graph.path,
-        quantized,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        # Seven-bit weights: on x86 without VNNI, sums of two eight-bit products saturate.
-        reduce_range=True,
-        weight_type=QuantType.QInt8,
-        nodes_to_exclude=sorted(keep),
-        use_external_data_format=graph.path.stat().st_size > onnx_files.EXTERNAL_BYTES,
-        extra_options={"MatMulConstBOnly": True},
-    )
-    onnx_files.save(onnx_files.load(quantized), target)
-    onnx_files.remove(quantized)
+    maps = {name: parts for name, parts in graph.maps.items() if name not in keep}
+    dynamic8.write(graph.path, target, maps)
 
 
 def _write_static(graph: Graph, target: Path, keep: Collection[str]) -> None:
@@ -201,7 +186,7 @@ def _write_static(graph: Graph, target: Path, keep: Collection[str]) -> None:
     quantizer = QDQQuantizer(
         onnx_files.load(graph.path),
         per_channel=True,
-        reduce_range=True,  # as in _write_dynamic, since processors run this graph, too
+        reduce_range=True,  # as in dynamic8, since processors run this graph, too
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QUInt8,
         tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.errors import EngineMissing, ImageError
-from edgevlm.export import components, flow, images, onnx_files, precisions, quantize
+from edgevlm.export import components, dynamic8, flow, images, onnx_files, precisions, quantize
 from edgevlm.export.metrics import distance
 from edgevlm.export.pipeline import Options, prepare
 
@@ -125,6 +125,37 @@ def test_every_precision_is_within_its_bound(
     kind: str, precision: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     convert(request.getfixturevalue(kind), tmp_path / "vision.onnx", precision)
+
+
+@pytest.mark.parametrize("kind", ["tower", "odd", "loud"])
+@pytest.mark.parametrize("kept", [0, 2])
+def test_dynamic_quantization_is_onnxruntimes_to_the_bit(
+    kind: str, kept: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    traced: Traced = request.getfixturevalue(kind)
+    maps = precisions.linear_maps(traced.path)
+    float32 = sorted(maps)[:kept]
+    with precisions._quiet():
+        quantize_dynamic(
+            traced.path,
+            tmp_path / "theirs.onnx",
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=float32,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    dynamic8.write(
+        traced.path, tmp_path / "ours.onnx", {k: v for k, v in maps.items() if k not in float32}
+    )
+    a, b = (
+        onnx_files.run(tmp_path / n, "pixels", traced.pixels) for n in ("theirs.onnx", "ours.onnx")
+    )
+    assert np.array_equal(a, b)
+    assert (tmp_path / "ours.onnx").stat().st_size <= (tmp_path / "theirs.onnx").stat().st_size
 
 
 def test_batch_is_dynamic_and_names_are_the_bundles(
