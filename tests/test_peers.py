@@ -73,7 +73,20 @@ def test_pytorch_answers_a_tinygptv_with_the_same_positions(picture, tmp_path):
     assert theirs.positions == ours.positions
 
 
-def test_a_synthetic_model_needs_no_checkpoint(picture, tmp_path, monkeypatch):
+@pytest.fixture
+def small_synthetic(tmp_path, monkeypatch):
+    """Makes a synthetic bundle of a config."""
+
+    def make(config) -> Bundle:
+        for module in (synthetic, sys.modules["edgevlm.benchmarks.peers.material"]):
+            monkeypatch.setattr(module, "MODELS", {"small": Source({"config.json": config})})
+        monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
+        return synthetic.synthetic("small", "q8_0")
+
+    return make
+
+
+def test_a_synthetic_model_needs_no_checkpoint(picture, small_synthetic):
     vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
               "num_attention_heads": 2, "patch_size": 14, "image_size": 56}  # fmt: skip
     text = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
@@ -81,18 +94,28 @@ def test_a_synthetic_model_needs_no_checkpoint(picture, tmp_path, monkeypatch):
     config = {"model_type": "llava", "image_token_index": 1000,
               "vision_config": vision | {"model_type": "clip_vision_model"},
               "text_config": text | {"model_type": "llama"}}  # fmt: skip
-    for module in (synthetic, sys.modules["edgevlm.benchmarks.peers.material"]):
-        monkeypatch.setattr(module, "MODELS", {"small": Source({"config.json": config})})
-    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
-    bundle = synthetic.synthetic("small", "q8_0")
-    found = compared(bundle, picture, "mtmd", "llama_cpp_python", "transformers_cpu", "openvino",
-                     "optimum_onnx")  # fmt: skip
+    found = compared(small_synthetic(config), picture, "mtmd", "llama_cpp_python",
+                     "transformers_cpu", "openvino", "optimum_onnx")  # fmt: skip
     assert not found["llama.cpp, multimodal"].error and not found["transformers"].error
     assert not found["llama-cpp-python"].error
     assert {"first_token_ms", "token_ms"} <= set(found["llama-cpp-python"].metrics)
     assert found["transformers"].positions == found["edgevlm"].positions
     assert "--checkpoint" in found["OpenVINO GenAI"].error
     assert "llava is not supported" in found["optimum-onnx"].error
+
+
+def test_transformers_computes_in_float32_whatever_the_published_config_says(
+    picture, small_synthetic
+):
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "patch_size": 14, "image_size": 28}  # fmt: skip
+    text = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "head_dim": 128,
+            "num_hidden_layers": 1, "num_key_value_heads": 1, "vocab_size": 257216}  # fmt: skip
+    config = {"model_type": "paligemma", "torch_dtype": "bfloat16", "projection_dim": 256,
+              "vision_config": vision | {"model_type": "siglip_vision_model"},
+              "text_config": text | {"model_type": "gemma", "torch_dtype": "bfloat16"}}  # fmt: skip
+    found = compared(small_synthetic(config), picture, "transformers_cpu")["transformers"]
+    assert not found.error and set(found.metrics) == TIMES | {"peak_rss_bytes"}
 
 
 def test_without_a_checkpoint_the_decoder_still_answers(picture):

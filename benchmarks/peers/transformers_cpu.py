@@ -40,6 +40,9 @@ def _model(task: dict[str, Any]) -> Any:
         return auto.from_pretrained(task["checkpoint"], dtype=torch.float32).eval()
     given = dict(task["config"])
     config = AutoConfig.for_model(given.pop("model_type"), **given)
+    # A published config names the type of its weights; masks would be made in it.
+    for part in (config, config.get_text_config(), config.vision_config):
+        part.dtype = torch.float32
     with torch.device("meta"):
         model = auto.from_config(config)
     model = model.to_empty(device="cpu").float().eval()
