@@ -8,7 +8,6 @@ import pytest
 
 from edgevlm.benchmarks.pico import questions
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS
-from edgevlm.benchmarks.pico.phrasings import SIDES
 from edgevlm.benchmarks.pico.scenes import Thing
 from edgevlm.benchmarks.pico.targets import RELATIONS, Lexicon, flipped, patch_targets
 from edgevlm.benchmarks.pico.tokenizer import Tokenizer
@@ -76,23 +75,6 @@ def test_patches_know_how_many_there_are_and_in_which_order():
     cell = int(LAST.centre[1] * grid) * grid + int(LAST.centre[0] * grid)
     last = dict(zip(RELATIONS, targets["relations"][0, cell], strict=True))
     assert (last["rank"], last["nth of kind"], last["of name"]) == (0, 1, 2)
-
-
-def test_patches_know_what_is_beside_their_thing():
-    grid = 8
-    low = Thing("square", "green", (0.4, 0.7, 0.6, 0.9))
-    ears = [Thing("star", "red", (x, 0.1, x + 0.2, 0.3)) for x in (0.2, 0.6)]
-    targets = patch_targets([(THINGS, None), ((low, *ears), None)], grid)
-
-    def beside(scene, thing):
-        cell = int(thing.centre[1] * grid) * grid + int(thing.centre[0] * grid)
-        kinds = dict(zip(SIDES, targets["beside"][scene, cell], strict=True))
-        return {side: KINDS[k - 1] if k > 0 else k for side, k in kinds.items()}
-
-    assert beside(0, STAR) == {"left": "circle", "right": 0, "above": "circle", "below": "circle"}
-    # Two are above, neither nearer: nobody could say which one is meant.
-    assert beside(1, low)["above"] == -1 and beside(1, low)["below"] == 0
-    assert set(targets["beside"][0][targets["kind"][0] == 0].ravel()) == {-1}
 
 
 def test_a_mirror_turns_pictures_and_places_alike():

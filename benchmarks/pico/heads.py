@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from edgevlm.benchmarks.pico.batches import Meant
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
 from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, rotate
-from edgevlm.benchmarks.pico.phrasings import SIDES
 from edgevlm.benchmarks.pico.questions import LOC_STEP
 from edgevlm.benchmarks.pico.targets import (
     LETTER_SLOTS,
@@ -24,7 +23,6 @@ from edgevlm.benchmarks.pico.targets import (
 from edgevlm.benchmarks.pico.tokenizer import N_LOC, Tokenizer
 
 RELATION_WEIGHT = 2.0  # counts and orders are what the encoder is slowest to learn
-BESIDE_WEIGHT = 1.0
 NOUN_LAYER = 1  # the second of the decoder: two more bring what a noun knows to the answer
 WRITTEN_LAYER = 2  # the third: what is next depends on what was written
 MASK_LAYER = 2  # the third of the encoder: the layers after it can build on the masks
@@ -101,8 +99,7 @@ class RowHeads(nn.Module):
         super().__init__()
         self.places = nn.Linear(width, 4 * width, bias=False)
         self.relations = nn.Linear(width, len(RELATIONS) * MOST)
-        self.beside = nn.Linear(width, len(SIDES) * (1 + len(KINDS)))
-        for linear in (self.places, self.relations, self.beside):
+        for linear in (self.places, self.relations):
             nn.init.normal_(linear.weight, std=width**-0.5)
         # Nouns as they stand in a prompt (after a space) and as they begin an answer.
         self.nouns = [_word_ids(tokenizer, KINDS, space) for space in (" ", "")]
@@ -123,9 +120,7 @@ class RowHeads(nn.Module):
         wanted = torch.softmax(-0.5 * near**2, -1)
         guessed = self.places(found).unflatten(-1, (4, -1)) @ embeddings[self.place_ids].T
         related = self.relations(found).unflatten(-1, (len(RELATIONS), MOST))
-        beside = self.beside(found).unflatten(-1, (len(SIDES), -1))
         return {
-            "beside": BESIDE_WEIGHT * _entropy(beside, targets["beside"][seen]),
             "relations": RELATION_WEIGHT * _entropy(related, targets["relations"][seen]),
             "noun": torch.stack(nouns).mean(),
             "colour word": torch.stack(colours).mean(),

@@ -56,11 +56,6 @@ def on_side(anchor: Thing, side: str, things: Things) -> Thing | None:
     return found
 
 
-def is_free(anchor: Thing, side: str, things: Things) -> bool:
-    """Whether nothing lies on that side, nor level with the anchor."""
-    return not _beyond(anchor, side, things)
-
-
 def _beyond(anchor: Thing, side: str, things: Things) -> list[tuple[float, float, Thing]]:
     """What is on that side or level with the anchor: how far along, how far across, and what."""
     places = [(*_along(anchor, t, side), t) for t in things if t is not anchor]

@@ -15,11 +15,9 @@ import numpy as np
 from edgevlm.benchmarks.pico.drawing import Box
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
 from edgevlm.benchmarks.pico.model import PicoConfig
-from edgevlm.benchmarks.pico.phrasings import SIDES
 from edgevlm.benchmarks.pico.questions import Question, reading_order
 from edgevlm.benchmarks.pico.scenes import Thing, Word
 from edgevlm.benchmarks.pico.shards import Facts
-from edgevlm.benchmarks.pico.sides import is_free, on_side
 from edgevlm.benchmarks.pico.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -141,9 +139,8 @@ def patch_targets(facts: list[Facts], grid: int) -> dict[str, np.ndarray]:
     """What lies under each patch; -1 where a head has nothing to learn.
 
     kind, colour, letter, letter_index: int64 [n, grid * grid(, slots)]; relations: int64 [n, grid *
-    grid, len(RELATIONS)]; beside: int64 [n, grid * grid, len(SIDES)], the kind of what is there as
-    in `kind`, 0 where nothing is; centre: float32 [n, grid * grid]; box: float32 [n, grid * grid,
-    4], the object's sides relative to the patch's centre.
+    grid, len(RELATIONS)]; centre: float32 [n, grid * grid]; box: float32 [n, grid * grid, 4], the
+    object's sides relative to the patch's centre.
     """
     n, g2 = len(facts), grid * grid
     out: dict[str, np.ndarray] = {
@@ -152,7 +149,6 @@ def patch_targets(facts: list[Facts], grid: int) -> dict[str, np.ndarray]:
         "centre": np.zeros((n, g2), np.float32),
         "box": np.zeros((n, g2, 4), np.float32),
         "relations": np.full((n, g2, len(RELATIONS)), -1, np.int64),
-        "beside": np.full((n, g2, len(SIDES)), -1, np.int64),
         "letter": np.full((n, g2, LETTER_SLOTS), -1, np.int64),
         "letter_index": np.full((n, g2, LETTER_SLOTS), -1, np.int64),
     }
@@ -213,16 +209,6 @@ def relations(things: tuple[Thing, ...]) -> dict[Thing, list[int]]:
     }
 
 
-def beside(thing: Thing, things: tuple[Thing, ...]) -> list[int]:
-    """The kind on every side of a thing (1 + its index), 0 for nothing, -1 where it is in doubt."""
-    kinds = []
-    for side in SIDES:
-        found = on_side(thing, side, things)
-        free = is_free(thing, side, things)
-        kinds.append(1 + KINDS.index(found.kind) if found else 0 if free else -1)
-    return kinds
-
-
 def _overlap(low: float, high: float, grid: int) -> np.ndarray:
     """The share of each of the cells along a side that the interval covers."""
     edges = np.arange(grid) / grid
@@ -245,7 +231,6 @@ def _mark_things(out: dict[str, np.ndarray], things: tuple[Thing, ...], grid: in
         out["kind"][mine] = 1 + KINDS.index(thing.kind)
         out["colour"][mine] = COLOURS.index(thing.colour) if thing.colour else -1
         out["relations"][mine] = related[thing]
-        out["beside"][mine] = beside(thing, things)
         out["box"][mine] = (np.array(thing.box) - centres)[mine]
         out["centre"][cy * grid + cx] = 1
 
