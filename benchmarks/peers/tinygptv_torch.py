@@ -19,6 +19,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
     from edgevlm.export import pipeline
     from edgevlm.export.references import tinygptv as original
+    from edgevlm.export.references.causal import weights
     from edgevlm.export.vision import quiet
 
     torch.set_num_threads(task["threads"])
@@ -27,8 +28,8 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     if job.family.name != "tinygptv":
         raise ValueError(f"knows TinyGPT-V and no {job.family.name}")
     with quiet(), torch.inference_mode():
-        tower = original.weights(job.parts["vision"])
-        former = original.queries(job.model.projector, original.weights(job.parts["projector"]))
+        tower = weights(job.parts["vision"])
+        former = original.queries(job.model.projector, weights(job.parts["projector"]))
         decoder = original.language_model(job.model.text, job.parts["decoder"])
 
         def embeddings(picture: Any) -> Any:

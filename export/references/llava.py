@@ -21,6 +21,7 @@ from torch import Tensor
 from edgevlm.export.components import Job
 from edgevlm.export.parts import Part
 from edgevlm.export.references import Arrays, Request
+from edgevlm.export.references.causal import Seen, stages, weights
 from edgevlm.export.vision import quiet
 from edgevlm.family import Config
 from edgevlm.specs import ImageSpec
@@ -52,23 +53,14 @@ class Reference:
     def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
         """See references.Source."""
         model = self._job.model
-        before, after = self._pieces(request.prompt)
         with quiet(), torch.inference_mode():
             pixels = _pixels(request.image, model.image)
             features = _features(pixels, model.vision, self._job.parts["vision"])
-            projector = _tensors(self._job.parts["projector"])
+            projector = weights(self._job.parts["projector"])
             rows = _CONNECTORS[model.projector["kind"]](features, projector)
             decoder = _decoder(model.text, self._job.parts["decoder"])
-            embed = decoder.get_input_embeddings()
-            text = [embed(torch.tensor([ids])) for ids in (before, after)]
-            logits = _logits(decoder, torch.cat([text[0], rows, text[1]], 1), tokens)
-        return {
-            "pixels": pixels.numpy(),
-            "features": features.numpy(),
-            "embeddings": rows.numpy(),
-            "prompt_ids": np.array(before + after, np.int32),
-            "logits": logits,
-        }
+            seen = Seen(pixels, features, rows)
+            return stages(seen, decoder, self._pieces(request.prompt), tokens)
 
     def _pieces(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids before and after the picture, from the prompt as one text."""
@@ -102,17 +94,13 @@ def _expand2square(picture: Image.Image, background: tuple[int, ...]) -> Image.I
     return square
 
 
-def _tensors(part: Part) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(t.float32().copy()) for name, t in part.items()}
-
-
 def _features(pixels: Tensor, config: Config, part: Part) -> Tensor:
     keys = ("kind", "depth", "class_token")
     settings = {k: v for k, v in config.items() if k not in keys}
     tower = _hf.CLIPVisionModel(
         _hf.CLIPVisionConfig(**settings, attn_implementation="eager")
     ).eval()
-    state = {f"vision_model.{name}": value for name, value in _tensors(part).items()}
+    state = {f"vision_model.{name}": value for name, value in weights(part).items()}
     _load(tower, state, allowed="vision_model.post_layernorm.")
     states = tower(pixels, output_hidden_states=True).hidden_states[-1]
     features: Tensor = states if config["class_token"] else states[:, 1:]
@@ -126,7 +114,7 @@ def _decoder(config: Config, part: Part) -> Any:
     with torch.device("meta"):
         decoder = getattr(_hf, f"{name}ForCausalLM")(made)
     head = "lm_head.weight"
-    state = {n if n == head else f"model.{n}": v for n, v in _tensors(part).items()}
+    state = {n if n == head else f"model.{n}": v for n, v in weights(part).items()}
     if config["tie_word_embeddings"]:
         state[head] = state["model.embed_tokens.weight"]
     decoder.load_state_dict(state, strict=True, assign=True)
@@ -138,17 +126,6 @@ def _load(module: torch.nn.Module, state: dict[str, Tensor], allowed: str) -> No
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
     wrong = [*unexpected, *(name for name in missing if not name.startswith(allowed))]
     assert not wrong, wrong
-
-
-def _logits(decoder: Any, rows: Tensor, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    cache = _hf.DynamicCache(config=decoder.config)
-    out = decoder(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    found = [out.logits[0, -1].numpy()]
-    for token in tokens:
-        step = torch.tensor([[int(token)]])
-        out = decoder(input_ids=step, past_key_values=cache, use_cache=True)
-        found.append(out.logits[0, -1].numpy())
-    return np.stack(found)
 
 
 def _linear(x: Tensor, w: Mapping[str, Tensor]) -> Tensor:

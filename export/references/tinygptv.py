@@ -21,6 +21,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 from edgevlm.export.components import Job
 from edgevlm.export.parts import Part
 from edgevlm.export.references import Arrays, Request
+from edgevlm.export.references.causal import Seen, stages, weights
 from edgevlm.export.vision import quiet
 from edgevlm.family import Config
 from edgevlm.specs import ImageSpec
@@ -48,22 +49,13 @@ class Reference:
     def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
         """See references.Source."""
         model, parts = self._job.model, self._job.parts
-        before, after = self._pieces(request.prompt)
         with quiet(), torch.inference_mode():
             pixels = preprocessed(request.image, model.image)
             features = tower(pixels, model.vision, weights(parts["vision"]))
             rows = queries(model.projector, weights(parts["projector"]))(features)
             decoder = language_model(model.text, parts["decoder"])
-            embed = decoder.get_input_embeddings()
-            text = [embed(torch.tensor([ids])) for ids in (before, after)]
-            logits = _logits(decoder, torch.cat([text[0], rows, text[1]], 1), tokens)
-        return {
-            "pixels": pixels.numpy(),
-            "features": features.numpy(),
-            "embeddings": rows.numpy(),
-            "prompt_ids": np.array(before + after, np.int32),
-            "logits": logits,
-        }
+            seen = Seen(pixels, features, rows)
+            return stages(seen, decoder, self._pieces(request.prompt), tokens)
 
     def _pieces(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids on both sides of the picture (minigpt_base.py, get_context_emb)."""
@@ -80,11 +72,6 @@ def preprocessed(image: NDArray[np.uint8], spec: ImageSpec) -> Tensor:
     scaled = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous().float().div(255)
     mean, std = (torch.tensor(x)[:, None, None] for x in (spec.mean, spec.std))
     return scaled.sub(mean).div(std)[None]
-
-
-def weights(part: Part) -> dict[str, Tensor]:
-    """A part's tensors in float32, by canonical name."""
-    return {name: torch.from_numpy(t.float32().copy()) for name, t in part.items()}
 
 
 def tower(pixels: Tensor, config: Config, w: dict[str, Tensor]) -> Tensor:
@@ -197,14 +184,3 @@ _SAME = (
     "rope_theta",
     "tie_word_embeddings",
 )
-
-
-def _logits(decoder: Any, rows: Tensor, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    cache = _hf.DynamicCache(config=decoder.config)
-    out = decoder(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    found = [out.logits[0, -1].numpy()]
-    for token in tokens:
-        step = torch.tensor([[int(token)]])
-        out = decoder(input_ids=step, past_key_values=cache, use_cache=True)
-        found.append(out.logits[0, -1].numpy())
-    return np.stack(found)
