@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 
+from edgevlm.benchmarks.latency.files import default_picture
 from edgevlm.benchmarks.latency.gather import Configuration
 from edgevlm.benchmarks.latency.report import Report, Result
 from edgevlm.benchmarks.latency.runner import Plan, run_plan
@@ -41,7 +42,6 @@ from edgevlm.models import BUILT_IN
 
 _HERE = Path(__file__).parent
 CHECKPOINT = _HERE / "pico" / "checkpoint"
-_PICTURE = _HERE.parent / "examples" / "shapes.png"
 # Between these lines of the page stands what this command measured.
 _BEGIN, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
 # Also made with an importance matrix, which they do not need.
@@ -126,10 +126,11 @@ def qualities(made: Sequence[Row], work: Path, scenes: int) -> list[Quality]:
         return list(pool.map(one, range(len(made))))
 
 
-def speeds(made: Sequence[Row], runs: int) -> Report:
+def speeds(made: Sequence[Row], work: Path, runs: int) -> Report:
     """Stages and memory of every row, in turn; rows with a cache of another type are left out."""
+    picture = default_picture(work)
     plan = Plan(
-        tuple(Configuration(f"{r.half} {r.name}", r.bundle, _PICTURE) for r in made if not r.kv),
+        tuple(Configuration(f"{r.half} {r.name}", r.bundle, picture) for r in made if not r.kv),
         tokens=_TOKENS,
         runs=runs,
         pairs=3,
@@ -235,7 +236,7 @@ def main(out: Path, scenes: int, runs: int) -> None:
         say(f"quality of {len(made)} bundles")
         quality = qualities(made, work, scenes)
         say("speed")
-        report = speeds(made, runs)
+        report = speeds(made, work, runs)
         by_name = {result.name: result for result in report.results}
         found = [
             Measured(row, q, None if row.kv else by_name.get(f"{row.half} {row.name}"))

@@ -38,3 +38,13 @@ def test_a_line_says_how_far_a_precision_is_from_the_reference() -> None:
     assert line["precision"] == "int8" and line["size"].endswith(" MB")
     assert line["features"] == "0.99984" and line["KL, nats"] == "0.0029"
     assert (line["top-1"], line["accuracy"], line["change"]) == ("98.0 %", "94.0 %", "-1.0")
+
+
+def test_every_row_but_those_of_another_cache_is_timed(tmp_path: Path) -> None:
+    pico = open_bundle(resolve(None))
+    made = [
+        precisions.Row("vision", "int8", pico),
+        precisions.Row("decoder", "q8_0", pico, kv="q8_0"),
+    ]
+    (result,) = precisions.speeds(made, tmp_path, runs=1).results
+    assert result.name == "vision int8" and "vision_ms" in result.metrics
