@@ -49,7 +49,7 @@ def write(source: Path, target: Path, maps: Mapping[str, tuple[str, str]]) -> No
 def _rounded(weight: Array) -> tuple[NDArray[np.int8], Array]:
     """Symmetric 8-bit values of a matrix and the scale of each column, float32 [columns]."""
     peak = np.abs(weight).max(0)
-    scale = np.where(peak > 0, 2 * peak / np.float32(2 * _LARGEST), 1).astype(np.float32)
+    scale = np.where(peak > 0, peak / np.float32(_LARGEST), np.float32(1))
     return np.round(weight / scale).astype(np.int8), scale
 
 

@@ -23,6 +23,8 @@ except ImportError:
 
 # Weights of more than this lie in a file of their own: onnxruntime maps it instead of parsing it.
 EXTERNAL_BYTES = 64 << 20
+# Smaller tensors stay in the graph: shape inference reads them there.
+_INSIDE_BYTES = 1024
 _ALIGNMENT = 64  # bytes: a cache line, and more than any vector load asks for
 
 Array = NDArray[np.float32]
@@ -57,7 +59,7 @@ def save(model: Any, target: Path) -> None:
             save_as_external_data=True,
             all_tensors_to_one_file=True,
             location=_data(target).name,
-            size_threshold=1024,
+            size_threshold=_INSIDE_BYTES,
         )
         # onnx makes this file for its owner alone.
         _data(target).chmod(target.stat().st_mode)
@@ -88,7 +90,9 @@ def rewrite(model: Any, source: Path, target: Path, change: Change) -> None:
 
 
 def _append(name: str, values: NDArray[Any], data: BinaryIO) -> Any:
-    """A tensor whose values stand at the end of a file."""
+    """A tensor whose values stand at the end of a file, or in itself where they are few."""
+    if values.nbytes < _INSIDE_BYTES:
+        return numpy_helper.from_array(values, name)
     data.write(bytes(-data.tell() % _ALIGNMENT))
     tensor = onnx.TensorProto(
         name=name,

@@ -197,6 +197,10 @@ def test_large_weights_lie_in_a_file_of_their_own(
     assert names == ["vision.onnx", "vision.onnx.data"]
     assert split.stat().st_size < plain.stat().st_size / 2
     assert len({p.stat().st_mode for p in onnx_files.files(split)}) == 1
+    inside = [t for t in onnx_files.skeleton(split).graph.initializer if t.data_location == 0]
+    assert all(np.prod(t.dims) * 4 < 1024 for t in inside)
+    outside = len(onnx_files.skeleton(split).graph.initializer) - len(inside)
+    assert inside and outside
     a, b = (onnx_files.run(p, "pixels", tower.pixels) for p in (plain, split))
     assert np.array_equal(a, b)
 
