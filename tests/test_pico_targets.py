@@ -8,6 +8,7 @@ import pytest
 
 from edgevlm.benchmarks.pico import questions
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS
+from edgevlm.benchmarks.pico.phrasings import SIDES
 from edgevlm.benchmarks.pico.scenes import Thing
 from edgevlm.benchmarks.pico.targets import RELATIONS, Lexicon, flipped, patch_targets
 from edgevlm.benchmarks.pico.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ def described(named):
 )
 def test_nouns_and_colours_of_a_prompt_know_their_things(lexicon, prompt, meant):
     ids = lexicon.tokenizer.prompt_ids(prompt)
-    found = lexicon.named(ids, THINGS, 10)
+    found = lexicon.named("colour", ids, THINGS, 10)
     assert [described(named) for named in found] == meant
     assert all(ids[named.column - 10] in lexicon.kinds | lexicon.colours for named in found)
 
@@ -75,6 +76,45 @@ def test_patches_know_how_many_there_are_and_in_which_order():
     cell = int(LAST.centre[1] * grid) * grid + int(LAST.centre[0] * grid)
     last = dict(zip(RELATIONS, targets["relations"][0, cell], strict=True))
     assert (last["rank"], last["nth of kind"], last["of name"]) == (0, 1, 2)
+
+
+def kinds_beside(indices, things):
+    kinds = [things[k].kind if k >= 0 else None for k in indices]
+    return dict(zip(SIDES, kinds, strict=True))
+
+
+def test_patches_know_what_is_beside_their_thing():
+    grid = 8
+    low = Thing("square", "green", (0.4, 0.7, 0.6, 0.9))
+    ears = [Thing("star", "red", (x, 0.1, x + 0.2, 0.3)) for x in (0.2, 0.6)]
+    scenes = [THINGS, (low, *ears)]
+    targets = patch_targets([(things, None) for things in scenes], grid)
+
+    def beside(scene, thing):
+        cell = int(thing.centre[1] * grid) * grid + int(thing.centre[0] * grid)
+        assert scenes[scene][targets["thing"][scene, cell]] == thing
+        return kinds_beside(targets["beside"][scene, cell], scenes[scene])
+
+    assert beside(0, STAR) == {
+        "left": "circle",
+        "right": None,
+        "above": "circle",
+        "below": "circle",
+    }
+    # Two are above, neither nearer: nobody could say which one is meant.
+    assert beside(1, low)["above"] is None
+    nothing = targets["kind"][0] == 0
+    assert set(targets["beside"][0][nothing].ravel()) == {-1}
+    assert set(targets["thing"][0][nothing]) == {-1}
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [("position", "circle"), ("colour", None)], ids=["a side", "a colour"]
+)
+def test_a_noun_knows_what_is_beside_its_thing_where_a_side_is_asked_of(lexicon, task, kind):
+    ids = lexicon.tokenizer.prompt_ids("answer en what is left of the star?")
+    (named,) = lexicon.named(task, ids, THINGS, 0)
+    assert [KINDS[k] if k >= 0 else None for k in named.beside] == [kind, None, kind, kind]
 
 
 def test_a_mirror_turns_pictures_and_places_alike():

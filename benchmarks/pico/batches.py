@@ -55,11 +55,12 @@ class Row(NamedTuple):
 @dataclass
 class Meant:
     """What states refer to, see targets.Named: int64 [n, 5] (row * t + column, left, number, kind,
-    colour) and boxes, float32 [n, 4].
+    colour), boxes, float32 [n, 4], and the kinds beside, int64 [n, 4].
     """
 
     facts: Tensor
     boxes: Tensor
+    beside: Tensor
 
 
 @dataclass
@@ -125,7 +126,7 @@ def pack(
             continue
         seen.add(question.prompt.lower().rstrip("?"))
         start = len(row.ids)
-        row.named.extend(lexicon.named(prompt, things, start))
+        row.named.extend(lexicon.named(question.task, prompt, things, start))
         row.written.extend(lexicon.written(question, answer, things, start + len(prompt)))
         row.ids.extend(prompt + answer)
         row.segment.extend([len(row.tasks)] * n)
@@ -221,6 +222,7 @@ def _meant(named: list[tuple[int, Named]]) -> Meant:
     return Meant(
         torch.tensor(facts, dtype=torch.int64).view(-1, 5),
         torch.tensor([n.box for _, n in named]).view(-1, 4),
+        torch.tensor([n.beside for _, n in named], dtype=torch.int64).view(-1, 4),
     )
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from edgevlm.benchmarks.pico.batches import Meant
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
-from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, rotate
+from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, VisionLayer, rotate
+from edgevlm.benchmarks.pico.phrasings import SIDES
 from edgevlm.benchmarks.pico.questions import LOC_STEP
 from edgevlm.benchmarks.pico.targets import (
     LETTER_SLOTS,
@@ -23,8 +24,8 @@ from edgevlm.benchmarks.pico.targets import (
 from edgevlm.benchmarks.pico.tokenizer import N_LOC, Tokenizer
 
 RELATION_WEIGHT = 2.0  # counts and orders are what the encoder is slowest to learn
-NOUN_LAYER = 1  # the second of the decoder: two more bring what a noun knows to the answer
-WRITTEN_LAYER = 2  # the third: what is next depends on what was written
+NOUN_LAYER = 2  # the third of the decoder: two more bring what a noun knows to the answer
+WRITTEN_LAYER = 3  # the fourth: what is next depends on what was written
 MASK_LAYER = 2  # the third of the encoder: the layers after it can build on the masks
 _SIZES = {
     "kind": WORD_KIND + 1,
@@ -88,6 +89,38 @@ class MaskHead(nn.Module):
         return loss / known.sum().clamp(min=1)
 
 
+class Neighbours(nn.Module):
+    """Shows the first attention heads of the encoder's last layer, one for each side, where the
+    nearest object on that side is, and has the layer say of what kind it is.
+
+    A question about a side is then answered by what is known of the object that it names.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, len(SIDES) * len(KINDS))
+        nn.init.normal_(self.linear.weight, std=width**-0.5)
+
+    def losses(
+        self, layer: VisionLayer, before: Tensor, features: Tensor, targets: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What goes into the layer and what comes out [n, patches, width] -> one scalar each."""
+        beside, thing, kind = targets["beside"], targets["thing"], targets["kind"]
+        right = beside.transpose(1, 2)[..., None] == thing[:, None, None]  # [n, sides, p, p]
+        right &= (beside >= 0).transpose(1, 2)[..., None]
+        known = right.any(-1)
+        log_p = layer.log_attention(before, len(SIDES))
+        looked = -log_p.masked_fill(~right, -1e9).logsumexp(-1)[known]
+        first = right.int().argmax(-1)  # a patch of the neighbour
+        kinds = kind.gather(1, first.flatten(1)).view_as(first) - 1
+        wanted = torch.where(known, kinds, -1).transpose(1, 2)
+        guessed = self.linear(features).unflatten(-1, (len(SIDES), -1))
+        return {
+            "beside attention": looked.mean() if looked.numel() else looked.sum(),
+            "beside": _entropy(guessed, wanted),
+        }
+
+
 class RowHeads(nn.Module):
     """Ties the image rows to the decoder's own words and places.
 
@@ -137,7 +170,7 @@ class Referents(nn.Module):
     box takes one side from one star, the next from another.
     """
 
-    SIZES = (MOST, MOST, len(KINDS), len(COLOURS), 4)
+    SIZES = (MOST, MOST, len(KINDS), len(COLOURS), 4, len(SIDES) * len(KINDS))
 
     def __init__(self, width: int, layer: int) -> None:
         super().__init__()
@@ -153,7 +186,10 @@ class Referents(nn.Module):
         error = (out[4][any_thing] - meant.boxes[any_thing] * 4).abs()
         names = ("left", "number", "kind", "colour")
         known = {name: _entropy(out[k], meant.facts[:, k + 1]) for k, name in enumerate(names)}
-        return known | {"box": error.mean() if error.numel() else error.sum()}
+        return known | {
+            "box": error.mean() if error.numel() else error.sum(),
+            "beside": _entropy(out[5].unflatten(-1, (len(SIDES), -1)), meant.beside),
+        }
 
 
 class NounAttention:

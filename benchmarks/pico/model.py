@@ -24,11 +24,11 @@ class PicoConfig:
     side: int = 112
     patch: int = 14
     vision_width: int = 256
-    vision_layers: int = 6
+    vision_layers: int = 7
     vision_heads: int = 8
     vision_ff: int = 768
     width: int = 192
-    layers: int = 4
+    layers: int = 5
     heads: int = 3
     head_dim: int = 64
     ff: int = 512
@@ -76,7 +76,9 @@ class _VisionMlp(nn.Module):
         return out
 
 
-class _VisionLayer(nn.Module):
+class VisionLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm."""
+
     def __init__(self, config: PicoConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.vision_width, eps=1e-6)
@@ -85,9 +87,20 @@ class _VisionLayer(nn.Module):
         self.mlp = _VisionMlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Patches [n, patches, width] -> the same."""
         x = x + self.self_attn(self.layer_norm1(x))
         out: Tensor = x + self.mlp(self.layer_norm2(x))
         return out
+
+    def log_attention(self, x: Tensor, n_heads: int) -> Tensor:
+        """Logarithms of what the first heads look at: [n, heads, patches, patches]."""
+        attention, normed = self.self_attn, self.layer_norm1(x)
+        size = attention.q_proj.out_features // attention.n_heads
+        q, k = (
+            f(normed)[..., : n_heads * size].unflatten(-1, (n_heads, size)).transpose(1, 2)
+            for f in (attention.q_proj, attention.k_proj)
+        )
+        return F.log_softmax(q @ k.transpose(-1, -2) * size**-0.5, -1)
 
 
 class _VisionEmbeddings(nn.Module):
@@ -111,7 +124,7 @@ class _VisionEmbeddings(nn.Module):
 class _VisionEncoder(nn.Module):
     def __init__(self, config: PicoConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_VisionLayer(config) for _ in range(config.vision_layers))
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.vision_layers))
 
     def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Tensor:
         for layer in self.layers:
@@ -322,3 +335,8 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Rotary position embedding of [..., n, head_dim] at int64 positions [n]."""
     cos, sin = _rope(positions[None], x.shape[-1])
     return _rotate(x, cos[0, 0], sin[0, 0])
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] in -1..1, as SigLIP wants it."""
+    return pictures.permute(0, 3, 1, 2).contiguous().float().mul_(2 / 255).sub_(1)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from edgevlm.benchmarks.pico.batches import Batch, BatchPlan, build
-from edgevlm.benchmarks.pico.model import Pico
+from edgevlm.benchmarks.pico.model import Pico, to_pixels
 from edgevlm.benchmarks.pico.questions import LOC_STEP
 from edgevlm.benchmarks.pico.scenes import Scene, make_scene
 from edgevlm.benchmarks.pico.shards import model_input
@@ -55,8 +55,7 @@ def monitor(model: Pico, tokenizer: Tokenizer) -> dict[str, float]:
 
 
 def _exact(model: Pico, batch: Batch, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    pixels = batch.pictures.permute(0, 3, 1, 2).contiguous().float().mul_(2 / 255).sub_(1)
-    rows = model.image_rows(model.features(pixels))
+    rows = model.image_rows(model.features(to_pixels(batch.pictures)))
     results: list[tuple[str, bool]] = []
     for texts in batch.texts:
         hidden = model.hidden(rows[texts.picture_of], texts.ids, texts.positions, texts.mask)

@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
@@ -72,21 +72,20 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def make_optimisers(
-    modules: Iterable[nn.Module], lr: float, muon_lr: float, threads: Executor
+    named: Iterable[tuple[str, Tensor]], lr: float, muon_lr: float, threads: Executor
 ) -> list[torch.optim.Optimizer]:
     """Matrices of the layers to Muon; embeddings, patches, heads, norms and biases to AdamW."""
     matrices: list[Tensor] = []
     tables: list[Tensor] = []
     vectors: list[Tensor] = []
     patches: list[Tensor] = []
-    for module in modules:
-        for name, p in module.named_parameters():
-            if "patch_embedding" in name:
-                patches.append(p)
-            elif ".layers." in name and p.ndim == 2:
-                matrices.append(p)
-            else:
-                (tables if p.ndim > 1 else vectors).append(p)
+    for name, p in named:
+        if "patch_embedding" in name:
+            patches.append(p)
+        elif ".layers." in name and p.ndim == 2:
+            matrices.append(p)
+        else:
+            (tables if p.ndim > 1 else vectors).append(p)
     groups: list[dict[str, Any]] = [
         {"params": tables, "weight_decay": 0.01},
         {"params": vectors, "weight_decay": 0.0},
@@ -94,5 +93,9 @@ def make_optimisers(
         {"params": patches, "weight_decay": 0.0, "lr": 0.1 * lr},
     ]
     groups = [group for group in groups if group["params"]]
-    adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
-    return [Muon(matrices, muon_lr, threads), adam]
+    optimisers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimisers.append(Muon(matrices, muon_lr, threads))
+    if groups:
+        optimisers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True))
+    return optimisers

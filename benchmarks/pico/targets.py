@@ -15,9 +15,11 @@ import numpy as np
 from edgevlm.benchmarks.pico.drawing import Box
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
 from edgevlm.benchmarks.pico.model import PicoConfig
+from edgevlm.benchmarks.pico.phrasings import SIDES
 from edgevlm.benchmarks.pico.questions import Question, reading_order
 from edgevlm.benchmarks.pico.scenes import Thing, Word
 from edgevlm.benchmarks.pico.shards import Facts
+from edgevlm.benchmarks.pico.sides import on_side
 from edgevlm.benchmarks.pico.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -35,7 +37,7 @@ class Named(NamedTuple):
     """What the token at a column of a row refers to; -1 where its things differ or there are none.
 
     ``left`` counts the things an answer has still to name, -1 in a prompt; ``box`` is that of the
-    first thing in reading order.
+    first thing in reading order; ``beside`` the kinds on its sides, where a prompt asks about one.
     """
 
     column: int
@@ -44,6 +46,7 @@ class Named(NamedTuple):
     kind: int
     colour: int
     box: Box
+    beside: tuple[int, ...] = (-1,) * len(SIDES)
 
 
 class Lexicon:
@@ -56,7 +59,9 @@ class Lexicon:
         }
         self.colours = {tokenizer.word_id(colour): colour for colour in COLOURS}
 
-    def named(self, prompt: list[int], things: tuple[Thing, ...], start: int) -> list[Named]:
+    def named(
+        self, task: str, prompt: list[int], things: tuple[Thing, ...], start: int
+    ) -> list[Named]:
         """Every noun, with the colour right before it, and every colour without a noun; columns
         count from ``start``.
         """
@@ -70,7 +75,10 @@ class Lexicon:
             elif colour is None or after in self.kinds:
                 continue
             meant = [t for t in things if kind in (None, t.kind) and colour in (None, t.colour)]
-            found.append(_described(start + column, -1, reading_order(tuple(meant))))
+            described = _described(start + column, -1, reading_order(tuple(meant)))
+            if task == "position" and len(meant) == 1:
+                described = described._replace(beside=_kinds_beside(meant[0], things))
+            found.append(described)
         return found
 
     def written(
@@ -121,6 +129,10 @@ def _described(column: int, left: int, meant: list[Thing]) -> Named:
     )
 
 
+def _kinds_beside(thing: Thing, things: tuple[Thing, ...]) -> tuple[int, ...]:
+    return tuple(KINDS.index(things[k].kind) if k >= 0 else -1 for k in beside(thing, things))
+
+
 def flipped(pictures: np.ndarray, facts: list[Facts]) -> tuple[np.ndarray, list[Facts]]:
     """The scenes in a mirror; those with letters stay as they are."""
     pictures = pictures.copy()
@@ -139,8 +151,9 @@ def patch_targets(facts: list[Facts], grid: int) -> dict[str, np.ndarray]:
     """What lies under each patch; -1 where a head has nothing to learn.
 
     kind, colour, letter, letter_index: int64 [n, grid * grid(, slots)]; relations: int64 [n, grid *
-    grid, len(RELATIONS)]; centre: float32 [n, grid * grid]; box: float32 [n, grid * grid, 4], the
-    object's sides relative to the patch's centre.
+    grid, len(RELATIONS)]; thing: int64 [n, grid * grid], which of the scene's; beside: int64 [n,
+    grid * grid, len(SIDES)], which is on each side of it; centre: float32 [n, grid * grid]; box:
+    float32 [n, grid * grid, 4], the object's sides relative to the patch's centre.
     """
     n, g2 = len(facts), grid * grid
     out: dict[str, np.ndarray] = {
@@ -149,6 +162,8 @@ def patch_targets(facts: list[Facts], grid: int) -> dict[str, np.ndarray]:
         "centre": np.zeros((n, g2), np.float32),
         "box": np.zeros((n, g2, 4), np.float32),
         "relations": np.full((n, g2, len(RELATIONS)), -1, np.int64),
+        "thing": np.full((n, g2), -1, np.int64),
+        "beside": np.full((n, g2, len(SIDES)), -1, np.int64),
         "letter": np.full((n, g2, LETTER_SLOTS), -1, np.int64),
         "letter_index": np.full((n, g2, LETTER_SLOTS), -1, np.int64),
     }
@@ -209,6 +224,12 @@ def relations(things: tuple[Thing, ...]) -> dict[Thing, list[int]]:
     }
 
 
+def beside(thing: Thing, things: tuple[Thing, ...]) -> list[int]:
+    """The index of what is on each side of a thing, -1 where nothing is or one might waver."""
+    found = [on_side(thing, side, things) for side in SIDES]
+    return [-1 if other is None else things.index(other) for other in found]
+
+
 def _overlap(low: float, high: float, grid: int) -> np.ndarray:
     """The share of each of the cells along a side that the interval covers."""
     edges = np.arange(grid) / grid
@@ -221,7 +242,7 @@ def _mark_things(out: dict[str, np.ndarray], things: tuple[Thing, ...], grid: in
     middles = (np.arange(grid) + 0.5) / grid
     centres = np.stack([np.tile(middles, grid), np.repeat(middles, grid)] * 2, 1)
     related = relations(things)
-    for thing in things:
+    for index, thing in enumerate(things):
         x0, y0, x1, y1 = thing.box
         cover = np.outer(_overlap(y0, y1, grid), _overlap(x0, x1, grid)).ravel()
         cx, cy = (min(grid - 1, int(v * grid)) for v in thing.centre)
@@ -231,6 +252,8 @@ def _mark_things(out: dict[str, np.ndarray], things: tuple[Thing, ...], grid: in
         out["kind"][mine] = 1 + KINDS.index(thing.kind)
         out["colour"][mine] = COLOURS.index(thing.colour) if thing.colour else -1
         out["relations"][mine] = related[thing]
+        out["thing"][mine] = index
+        out["beside"][mine] = beside(thing, things)
         out["box"][mine] = (np.array(thing.box) - centres)[mine]
         out["centre"][cy * grid + cx] = 1
 

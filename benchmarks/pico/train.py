@@ -14,7 +14,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,12 +28,14 @@ from edgevlm.benchmarks.pico.heads import (
     NOUN_LAYER,
     WRITTEN_LAYER,
     MaskHead,
+    Neighbours,
     NounAttention,
     PatchHeads,
     Referents,
     RowHeads,
 )
-from edgevlm.benchmarks.pico.model import Pico, PicoConfig
+from edgevlm.benchmarks.pico.initial import NEW, smooth_places, whiten_patches, with_new_layers
+from edgevlm.benchmarks.pico.model import Pico, PicoConfig, VisionLayer, to_pixels
 from edgevlm.benchmarks.pico.monitor import monitor
 from edgevlm.benchmarks.pico.optimiser import make_optimisers
 from edgevlm.benchmarks.pico.shards import read_shard, wait_for_shard
@@ -60,6 +62,7 @@ class Schedule:
     lr: float = 2e-3
     muon_lr: float = 0.016
     vision_share: float = 0.6  # of the rates above, once the decoder is trained too
+    inherited: float | None = None  # of the decoder's rates, for weights that were there before
     true_every: int = 5  # in the packed phase: how often a step has the true mask
     word_share: float = 0.05  # of the pictures
     object_share: float = 0.25
@@ -81,27 +84,34 @@ class Schedule:
                 return mode, end
         raise ValueError(f"step {step} is past the end ({self.total})")
 
-    def rates(self, step: int) -> tuple[float, float]:
-        """Factors on the rates of the encoder and of the decoder."""
+    def rates(self, step: int) -> tuple[float, float, float]:
+        """Factors on the rates of the encoder, of the decoder and of layers and heads that are new
+        to the model.
+        """
         left = (self.total - step) / (self.decay * (self.total - self.vision_steps))
         fall = min(1.0, left)
         warm = min(1.0, (step + 1) / 100)
         if step < self.vision_steps:
-            return warm, 0.3
-        return fall * self.vision_share, fall * min(1.0, (step - self.vision_steps + 1) / 50)
+            return warm, 0.3, warm
+        new = fall * min(1.0, (step - self.vision_steps + 1) / 50)
+        return fall * self.vision_share, new * (self.inherited or 1.0), new
 
 
-# From trained weights: the encoder learns counts and orders alone, then everything together.
+# From trained weights, with a new last layer in the encoder and a new second one in the decoder:
+# the encoder's learns alone what is beside what, then the decoder to say it. The rest of the
+# encoder stays as it is.
 CONTINUED = Schedule(
-    vision_steps=200,
-    packed_steps=2350,
-    true_steps=150,
-    lr=1.5e-3,
-    muon_lr=0.01,
-    vision_share=0.9,
+    vision_steps=450,
+    packed_steps=600,
+    true_steps=100,
+    vision_pictures=96,
+    muon_lr=0.02,
+    vision_share=0.0,
+    inherited=0.25,
     true_every=8,
     word_share=0.0,
     decay=0.7,
+    shards=36,
 )
 
 
@@ -123,25 +133,24 @@ class Trainer:
         self.nouns = Referents(config.width, NOUN_LAYER)
         self.written = Referents(config.width, WRITTEN_LAYER)
         self.mask_head = MaskHead(config.vision_width)
+        self.neighbours = Neighbours(config.vision_width)
+        self.all_heads = nn.ModuleList(
+            [
+                self.heads,
+                self.row_heads,
+                self.mask_head,
+                self.nouns,
+                self.written,
+                self.neighbours,
+            ]
+        )
         self.threads = ThreadPoolExecutor(N_THREADS)
-        vision: list[nn.Module] = [self.model.vision_tower, self.heads]
-        language: list[nn.Module] = [self.model.multi_modal_projector, self.model.language_model]
         self.optimisers = [
             make_optimisers(part, schedule.lr, schedule.muon_lr, self.threads)
-            for part in (vision, language)
+            for part in self._parts()
         ]
-        self.optimisers.append(
-            [
-                torch.optim.AdamW(
-                    [
-                        *self.row_heads.parameters(),
-                        *self.mask_head.parameters(),
-                        *self.nouns.parameters(),
-                        *self.written.parameters(),
-                    ],
-                    lr=schedule.lr,
-                )
-            ]
+        self.optimisers[-1].append(
+            torch.optim.AdamW(self.all_heads.parameters(), lr=schedule.lr),
         )
         self.base_rates = [
             [g["lr"] for o in part for g in o.param_groups] for part in self.optimisers
@@ -150,9 +159,28 @@ class Trainer:
         self.step = 0
         self.sums: dict[str, list[float]] = defaultdict(list)
 
+    def _parts(self) -> list[list[tuple[str, nn.Parameter]]]:
+        """The weights of the encoder, of the decoder, and those that are new to the model."""
+        named = list(self.model.named_parameters())
+        new = [] if self.schedule.inherited is None else [n for n in named if n[0].startswith(NEW)]
+        old = [(name, p) for name, p in named if all(name != n for n, _ in new)]
+        vision = [(name, p) for name, p in old if name.startswith("vision_tower.")]
+        language = [(name, p) for name, p in old if not name.startswith("vision_tower.")]
+        if self.schedule.vision_share == 0:
+            for _, p in vision:
+                p.requires_grad_(False)
+            vision = []
+        return [vision, language, new]
+
     def start_from(self, checkpoint: Path) -> None:
-        """Prepares a new schedule from trained weights; the heads are new."""
-        self.model.load_state_dict(load_checkpoint(checkpoint).state_dict())
+        """Prepares a new schedule from trained weights; the heads are new. A checkpoint of fewer
+        layers gets those of NEW, which change nothing until they have learnt something.
+        """
+        trained = load_checkpoint(checkpoint)
+        weights = trained.state_dict()
+        if trained.config.layers < self.config.layers:
+            weights = with_new_layers(weights, self.model)
+        self.model.load_state_dict(weights)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def start(self) -> None:
@@ -166,11 +194,7 @@ class Trainer:
         """Continues from a snapshot."""
         snapshot = torch.load(path, weights_only=True)
         self.model.load_state_dict(snapshot["model"])
-        self.heads.load_state_dict(snapshot["heads"])
-        self.row_heads.load_state_dict(snapshot["row_heads"])
-        self.mask_head.load_state_dict(snapshot["mask_head"])
-        self.nouns.load_state_dict(snapshot["nouns"])
-        self.written.load_state_dict(snapshot["written"])
+        self.all_heads.load_state_dict(snapshot["heads"])
         self.ema = snapshot["ema"]
         self.step = snapshot["step"]
         for optimiser, state in zip(self._all_optimisers(), snapshot["optimisers"], strict=True):
@@ -182,11 +206,7 @@ class Trainer:
             "config": asdict(self.config),
             "step": self.step,
             "model": self.model.state_dict(),
-            "heads": self.heads.state_dict(),
-            "mask_head": self.mask_head.state_dict(),
-            "row_heads": self.row_heads.state_dict(),
-            "nouns": self.nouns.state_dict(),
-            "written": self.written.state_dict(),
+            "heads": self.all_heads.state_dict(),
             "ema": self.ema,
             "optimisers": [o.state_dict() for o in self._all_optimisers()],
         }
@@ -256,8 +276,7 @@ class Trainer:
         self._average()
 
     def _set_rates(self) -> None:
-        vision, language = self.schedule.rates(self.step)
-        rates = (vision, language, language)
+        rates = self.schedule.rates(self.step)
         for part, base, rate in zip(self.optimisers, self.base_rates, rates, strict=True):
             groups = [g for o in part for g in o.param_groups]
             for group, lr in zip(groups, base, strict=True):
@@ -270,6 +289,9 @@ class Trainer:
         losses = self.heads.losses(features, batch.patches)
         losses |= self.row_heads.losses(rows, table, batch.patches)
         losses["noun attention"] = self.noun_attention.loss(self.model, rows, batch.patches)
+        encoder = self.model.vision_tower.vision_model.encoder
+        last = cast(VisionLayer, encoder.layers[-1])
+        losses |= self.neighbours.losses(last, layers[-2], features, batch.patches)
         losses["mask"] = MASK_WEIGHT * self.mask_head.loss(layers, batch.patches)
         loss = torch.stack(list(losses.values())).sum()
         self._note(losses)
@@ -343,49 +365,3 @@ class Trainer:
 
     def _all_optimisers(self) -> list[torch.optim.Optimizer]:
         return [optimiser for part in self.optimisers for optimiser in part]
-
-
-def to_pixels(pictures: Tensor) -> Tensor:
-    """uint8 [n, h, w, 3] -> float32 [n, 3, h, w] in -1..1, as SigLIP wants it."""
-    return pictures.permute(0, 3, 1, 2).contiguous().float().mul_(2 / 255).sub_(1)
-
-
-@torch.no_grad()
-def whiten_patches(model: Pico, pictures: np.ndarray) -> None:
-    """Starts the patch embedding with the pictures' principal components, all equally strong.
-
-    A patch's mean colour has hundreds of times the variance of its edges; from random weights the
-    encoder sees colours only, for tens of thousands of pictures.
-    """
-    embedding = model.vision_tower.vision_model.embeddings
-    p, g = model.config.patch, model.config.grid
-    pixels = to_pixels(torch.from_numpy(pictures))
-    patches = pixels.view(-1, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)
-    mean = patches.mean(0)
-    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-    values, vectors = values.flip(0), vectors.flip(1)
-    n = model.config.vision_width
-    scale = (values[:n] + values[n // 4]).rsqrt()
-    weight = vectors[:, :n].T * scale[:, None]
-    embedding.patch_embedding.weight.copy_(weight.view_as(embedding.patch_embedding.weight))
-    assert embedding.patch_embedding.bias is not None
-    embedding.patch_embedding.bias.copy_(-weight @ mean)
-    # Positions no louder than the patches that they are added to.
-    embedding.position_embedding.weight.mul_(0.4)
-
-
-@torch.no_grad()
-def smooth_places(model: Pico, first_loc: int) -> None:
-    """Starts the embeddings of neighbouring places near to one another, so that coordinates need
-    not be learnt apart.
-    """
-    width = model.config.width
-    places = torch.arange(1024) / 1023
-    frequencies = 0.5 * 2 ** torch.linspace(0, 6, width // 2)
-    angles = 2 * torch.pi * places[:, None] * frequencies
-    waves = (
-        torch.cat([angles.sin(), angles.cos()], 1)
-        * torch.cat([1 / frequencies, 1 / frequencies]) ** 0.35
-    )
-    waves = waves / waves.pow(2).mean().sqrt() * width**-0.5
-    model.language_model.model.embed_tokens.weight[first_loc : first_loc + 1024] = waves

@@ -1,0 +1,72 @@
+"""What pico's weights are before they are trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgevlm.benchmarks.pico.model import Pico, to_pixels
+
+# Layers that pico had not at first: the encoder's last and the decoder's second.
+NEW = ("vision_tower.vision_model.encoder.layers.6.", "language_model.model.layers.1.")
+_RESIDUAL = ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+
+
+def with_new_layers(trained: dict[str, Tensor], model: Pico) -> dict[str, Tensor]:
+    """Weights of a pico without the layers of NEW -> with them, as the model has them but silent:
+    the answers are the same until they have learnt something.
+    """
+    weights = {
+        name: torch.zeros_like(value) if name.endswith(_RESIDUAL) else value
+        for name, value in model.state_dict().items()
+        if name.startswith(NEW)
+    }
+    for name, value in trained.items():
+        head, found, tail = name.partition("language_model.model.layers.")
+        index, _, rest = tail.partition(".")
+        if found and int(index) > 0:
+            name = f"{head}{found}{int(index) + 1}.{rest}"
+        weights[name] = value
+    return weights
+
+
+@torch.no_grad()
+def whiten_patches(model: Pico, pictures: np.ndarray) -> None:
+    """Starts the patch embedding with the pictures' principal components, all equally strong.
+
+    A patch's mean colour has hundreds of times the variance of its edges; from random weights the
+    encoder sees colours only, for tens of thousands of pictures.
+    """
+    embedding = model.vision_tower.vision_model.embeddings
+    p, g = model.config.patch, model.config.grid
+    pixels = to_pixels(torch.from_numpy(pictures))
+    patches = pixels.view(-1, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    values, vectors = values.flip(0), vectors.flip(1)
+    n = model.config.vision_width
+    scale = (values[:n] + values[n // 4]).rsqrt()
+    weight = vectors[:, :n].T * scale[:, None]
+    embedding.patch_embedding.weight.copy_(weight.view_as(embedding.patch_embedding.weight))
+    assert embedding.patch_embedding.bias is not None
+    embedding.patch_embedding.bias.copy_(-weight @ mean)
+    # Positions no louder than the patches that they are added to.
+    embedding.position_embedding.weight.mul_(0.4)
+
+
+@torch.no_grad()
+def smooth_places(model: Pico, first_loc: int) -> None:
+    """Starts the embeddings of neighbouring places near to one another, so that coordinates need
+    not be learnt apart.
+    """
+    width = model.config.width
+    places = torch.arange(1024) / 1023
+    frequencies = 0.5 * 2 ** torch.linspace(0, 6, width // 2)
+    angles = 2 * torch.pi * places[:, None] * frequencies
+    waves = (
+        torch.cat([angles.sin(), angles.cos()], 1)
+        * torch.cat([1 / frequencies, 1 / frequencies]) ** 0.35
+    )
+    waves = waves / waves.pow(2).mean().sqrt() * width**-0.5
+    model.language_model.model.embed_tokens.weight[first_loc : first_loc + 1024] = waves
