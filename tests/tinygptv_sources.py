@@ -1,0 +1,17 @@
+"""TinyGPT-V's downloads, made ready for export without exporting them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgevlm.export import pipeline
+from edgevlm.export.components import Job
+
+# Sizes of write_tinygptv for tests that look at files and not at answers.
+SMALL = {"vision_layers": 1, "q_layers": 2, "mlp": 64, "middle": 16}
+
+
+def prepared(source: Path, **options: Any) -> Job:
+    """What `edgevlm export` knows of a source before it writes anything."""
+    return pipeline.prepare(source, pipeline.Options("f32", "fp32", False, None, **options), None)
