@@ -19,7 +19,9 @@ from edgevlm.benchmarks.pico.tokenizer import N_VOCAB
 
 @dataclass(frozen=True, slots=True)
 class PicoConfig:
-    """Sizes of the model; the defaults are those of the shipped one."""
+    """Sizes of the model; the defaults are those that are trained today. The shipped weights have a
+    layer less in the encoder and in the decoder.
+    """
 
     side: int = 112
     patch: int = 14
