@@ -160,11 +160,13 @@ class Trainer:
 
     def _parts(self) -> list[list[tuple[str, nn.Parameter]]]:
         """The weights of the encoder, of the decoder, and those that are new to the model."""
-        named = list(self.model.named_parameters())
-        new = [] if self.schedule.inherited is None else [n for n in named if n[0].startswith(NEW)]
-        old = [(name, p) for name, p in named if all(name != n for n, _ in new)]
-        vision = [(name, p) for name, p in old if name.startswith("vision_tower.")]
-        language = [(name, p) for name, p in old if not name.startswith("vision_tower.")]
+        added = () if self.schedule.inherited is None else NEW
+        vision: list[tuple[str, nn.Parameter]] = []
+        language: list[tuple[str, nn.Parameter]] = []
+        new: list[tuple[str, nn.Parameter]] = []
+        for name, p in self.model.named_parameters():
+            part = vision if name.startswith("vision_tower.") else language
+            (new if name.startswith(added) else part).append((name, p))
         if self.schedule.vision_share == 0:
             for _, p in vision:
                 p.requires_grad_(False)
