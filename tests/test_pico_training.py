@@ -1,12 +1,17 @@
 """What pico's training starts from and shows its layers."""
 
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
 
-torch = pytest.importorskip("torch", reason="needs the export extra")
+from edgevlm.benchmarks.pico.heads import Neighbours
+from edgevlm.benchmarks.pico.initial import NEW, with_new_layers
+from edgevlm.benchmarks.pico.model import Pico, PicoConfig
+from edgevlm.benchmarks.pico.train import CONTINUED, Trainer
 
-from edgevlm.benchmarks.pico.heads import Neighbours  # noqa: E402
-from edgevlm.benchmarks.pico.initial import with_new_layers  # noqa: E402
-from edgevlm.benchmarks.pico.model import Pico, PicoConfig  # noqa: E402
+CHECKPOINT = Path(__file__).parent.parent / "benchmarks/pico/checkpoint"
 
 SIZES = {"vision_width": 32, "vision_ff": 32, "width": 24, "heads": 2, "head_dim": 8, "ff": 16}
 
@@ -30,6 +35,20 @@ def test_new_layers_change_nothing_at_first():
     # The layers are there: they can learn.
     grown.language_model.model.layers[1].mlp.down_proj.weight.fill_(0.1)
     assert not torch.equal(text(small), text(grown))
+
+
+def test_what_the_encoder_knew_stays(tmp_path: Path):
+    shutil.copy(CHECKPOINT / "tokenizer.model", tmp_path)
+    trainer = Trainer(tmp_path, PicoConfig(**SIZES), CONTINUED)
+    groups = [g for part in trainer.optimisers for o in part for g in o.param_groups]
+    trained = {id(p) for group in groups for p in group["params"]}
+    for name, p in trainer.model.named_parameters():
+        kept = name.startswith("vision_tower.") and not name.startswith(NEW)
+        assert p.requires_grad is not kept, name
+        assert (id(p) in trained) is not kept, name
+    # The decoder's older weights follow slowly.
+    rates = CONTINUED.rates(CONTINUED.vision_steps + 100)
+    assert rates == (0.0, CONTINUED.inherited, 1.0)
 
 
 @torch.no_grad()

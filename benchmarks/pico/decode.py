@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from edgevlm.benchmarks.pico.batches import attention_mask
-from edgevlm.benchmarks.pico.model import Pico
+from edgevlm.benchmarks.pico.model import Pico, to_pixels
 from edgevlm.benchmarks.pico.shards import model_input
 from edgevlm.benchmarks.pico.tokenizer import EOS, PAD, Tokenizer
 
@@ -27,8 +27,8 @@ class TorchAnswerer:
     @torch.no_grad()
     def answers(self, picture: Image.Image, prompts: Sequence[str]) -> list[str]:
         """One answer for each prompt."""
-        pixels = torch.from_numpy(model_input(picture.convert("RGB")).transpose(2, 0, 1).copy())
-        rows = self.model.image_rows(self.model.features(pixels[None].float() * (2 / 255) - 1))
+        pixels = to_pixels(torch.from_numpy(model_input(picture.convert("RGB"))[None]))
+        rows = self.model.image_rows(self.model.features(pixels))
         texts = [self.tokenizer.prompt_ids(prompt) for prompt in prompts]
         lengths = [len(ids) for ids in texts]
         going = list(range(len(texts)))

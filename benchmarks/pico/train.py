@@ -94,7 +94,8 @@ class Schedule:
         if step < self.vision_steps:
             return warm, 0.3, warm
         new = fall * min(1.0, (step - self.vision_steps + 1) / 50)
-        return fall * self.vision_share, new * (self.inherited or 1.0), new
+        inherited = 1.0 if self.inherited is None else self.inherited
+        return fall * self.vision_share, new * inherited, new
 
 
 # From trained weights, with a new last layer in the encoder and a new second one in the decoder:
