@@ -45,7 +45,8 @@ def described(named):
 )
 def test_nouns_and_colours_of_a_prompt_know_their_things(lexicon, prompt, meant):
     ids = lexicon.tokenizer.prompt_ids(prompt)
-    found = lexicon.named("colour", ids, THINGS, 10)
+    asked = questions.Question(prompt, "", "colour")
+    found = lexicon.named(asked, ids, THINGS, 10)
     assert [described(named) for named in found] == meant
     assert all(ids[named.column - 10] in lexicon.kinds | lexicon.colours for named in found)
 
@@ -112,9 +113,11 @@ def test_patches_know_what_is_beside_their_thing():
     ("task", "kind"), [("position", "circle"), ("colour", None)], ids=["a side", "a colour"]
 )
 def test_a_noun_knows_what_is_beside_its_thing_where_a_side_is_asked_of(lexicon, task, kind):
-    ids = lexicon.tokenizer.prompt_ids("answer en what is left of the star?")
-    (named,) = lexicon.named(task, ids, THINGS, 0)
-    assert [KINDS[k] if k >= 0 else None for k in named.beside] == [kind, None, kind, kind]
+    asked = questions.Question("answer en what is left of the star?", "circle", task)
+    (named,) = lexicon.named(asked, lexicon.tokenizer.prompt_ids(asked.prompt), THINGS, 0)
+    beside = [*named.beside, named.asked]
+    assert [KINDS[k] if k >= 0 else None for k in beside] == [kind, None, kind, kind, kind]
+    assert named.thing == (THINGS.index(STAR) if kind else -1)
 
 
 def test_a_mirror_turns_pictures_and_places_alike():

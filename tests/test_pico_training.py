@@ -2,14 +2,20 @@
 
 import shutil
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 
-from edgevlm.benchmarks.pico.heads import Neighbours
-from edgevlm.benchmarks.pico.initial import NEW, with_new_layers
-from edgevlm.benchmarks.pico.model import Pico, PicoConfig
-from edgevlm.benchmarks.pico.train import CONTINUED, Trainer
+from edgevlm.benchmarks.pico.batches import BatchPlan, Meant, Texts, build
+from edgevlm.benchmarks.pico.heads import Neighbours, NounNeighbours
+from edgevlm.benchmarks.pico.initial import NEW, NEW_CHANNELS, fill_new_channels, grown
+from edgevlm.benchmarks.pico.model import Pico, PicoConfig, rotate, to_pixels
+from edgevlm.benchmarks.pico.scenes import Thing
+from edgevlm.benchmarks.pico.schedule import CONTINUED
+from edgevlm.benchmarks.pico.targets import Lexicon
+from edgevlm.benchmarks.pico.train import Trainer
 
 CHECKPOINT = Path(__file__).parent.parent / "benchmarks/pico/checkpoint"
 
@@ -26,15 +32,39 @@ def text(model: Pico):
 
 
 @torch.no_grad()
-def test_new_layers_change_nothing_at_first():
+def test_new_layers_and_channels_change_nothing_at_first():
     torch.manual_seed(0)
     small = Pico(PicoConfig(**SIZES, vision_layers=6, layers=4))
-    grown = Pico(PicoConfig(**SIZES))
-    grown.load_state_dict(with_new_layers(small.state_dict(), grown))
-    assert torch.equal(text(small), text(grown))
-    # The layers are there: they can learn.
-    grown.language_model.model.layers[1].mlp.down_proj.weight.fill_(0.1)
-    assert not torch.equal(text(small), text(grown))
+    large = Pico(PicoConfig(**SIZES | {"width": SIZES["width"] + NEW_CHANNELS}))
+    for model in (small, large):
+        for module in model.modules():
+            if type(module).__name__ == "_RmsNorm":
+                torch.nn.init.normal_(module.weight, std=0.3)
+    large.load_state_dict(grown(small.state_dict(), large))
+    before = small.logits(text(small))
+    # Up to float32's rounding of a root.
+    torch.testing.assert_close(large.logits(text(large)), before, rtol=0, atol=1e-4)
+    # They are there: they can learn.
+    large.language_model.model.layers[1].mlp.down_proj.weight.fill_(0.1)
+    assert not torch.allclose(large.logits(text(large)), before, atol=1e-2)
+
+
+@torch.no_grad()
+def test_new_channels_hold_what_the_projector_ignored():
+    torch.manual_seed(0)
+    model = Pico(PicoConfig(**SIZES | {"vision_width": 80, "width": 80}))
+    linear = model.multi_modal_projector.linear
+    linear.weight[-NEW_CHANNELS:] = 0
+    old = linear.weight[:-NEW_CHANNELS].clone()
+    pictures = torch.randint(0, 256, (64, 112, 112, 3), dtype=torch.uint8)
+    fill_new_channels(model, pictures.numpy())
+    rows = model.image_rows(model.features(to_pixels(pictures))).flatten(0, 1)
+    new = rows[:, -NEW_CHANNELS:]
+    assert torch.equal(linear.weight[:-NEW_CHANNELS], old)
+    assert float((old @ linear.weight[-NEW_CHANNELS:].T).abs().max()) < 1e-4
+    assert float(new.mean(0).abs().max()) < 1e-3
+    loudness = rows[:, :-NEW_CHANNELS].square().mean().sqrt()
+    assert 0.3 < float(new.square().mean().sqrt() / loudness) <= 0.5
 
 
 def test_what_the_encoder_knew_stays(tmp_path: Path):
@@ -46,9 +76,39 @@ def test_what_the_encoder_knew_stays(tmp_path: Path):
         kept = name.startswith("vision_tower.") and not name.startswith(NEW)
         assert p.requires_grad is not kept, name
         assert (id(p) in trained) is not kept, name
-    # The decoder's older weights follow slowly.
+    # The encoder's new layer learns first and alone, the decoder's older weights follow slowly.
+    vision, language, _ = CONTINUED.rates(CONTINUED.vision_steps // 2)
+    assert vision > 0 and language == 0
+    assert CONTINUED.rates(CONTINUED.vision_steps)[1] == 0  # the heads know nothing yet
     rates = CONTINUED.rates(CONTINUED.vision_steps + 100)
     assert rates == (0.0, CONTINUED.inherited, 1.0)
+
+
+def one_batch(trainer: Trainer, mode: str):
+    things = (
+        Thing("circle", "red", (0.1, 0.1, 0.4, 0.4)),
+        Thing("cat", None, (0.6, 0.1, 0.9, 0.5)),
+    )
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
+    plan, lexicon = BatchPlan(2, mode=mode), Lexicon(trainer.tokenizer)
+    return build(pictures, [(things, None)] * 2, plan, lexicon, trainer.config, Random(0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "step", "learning"),
+    [("vision", 50, NEW[:1]), ("packed", 100, ("language_model.", "multi_modal_projector."))],
+)
+def test_first_the_encoder_learns_then_the_decoder(tmp_path: Path, mode, step, learning):
+    shutil.copy(CHECKPOINT / "tokenizer.model", tmp_path)
+    trainer = Trainer(tmp_path, PicoConfig(**SIZES), CONTINUED)
+    trainer.step = step if mode == "vision" else CONTINUED.vision_steps + step
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train_step([one_batch(trainer, mode)], mode)
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all(name.startswith(learning) for name in changed)
+    losses = set(trainer.sums)
+    assert ("rows kept" in losses) is (mode == "vision")
+    assert ("noun asked" in losses) is (mode == "packed")
 
 
 @torch.no_grad()
@@ -76,3 +136,45 @@ def test_heads_are_shown_where_the_neighbours_are():
     assert [
         float(v) for v in neighbours.losses(layer, patches, layer(patches), alone).values()
     ] == [0, 0]
+
+
+@torch.no_grad()
+def test_a_noun_is_shown_the_object_whose_side_is_asked_about():
+    torch.manual_seed(0)
+    model = Pico(PicoConfig(**SIZES))
+    rows = model.image_rows(model.features(torch.randn(2, 3, 112, 112)))
+    # The noun is the third token of the second picture's text, its object patch 9 of that picture.
+    texts = Texts(
+        picture_of=torch.tensor([0, 1]),
+        ids=torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]),
+        positions=torch.arange(64, 68).expand(2, -1),
+        mask=torch.ones(2, 1, 68, 68, dtype=torch.bool),
+        where=torch.tensor([3, 7]),
+        targets=torch.zeros(2, 5, dtype=torch.int64),
+        target_weights=torch.zeros(2, 5),
+        weights=torch.ones(2),
+        nouns=Meant(
+            facts=torch.tensor([[2, -1, 1, 0, 0, -1, -1], [6, -1, 1, 0, 0, 5, 1]]),
+            boxes=torch.zeros(2, 4),
+            beside=torch.tensor([[-1, -1, -1, -1], [-1, 5, -1, -1]]),
+        ),
+        written=Meant(torch.zeros(0, 7, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, 4)),
+        tasks=["colour", "position"],
+    )
+    things = torch.full((2, 64), -1)
+    things[1, 9] = 1
+    layers = []
+    model.hidden(rows, texts.ids, texts.positions, texts.mask, layers)
+    layer = model.language_model.model.layers[1]
+    noun = NounNeighbours(24)
+    losses = noun.losses(layer, layers, texts, {"thing": things})
+
+    normed = layer.input_layernorm(layers[0][1])
+    attention = layer.self_attn
+    query = rotate(attention.q_proj(normed)[66:67, :8], torch.tensor([66]))[0]
+    keys = rotate(attention.k_proj(normed)[:64], torch.arange(64))
+    looked = (keys @ query * 8**-0.5).log_softmax(0)[9]
+    assert float(losses["noun looks"]) == pytest.approx(-float(looked), rel=1e-4)
+    state = torch.nn.functional.rms_norm(layers[1][1, 66], (24,))
+    said = noun.linear(state).unflatten(-1, (4, -1))[1].log_softmax(-1)
+    assert float(losses["noun beside"]) == pytest.approx(-float(said[5]), rel=1e-4)

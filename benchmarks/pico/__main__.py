@@ -49,7 +49,8 @@ def train(folder: Path, save_every: int, resume: bool, start_from: Path | None) 
     import torch
 
     from edgevlm.benchmarks.pico.model import PicoConfig
-    from edgevlm.benchmarks.pico.train import CONTINUED, Schedule, Trainer
+    from edgevlm.benchmarks.pico.schedule import CONTINUED, Schedule
+    from edgevlm.benchmarks.pico.train import Trainer
 
     torch.set_num_threads(1)  # the trainer has threads of its own
     if start_from:

@@ -36,7 +36,7 @@ from edgevlm.benchmarks.pico.tokenizer import N_LOC, Tokenizer
 _SPREAD = np.exp(-0.5 * (np.arange(-2, 3) / 0.75) ** 2)
 _SPREAD /= _SPREAD.sum()
 SCENES_USED = 1408  # of the 2048 of a shard, so that the share of words can vary
-SLICE = 12  # pictures of a batch that one thread takes at a time
+SLICE = 8  # pictures of a batch that one thread takes at a time
 SHORT = 18  # text tokens of a question with a one-word answer
 
 
@@ -54,8 +54,8 @@ class Row(NamedTuple):
 
 @dataclass
 class Meant:
-    """What states refer to, see targets.Named: int64 [n, 5] (row * t + column, left, number, kind,
-    colour), boxes, float32 [n, 4], and the kinds beside, int64 [n, 4].
+    """What states refer to, see targets.Named: int64 [n, 7] (row * t + column, left, number, kind,
+    colour, asked, thing), boxes, float32 [n, 4], and the kinds beside, int64 [n, 4].
     """
 
     facts: Tensor
@@ -126,7 +126,7 @@ def pack(
             continue
         seen.add(question.prompt.lower().rstrip("?"))
         start = len(row.ids)
-        row.named.extend(lexicon.named(question.task, prompt, things, start))
+        row.named.extend(lexicon.named(question, prompt, things, start))
         row.written.extend(lexicon.written(question, answer, things, start + len(prompt)))
         row.ids.extend(prompt + answer)
         row.segment.extend([len(row.tasks)] * n)
@@ -218,9 +218,12 @@ def _lay_out(
 
 
 def _meant(named: list[tuple[int, Named]]) -> Meant:
-    facts = [(start + n.column, n.left, n.number, n.kind, n.colour) for start, n in named]
+    facts = [
+        (start + n.column, n.left, n.number, n.kind, n.colour, n.asked, n.thing)
+        for start, n in named
+    ]
     return Meant(
-        torch.tensor(facts, dtype=torch.int64).view(-1, 5),
+        torch.tensor(facts, dtype=torch.int64).view(-1, 7),
         torch.tensor([n.box for _, n in named]).view(-1, 4),
         torch.tensor([n.beside for _, n in named], dtype=torch.int64).view(-1, 4),
     )

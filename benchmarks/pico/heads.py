@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.benchmarks.pico.batches import Meant
+from edgevlm.benchmarks.pico.batches import Meant, Texts
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
 from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, VisionLayer, rotate
 from edgevlm.benchmarks.pico.phrasings import SIDES
@@ -24,6 +24,7 @@ from edgevlm.benchmarks.pico.targets import (
 from edgevlm.benchmarks.pico.tokenizer import N_LOC, Tokenizer
 
 RELATION_WEIGHT = 2.0  # counts and orders are what the encoder is slowest to learn
+BESIDE_LAYER = 1  # the second of the decoder: the next one picks the side that is asked about
 NOUN_LAYER = 2  # the third of the decoder: two more bring what a noun knows to the answer
 WRITTEN_LAYER = 3  # the fourth: what is next depends on what was written
 MASK_LAYER = 2  # the third of the encoder: the layers after it can build on the masks
@@ -105,19 +106,13 @@ class Neighbours(nn.Module):
         self, layer: VisionLayer, before: Tensor, features: Tensor, targets: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """What goes into the layer and what comes out [n, patches, width] -> one scalar each."""
-        beside, thing, kind = targets["beside"], targets["thing"], targets["kind"]
-        right = beside.transpose(1, 2)[..., None] == thing[:, None, None]  # [n, sides, p, p]
-        right &= (beside >= 0).transpose(1, 2)[..., None]
-        known = right.any(-1)
+        right = _neighbours(targets)
         log_p = layer.log_attention(before, len(SIDES))
-        looked = -log_p.masked_fill(~right, -1e9).logsumexp(-1)[known]
-        first = right.int().argmax(-1)  # a patch of the neighbour
-        kinds = kind.gather(1, first.flatten(1)).view_as(first) - 1
-        wanted = torch.where(known, kinds, -1).transpose(1, 2)
+        looked = -log_p.masked_fill(~right, -1e9).logsumexp(-1)[right.any(-1)]
         guessed = self.linear(features).unflatten(-1, (len(SIDES), -1))
         return {
             "beside attention": looked.mean() if looked.numel() else looked.sum(),
-            "beside": _entropy(guessed, wanted),
+            "beside": _entropy(guessed, _kinds_beside(right, targets)),
         }
 
 
@@ -132,7 +127,8 @@ class RowHeads(nn.Module):
         super().__init__()
         self.places = nn.Linear(width, 4 * width, bias=False)
         self.relations = nn.Linear(width, len(RELATIONS) * MOST)
-        for linear in (self.places, self.relations):
+        self.beside = nn.Linear(width, len(SIDES) * len(KINDS))
+        for linear in (self.places, self.relations, self.beside):
             nn.init.normal_(linear.weight, std=width**-0.5)
         # Nouns as they stand in a prompt (after a space) and as they begin an answer.
         self.nouns = [_word_ids(tokenizer, KINDS, space) for space in (" ", "")]
@@ -153,11 +149,13 @@ class RowHeads(nn.Module):
         wanted = torch.softmax(-0.5 * near**2, -1)
         guessed = self.places(found).unflatten(-1, (4, -1)) @ embeddings[self.place_ids].T
         related = self.relations(found).unflatten(-1, (len(RELATIONS), MOST))
+        beside = _kinds_beside(_neighbours(targets), targets)[seen]
         return {
             "relations": RELATION_WEIGHT * _entropy(related, targets["relations"][seen]),
             "noun": torch.stack(nouns).mean(),
             "colour word": torch.stack(colours).mean(),
             "place": F.cross_entropy(guessed.flatten(0, 1), wanted.flatten(0, 1)),
+            "row beside": _entropy(self.beside(found).unflatten(-1, (len(SIDES), -1)), beside),
         }
 
 
@@ -170,7 +168,7 @@ class Referents(nn.Module):
     box takes one side from one star, the next from another.
     """
 
-    SIZES = (MOST, MOST, len(KINDS), len(COLOURS), 4, len(SIDES) * len(KINDS))
+    SIZES = (MOST, MOST, len(KINDS), len(COLOURS), len(KINDS), 4)
 
     def __init__(self, width: int, layer: int) -> None:
         super().__init__()
@@ -178,17 +176,53 @@ class Referents(nn.Module):
         self.linear = nn.Linear(width, sum(self.SIZES))
         nn.init.normal_(self.linear.weight, std=width**-0.5)
 
-    def losses(self, layers: list[Tensor], meant: Meant) -> dict[str, Tensor]:
-        """The states [rows, t, width] behind every decoder layer -> one scalar each."""
-        states = layers[self.layer].flatten(0, 1)[meant.facts[:, 0]]
+    def losses(self, layers: list[Tensor], meant: Meant, n_text: int) -> dict[str, Tensor]:
+        """The states [rows, p + t, width] behind every decoder layer -> one scalar each."""
+        states = _text(layers[self.layer], n_text).flatten(0, 1)[meant.facts[:, 0]]
         out = self.linear(F.rms_norm(states, states.shape[-1:])).split(self.SIZES, -1)
         any_thing = meant.facts[:, 2] > 0
-        error = (out[4][any_thing] - meant.boxes[any_thing] * 4).abs()
-        names = ("left", "number", "kind", "colour")
+        error = (out[5][any_thing] - meant.boxes[any_thing] * 4).abs()
+        names = ("left", "number", "kind", "colour", "asked")
         known = {name: _entropy(out[k], meant.facts[:, k + 1]) for k, name in enumerate(names)}
-        return known | {
-            "box": error.mean() if error.numel() else error.sum(),
-            "beside": _entropy(out[5].unflatten(-1, (len(SIDES), -1)), meant.beside),
+        return known | {"box": error.mean() if error.numel() else error.sum()}
+
+
+class NounNeighbours(nn.Module):
+    """Shows the first attention head of the decoder's second layer the object that a question about
+    a side names, and has the noun's state say which kinds are beside that object.
+
+    It looks there for what the encoder's last layer found out; the layer after it picks a side.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, len(SIDES) * len(KINDS))
+        nn.init.normal_(self.linear.weight, std=width**-0.5)
+
+    def losses(
+        self, layer: DecoderLayer, layers: list[Tensor], texts: Texts, targets: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The layer, the states [rows, p + t, width] behind every layer -> one scalar each."""
+        n_text = texts.ids.shape[1]
+        asked = texts.nouns.facts[:, -1] >= 0
+        where, thing = texts.nouns.facts[asked][:, 0], texts.nouns.facts[asked][:, -1]
+        row = where // n_text
+        before, after = layers[BESIDE_LAYER - 1], layers[BESIDE_LAYER]
+        n_rows = before.shape[1] - n_text
+        log_p = layer.log_attention(
+            _text(before, n_text).flatten(0, 1)[where],
+            texts.positions.flatten()[where],
+            before[:, :n_rows],
+            row,
+        )
+        right = targets["thing"][texts.picture_of[row]] == thing[:, None]
+        shown = right.any(-1)
+        looked = -log_p.masked_fill(~right, -1e9).logsumexp(-1)[shown]
+        states = _text(after, n_text).flatten(0, 1)[where]
+        said = self.linear(F.rms_norm(states, states.shape[-1:])).unflatten(-1, (len(SIDES), -1))
+        return {
+            "noun looks": looked.mean() if looked.numel() else looked.sum(),
+            "noun beside": _entropy(said, texts.nouns.beside[asked]),
         }
 
 
@@ -223,6 +257,24 @@ class NounAttention:
             log_p = F.log_softmax(torch.einsum("nd,bpd->bnp", queries, keys) * size**-0.5, -1)
             losses.append(-log_p.masked_fill(~right, -1e9).logsumexp(-1)[shown].mean())
         return torch.stack(losses).mean()
+
+
+def _text(states: Tensor, n_text: int) -> Tensor:
+    """The rows of the text: after a picture's, or all that there are behind the last layer."""
+    return states[:, -n_text:]
+
+
+def _neighbours(targets: dict[str, Tensor]) -> Tensor:
+    """Which patch shows what is on which side of a patch's object: bool [n, sides, p, p]."""
+    beside = targets["beside"].transpose(1, 2)[..., None]
+    return (beside == targets["thing"][:, None, None]) & (beside >= 0)
+
+
+def _kinds_beside(right: Tensor, targets: dict[str, Tensor]) -> Tensor:
+    """The kinds on the sides of every patch's object: [n, p, sides], -1 where none is."""
+    first = right.int().argmax(-1)  # a patch of the neighbour
+    kinds = targets["kind"].gather(1, first.flatten(1)).view_as(first) - 1
+    return torch.where(right.any(-1), kinds, -1).transpose(1, 2)
 
 
 def _word_ids(tokenizer: Tokenizer, words: tuple[str, ...], space: str) -> Tensor:

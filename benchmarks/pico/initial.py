@@ -4,31 +4,67 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from edgevlm.benchmarks.pico.model import Pico, to_pixels
 
 # Layers that pico had not at first: the encoder's last and the decoder's second.
 NEW = ("vision_tower.vision_model.encoder.layers.6.", "language_model.model.layers.1.")
+NEW_CHANNELS = 64  # of the decoder's width, its last
 _RESIDUAL = ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
 
 
-def with_new_layers(trained: dict[str, Tensor], model: Pico) -> dict[str, Tensor]:
-    """Weights of a pico without the layers of NEW -> with them, as the model has them but silent:
-    the answers are the same until they have learnt something.
+def grown(trained: dict[str, Tensor], model: Pico) -> dict[str, Tensor]:
+    """Weights of a pico without the layers of NEW and NEW_CHANNELS -> with them, as the model has
+    them but silent: the answers are the same until they have learnt something.
+
+    What a layer adds to the rows it adds to all their channels. What later layers should find as it
+    was needs channels of its own.
     """
     weights = {
         name: torch.zeros_like(value) if name.endswith(_RESIDUAL) else value
         for name, value in model.state_dict().items()
         if name.startswith(NEW)
     }
+    width = model.config.width
     for name, value in trained.items():
         head, found, tail = name.partition("language_model.model.layers.")
         index, _, rest = tail.partition(".")
         if found and int(index) > 0:
             name = f"{head}{found}{int(index) + 1}.{rest}"
-        weights[name] = value
+        weights[name] = value if name.startswith("vision_tower.") else _widened(name, value, width)
     return weights
+
+
+def _widened(name: str, value: Tensor, width: int) -> Tensor:
+    # Embeddings are multiplied by the root of the width, and norms divide by that of the channels'
+    # mean square, of which a quarter is zero now.
+    scale = (1 - NEW_CHANNELS / width) ** 0.5
+    if name.endswith("layernorm.weight"):
+        value = (1 + value) * scale - 1
+    if "embed_tokens" in name:
+        value = value * scale
+    if value.ndim == 1 or name.endswith((*_RESIDUAL, "projector.linear.weight")):
+        return torch.cat([value, value.new_zeros(NEW_CHANNELS, *value.shape[1:])])
+    return F.pad(value, (0, NEW_CHANNELS))
+
+
+@torch.no_grad()
+def fill_new_channels(model: Pico, pictures: np.ndarray) -> None:
+    """Gives the image rows, in NEW_CHANNELS, the features that the projector ignored: uncorrelated,
+    equally strong, and half as loud as the others, which the norms then hardly change.
+    """
+    linear = model.multi_modal_projector.linear
+    old = linear.weight[:-NEW_CHANNELS]
+    ignored = torch.linalg.svd(old).Vh[len(old) :]
+    features = model.features(to_pixels(torch.from_numpy(pictures))).flatten(0, 1)
+    loudness = 0.5 * model.image_rows(features)[:, :-NEW_CHANNELS].square().mean().sqrt()
+    mean, left_out = features.mean(0), (features - features.mean(0)) @ ignored.T
+    values, vectors = torch.linalg.eigh(left_out.T @ left_out / len(left_out))
+    weight = loudness * (vectors * (values + 0.01 * values.mean()).rsqrt()).T @ ignored
+    linear.weight[-NEW_CHANNELS:] = weight
+    linear.bias[-NEW_CHANNELS:] = -weight @ mean
 
 
 @torch.no_grad()

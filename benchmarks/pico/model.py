@@ -20,7 +20,7 @@ from edgevlm.benchmarks.pico.tokenizer import N_VOCAB
 @dataclass(frozen=True, slots=True)
 class PicoConfig:
     """Sizes of the model; the defaults are those that are trained today. The shipped weights have a
-    layer less in the encoder and in the decoder.
+    layer less in the encoder and in the decoder, and a decoder 192 wide.
     """
 
     side: int = 112
@@ -29,7 +29,7 @@ class PicoConfig:
     vision_layers: int = 7
     vision_heads: int = 8
     vision_ff: int = 768
-    width: int = 192
+    width: int = 256
     layers: int = 5
     heads: int = 3
     head_dim: int = 64
@@ -223,6 +223,20 @@ class DecoderLayer(nn.Module):
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
+    def log_attention(
+        self, texts: Tensor, positions: Tensor, image_rows: Tensor, row: Tensor
+    ) -> Tensor:
+        """Logarithms of what the first head looks at among the image rows: [n, p].
+
+        ``texts`` [n, width] at ``positions`` int64 [n], each behind one of the ``image_rows``
+        [rows, p, width]: the one that ``row`` int64 [n] says.
+        """
+        attention, norm = self.self_attn, self.input_layernorm
+        size = attention.head_dim
+        queries = rotate(F.linear(norm(texts), attention.q_proj.weight[:size]), positions)
+        keys = rotate(attention.k_proj(norm(image_rows)), torch.arange(image_rows.shape[1]))
+        return F.log_softmax((keys[row] @ queries[..., None])[..., 0] * size**-0.5, -1)
+
 
 class _Decoder(nn.Module):
     def __init__(self, config: PicoConfig) -> None:
@@ -280,7 +294,8 @@ class Pico(nn.Module):
         mask: Tensor,
         seen: list[Tensor] | None = None,
     ) -> Tensor:
-        """Final states of the text tokens; ``seen`` takes what every layer made of them on the way.
+        """Final states of the text tokens; ``seen`` takes what every layer made of all rows on the
+        way, the last one of the text only.
 
         ``image_rows`` [n, p, width]; ``ids`` and ``positions`` int64 [n, t], counted from p;
         ``mask`` bool [n, 1, p + t, p + t], True where a row may look. Returns [n, t, width].
@@ -297,7 +312,7 @@ class Pico(nn.Module):
             # Nothing reads what the last layer makes of the image rows.
             x = layer(x, n_image if last else 0, rope, bias)
             if seen is not None:
-                seen.append(x[:, -ids.shape[1] :])
+                seen.append(x)
         out: Tensor = decoder.norm(x)
         return out
 

@@ -36,8 +36,8 @@ from edgevlm.benchmarks.pico.scenes import Thing, Word
 from edgevlm.benchmarks.pico.sides import Side, unambiguous
 
 # Where only one object lies on a side it is also the one farthest to that side, so the answer needs
-# no look at the place of the object named: nearly all questions must be about the other cases.
-CONTESTED_SHARE = 0.85
+# no look at the place of the object named: most questions must be about the other cases.
+CONTESTED_SHARE = 0.6
 PLAIN_SHARE = 0.1  # of the questions come without PaliGemma's "answer en "
 EASY_SKIPPED = 0.8  # of the colour questions about pictures with only one colour
 LOC_STEP = 8  # boxes are taught on every eighth of PaliGemma's 1024 places: 0.8 % of the side

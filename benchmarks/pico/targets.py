@@ -37,7 +37,8 @@ class Named(NamedTuple):
     """What the token at a column of a row refers to; -1 where its things differ or there are none.
 
     ``left`` counts the things an answer has still to name, -1 in a prompt; ``box`` is that of the
-    first thing in reading order; ``beside`` the kinds on its sides, where a prompt asks about one.
+    first thing in reading order. Where a prompt asks about a side, ``thing`` is the index of what
+    the noun means, ``beside`` the kinds on its sides and ``asked`` the one on the side asked about.
     """
 
     column: int
@@ -46,7 +47,9 @@ class Named(NamedTuple):
     kind: int
     colour: int
     box: Box
+    thing: int = -1
     beside: tuple[int, ...] = (-1,) * len(SIDES)
+    asked: int = -1
 
 
 class Lexicon:
@@ -60,7 +63,7 @@ class Lexicon:
         self.colours = {tokenizer.word_id(colour): colour for colour in COLOURS}
 
     def named(
-        self, task: str, prompt: list[int], things: tuple[Thing, ...], start: int
+        self, question: Question, prompt: list[int], things: tuple[Thing, ...], start: int
     ) -> list[Named]:
         """Every noun, with the colour right before it, and every colour without a noun; columns
         count from ``start``.
@@ -76,8 +79,12 @@ class Lexicon:
                 continue
             meant = [t for t in things if kind in (None, t.kind) and colour in (None, t.colour)]
             described = _described(start + column, -1, reading_order(tuple(meant)))
-            if task == "position" and len(meant) == 1:
-                described = described._replace(beside=_kinds_beside(meant[0], things))
+            if question.task == "position" and len(meant) == 1:
+                described = described._replace(
+                    thing=things.index(meant[0]),
+                    beside=_kinds_beside(meant[0], things),
+                    asked=KINDS.index(question.answer),
+                )
             found.append(described)
         return found
 

@@ -12,7 +12,7 @@ import resource
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,19 +25,34 @@ from torch.utils.data import DataLoader
 from edgevlm.benchmarks.pico.batches import Batch, BatchPlan, Stream
 from edgevlm.benchmarks.pico.checkpoint import load_checkpoint, save_checkpoint
 from edgevlm.benchmarks.pico.heads import (
+    BESIDE_LAYER,
     NOUN_LAYER,
     WRITTEN_LAYER,
     MaskHead,
     Neighbours,
     NounAttention,
+    NounNeighbours,
     PatchHeads,
     Referents,
     RowHeads,
 )
-from edgevlm.benchmarks.pico.initial import NEW, smooth_places, whiten_patches, with_new_layers
-from edgevlm.benchmarks.pico.model import Pico, PicoConfig, VisionLayer, to_pixels
+from edgevlm.benchmarks.pico.initial import (
+    NEW,
+    fill_new_channels,
+    grown,
+    smooth_places,
+    whiten_patches,
+)
+from edgevlm.benchmarks.pico.model import (
+    DecoderLayer,
+    Pico,
+    PicoConfig,
+    VisionLayer,
+    to_pixels,
+)
 from edgevlm.benchmarks.pico.monitor import monitor
 from edgevlm.benchmarks.pico.optimiser import make_optimisers
+from edgevlm.benchmarks.pico.schedule import Schedule
 from edgevlm.benchmarks.pico.shards import read_shard, wait_for_shard
 from edgevlm.benchmarks.pico.tokenizer import Tokenizer, train_tokenizer
 
@@ -45,74 +60,7 @@ log = logging.getLogger(__name__)
 
 N_THREADS = 2
 MASK_WEIGHT = 5.0
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps of the three phases and the learning rates. The rates fall to zero over the last
-    ``decay`` share.
-    """
-
-    vision_steps: int = 1600
-    packed_steps: int = 2400
-    true_steps: int = 800
-    vision_pictures: int = 64
-    packed_pictures: int = 48
-    true_pictures: int = 48
-    lr: float = 2e-3
-    muon_lr: float = 0.016
-    vision_share: float = 0.6  # of the rates above, once the decoder is trained too
-    inherited: float | None = None  # of the decoder's rates, for weights that were there before
-    true_every: int = 5  # in the packed phase: how often a step has the true mask
-    word_share: float = 0.05  # of the pictures
-    object_share: float = 0.25
-    head_weight: float = 0.5  # of the patch targets, once there are answers to learn
-    referent_weight: float = 0.3  # of what nouns, captions and boxes refer to
-    decay: float = 0.9
-    shards: int = 140
-
-    @property
-    def total(self) -> int:
-        """All steps."""
-        return self.vision_steps + self.packed_steps + self.true_steps
-
-    def phase(self, step: int) -> tuple[str, int]:
-        """The phase of a step and the step at which it ends."""
-        ends = (self.vision_steps, self.vision_steps + self.packed_steps, self.total)
-        for mode, end in zip(("vision", "packed", "true"), ends, strict=True):
-            if step < end:
-                return mode, end
-        raise ValueError(f"step {step} is past the end ({self.total})")
-
-    def rates(self, step: int) -> tuple[float, float, float]:
-        """Factors on the rates of the encoder, of the decoder and of layers and heads that are new
-        to the model.
-        """
-        left = (self.total - step) / (self.decay * (self.total - self.vision_steps))
-        fall = min(1.0, left)
-        warm = min(1.0, (step + 1) / 100)
-        if step < self.vision_steps:
-            return warm, 0.3, warm
-        new = fall * min(1.0, (step - self.vision_steps + 1) / 50)
-        inherited = 1.0 if self.inherited is None else self.inherited
-        return fall * self.vision_share, new * inherited, new
-
-
-# From trained weights, with a new last layer in the encoder and a new second one in the decoder:
-# the encoder's learns alone what is beside what, then the decoder to say it. The rest of the
-# encoder stays as it is. A third of these steps were too few (README.md).
-CONTINUED = Schedule(
-    vision_steps=450,
-    packed_steps=2000,
-    true_steps=150,
-    vision_pictures=96,
-    muon_lr=0.02,
-    vision_share=0.0,
-    inherited=0.25,
-    true_every=8,
-    word_share=0.0,
-    decay=0.7,
-)
+KEPT_WEIGHT = 3.0  # of the share by which a new encoder layer changes the image rows
 
 
 class Trainer:
@@ -132,6 +80,7 @@ class Trainer:
         self.noun_attention = NounAttention(self.tokenizer)
         self.nouns = Referents(config.width, NOUN_LAYER)
         self.written = Referents(config.width, WRITTEN_LAYER)
+        self.noun_neighbours = NounNeighbours(config.width)
         self.mask_head = MaskHead(config.vision_width)
         self.neighbours = Neighbours(config.vision_width)
         self.all_heads = nn.ModuleList(
@@ -142,6 +91,7 @@ class Trainer:
                 self.nouns,
                 self.written,
                 self.neighbours,
+                self.noun_neighbours,
             ]
         )
         self.threads = ThreadPoolExecutor(N_THREADS)
@@ -155,23 +105,26 @@ class Trainer:
         self.base_rates = [
             [g["lr"] for o in part for g in o.param_groups] for part in self.optimisers
         ]
-        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.ema = self._weights()
         self.step = 0
         self.sums: dict[str, list[float]] = defaultdict(list)
 
     def _parts(self) -> list[list[tuple[str, nn.Parameter]]]:
-        """The weights of the encoder, of the decoder, and those that are new to the model."""
-        added = () if self.schedule.inherited is None else NEW
+        """The weights of the encoder, of the decoder, and those that are new to the decoder; only
+        the new ones of the encoder too where there are any.
+        """
+        continued = self.schedule.inherited is not None
         vision: list[tuple[str, nn.Parameter]] = []
         language: list[tuple[str, nn.Parameter]] = []
         new: list[tuple[str, nn.Parameter]] = []
         for name, p in self.model.named_parameters():
-            part = vision if name.startswith("vision_tower.") else language
-            (new if name.startswith(added) else part).append((name, p))
-        if self.schedule.vision_share == 0:
-            for _, p in vision:
+            added = continued and name.startswith(NEW)
+            if not name.startswith("vision_tower."):
+                (new if added else language).append((name, p))
+            elif continued and not added:
                 p.requires_grad_(False)
-            vision = []
+            else:
+                vision.append((name, p))
         return [vision, language, new]
 
     def start_from(self, checkpoint: Path) -> None:
@@ -181,16 +134,22 @@ class Trainer:
         trained = load_checkpoint(checkpoint)
         weights = trained.state_dict()
         if trained.config.layers < self.config.layers:
-            weights = with_new_layers(weights, self.model)
+            weights = grown(weights, self.model)
         self.model.load_state_dict(weights)
-        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.ema = self._weights()
 
     def start(self) -> None:
         """Prepares a first run: the patch embedding starts from the pictures of the first shard."""
+        whiten_patches(self.model, self._first_pictures())
+        self.ema = self._weights()
+
+    def _first_pictures(self) -> np.ndarray:
         wait_for_shard(self.folder / "data", 0)
         pictures, _ = read_shard(self.folder / "data", 0)
-        whiten_patches(self.model, np.array(pictures[:512]))
-        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return np.array(pictures[:512])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def resume(self, path: Path) -> None:
         """Continues from a snapshot."""
@@ -223,6 +182,9 @@ class Trainer:
         """Trains to the end of the schedule."""
         while self.step < self.schedule.total:
             mode, end = self.schedule.phase(self.step)
+            if mode != "vision" and not self.model.multi_modal_projector.linear.weight[-1].any():
+                fill_new_channels(self.model, self._first_pictures())
+                self.ema = self._weights()
             n_pictures = getattr(self.schedule, f"{mode}_pictures")
             plan = BatchPlan(
                 n_pictures,
@@ -285,21 +247,46 @@ class Trainer:
                 group["lr"] = lr * rate
 
     def _loss(self, batch: Batch, mode: str) -> Tensor:
-        features, layers = self.model.features_and_layers(to_pixels(batch.pictures))
+        still = mode != "vision" and self.schedule.vision_share == 0
+        with torch.set_grad_enabled(not still):
+            features, layers = self.model.features_and_layers(to_pixels(batch.pictures))
         rows = self.model.image_rows(features)
-        table = self.model.language_model.model.embed_tokens.weight
-        losses = self.heads.losses(features, batch.patches)
-        losses |= self.row_heads.losses(rows, table, batch.patches)
-        losses["noun attention"] = self.noun_attention.loss(self.model, rows, batch.patches)
-        encoder = self.model.vision_tower.vision_model.encoder
-        last = cast(VisionLayer, encoder.layers[-1])
-        losses |= self.neighbours.losses(last, layers[-2], features, batch.patches)
-        losses["mask"] = MASK_WEIGHT * self.mask_head.loss(layers, batch.patches)
+        if mode == "vision" and self.schedule.inherited is not None:
+            losses = self._neighbour_losses(features, layers, batch)
+            losses["rows kept"] = KEPT_WEIGHT * self._changed(rows, layers)
+        else:
+            losses = self._row_losses(rows, batch)
+            if not still:
+                losses |= self.heads.losses(features, batch.patches)
+                losses |= self._neighbour_losses(features, layers, batch)
+                losses["mask"] = MASK_WEIGHT * self.mask_head.loss(layers, batch.patches)
         loss = torch.stack(list(losses.values())).sum()
         self._note(losses)
         if mode == "vision":
             return loss
         return self._answer_loss(rows, batch) + self.schedule.head_weight * loss
+
+    def _row_losses(self, rows: Tensor, batch: Batch) -> dict[str, Tensor]:
+        table = self.model.language_model.model.embed_tokens.weight
+        losses = self.row_heads.losses(rows, table, batch.patches)
+        losses["noun attention"] = self.noun_attention.loss(self.model, rows, batch.patches)
+        return losses
+
+    def _neighbour_losses(
+        self, features: Tensor, layers: list[Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        last = cast(VisionLayer, self.model.vision_tower.vision_model.encoder.layers[-1])
+        return self.neighbours.losses(last, layers[-2], features, batch.patches)
+
+    def _changed(self, rows: Tensor, layers: list[Tensor]) -> Tensor:
+        """By which share of their variance the last layer changes the image rows: what it adds
+        should stand where the projector does not look yet, or all that the decoder knows of rows
+        has to be learnt again.
+        """
+        with torch.no_grad():
+            tower = self.model.vision_tower.vision_model
+            before = self.model.image_rows(tower.post_layernorm(layers[-2]))
+        return (rows - before).square().mean() / before.var()
 
     def _note(self, losses: dict[str, Tensor]) -> None:
         for name, value in losses.items():
@@ -307,18 +294,22 @@ class Trainer:
 
     def _answer_loss(self, rows: Tensor, batch: Batch) -> Tensor:
         losses, weights, referents = [], [], []
+        second = cast(DecoderLayer, self.model.language_model.model.layers[BESIDE_LAYER])
         for texts in batch.texts:
             layers: list[Tensor] = []
             hidden = self.model.hidden(
                 rows[texts.picture_of], texts.ids, texts.positions, texts.mask, layers
             )
+            n_text = texts.ids.shape[1]
+            learnt = self.noun_neighbours.losses(second, layers, texts, batch.patches)
             for name, heads, meant in (
                 ("noun", self.nouns, texts.nouns),
                 ("written", self.written, texts.written),
             ):
-                learnt = heads.losses(layers, meant)
-                self._note({f"{name} {key}": value for key, value in learnt.items()})
-                referents.append(torch.stack(list(learnt.values())).sum())
+                known = heads.losses(layers, meant, n_text)
+                learnt |= {f"{name} {key}": value for key, value in known.items()}
+            self._note(learnt)
+            referents.append(torch.stack(list(learnt.values())).sum())
             log_probs = F.log_softmax(self.model.logits(hidden.flatten(0, 1)[texts.where]), -1)
             losses.append(-(log_probs.gather(1, texts.targets) * texts.target_weights).sum(1))
             weights.append(texts.weights)
