@@ -22,13 +22,13 @@ CHECKPOINT = Path(__file__).parent.parent / "benchmarks/pico/checkpoint"
 SIZES = {"vision_width": 32, "vision_ff": 32, "width": 24, "heads": 2, "head_dim": 8, "ff": 16}
 
 
-def text(model: Pico):
+def text(model: Pico, layers: list[torch.Tensor] | None = None):
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(1, 3, 112, 112, generator=generator)
     ids = torch.tensor([[1, 2, 3, 4]])
     mask = torch.ones(1, 1, 68, 68, dtype=torch.bool)
     rows = model.image_rows(model.features(pixels))
-    return model.hidden(rows, ids, torch.arange(64, 68)[None], mask)
+    return model.hidden(rows, ids, torch.arange(64, 68)[None], mask, layers)
 
 
 @torch.no_grad()
@@ -44,7 +44,12 @@ def test_new_layers_and_channels_change_nothing_at_first():
     before = small.logits(text(small))
     # Up to float32's rounding of a root.
     torch.testing.assert_close(large.logits(text(large)), before, rtol=0, atol=1e-4)
-    # They are there: they can learn.
+    # They are there: what the image rows hold in them is copied to the text, and they can learn.
+    large.multi_modal_projector.linear.bias[-NEW_CHANNELS:] = 1
+    layers: list[torch.Tensor] = []
+    text(large, layers)
+    first, second = (layers[k][0, -4:, -NEW_CHANNELS:] for k in (0, 1))
+    assert not first.any() and (second[:, : SIZES["head_dim"]] > 0.1).all()
     large.language_model.model.layers[1].mlp.down_proj.weight.fill_(0.1)
     assert not torch.allclose(large.logits(text(large)), before, atol=1e-2)
 

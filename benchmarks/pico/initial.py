@@ -19,8 +19,9 @@ def grown(trained: dict[str, Tensor], model: Pico) -> dict[str, Tensor]:
     """Weights of a pico without the layers of NEW and NEW_CHANNELS -> with them, as the model has
     them but silent: the answers are the same until they have learnt something.
 
-    What a layer adds to the rows it adds to all their channels. What later layers should find as it
-    was needs channels of its own.
+    The first head of the decoder's new layer copies, from where it looks, what the new channels
+    will hold, as loud as the rest of the text is: behind the first layer its rows are several times
+    louder than the picture's were, and what a norm has made small takes long to be heard.
     """
     weights = {
         name: torch.zeros_like(value) if name.endswith(_RESIDUAL) else value
@@ -34,6 +35,15 @@ def grown(trained: dict[str, Tensor], model: Pico) -> dict[str, Tensor]:
         if found and int(index) > 0:
             name = f"{head}{found}{int(index) + 1}.{rest}"
         weights[name] = value if name.startswith("vision_tower.") else _widened(name, value, width)
+    size = model.config.head_dim
+    taken = torch.zeros_like(weights[f"{NEW[1]}self_attn.v_proj.weight"])
+    taken[:, -NEW_CHANNELS:] = 2 * torch.eye(size, NEW_CHANNELS)
+    weights[f"{NEW[1]}self_attn.v_proj.weight"] = taken
+    put = weights[f"{NEW[1]}self_attn.o_proj.weight"]
+    put[-NEW_CHANNELS:, :size] = 8 * torch.eye(NEW_CHANNELS, size)
+    for name in weights:
+        if name.endswith("layernorm.weight") and not name.startswith("vision_tower."):
+            weights[name][-NEW_CHANNELS:] = 3.0
     return weights
 
 

@@ -336,6 +336,6 @@ THING_MAKERS: tuple[tuple[Maker, float], ...] = (
     (count, 1.8),
     (exists, 0.8),
     (truth, 0.5),
-    (position, 4.0),
+    (position, 7.0),
     (detect, 3.2),
 )
