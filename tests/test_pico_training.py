@@ -9,15 +9,32 @@ import pytest
 import torch
 
 from edgevlm.benchmarks.pico.batches import BatchPlan, Meant, Texts, build
-from edgevlm.benchmarks.pico.heads import Neighbours, NounNeighbours
-from edgevlm.benchmarks.pico.initial import NEW, NEW_CHANNELS, fill_new_channels, grown
-from edgevlm.benchmarks.pico.model import Pico, PicoConfig, rotate, to_pixels
+from edgevlm.benchmarks.pico.heads import (
+    Neighbours,
+    NounNeighbours,
+    beside_codes,
+    held_beside,
+    kinds_beside,
+)
+from edgevlm.benchmarks.pico.initial import NEW, NEW_CHANNELS, NEW_LAYER, fill_new_channels, grown
+from edgevlm.benchmarks.pico.kinds import KINDS
+from edgevlm.benchmarks.pico.model import Pico, PicoConfig, rotate
 from edgevlm.benchmarks.pico.scenes import Thing
 from edgevlm.benchmarks.pico.schedule import CONTINUED
 from edgevlm.benchmarks.pico.targets import Lexicon
 from edgevlm.benchmarks.pico.train import Trainer
 
 CHECKPOINT = Path(__file__).parent.parent / "benchmarks/pico/checkpoint"
+
+# Patch 9 is a circle; on its left is patch 8, a square (kinds count from one).
+NEIGHBOURS = {
+    "kind": torch.zeros(1, 64, dtype=torch.int64),
+    "thing": torch.full((1, 64), -1),
+    "beside": torch.full((1, 64, 4), -1),
+}
+NEIGHBOURS["thing"][0, 8:10] = torch.tensor([1, 0])
+NEIGHBOURS["kind"][0, 8:10] = torch.tensor([2, 1])
+NEIGHBOURS["beside"][0, 9, 0] = 1
 
 SIZES = {"vision_width": 32, "vision_ff": 32, "width": 24, "heads": 2, "head_dim": 8, "ff": 16}
 
@@ -48,37 +65,50 @@ def test_new_layers_and_channels_change_nothing_at_first():
     large.multi_modal_projector.linear.bias[-NEW_CHANNELS:] = 1
     layers: list[torch.Tensor] = []
     text(large, layers)
-    first, second = (layers[k][0, -4:, -NEW_CHANNELS:] for k in (0, 1))
-    assert not first.any() and (second[:, : SIZES["head_dim"]] > 0.1).all()
-    large.language_model.model.layers[1].mlp.down_proj.weight.fill_(0.1)
+    held, copied = (layers[k][0, -4:, -NEW_CHANNELS:] for k in (NEW_LAYER - 1, NEW_LAYER))
+    assert not held.any() and (copied[:, : SIZES["head_dim"]] > 0.1).all()
+    large.language_model.model.layers[NEW_LAYER].mlp.down_proj.weight.fill_(0.1)
     assert not torch.allclose(large.logits(text(large)), before, atol=1e-2)
 
 
 @torch.no_grad()
-def test_new_channels_hold_what_the_projector_ignored():
+def test_new_channels_hold_what_features_say_of_the_neighbours():
     torch.manual_seed(0)
-    model = Pico(PicoConfig(**SIZES | {"vision_width": 80, "width": 80}))
-    linear = model.multi_modal_projector.linear
-    linear.weight[-NEW_CHANNELS:] = 0
-    old = linear.weight[:-NEW_CHANNELS].clone()
-    pictures = torch.randint(0, 256, (64, 112, 112, 3), dtype=torch.uint8)
-    fill_new_channels(model, pictures.numpy())
-    rows = model.image_rows(model.features(to_pixels(pictures))).flatten(0, 1)
-    new = rows[:, -NEW_CHANNELS:]
-    assert torch.equal(linear.weight[:-NEW_CHANNELS], old)
-    assert float((old @ linear.weight[-NEW_CHANNELS:].T).abs().max()) < 1e-4
-    assert float(new.mean(0).abs().max()) < 1e-3
+    model = Pico(PicoConfig(**SIZES | {"width": SIZES["width"] + NEW_CHANNELS}))
+    codes = beside_codes(kinds_beside(NEIGHBOURS))
+    features = torch.randn(500, 32)
+    wanted = (features[:, :1] > 0) * codes[
+        0, 9
+    ]  # on the left a square, where the first is positive
+    old = model.multi_modal_projector.linear.weight[:-NEW_CHANNELS].clone()
+    fill_new_channels(model, features, wanted)
+    assert torch.equal(model.multi_modal_projector.linear.weight[:-NEW_CHANNELS], old)
+    rows = model.image_rows(features)
     loudness = rows[:, :-NEW_CHANNELS].square().mean().sqrt()
-    assert 0.3 < float(new.square().mean().sqrt() / loudness) <= 0.5
+    assert 0.25 < float(rows[:, -NEW_CHANNELS:].square().mean().sqrt() / loudness) <= 0.5
+    kinds = held_beside(rows).argmax(-1)
+    assert (kinds[features[:, 0] > 1, 0] == 1).all()
 
 
-def test_what_the_encoder_knew_stays(tmp_path: Path):
+def test_codes_tell_kinds_apart_on_every_side():
+    for side in range(4):
+        held = torch.zeros(len(KINDS), 5 + NEW_CHANNELS)
+        for kind in range(len(KINDS)):
+            targets = {**NEIGHBOURS, "beside": torch.full((1, 64, 4), -1)}
+            targets["beside"][0, 9, side] = 1
+            targets["kind"] = torch.where(NEIGHBOURS["kind"] == 2, kind + 1, NEIGHBOURS["kind"])
+            held[kind, 5:] = beside_codes(kinds_beside(targets))[0, 9]
+        assert held_beside(held)[:, side].argmax(-1).tolist() == list(range(len(KINDS)))
+
+
+def test_what_comes_before_new_layers_stays(tmp_path: Path):
     shutil.copy(CHECKPOINT / "tokenizer.model", tmp_path)
     trainer = Trainer(tmp_path, PicoConfig(**SIZES), CONTINUED)
     groups = [g for part in trainer.optimisers for o in part for g in o.param_groups]
     trained = {id(p) for group in groups for p in group["params"]}
+    later = tuple(f"language_model.model.{part}." for part in ("layers.3", "layers.4", "norm"))
     for name, p in trainer.model.named_parameters():
-        kept = name.startswith("vision_tower.") and not name.startswith(NEW)
+        kept = not name.startswith(NEW + later)
         assert p.requires_grad is not kept, name
         assert (id(p) in trained) is not kept, name
     # The encoder's new layer learns first and alone, the decoder's older weights follow slowly.
@@ -101,11 +131,12 @@ def one_batch(trainer: Trainer, mode: str):
 
 @pytest.mark.parametrize(
     ("mode", "step", "learning"),
-    [("vision", 50, NEW[:1]), ("packed", 100, ("language_model.", "multi_modal_projector."))],
+    [("vision", 50, NEW[:1]), ("packed", 100, "language_model.")],
 )
 def test_first_the_encoder_learns_then_the_decoder(tmp_path: Path, mode, step, learning):
     shutil.copy(CHECKPOINT / "tokenizer.model", tmp_path)
-    trainer = Trainer(tmp_path, PicoConfig(**SIZES), CONTINUED)
+    sizes = SIZES | {"width": SIZES["width"] + NEW_CHANNELS}
+    trainer = Trainer(tmp_path, PicoConfig(**sizes), CONTINUED)
     trainer.step = step if mode == "vision" else CONTINUED.vision_steps + step
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train_step([one_batch(trainer, mode)], mode)
@@ -123,21 +154,12 @@ def test_heads_are_shown_where_the_neighbours_are():
     layer = model.vision_tower.vision_model.encoder.layers[-1]
     neighbours = Neighbours(32)
     patches = torch.randn(1, 64, 32)
-    # Patch 9 is a circle; on its left is patch 8, a square (kinds count from one).
-    targets = {
-        "kind": torch.zeros(1, 64, dtype=torch.int64),
-        "thing": torch.full((1, 64), -1),
-        "beside": torch.full((1, 64, 4), -1),
-    }
-    targets["thing"][0, 8:10] = torch.tensor([1, 0])
-    targets["kind"][0, 8:10] = torch.tensor([2, 1])
-    targets["beside"][0, 9, 0] = 1
-    losses = neighbours.losses(layer, patches, layer(patches), targets)
+    losses = neighbours.losses(layer, patches, layer(patches), NEIGHBOURS)
     looked = layer.log_attention(patches, 4)[0, 0, 9, 8]
     assert float(losses["beside attention"]) == pytest.approx(-float(looked))
     said = neighbours.linear(layer(patches))[0, 9].unflatten(-1, (4, -1))[0].log_softmax(-1)
     assert float(losses["beside"]) == pytest.approx(-float(said[1]), rel=1e-5)
-    alone = targets | {"beside": torch.full((1, 64, 4), -1)}
+    alone = NEIGHBOURS | {"beside": torch.full((1, 64, 4), -1)}
     assert [
         float(v) for v in neighbours.losses(layer, patches, layer(patches), alone).values()
     ] == [0, 0]
@@ -146,7 +168,7 @@ def test_heads_are_shown_where_the_neighbours_are():
 @torch.no_grad()
 def test_a_noun_is_shown_the_object_whose_side_is_asked_about():
     torch.manual_seed(0)
-    model = Pico(PicoConfig(**SIZES))
+    model = Pico(PicoConfig(**SIZES | {"width": SIZES["width"] + NEW_CHANNELS}))
     rows = model.image_rows(model.features(torch.randn(2, 3, 112, 112)))
     # The noun is the third token of the second picture's text, its object patch 9 of that picture.
     texts = Texts(
@@ -170,16 +192,14 @@ def test_a_noun_is_shown_the_object_whose_side_is_asked_about():
     things[1, 9] = 1
     layers = []
     model.hidden(rows, texts.ids, texts.positions, texts.mask, layers)
-    layer = model.language_model.model.layers[1]
-    noun = NounNeighbours(24)
-    losses = noun.losses(layer, layers, texts, {"thing": things})
+    layer = model.language_model.model.layers[NEW_LAYER]
+    losses = NounNeighbours().losses(layer, layers, texts, {"thing": things})
 
-    normed = layer.input_layernorm(layers[0][1])
+    normed = layer.input_layernorm(layers[NEW_LAYER - 1][1])
     attention = layer.self_attn
     query = rotate(attention.q_proj(normed)[66:67, :8], torch.tensor([66]))[0]
     keys = rotate(attention.k_proj(normed)[:64], torch.arange(64))
     looked = (keys @ query * 8**-0.5).log_softmax(0)[9]
     assert float(losses["noun looks"]) == pytest.approx(-float(looked), rel=1e-4)
-    state = torch.nn.functional.rms_norm(layers[1][1, 66], (24,))
-    said = noun.linear(state).unflatten(-1, (4, -1))[1].log_softmax(-1)
-    assert float(losses["noun beside"]) == pytest.approx(-float(said[5]), rel=1e-4)
+    held = held_beside(layers[NEW_LAYER][1, 66])[1].log_softmax(-1)
+    assert float(losses["noun beside"]) == pytest.approx(-float(held[5]), rel=1e-4)

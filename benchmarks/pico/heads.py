@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgevlm.benchmarks.pico.batches import Meant, Texts
+from edgevlm.benchmarks.pico.initial import NEW_CHANNELS, NEW_LAYER
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
 from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, VisionLayer, rotate
 from edgevlm.benchmarks.pico.phrasings import SIDES
@@ -24,7 +25,6 @@ from edgevlm.benchmarks.pico.targets import (
 from edgevlm.benchmarks.pico.tokenizer import N_LOC, Tokenizer
 
 RELATION_WEIGHT = 2.0  # counts and orders are what the encoder is slowest to learn
-BESIDE_LAYER = 1  # the second of the decoder: the next one picks the side that is asked about
 NOUN_LAYER = 2  # the third of the decoder: two more bring what a noun knows to the answer
 WRITTEN_LAYER = 3  # the fourth: what is next depends on what was written
 MASK_LAYER = 2  # the third of the encoder: the layers after it can build on the masks
@@ -127,8 +127,7 @@ class RowHeads(nn.Module):
         super().__init__()
         self.places = nn.Linear(width, 4 * width, bias=False)
         self.relations = nn.Linear(width, len(RELATIONS) * MOST)
-        self.beside = nn.Linear(width, len(SIDES) * len(KINDS))
-        for linear in (self.places, self.relations, self.beside):
+        for linear in (self.places, self.relations):
             nn.init.normal_(linear.weight, std=width**-0.5)
         # Nouns as they stand in a prompt (after a space) and as they begin an answer.
         self.nouns = [_word_ids(tokenizer, KINDS, space) for space in (" ", "")]
@@ -149,13 +148,11 @@ class RowHeads(nn.Module):
         wanted = torch.softmax(-0.5 * near**2, -1)
         guessed = self.places(found).unflatten(-1, (4, -1)) @ embeddings[self.place_ids].T
         related = self.relations(found).unflatten(-1, (len(RELATIONS), MOST))
-        beside = _kinds_beside(_neighbours(targets), targets)[seen]
         return {
             "relations": RELATION_WEIGHT * _entropy(related, targets["relations"][seen]),
             "noun": torch.stack(nouns).mean(),
             "colour word": torch.stack(colours).mean(),
             "place": F.cross_entropy(guessed.flatten(0, 1), wanted.flatten(0, 1)),
-            "row beside": _entropy(self.beside(found).unflatten(-1, (len(SIDES), -1)), beside),
         }
 
 
@@ -187,17 +184,12 @@ class Referents(nn.Module):
         return known | {"box": error.mean() if error.numel() else error.sum()}
 
 
-class NounNeighbours(nn.Module):
-    """Shows the first attention head of the decoder's second layer the object that a question about
-    a side names, and has the noun's state say which kinds are beside that object.
+class NounNeighbours:
+    """Shows the first attention head of the decoder's new layer the object that a question about a
+    side names, and has the noun's state hold the codes of the kinds that are beside that object.
 
-    It looks there for what the encoder's last layer found out; the layer after it picks a side.
+    It looks there for what the encoder's new layer found out.
     """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, len(SIDES) * len(KINDS))
-        nn.init.normal_(self.linear.weight, std=width**-0.5)
 
     def losses(
         self, layer: DecoderLayer, layers: list[Tensor], texts: Texts, targets: dict[str, Tensor]
@@ -207,7 +199,7 @@ class NounNeighbours(nn.Module):
         asked = texts.nouns.facts[:, -1] >= 0
         where, thing = texts.nouns.facts[asked][:, 0], texts.nouns.facts[asked][:, -1]
         row = where // n_text
-        before, after = layers[BESIDE_LAYER - 1], layers[BESIDE_LAYER]
+        before, after = layers[NEW_LAYER - 1], layers[NEW_LAYER]
         n_rows = before.shape[1] - n_text
         log_p = layer.log_attention(
             _text(before, n_text).flatten(0, 1)[where],
@@ -218,11 +210,10 @@ class NounNeighbours(nn.Module):
         right = targets["thing"][texts.picture_of[row]] == thing[:, None]
         shown = right.any(-1)
         looked = -log_p.masked_fill(~right, -1e9).logsumexp(-1)[shown]
-        states = _text(after, n_text).flatten(0, 1)[where]
-        said = self.linear(F.rms_norm(states, states.shape[-1:])).unflatten(-1, (len(SIDES), -1))
+        held = held_beside(_text(after, n_text).flatten(0, 1)[where])
         return {
             "noun looks": looked.mean() if looked.numel() else looked.sum(),
-            "noun beside": _entropy(said, texts.nouns.beside[asked]),
+            "noun beside": _entropy(held, texts.nouns.beside[asked]),
         }
 
 
@@ -264,10 +255,49 @@ def _text(states: Tensor, n_text: int) -> Tensor:
     return states[:, -n_text:]
 
 
+def held_loss(rows: Tensor, kinds: Tensor) -> Tensor:
+    """How badly rows [n, width] hold the kinds int64 [n, sides] beside their objects, in nats."""
+    return _entropy(held_beside(rows), kinds)
+
+
+def held_beside(states: Tensor) -> Tensor:
+    """What states [..., width] hold in NEW_CHANNELS of the kinds on each side, as logits
+    [..., sides, kinds]; twice as sharp as the channels are when equally loud.
+    """
+    channels = F.rms_norm(states[..., -NEW_CHANNELS:], (NEW_CHANNELS,))
+    by_side: Tensor = torch.unflatten(channels, -1, (len(SIDES), -1))
+    return 2 * by_side @ KIND_CODES.T
+
+
+def beside_codes(kinds: Tensor) -> Tensor:
+    """Kinds int64 [..., sides] -> what rows should hold of them in NEW_CHANNELS, a code for each
+    side: [..., NEW_CHANNELS], zeros for -1.
+    """
+    return torch.where((kinds >= 0)[..., None], KIND_CODES[kinds], 0.0).flatten(-2)
+
+
+def _kind_codes(size: int) -> Tensor:
+    """One for each kind, the same on every side, so that what is learnt of one kind or side serves
+    for all: a unit vector or its negative, and for the last kinds what is in between.
+    """
+    units = torch.eye(size)
+    between = torch.tensor([[1.0] * size, [1.0, -1.0] * (size // 2)]) * size**-0.5
+    codes = torch.cat([torch.stack([units, -units], 1).flatten(0, 1), between, -between])
+    return codes[: len(KINDS)]
+
+
+KIND_CODES = _kind_codes(NEW_CHANNELS // len(SIDES))
+
+
 def _neighbours(targets: dict[str, Tensor]) -> Tensor:
     """Which patch shows what is on which side of a patch's object: bool [n, sides, p, p]."""
     beside = targets["beside"].transpose(1, 2)[..., None]
     return (beside == targets["thing"][:, None, None]) & (beside >= 0)
+
+
+def kinds_beside(targets: dict[str, Tensor]) -> Tensor:
+    """The kinds on the sides of every patch's object: int64 [n, p, sides], -1 where none is."""
+    return _kinds_beside(_neighbours(targets), targets)
 
 
 def _kinds_beside(right: Tensor, targets: dict[str, Tensor]) -> Tensor:

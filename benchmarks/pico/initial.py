@@ -9,8 +9,10 @@ from torch import Tensor
 
 from edgevlm.benchmarks.pico.model import Pico, to_pixels
 
-# Layers that pico had not at first: the encoder's last and the decoder's second.
-NEW = ("vision_tower.vision_model.encoder.layers.6.", "language_model.model.layers.1.")
+# Layers that pico had not at first: the encoder's last and the decoder's third. The two before that
+# tell a noun which object it means.
+NEW_LAYER = 2
+NEW = ("vision_tower.vision_model.encoder.layers.6.", f"language_model.model.layers.{NEW_LAYER}.")
 NEW_CHANNELS = 64  # of the decoder's width, its last
 _RESIDUAL = ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
 
@@ -20,7 +22,7 @@ def grown(trained: dict[str, Tensor], model: Pico) -> dict[str, Tensor]:
     them but silent: the answers are the same until they have learnt something.
 
     The first head of the decoder's new layer copies, from where it looks, what the new channels
-    will hold, as loud as the rest of the text is: behind the first layer its rows are several times
+    will hold, as loud as the rest of the text is: behind the first layers rows are several times
     louder than the picture's were, and what a norm has made small takes long to be heard.
     """
     weights = {
@@ -32,7 +34,7 @@ def grown(trained: dict[str, Tensor], model: Pico) -> dict[str, Tensor]:
     for name, value in trained.items():
         head, found, tail = name.partition("language_model.model.layers.")
         index, _, rest = tail.partition(".")
-        if found and int(index) > 0:
+        if found and int(index) >= NEW_LAYER:
             name = f"{head}{found}{int(index) + 1}.{rest}"
         weights[name] = value if name.startswith("vision_tower.") else _widened(name, value, width)
     size = model.config.head_dim
@@ -61,20 +63,21 @@ def _widened(name: str, value: Tensor, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def fill_new_channels(model: Pico, pictures: np.ndarray) -> None:
-    """Gives the image rows, in NEW_CHANNELS, the features that the projector ignored: uncorrelated,
-    equally strong, and half as loud as the others, which the norms then hardly change.
+def fill_new_channels(model: Pico, features: Tensor, wanted: Tensor) -> None:
+    """Gives the image rows, in NEW_CHANNELS, what their features [n, vision_width] say of what is
+    ``wanted`` [n, NEW_CHANNELS], in the sense of least squares, half as loud as the others are: the
+    norms then hardly change.
     """
     linear = model.multi_modal_projector.linear
-    old = linear.weight[:-NEW_CHANNELS]
-    ignored = torch.linalg.svd(old).Vh[len(old) :]
-    features = model.features(to_pixels(torch.from_numpy(pictures))).flatten(0, 1)
-    loudness = 0.5 * model.image_rows(features)[:, :-NEW_CHANNELS].square().mean().sqrt()
-    mean, left_out = features.mean(0), (features - features.mean(0)) @ ignored.T
-    values, vectors = torch.linalg.eigh(left_out.T @ left_out / len(left_out))
-    weight = loudness * (vectors * (values + 0.01 * values.mean()).rsqrt()).T @ ignored
+    loudness = model.image_rows(features)[:, :-NEW_CHANNELS].square().mean().sqrt()
+    wanted = wanted * 0.5 * loudness / wanted.square().mean().sqrt()
+    mean = features.mean(0)
+    centred, target = features - mean, wanted - wanted.mean(0)
+    square = centred.T @ centred
+    square.diagonal().add_(1e-4 * square.trace() / len(square))
+    weight = torch.linalg.solve(square, centred.T @ target).T
     linear.weight[-NEW_CHANNELS:] = weight
-    linear.bias[-NEW_CHANNELS:] = -weight @ mean
+    linear.bias[-NEW_CHANNELS:] = wanted.mean(0) - weight @ mean
 
 
 @torch.no_grad()

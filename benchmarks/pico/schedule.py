@@ -61,9 +61,9 @@ class Schedule:
         return fall * self.vision_share, fall * self.inherited * settled, new
 
 
-# From trained weights, with a new last layer in the encoder and a new second one in the decoder:
-# the encoder's learns alone what is beside what, then the decoder to say it. The rest of the
-# encoder stays as it is.
+# From trained weights, with a new last layer in the encoder and a new third one in the decoder: the
+# encoder's learns alone what is beside what, then the decoder to say it. What comes before these
+# layers stays as it is.
 CONTINUED = Schedule(
     vision_steps=600,
     packed_steps=1500,

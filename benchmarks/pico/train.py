@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader
 from edgevlm.benchmarks.pico.batches import Batch, BatchPlan, Stream
 from edgevlm.benchmarks.pico.checkpoint import load_checkpoint, save_checkpoint
 from edgevlm.benchmarks.pico.heads import (
-    BESIDE_LAYER,
     NOUN_LAYER,
     WRITTEN_LAYER,
     MaskHead,
@@ -35,9 +34,14 @@ from edgevlm.benchmarks.pico.heads import (
     PatchHeads,
     Referents,
     RowHeads,
+    beside_codes,
+    held_loss,
+    kinds_beside,
 )
 from edgevlm.benchmarks.pico.initial import (
     NEW,
+    NEW_CHANNELS,
+    NEW_LAYER,
     fill_new_channels,
     grown,
     smooth_places,
@@ -54,6 +58,7 @@ from edgevlm.benchmarks.pico.monitor import monitor
 from edgevlm.benchmarks.pico.optimiser import make_optimisers
 from edgevlm.benchmarks.pico.schedule import Schedule
 from edgevlm.benchmarks.pico.shards import read_shard, wait_for_shard
+from edgevlm.benchmarks.pico.targets import patch_targets
 from edgevlm.benchmarks.pico.tokenizer import Tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -80,7 +85,7 @@ class Trainer:
         self.noun_attention = NounAttention(self.tokenizer)
         self.nouns = Referents(config.width, NOUN_LAYER)
         self.written = Referents(config.width, WRITTEN_LAYER)
-        self.noun_neighbours = NounNeighbours(config.width)
+        self.noun_neighbours = NounNeighbours()
         self.mask_head = MaskHead(config.vision_width)
         self.neighbours = Neighbours(config.vision_width)
         self.all_heads = nn.ModuleList(
@@ -91,7 +96,6 @@ class Trainer:
                 self.nouns,
                 self.written,
                 self.neighbours,
-                self.noun_neighbours,
             ]
         )
         self.threads = ThreadPoolExecutor(N_THREADS)
@@ -110,21 +114,25 @@ class Trainer:
         self.sums: dict[str, list[float]] = defaultdict(list)
 
     def _parts(self) -> list[list[tuple[str, nn.Parameter]]]:
-        """The weights of the encoder, of the decoder, and those that are new to the decoder; only
-        the new ones of the encoder too where there are any.
+        """The weights of the encoder, of the decoder, and those that are new to the decoder.
+
+        Where there are new ones, what comes before them stays as it is.
         """
         continued = self.schedule.inherited is not None
+        after = tuple(
+            f"language_model.model.{part}."
+            for part in ("norm", *(f"layers.{k}" for k in range(NEW_LAYER, self.config.layers)))
+        )
         vision: list[tuple[str, nn.Parameter]] = []
         language: list[tuple[str, nn.Parameter]] = []
         new: list[tuple[str, nn.Parameter]] = []
         for name, p in self.model.named_parameters():
-            added = continued and name.startswith(NEW)
-            if not name.startswith("vision_tower."):
-                (new if added else language).append((name, p))
-            elif continued and not added:
+            if continued and not name.startswith(NEW + after):
                 p.requires_grad_(False)
-            else:
+            elif name.startswith("vision_tower."):
                 vision.append((name, p))
+            else:
+                (new if continued and name.startswith(NEW) else language).append((name, p))
         return [vision, language, new]
 
     def start_from(self, checkpoint: Path) -> None:
@@ -140,13 +148,46 @@ class Trainer:
 
     def start(self) -> None:
         """Prepares a first run: the patch embedding starts from the pictures of the first shard."""
-        whiten_patches(self.model, self._first_pictures())
-        self.ema = self._weights()
-
-    def _first_pictures(self) -> np.ndarray:
         wait_for_shard(self.folder / "data", 0)
         pictures, _ = read_shard(self.folder / "data", 0)
-        return np.array(pictures[:512])
+        whiten_patches(self.model, np.array(pictures[:512]))
+        self.ema = self._weights()
+
+    def _fill_new_channels(self) -> None:
+        """Has the projector, which then stays as it is, put into the new channels what the encoder
+        knows of the neighbours.
+        """
+        features, kinds = (
+            torch.cat(parts) for parts in zip(*map(self._known, range(6)), strict=True)
+        )
+        fill_new_channels(self.model, features, beside_codes(kinds))
+        linear = self.model.multi_modal_projector.linear
+        new = [p.detach()[-NEW_CHANNELS:].requires_grad_() for p in (linear.weight, linear.bias)]
+        optimiser = torch.optim.Adam(new, lr=2e-3)
+        for step in range(600):
+            optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 600)
+            some = torch.randint(len(features), (4096,))
+            loss = held_loss(F.linear(features[some], *new), kinds[some])
+            for p, grad in zip(new, torch.autograd.grad(loss, new), strict=True):
+                p.grad = grad
+            optimiser.step()
+        log.info("the new channels hold the neighbours' kinds but for %.3f nats", float(loss))
+        self.ema = self._weights()
+
+    def _known(self, shard: int) -> tuple[Tensor, Tensor]:
+        """The features of a shard's patches that show something, and the kinds beside it."""
+        wait_for_shard(self.folder / "data", shard)
+        pictures, facts = read_shard(self.folder / "data", shard)
+        patches = patch_targets(facts, self.config.grid)
+        targets = {name: torch.from_numpy(value) for name, value in patches.items()}
+        pieces = torch.split(torch.from_numpy(np.array(pictures)), 64)
+        seen = targets["thing"] >= 0
+        features = torch.cat(list(self.threads.map(self._features, pieces)))
+        return features[seen], kinds_beside(targets)[seen]
+
+    @torch.no_grad()
+    def _features(self, pictures: Tensor) -> Tensor:
+        return self.model.features(to_pixels(pictures))
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -183,8 +224,7 @@ class Trainer:
         while self.step < self.schedule.total:
             mode, end = self.schedule.phase(self.step)
             if mode != "vision" and not self.model.multi_modal_projector.linear.weight[-1].any():
-                fill_new_channels(self.model, self._first_pictures())
-                self.ema = self._weights()
+                self._fill_new_channels()
             n_pictures = getattr(self.schedule, f"{mode}_pictures")
             plan = BatchPlan(
                 n_pictures,
@@ -251,17 +291,16 @@ class Trainer:
         with torch.set_grad_enabled(not still):
             features, layers = self.model.features_and_layers(to_pixels(batch.pictures))
         rows = self.model.image_rows(features)
+        losses: dict[str, Tensor] = {}
         if mode == "vision" and self.schedule.inherited is not None:
             losses = self._neighbour_losses(features, layers, batch)
             losses["rows kept"] = KEPT_WEIGHT * self._changed(rows, layers)
-        else:
-            losses = self._row_losses(rows, batch)
-            if not still:
-                losses |= self.heads.losses(features, batch.patches)
-                losses |= self._neighbour_losses(features, layers, batch)
-                losses["mask"] = MASK_WEIGHT * self.mask_head.loss(layers, batch.patches)
-        loss = torch.stack(list(losses.values())).sum()
+        elif not still:
+            losses = self.heads.losses(features, batch.patches) | self._row_losses(rows, batch)
+            losses |= self._neighbour_losses(features, layers, batch)
+            losses["mask"] = MASK_WEIGHT * self.mask_head.loss(layers, batch.patches)
         self._note(losses)
+        loss = torch.stack([torch.zeros(()), *losses.values()]).sum()
         if mode == "vision":
             return loss
         return self._answer_loss(rows, batch) + self.schedule.head_weight * loss
@@ -294,14 +333,14 @@ class Trainer:
 
     def _answer_loss(self, rows: Tensor, batch: Batch) -> Tensor:
         losses, weights, referents = [], [], []
-        second = cast(DecoderLayer, self.model.language_model.model.layers[BESIDE_LAYER])
+        layer = cast(DecoderLayer, self.model.language_model.model.layers[NEW_LAYER])
         for texts in batch.texts:
             layers: list[Tensor] = []
             hidden = self.model.hidden(
                 rows[texts.picture_of], texts.ids, texts.positions, texts.mask, layers
             )
             n_text = texts.ids.shape[1]
-            learnt = self.noun_neighbours.losses(second, layers, texts, batch.patches)
+            learnt = self.noun_neighbours.losses(layer, layers, texts, batch.patches)
             for name, heads, meant in (
                 ("noun", self.nouns, texts.nouns),
                 ("written", self.written, texts.written),
