@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.benchmarks.pico.batches import Meant, Texts
-from edgevlm.benchmarks.pico.initial import NEW_CHANNELS, NEW_LAYER
+from edgevlm.benchmarks.pico.batches import Meant
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
-from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, VisionLayer, rotate
-from edgevlm.benchmarks.pico.phrasings import SIDES
+from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, rotate
 from edgevlm.benchmarks.pico.questions import LOC_STEP
 from edgevlm.benchmarks.pico.targets import (
     LETTER_SLOTS,
@@ -55,14 +53,14 @@ class PatchHeads(nn.Module):
         seen = targets["kind"] > 0
         box_error = (out["box"][seen] - targets["box"][seen] * 4).abs()
         return {
-            "kind": _entropy(out["kind"], targets["kind"]),
-            "colour": _entropy(out["colour"], targets["colour"]),
+            "kind": entropy(out["kind"], targets["kind"]),
+            "colour": entropy(out["colour"], targets["colour"]),
             "centre": F.binary_cross_entropy_with_logits(
                 out["centre"][..., 0], targets["centre"], pos_weight=torch.tensor(4.0)
             ),
             "box": box_error.mean() if box_error.numel() else box_error.sum(),
-            "letter": _entropy(out["letter"].unflatten(-1, (LETTER_SLOTS, -1)), targets["letter"]),
-            "letter_index": _entropy(
+            "letter": entropy(out["letter"].unflatten(-1, (LETTER_SLOTS, -1)), targets["letter"]),
+            "letter_index": entropy(
                 out["letter_index"].unflatten(-1, (LETTER_SLOTS, -1)), targets["letter_index"]
             ),
         }
@@ -90,32 +88,6 @@ class MaskHead(nn.Module):
         return loss / known.sum().clamp(min=1)
 
 
-class Neighbours(nn.Module):
-    """Shows the first attention heads of the encoder's last layer, one for each side, where the
-    nearest object on that side is, and has the layer say of what kind it is.
-
-    A question about a side is then answered by what is known of the object that it names.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, len(SIDES) * len(KINDS))
-        nn.init.normal_(self.linear.weight, std=width**-0.5)
-
-    def losses(
-        self, layer: VisionLayer, before: Tensor, features: Tensor, targets: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What goes into the layer and what comes out [n, patches, width] -> one scalar each."""
-        right = _neighbours(targets)
-        log_p = layer.log_attention(before, len(SIDES))
-        looked = -log_p.masked_fill(~right, -1e9).logsumexp(-1)[right.any(-1)]
-        guessed = self.linear(features).unflatten(-1, (len(SIDES), -1))
-        return {
-            "beside attention": looked.mean() if looked.numel() else looked.sum(),
-            "beside": _entropy(guessed, _kinds_beside(right, targets)),
-        }
-
-
 class RowHeads(nn.Module):
     """Ties the image rows to the decoder's own words and places.
 
@@ -141,15 +113,15 @@ class RowHeads(nn.Module):
         """Image rows [n, patches, width], the embedding table, the targets of batches.py."""
         seen = (targets["kind"] > 0) & (targets["kind"] < WORD_KIND)
         found, kind, colour = rows[seen], targets["kind"][seen] - 1, targets["colour"][seen]
-        nouns = [_entropy(found @ embeddings[ids].T, kind) for ids in self.nouns]
-        colours = [_entropy(found @ embeddings[ids].T, colour) for ids in self.colours]
+        nouns = [entropy(found @ embeddings[ids].T, kind) for ids in self.nouns]
+        colours = [entropy(found @ embeddings[ids].T, colour) for ids in self.colours]
         box = (targets["box"] + _centres(rows.shape[1]))[seen]
         near = (torch.arange(len(self.place_ids)) - box[..., None] * (1023 / LOC_STEP)) / 0.75
         wanted = torch.softmax(-0.5 * near**2, -1)
         guessed = self.places(found).unflatten(-1, (4, -1)) @ embeddings[self.place_ids].T
         related = self.relations(found).unflatten(-1, (len(RELATIONS), MOST))
         return {
-            "relations": RELATION_WEIGHT * _entropy(related, targets["relations"][seen]),
+            "relations": RELATION_WEIGHT * entropy(related, targets["relations"][seen]),
             "noun": torch.stack(nouns).mean(),
             "colour word": torch.stack(colours).mean(),
             "place": F.cross_entropy(guessed.flatten(0, 1), wanted.flatten(0, 1)),
@@ -175,46 +147,13 @@ class Referents(nn.Module):
 
     def losses(self, layers: list[Tensor], meant: Meant, n_text: int) -> dict[str, Tensor]:
         """The states [rows, p + t, width] behind every decoder layer -> one scalar each."""
-        states = _text(layers[self.layer], n_text).flatten(0, 1)[meant.facts[:, 0]]
+        states = text_of(layers[self.layer], n_text).flatten(0, 1)[meant.facts[:, 0]]
         out = self.linear(F.rms_norm(states, states.shape[-1:])).split(self.SIZES, -1)
         any_thing = meant.facts[:, 2] > 0
         error = (out[5][any_thing] - meant.boxes[any_thing] * 4).abs()
         names = ("left", "number", "kind", "colour", "asked")
-        known = {name: _entropy(out[k], meant.facts[:, k + 1]) for k, name in enumerate(names)}
+        known = {name: entropy(out[k], meant.facts[:, k + 1]) for k, name in enumerate(names)}
         return known | {"box": error.mean() if error.numel() else error.sum()}
-
-
-class NounNeighbours:
-    """Shows the first attention head of the decoder's new layer the object that a question about a
-    side names, and has the noun's state hold the codes of the kinds that are beside that object.
-
-    It looks there for what the encoder's new layer found out.
-    """
-
-    def losses(
-        self, layer: DecoderLayer, layers: list[Tensor], texts: Texts, targets: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The layer, the states [rows, p + t, width] behind every layer -> one scalar each."""
-        n_text = texts.ids.shape[1]
-        asked = texts.nouns.facts[:, -1] >= 0
-        where, thing = texts.nouns.facts[asked][:, 0], texts.nouns.facts[asked][:, -1]
-        row = where // n_text
-        before, after = layers[NEW_LAYER - 1], layers[NEW_LAYER]
-        n_rows = before.shape[1] - n_text
-        log_p = layer.log_attention(
-            _text(before, n_text).flatten(0, 1)[where],
-            texts.positions.flatten()[where],
-            before[:, :n_rows],
-            row,
-        )
-        right = targets["thing"][texts.picture_of[row]] == thing[:, None]
-        shown = right.any(-1)
-        looked = -log_p.masked_fill(~right, -1e9).logsumexp(-1)[shown]
-        held = held_beside(_text(after, n_text).flatten(0, 1)[where])
-        return {
-            "noun looks": looked.mean() if looked.numel() else looked.sum(),
-            "noun beside": _entropy(held, texts.nouns.beside[asked]),
-        }
 
 
 class NounAttention:
@@ -250,61 +189,9 @@ class NounAttention:
         return torch.stack(losses).mean()
 
 
-def _text(states: Tensor, n_text: int) -> Tensor:
+def text_of(states: Tensor, n_text: int) -> Tensor:
     """The rows of the text: after a picture's, or all that there are behind the last layer."""
     return states[:, -n_text:]
-
-
-def held_loss(rows: Tensor, kinds: Tensor) -> Tensor:
-    """How badly rows [n, width] hold the kinds int64 [n, sides] beside their objects, in nats."""
-    return _entropy(held_beside(rows), kinds)
-
-
-def held_beside(states: Tensor) -> Tensor:
-    """What states [..., width] hold in NEW_CHANNELS of the kinds on each side, as logits
-    [..., sides, kinds]; twice as sharp as the channels are when equally loud.
-    """
-    channels = F.rms_norm(states[..., -NEW_CHANNELS:], (NEW_CHANNELS,))
-    by_side: Tensor = torch.unflatten(channels, -1, (len(SIDES), -1))
-    return 2 * by_side @ KIND_CODES.T
-
-
-def beside_codes(kinds: Tensor) -> Tensor:
-    """Kinds int64 [..., sides] -> what rows should hold of them in NEW_CHANNELS, a code for each
-    side: [..., NEW_CHANNELS], zeros for -1.
-    """
-    return torch.where((kinds >= 0)[..., None], KIND_CODES[kinds], 0.0).flatten(-2)
-
-
-def _kind_codes(size: int) -> Tensor:
-    """One for each kind, the same on every side, so that what is learnt of one kind or side serves
-    for all: a unit vector or its negative, and for the last kinds what is in between.
-    """
-    units = torch.eye(size)
-    between = torch.tensor([[1.0] * size, [1.0, -1.0] * (size // 2)]) * size**-0.5
-    codes = torch.cat([torch.stack([units, -units], 1).flatten(0, 1), between, -between])
-    return codes[: len(KINDS)]
-
-
-KIND_CODES = _kind_codes(NEW_CHANNELS // len(SIDES))
-
-
-def _neighbours(targets: dict[str, Tensor]) -> Tensor:
-    """Which patch shows what is on which side of a patch's object: bool [n, sides, p, p]."""
-    beside = targets["beside"].transpose(1, 2)[..., None]
-    return (beside == targets["thing"][:, None, None]) & (beside >= 0)
-
-
-def kinds_beside(targets: dict[str, Tensor]) -> Tensor:
-    """The kinds on the sides of every patch's object: int64 [n, p, sides], -1 where none is."""
-    return _kinds_beside(_neighbours(targets), targets)
-
-
-def _kinds_beside(right: Tensor, targets: dict[str, Tensor]) -> Tensor:
-    """The kinds on the sides of every patch's object: [n, p, sides], -1 where none is."""
-    first = right.int().argmax(-1)  # a patch of the neighbour
-    kinds = targets["kind"].gather(1, first.flatten(1)).view_as(first) - 1
-    return torch.where(right.any(-1), kinds, -1).transpose(1, 2)
 
 
 def _word_ids(tokenizer: Tokenizer, words: tuple[str, ...], space: str) -> Tensor:
@@ -317,7 +204,7 @@ def _centres(n_patches: int) -> Tensor:
     return torch.stack([middles.repeat(grid), middles.repeat_interleave(grid)] * 2, 1)
 
 
-def _entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy where the target is not -1; 0 when there is none."""
     known = targets >= 0
     if not bool(known.any()):

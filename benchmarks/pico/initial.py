@@ -42,7 +42,7 @@ def grown(trained: dict[str, Tensor], model: Pico) -> dict[str, Tensor]:
     taken[:, -NEW_CHANNELS:] = 2 * torch.eye(size, NEW_CHANNELS)
     weights[f"{NEW[1]}self_attn.v_proj.weight"] = taken
     put = weights[f"{NEW[1]}self_attn.o_proj.weight"]
-    put[-NEW_CHANNELS:, :size] = 8 * torch.eye(NEW_CHANNELS, size)
+    put[-NEW_CHANNELS:, :size] = 16 * torch.eye(NEW_CHANNELS, size)
     for name in weights:
         if name.endswith("layernorm.weight") and not name.startswith("vision_tower."):
             weights[name][-NEW_CHANNELS:] = 3.0
@@ -60,24 +60,6 @@ def _widened(name: str, value: Tensor, width: int) -> Tensor:
     if value.ndim == 1 or name.endswith((*_RESIDUAL, "projector.linear.weight")):
         return torch.cat([value, value.new_zeros(NEW_CHANNELS, *value.shape[1:])])
     return F.pad(value, (0, NEW_CHANNELS))
-
-
-@torch.no_grad()
-def fill_new_channels(model: Pico, features: Tensor, wanted: Tensor) -> None:
-    """Gives the image rows, in NEW_CHANNELS, what their features [n, vision_width] say of what is
-    ``wanted`` [n, NEW_CHANNELS], in the sense of least squares, half as loud as the others are: the
-    norms then hardly change.
-    """
-    linear = model.multi_modal_projector.linear
-    loudness = model.image_rows(features)[:, :-NEW_CHANNELS].square().mean().sqrt()
-    wanted = wanted * 0.5 * loudness / wanted.square().mean().sqrt()
-    mean = features.mean(0)
-    centred, target = features - mean, wanted - wanted.mean(0)
-    square = centred.T @ centred
-    square.diagonal().add_(1e-4 * square.trace() / len(square))
-    weight = torch.linalg.solve(square, centred.T @ target).T
-    linear.weight[-NEW_CHANNELS:] = weight
-    linear.bias[-NEW_CHANNELS:] = wanted.mean(0) - weight @ mean
 
 
 @torch.no_grad()

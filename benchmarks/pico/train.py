@@ -28,21 +28,14 @@ from edgevlm.benchmarks.pico.heads import (
     NOUN_LAYER,
     WRITTEN_LAYER,
     MaskHead,
-    Neighbours,
     NounAttention,
-    NounNeighbours,
     PatchHeads,
     Referents,
     RowHeads,
-    beside_codes,
-    held_loss,
-    kinds_beside,
 )
 from edgevlm.benchmarks.pico.initial import (
     NEW,
-    NEW_CHANNELS,
     NEW_LAYER,
-    fill_new_channels,
     grown,
     smooth_places,
     whiten_patches,
@@ -55,6 +48,12 @@ from edgevlm.benchmarks.pico.model import (
     to_pixels,
 )
 from edgevlm.benchmarks.pico.monitor import monitor
+from edgevlm.benchmarks.pico.neighbours import (
+    Neighbours,
+    NounNeighbours,
+    fill_new_channels,
+    kinds_beside,
+)
 from edgevlm.benchmarks.pico.optimiser import make_optimisers
 from edgevlm.benchmarks.pico.schedule import Schedule
 from edgevlm.benchmarks.pico.shards import read_shard, wait_for_shard
@@ -160,18 +159,8 @@ class Trainer:
         features, kinds = (
             torch.cat(parts) for parts in zip(*map(self._known, range(6)), strict=True)
         )
-        fill_new_channels(self.model, features, beside_codes(kinds))
-        linear = self.model.multi_modal_projector.linear
-        new = [p.detach()[-NEW_CHANNELS:].requires_grad_() for p in (linear.weight, linear.bias)]
-        optimiser = torch.optim.Adam(new, lr=2e-3)
-        for step in range(600):
-            optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 600)
-            some = torch.randint(len(features), (4096,))
-            loss = held_loss(F.linear(features[some], *new), kinds[some])
-            for p, grad in zip(new, torch.autograd.grad(loss, new), strict=True):
-                p.grad = grad
-            optimiser.step()
-        log.info("the new channels hold the neighbours' kinds but for %.3f nats", float(loss))
+        missing = fill_new_channels(self.model.multi_modal_projector.linear, features, kinds)
+        log.info("the new channels hold the neighbours' kinds but for %.3f nats", missing)
         self.ema = self._weights()
 
     def _known(self, shard: int) -> tuple[Tensor, Tensor]:
