@@ -118,6 +118,11 @@ def test_a_noun_knows_what_is_beside_its_thing_where_a_side_is_asked_of(lexicon,
     beside = [*named.beside, named.asked]
     assert [KINDS[k] if k >= 0 else None for k in beside] == [kind, None, kind, kind, kind]
     assert named.thing == (THINGS.index(STAR) if kind else -1)
+    side = tuple(SIDES)[named.side] if named.side >= 0 else None
+    assert side == ("left" if kind else None)
+    if kind:
+        prompt = lexicon.tokenizer.prompt_ids(asked.prompt)
+        assert prompt[named.side_column] == lexicon.tokenizer.word_id("left")
 
 
 def test_a_mirror_turns_pictures_and_places_alike():

@@ -169,7 +169,8 @@ def test_a_noun_is_shown_the_object_whose_side_is_asked_about():
     torch.manual_seed(0)
     model = Pico(PicoConfig(**SIZES | {"width": SIZES["width"] + NEW_CHANNELS}))
     rows = model.image_rows(model.features(torch.randn(2, 3, 112, 112)))
-    # The noun is the third token of the second picture's text, its object patch 9 of that picture.
+    # The noun is the third token of the second picture's text, its object patch 9 of that picture;
+    # the word for the side is the first token.
     texts = Texts(
         picture_of=torch.tensor([0, 1]),
         ids=torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]),
@@ -180,11 +181,11 @@ def test_a_noun_is_shown_the_object_whose_side_is_asked_about():
         target_weights=torch.zeros(2, 5),
         weights=torch.ones(2),
         nouns=Meant(
-            facts=torch.tensor([[2, -1, 1, 0, 0, -1, -1], [6, -1, 1, 0, 0, 5, 1]]),
+            facts=torch.tensor([[2, -1, 1, 0, 0, -1, -1, -1, -1], [6, -1, 1, 0, 0, 5, 1, 1, 4]]),
             boxes=torch.zeros(2, 4),
             beside=torch.tensor([[-1, -1, -1, -1], [-1, 5, -1, -1]]),
         ),
-        written=Meant(torch.zeros(0, 7, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, 4)),
+        written=Meant(torch.zeros(0, 9, dtype=torch.int64), torch.zeros(0, 4), torch.zeros(0, 4)),
         tasks=["colour", "position"],
     )
     things = torch.full((2, 64), -1)
@@ -196,9 +197,11 @@ def test_a_noun_is_shown_the_object_whose_side_is_asked_about():
 
     normed = layer.input_layernorm(layers[NEW_LAYER - 1][1])
     attention = layer.self_attn
-    query = rotate(attention.q_proj(normed)[66:67, :8], torch.tensor([66]))[0]
-    keys = rotate(attention.k_proj(normed)[:64], torch.arange(64))
-    looked = (keys @ query * 8**-0.5).log_softmax(0)[9]
-    assert float(losses["noun looks"]) == pytest.approx(-float(looked), rel=1e-4)
+    keys = rotate(attention.k_proj(normed), torch.arange(68))
+    for head, name, patch in ((0, "noun looks", 9), (1, "noun hears", 64)):
+        queries = attention.q_proj(normed)[66:67, 8 * head : 8 * head + 8]
+        query = rotate(queries, torch.tensor([66]))[0]
+        looked = (keys @ query * 8**-0.5).log_softmax(0)[patch]
+        assert float(losses[name]) == pytest.approx(-float(looked), rel=1e-4)
     held = held_beside(layers[NEW_LAYER][1, 66])[1].log_softmax(-1)
     assert float(losses["noun beside"]) == pytest.approx(-float(held[5]), rel=1e-4)

@@ -54,8 +54,9 @@ class Row(NamedTuple):
 
 @dataclass
 class Meant:
-    """What states refer to, see targets.Named: int64 [n, 7] (row * t + column, left, number, kind,
-    colour, asked, thing), boxes, float32 [n, 4], and the kinds beside, int64 [n, 4].
+    """What states refer to, see targets.Named: int64 [n, 9] (row * t + column, left, number, kind,
+    colour, asked, side, thing, row * t + the side word's column), boxes, float32 [n, 4], and the
+    kinds beside, int64 [n, 4].
     """
 
     facts: Tensor
@@ -219,11 +220,12 @@ def _lay_out(
 
 def _meant(named: list[tuple[int, Named]]) -> Meant:
     facts = [
-        (start + n.column, n.left, n.number, n.kind, n.colour, n.asked, n.thing)
+        (start + n.column, n.left, n.number, n.kind, n.colour, n.asked, n.side, n.thing)
+        + (start + n.side_column if n.side >= 0 else -1,)
         for start, n in named
     ]
     return Meant(
-        torch.tensor(facts, dtype=torch.int64).view(-1, 7),
+        torch.tensor(facts, dtype=torch.int64).view(-1, 9),
         torch.tensor([n.box for _, n in named]).view(-1, 4),
         torch.tensor([n.beside for _, n in named], dtype=torch.int64).view(-1, 4),
     )

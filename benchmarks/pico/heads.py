@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from edgevlm.benchmarks.pico.batches import Meant
 from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS, plural
 from edgevlm.benchmarks.pico.model import DecoderLayer, Pico, rotate
+from edgevlm.benchmarks.pico.phrasings import SIDES
 from edgevlm.benchmarks.pico.questions import LOC_STEP
 from edgevlm.benchmarks.pico.targets import (
     LETTER_SLOTS,
@@ -137,7 +138,7 @@ class Referents(nn.Module):
     box takes one side from one star, the next from another.
     """
 
-    SIZES = (MOST, MOST, len(KINDS), len(COLOURS), len(KINDS), 4)
+    SIZES = (MOST, MOST, len(KINDS), len(COLOURS), len(KINDS), 4, len(SIDES))
 
     def __init__(self, width: int, layer: int) -> None:
         super().__init__()
@@ -153,7 +154,10 @@ class Referents(nn.Module):
         error = (out[5][any_thing] - meant.boxes[any_thing] * 4).abs()
         names = ("left", "number", "kind", "colour", "asked")
         known = {name: entropy(out[k], meant.facts[:, k + 1]) for k, name in enumerate(names)}
-        return known | {"box": error.mean() if error.numel() else error.sum()}
+        return known | {
+            "box": error.mean() if error.numel() else error.sum(),
+            "side": entropy(out[6], meant.facts[:, 6]),
+        }
 
 
 class NounAttention:

@@ -224,18 +224,23 @@ class DecoderLayer(nn.Module):
         return out
 
     def log_attention(
-        self, texts: Tensor, positions: Tensor, image_rows: Tensor, row: Tensor
+        self, x: Tensor, positions: Tensor, mask: Tensor, row: Tensor, column: Tensor, n_heads: int
     ) -> Tensor:
-        """Logarithms of what the first head looks at among the image rows: [n, p].
+        """Logarithms of what the first heads of some tokens look at: [n, heads, s].
 
-        ``texts`` [n, width] at ``positions`` int64 [n], each behind one of the ``image_rows``
-        [rows, p, width]: the one that ``row`` int64 [n] says.
+        Of all rows ``x`` [rows, s, width] at ``positions`` int64 [rows, s], with the ``mask`` bool
+        [rows, 1, s, s], those at ``row`` and ``column`` int64 [n].
         """
-        attention, norm = self.self_attn, self.input_layernorm
+        attention, normed = self.self_attn, self.input_layernorm(x)
         size = attention.head_dim
-        queries = rotate(F.linear(norm(texts), attention.q_proj.weight[:size]), positions)
-        keys = rotate(attention.k_proj(norm(image_rows)), torch.arange(image_rows.shape[1]))
-        return F.log_softmax((keys[row] @ queries[..., None])[..., 0] * size**-0.5, -1)
+        cos, sin = _rope(positions, size)
+        keys = _rotate(attention.k_proj(normed), cos[:, 0], sin[:, 0])
+        weight = attention.q_proj.weight[: n_heads * size]
+        queries = torch.unflatten(F.linear(normed[row, column], weight), -1, (n_heads, size))
+        queries = _rotate(queries, cos[row, :, column], sin[row, :, column])
+        scores = queries @ keys[row].transpose(1, 2) * size**-0.5
+        seen = mask[row, 0, column][:, None]
+        return F.log_softmax(scores.masked_fill(~seen, -1e9), -1)
 
 
 class _Decoder(nn.Module):

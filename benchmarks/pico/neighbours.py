@@ -46,9 +46,10 @@ class Neighbours(nn.Module):
 
 class NounNeighbours:
     """Shows the first attention head of the decoder's new layer the object that a question about a
-    side names, and has the noun's state hold the codes of the kinds that are beside that object.
+    side names, the second one the word for the side, and has the noun's state hold the codes of the
+    kinds that are beside that object.
 
-    It looks there for what the encoder's new layer found out.
+    They look there for what the encoder's new layer found out, and for which of it is asked.
     """
 
     def losses(
@@ -56,23 +57,21 @@ class NounNeighbours:
     ) -> dict[str, Tensor]:
         """The layer, the states [rows, p + t, width] behind every layer -> one scalar each."""
         n_text = texts.ids.shape[1]
-        asked = texts.nouns.facts[:, -1] >= 0
-        where, thing = texts.nouns.facts[asked][:, 0], texts.nouns.facts[asked][:, -1]
-        row = where // n_text
         before, after = layers[NEW_LAYER - 1], layers[NEW_LAYER]
         n_rows = before.shape[1] - n_text
-        log_p = layer.log_attention(
-            text_of(before, n_text).flatten(0, 1)[where],
-            texts.positions.flatten()[where],
-            before[:, :n_rows],
-            row,
-        )
+        asked = texts.nouns.facts[:, -1] >= 0
+        where, thing, side_word = texts.nouns.facts[asked][:, [0, -2, -1]].unbind(1)
+        row, column = where // n_text, n_rows + where % n_text
+        positions = torch.arange(n_rows).expand(len(before), -1)
+        positions = torch.cat([positions, texts.positions], 1)
+        log_p = layer.log_attention(before, positions, texts.mask, row, column, 2)
         right = targets["thing"][texts.picture_of[row]] == thing[:, None]
-        shown = right.any(-1)
-        looked = -log_p.masked_fill(~right, -1e9).logsumexp(-1)[shown]
+        looked = -log_p[:, 0, :n_rows].masked_fill(~right, -1e9).logsumexp(-1)[right.any(-1)]
+        heard = -log_p[:, 1].gather(1, n_rows + side_word[:, None] % n_text)
         held = held_beside(text_of(after, n_text).flatten(0, 1)[where])
         return {
             "noun looks": looked.mean() if looked.numel() else looked.sum(),
+            "noun hears": heard.mean() if heard.numel() else heard.sum(),
             "noun beside": entropy(held, texts.nouns.beside[asked]),
         }
 

@@ -38,7 +38,8 @@ class Named(NamedTuple):
 
     ``left`` counts the things an answer has still to name, -1 in a prompt; ``box`` is that of the
     first thing in reading order. Where a prompt asks about a side, ``thing`` is the index of what
-    the noun means, ``beside`` the kinds on its sides and ``asked`` the one on the side asked about.
+    the noun means, ``beside`` the kinds on its sides, ``asked`` the one on the ``side`` asked about
+    and ``side_column`` that of the word for it.
     """
 
     column: int
@@ -50,6 +51,8 @@ class Named(NamedTuple):
     thing: int = -1
     beside: tuple[int, ...] = (-1,) * len(SIDES)
     asked: int = -1
+    side: int = -1
+    side_column: int = -1
 
 
 class Lexicon:
@@ -61,6 +64,13 @@ class Lexicon:
             tokenizer.word_id(form): kind for kind in KINDS for form in (kind, plural(kind))
         }
         self.colours = {tokenizer.word_id(colour): colour for colour in COLOURS}
+        self.sides = {
+            tokenizer.word_id(word): k
+            for k, forms in enumerate(SIDES.values())
+            for form in forms
+            for word in form.split()
+            if word not in ("to", "the", "on", "of", "side")
+        }
 
     def named(
         self, question: Question, prompt: list[int], things: tuple[Thing, ...], start: int
@@ -80,10 +90,13 @@ class Lexicon:
             meant = [t for t in things if kind in (None, t.kind) and colour in (None, t.colour)]
             described = _described(start + column, -1, reading_order(tuple(meant)))
             if question.task == "position" and len(meant) == 1:
+                (word,) = (k for k, t in enumerate(prompt) if t in self.sides)
                 described = described._replace(
                     thing=things.index(meant[0]),
                     beside=_kinds_beside(meant[0], things),
                     asked=KINDS.index(question.answer),
+                    side=self.sides[prompt[word]],
+                    side_column=start + word,
                 )
             found.append(described)
         return found
