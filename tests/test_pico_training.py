@@ -14,11 +14,11 @@ from edgevlm.benchmarks.pico.kinds import KINDS
 from edgevlm.benchmarks.pico.model import Pico, PicoConfig, rotate
 from edgevlm.benchmarks.pico.neighbours import (
     Neighbours,
-    NounNeighbours,
     beside_codes,
     fill_new_channels,
     held_beside,
     kinds_beside,
+    noun_losses,
 )
 from edgevlm.benchmarks.pico.scenes import Thing
 from edgevlm.benchmarks.pico.schedule import CONTINUED
@@ -193,7 +193,7 @@ def test_a_noun_is_shown_the_object_whose_side_is_asked_about():
     layers = []
     model.hidden(rows, texts.ids, texts.positions, texts.mask, layers)
     layer = model.language_model.model.layers[NEW_LAYER]
-    losses = NounNeighbours().losses(layer, layers, texts, {"thing": things})
+    losses = noun_losses(layer, layers, texts, {"thing": things})
 
     normed = layer.input_layernorm(layers[NEW_LAYER - 1][1])
     attention = layer.self_attn

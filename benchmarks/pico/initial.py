@@ -22,8 +22,8 @@ def grown(trained: dict[str, Tensor], model: Pico) -> dict[str, Tensor]:
     them but silent: the answers are the same until they have learnt something.
 
     The first head of the decoder's new layer copies, from where it looks, what the new channels
-    will hold, as loud as the rest of the text is: behind the first layers rows are several times
-    louder than the picture's were, and what a norm has made small takes long to be heard.
+    will hold, and makes it louder: behind the first layers rows are several times louder than the
+    picture's were, and what a norm has made small takes long to be heard.
     """
     weights = {
         name: torch.zeros_like(value) if name.endswith(_RESIDUAL) else value

@@ -44,36 +44,33 @@ class Neighbours(nn.Module):
         }
 
 
-class NounNeighbours:
+def noun_losses(
+    layer: DecoderLayer, layers: list[Tensor], texts: Texts, targets: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Shows the first attention head of the decoder's new layer the object that a question about a
     side names, the second one the word for the side, and has the noun's state hold the codes of the
     kinds that are beside that object.
 
-    They look there for what the encoder's new layer found out, and for which of it is asked.
+    Takes the layer and the states [rows, p + t, width] behind every layer; one scalar each.
     """
-
-    def losses(
-        self, layer: DecoderLayer, layers: list[Tensor], texts: Texts, targets: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The layer, the states [rows, p + t, width] behind every layer -> one scalar each."""
-        n_text = texts.ids.shape[1]
-        before, after = layers[NEW_LAYER - 1], layers[NEW_LAYER]
-        n_rows = before.shape[1] - n_text
-        asked = texts.nouns.facts[:, -1] >= 0
-        where, thing, side_word = texts.nouns.facts[asked][:, [0, -2, -1]].unbind(1)
-        row, column = where // n_text, n_rows + where % n_text
-        positions = torch.arange(n_rows).expand(len(before), -1)
-        positions = torch.cat([positions, texts.positions], 1)
-        log_p = layer.log_attention(before, positions, texts.mask, row, column, 2)
-        right = targets["thing"][texts.picture_of[row]] == thing[:, None]
-        looked = -log_p[:, 0, :n_rows].masked_fill(~right, -1e9).logsumexp(-1)[right.any(-1)]
-        heard = -log_p[:, 1].gather(1, n_rows + side_word[:, None] % n_text)
-        held = held_beside(text_of(after, n_text).flatten(0, 1)[where])
-        return {
-            "noun looks": looked.mean() if looked.numel() else looked.sum(),
-            "noun hears": heard.mean() if heard.numel() else heard.sum(),
-            "noun beside": entropy(held, texts.nouns.beside[asked]),
-        }
+    n_text = texts.ids.shape[1]
+    before, after = layers[NEW_LAYER - 1], layers[NEW_LAYER]
+    n_rows = before.shape[1] - n_text
+    asked = texts.nouns.facts[:, -1] >= 0
+    where, thing, side_word = texts.nouns.facts[asked][:, [0, -2, -1]].unbind(1)
+    row, column = where // n_text, n_rows + where % n_text
+    positions = torch.arange(n_rows).expand(len(before), -1)
+    positions = torch.cat([positions, texts.positions], 1)
+    log_p = layer.log_attention(before, positions, texts.mask, row, column, 2)
+    right = targets["thing"][texts.picture_of[row]] == thing[:, None]
+    looked = -log_p[:, 0, :n_rows].masked_fill(~right, -1e9).logsumexp(-1)[right.any(-1)]
+    heard = -log_p[:, 1].gather(1, n_rows + side_word[:, None] % n_text)
+    held = held_beside(text_of(after, n_text).flatten(0, 1)[where])
+    return {
+        "noun looks": looked.mean() if looked.numel() else looked.sum(),
+        "noun hears": heard.mean() if heard.numel() else heard.sum(),
+        "noun beside": entropy(held, texts.nouns.beside[asked]),
+    }
 
 
 def fill_new_channels(

@@ -50,9 +50,9 @@ from edgevlm.benchmarks.pico.model import (
 from edgevlm.benchmarks.pico.monitor import monitor
 from edgevlm.benchmarks.pico.neighbours import (
     Neighbours,
-    NounNeighbours,
     fill_new_channels,
     kinds_beside,
+    noun_losses,
 )
 from edgevlm.benchmarks.pico.optimiser import make_optimisers
 from edgevlm.benchmarks.pico.schedule import Schedule
@@ -64,6 +64,7 @@ log = logging.getLogger(__name__)
 
 N_THREADS = 2
 MASK_WEIGHT = 5.0
+FITTED_SHARDS = 6  # whose scenes show the projector what neighbours look like
 KEPT_WEIGHT = 3.0  # of the share by which a new encoder layer changes the image rows
 
 
@@ -84,7 +85,6 @@ class Trainer:
         self.noun_attention = NounAttention(self.tokenizer)
         self.nouns = Referents(config.width, NOUN_LAYER)
         self.written = Referents(config.width, WRITTEN_LAYER)
-        self.noun_neighbours = NounNeighbours()
         self.mask_head = MaskHead(config.vision_width)
         self.neighbours = Neighbours(config.vision_width)
         self.all_heads = nn.ModuleList(
@@ -136,7 +136,7 @@ class Trainer:
 
     def start_from(self, checkpoint: Path) -> None:
         """Prepares a new schedule from trained weights; the heads are new. A checkpoint of fewer
-        layers gets those of NEW, which change nothing until they have learnt something.
+        layers gets those of NEW and more channels, which change nothing until they have learnt.
         """
         trained = load_checkpoint(checkpoint)
         weights = trained.state_dict()
@@ -156,9 +156,8 @@ class Trainer:
         """Has the projector, which then stays as it is, put into the new channels what the encoder
         knows of the neighbours.
         """
-        features, kinds = (
-            torch.cat(parts) for parts in zip(*map(self._known, range(6)), strict=True)
-        )
+        known = map(self._known, range(min(FITTED_SHARDS, self.schedule.shards)))
+        features, kinds = (torch.cat(parts) for parts in zip(*known, strict=True))
         missing = fill_new_channels(self.model.multi_modal_projector.linear, features, kinds)
         log.info("the new channels hold the neighbours' kinds but for %.3f nats", missing)
         self.ema = self._weights()
@@ -329,7 +328,7 @@ class Trainer:
                 rows[texts.picture_of], texts.ids, texts.positions, texts.mask, layers
             )
             n_text = texts.ids.shape[1]
-            learnt = self.noun_neighbours.losses(layer, layers, texts, batch.patches)
+            learnt = noun_losses(layer, layers, texts, batch.patches)
             for name, heads, meant in (
                 ("noun", self.nouns, texts.nouns),
                 ("written", self.written, texts.written),
