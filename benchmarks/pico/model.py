@@ -19,9 +19,7 @@ from edgevlm.benchmarks.pico.tokenizer import N_VOCAB
 
 @dataclass(frozen=True, slots=True)
 class PicoConfig:
-    """Sizes of the model; the defaults are those that are trained today. The shipped weights have a
-    layer less in the encoder and in the decoder, and a decoder 192 wide.
-    """
+    """Sizes of the model."""
 
     side: int = 112
     patch: int = 14

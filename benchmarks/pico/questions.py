@@ -329,13 +329,13 @@ def _alike_kinds(things: Things, rng: Random) -> tuple[str, ...]:
 
 
 THING_MAKERS: tuple[tuple[Maker, float], ...] = (
-    (caption, 2.4),
+    (caption, 4.5),
     (colour, 1.2),
     (shape, 0.6),
     (what, 0.3),
     (count, 1.8),
     (exists, 0.8),
     (truth, 0.5),
-    (position, 7.0),
-    (detect, 3.2),
+    (position, 5.0),
+    (detect, 6.0),
 )
