@@ -25,6 +25,7 @@ from edgevlm.export.quantize import Quant
 from edgevlm.export.tensors import Tensor, to_float32
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Config
+from edgevlm.gguf_file import opened
 from edgevlm.specs import TensorPlace
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def quantize(
 
     `matrix` says how much each column of a tensor matters (export/importance.py).
     """
-    total = sum(int(np.prod(t.shape)) for t in _read(source))
+    with opened(source) as file:
+        total = sum(tensor.elements for tensor in file.tensors().values())
     stage = Stage(report, "quantize", int(total * quant.bits / 8), "B")
     llama.quantize(source, target, quant.ftype, stage, matrix)
     if not quant.direct:
@@ -297,22 +299,17 @@ def _vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
 
 def embedding_place(path: Path) -> TensorPlace:
     """Where the token-embedding table lies in a GGUF file."""
-    for tensor in _read(path):
-        if tensor.name == TOKEN_EMBEDDING:
-            width, rows = (int(n) for n in tensor.shape)
-            return TensorPlace(int(tensor.data_offset), tensor.tensor_type.name, rows, width)
-    raise ExportError(f"{path}: has no {TOKEN_EMBEDDING}")
+    with opened(path) as file:
+        table = file.tensors().get(TOKEN_EMBEDDING)
+    if not table:
+        raise ExportError(f"{path}: has no {TOKEN_EMBEDDING}")
+    return TensorPlace(table.offset, table.type, table.rows, table.width)
 
 
 def tensor_types(path: Path) -> Mapping[str, str]:
     """GGUF tensor name -> ggml type name."""
-    return {t.name: t.tensor_type.name for t in _read(path)}
-
-
-def _read(path: Path) -> list[Any]:
-    import gguf
-
-    return list(gguf.GGUFReader(path).tensors)
+    with opened(path) as file:
+        return {name: tensor.type for name, tensor in file.tensors().items()}
 
 
 def _check_quantized(path: Path, quant: Quant) -> None:

@@ -1,21 +1,17 @@
-"""What llama.cpp offers, what it says, and what a decoder's file holds, by ggml's C API."""
+"""What llama.cpp offers, what it says, and what a decoder needs of it, by ggml's C API."""
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any
 
 import llama_cpp
-import numpy as np
-import numpy.typing as npt
 from llama_cpp._ctypes_extensions import load_shared_library
 
-from edgevlm.errors import BundleCorrupt, EngineError
+from edgevlm.errors import EngineError
+from edgevlm.gguf_file import BASE, GGUFFile, declare, opened
 from edgevlm.runtimes.backends import LayerBytes, LlamaDevice, backend
 from edgevlm.specs import DecoderSpec
 
@@ -27,22 +23,7 @@ _WARN = 3
 _BATCH_ROWS = 512
 _SCORED_ROWS = 16
 
-_folder = Path(llama_cpp.__file__).parent / "lib"
-BASE = load_shared_library("ggml-base", _folder)
-_registry = load_shared_library("ggml", _folder)
-
-
-class _GGUFParams(ctypes.Structure):
-    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", c_void_p)]
-
-
-def declare(library: Any, name: str, result: Any, *arguments: Any) -> Any:
-    """A C function of a library, with the types of its result and arguments."""
-    function = getattr(library, name)
-    function.restype, function.argtypes = result, list(arguments)
-    return function
-
-
+_registry = load_shared_library("ggml", Path(llama_cpp.__file__).parent / "lib")
 _count = declare(_registry, "ggml_backend_dev_count", c_size_t)
 _get = declare(_registry, "ggml_backend_dev_get", c_void_p, c_size_t)
 _name = declare(BASE, "ggml_backend_dev_name", c_char_p, c_void_p)
@@ -52,19 +33,6 @@ _size = ctypes.POINTER(c_size_t)
 _memory = declare(BASE, "ggml_backend_dev_memory", None, c_void_p, _size, _size)
 _reg = declare(BASE, "ggml_backend_dev_backend_reg", c_void_p, c_void_p)
 _reg_name = declare(BASE, "ggml_backend_reg_name", c_char_p, c_void_p)
-_open = declare(BASE, "gguf_init_from_file", c_void_p, c_char_p, _GGUFParams)
-_free = declare(BASE, "gguf_free", None, c_void_p)
-_n_tensors = declare(BASE, "gguf_get_n_tensors", c_int64, c_void_p)
-_tensor_name = declare(BASE, "gguf_get_tensor_name", c_char_p, c_void_p, c_int64)
-_tensor_size = declare(BASE, "gguf_get_tensor_size", c_size_t, c_void_p, c_int64)
-_find = declare(BASE, "gguf_find_key", c_int64, c_void_p, c_char_p)
-_kv_type = declare(BASE, "gguf_get_kv_type", c_int, c_void_p, c_int64)
-_u32 = declare(BASE, "gguf_get_val_u32", c_uint32, c_void_p, c_int64)
-_f32 = declare(BASE, "gguf_get_val_f32", c_float, c_void_p, c_int64)
-_array_type = declare(BASE, "gguf_get_arr_type", c_int, c_void_p, c_int64)
-_array_size = declare(BASE, "gguf_get_arr_n", c_size_t, c_void_p, c_int64)
-_array_data = declare(BASE, "gguf_get_arr_data", c_void_p, c_void_p, c_int64)
-_GGUF_UINT32, _GGUF_FLOAT32, _GGUF_ARRAY = 4, 6, 9
 # Values of a block of q8_0, which share a scale.
 _Q8_BLOCK = 32
 
@@ -123,7 +91,7 @@ def check_heads(path: Path, spec: DecoderSpec) -> None:
     """Raises EngineError where a decoder's heads do not divide into the blocks of a q8_0 cache;
     llama.cpp says so only with the first question.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         heads = _number(file, spec, "attention.head_count", 1)
         for part in ("key", "value"):
             size = _number(file, spec, f"attention.{part}_length", spec.n_embd // heads)
@@ -134,43 +102,8 @@ def check_heads(path: Path, spec: DecoderSpec) -> None:
                 )
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A GGUF file's metadata, parsed by ggml: gguf-py would make an object of every token, which
-    takes 9 seconds for Phi-2's vocabulary, ggml 18 milliseconds.
-    """
-    file = _open(str(path).encode(), _GGUFParams(True, None))
-    if not file:
-        raise BundleCorrupt(path, "is no GGUF file that llama.cpp can read")
-    try:
-        yield file
-    finally:
-        _free(file)
-
-
-def read_floats(path: Path, keys: Iterable[str]) -> dict[str, npt.NDArray[np.float32]]:
-    """Float arrays and numbers in a GGUF's metadata, float32 [n] each; absent keys are left out.
-
-    Raises BundleCorrupt for a file that is no GGUF and for a value of another type.
-    """
-    with _opened(path) as file:
-        ids = {key: _find(file, key.encode()) for key in keys}
-        return {key: _floats(file, i, path, key) for key, i in ids.items() if i >= 0}
-
-
-def _floats(file: Any, i: int, path: Path, key: str) -> npt.NDArray[np.float32]:
-    if _kv_type(file, i) == _GGUF_FLOAT32:
-        return np.array([_f32(file, i)], np.float32)
-    if _kv_type(file, i) != _GGUF_ARRAY or _array_type(file, i) != _GGUF_FLOAT32:
-        raise BundleCorrupt(path, f"{key!r} is not of float32 numbers")
-    memory = (c_float * _array_size(file, i)).from_address(_array_data(file, i))
-    return np.frombuffer(memory, np.float32).copy()
-
-
-def _number(file: Any, spec: DecoderSpec, name: str, default: int) -> int:
-    key = _find(file, f"{spec.architecture}.{name}".encode())
-    known = key >= 0 and _kv_type(file, key) == _GGUF_UINT32
-    return int(_u32(file, key)) if known else default
+def _number(file: GGUFFile, spec: DecoderSpec, name: str, default: int) -> int:
+    return file.number(f"{spec.architecture}.{name}", default)
 
 
 def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
@@ -178,9 +111,8 @@ def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
 
     `exact` keeps the state in float32, otherwise float16. Raises BundleCorrupt if it is no GGUF.
     """
-    with _opened(path) as file:
-        names = [_tensor_name(file, i).decode() for i in range(_n_tensors(file))]
-        sizes = {name: int(_tensor_size(file, i)) for i, name in enumerate(names)}
+    with opened(path) as file:
+        sizes = {name: tensor.n_bytes for name, tensor in file.tensors().items()}
         heads = _number(file, spec, "attention.head_count", 1)
         head = _number(file, spec, "attention.key_length", spec.n_embd // heads)
         state = 2 * _number(file, spec, "attention.head_count_kv", heads) * head

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import BundleCorrupt, EngineError
+from edgevlm.gguf_file import BASE, declare, opened
 from edgevlm.runtimes.edits import ATTENTION, Edit, ExactGelu, ExtraNorms, Float, Visit
-from edgevlm.runtimes.ggml import BASE, declare, read_floats
 from edgevlm.specs import DecoderSpec
 
 
@@ -241,7 +241,9 @@ _NORMS = tuple(
 
 def _extra_norms(path: Path, spec: DecoderSpec) -> Sequence[ExtraNorms]:
     eps = [f"{spec.architecture}.attention.layer_norm_{kind}epsilon" for kind in ("", "rms_")]
-    found = read_floats(path, (*_NORMS, *eps))
+    with opened(path) as file:
+        stated = {name: file.floats(name) for name in (*_NORMS, *eps)}
+    found = {name: values for name, values in stated.items() if values is not None}
     if not spec.extra_norms:
         if any(name in found for name in _NORMS):
             raise BundleCorrupt(path, "holds norms that the manifest does not state")

@@ -15,6 +15,7 @@ from edgevlm.export import decoder, quantize
 from edgevlm.export.decoder import DecoderSource, write_decoder
 from edgevlm.export.pipeline import Options, prepare
 from edgevlm.export.tokenizer import read_vocabulary
+from edgevlm.gguf_file import opened
 from tests.test_export_source import with_nan
 
 
@@ -119,6 +120,23 @@ def test_quantized_types(
     assert types["token_embd.weight"] == table
     assert types["blk.1.attn_norm.weight"] == "F32"
     assert [p.name for p in tmp_path.iterdir()] == ["decoder.gguf"]
+
+
+def test_ggml_reads_of_a_file_what_gguf_py_does(paligemma_checkpoint: Path, tmp_path: Path) -> None:
+    path = write(paligemma_checkpoint, tmp_path, "q4_k_m")
+    reader = gguf.GGUFReader(path)
+    expected = {
+        t.name: (t.tensor_type.name, t.n_elements, t.shape[0], t.n_bytes, t.data_offset)
+        for t in reader.tensors
+    }
+    with opened(path) as file:
+        found = file.tensors()
+        assert file.number("gemma.block_count", 0) == reader.fields["gemma.block_count"].contents()
+        assert file.number("gemma.absent", 7) == 7
+        assert file.floats("gemma.absent") is None
+    assert {
+        name: (t.type, t.elements, t.width, t.n_bytes, t.offset) for name, t in found.items()
+    } == expected
 
 
 def test_place_of_the_token_embedding(paligemma_checkpoint: Path, tmp_path: Path) -> None:

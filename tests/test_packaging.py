@@ -23,7 +23,14 @@ LAYERS = (
     ("edgevlm.errors",),
     ("edgevlm.types",),
     ("edgevlm.specs", "edgevlm.schema"),
-    ("edgevlm.image", "edgevlm.prompt", "edgevlm.sampling", "edgevlm.boxes", "edgevlm.bundle"),
+    (
+        "edgevlm.image",
+        "edgevlm.prompt",
+        "edgevlm.sampling",
+        "edgevlm.boxes",
+        "edgevlm.bundle",
+        "edgevlm.gguf_file",
+    ),
     ("edgevlm.family", "edgevlm.templates"),
     ("edgevlm.families", "edgevlm.models"),
     ("edgevlm.export",),
@@ -36,6 +43,7 @@ LAYERS = (
 ENGINES = {
     "onnxruntime": ("edgevlm.runtimes.ort", "edgevlm.export"),
     "llama_cpp": (
+        "edgevlm.gguf_file",
         "edgevlm.runtimes.decoder",
         "edgevlm.runtimes.ggml",
         "edgevlm.runtimes.hooks",

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from gguf import GGUFReader
 
 from edgevlm.benchmarks.latency.report import Limit, Physics
 from edgevlm.benchmarks.latency.stats import Metric
 from edgevlm.bundle import Bundle
+from edgevlm.gguf_file import opened
 
 # Of one weight; 8-bit precisions are not listed. Those from 2 on are computed in float32.
 _WEIGHT_BYTES = {"fp32": 4, "f32": 4, "fp16": 2, "f16": 2, "bf16": 2, "int4": 0.5}
@@ -41,32 +39,25 @@ class Cost:
 
 def cost(bundle: Bundle) -> Cost:
     """Reads the tensor table of the decoder."""
-    reader = GGUFReader(bundle.path("decoder"))
-    tensors = {t.name: t for t in reader.tensors}
+    spec = bundle.manifest.decoder
+    with opened(bundle.path("decoder")) as file:
+        tensors = file.tensors()
+        # What a file leaves out follows from the width, as in llama.cpp.
+        heads = file.number(f"{spec.architecture}.attention.head_count", 1)
+        kv = file.number(f"{spec.architecture}.attention.head_count_kv", heads)
+        key, value = (
+            file.number(f"{spec.architecture}.attention.{part}_length", spec.n_embd // heads)
+            for part in ("key", "value")
+        )
     output = tensors.get("output.weight", tensors["token_embd.weight"])
     layers = [t for name, t in tensors.items() if name.startswith("blk.")]
-    heads, kv, key, value = (int(_number(reader, bundle, name)) for name in (
-        "attention.head_count", "attention.head_count_kv",
-        "attention.key_length", "attention.value_length",
-    ))  # fmt: skip
-    n_layer = bundle.manifest.decoder.n_layer
     return Cost(
-        decoder_bytes=sum(int(t.n_bytes) for t in layers) + int(output.n_bytes),
-        layer_weights=sum(int(t.n_elements) for t in layers if len(t.shape) > 1),
-        output_weights=int(output.n_elements),
-        attention_ops=2 * n_layer * heads * (key + value),
-        kv_bytes=_KV_BYTES * n_layer * kv * (key + value),
+        decoder_bytes=sum(t.n_bytes for t in layers) + output.n_bytes,
+        layer_weights=sum(t.elements for t in layers if t.rows > 1),
+        output_weights=output.elements,
+        attention_ops=2 * spec.n_layer * heads * (key + value),
+        kv_bytes=_KV_BYTES * spec.n_layer * kv * (key + value),
     )
-
-
-def _number(reader: GGUFReader, bundle: Bundle, name: str) -> Any:
-    """A number of the decoder; what a file leaves out follows from the width, as in llama.cpp."""
-    prefix = bundle.manifest.decoder.architecture
-    if field := reader.get_field(f"{prefix}.{name}"):
-        return field.contents()
-    if name == "attention.head_count_kv":
-        return _number(reader, bundle, "attention.head_count")
-    return bundle.manifest.decoder.n_embd // _number(reader, bundle, "attention.head_count")
 
 
 def limits(
