@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 from llama_cpp._ctypes_extensions import load_shared_library
 
 from edgevlm.errors import BundleCorrupt
+from edgevlm.specs import DecoderSpec
 
 BASE = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
 
@@ -73,6 +74,15 @@ class StoredTensor(NamedTuple):
         return self.rows * self.width
 
 
+class Heads(NamedTuple):
+    """A decoder's attention: query heads, key-value heads, values of a key and of a value."""
+
+    query: int
+    key_value: int
+    key_size: int
+    value_size: int
+
+
 class GGUFFile:
     """An open file's tensors and metadata."""
 
@@ -100,6 +110,17 @@ class GGUFFile:
         i = _find(self._file, key.encode())
         known = i >= 0 and _kv_type(self._file, i) == _UINT32
         return int(_u32(self._file, i)) if known else default
+
+    def heads(self, spec: DecoderSpec) -> Heads:
+        """What a file leaves out follows from the width, as in llama.cpp."""
+        prefix = f"{spec.architecture}.attention."
+        query = self.number(f"{prefix}head_count", 1)
+        return Heads(
+            query,
+            self.number(f"{prefix}head_count_kv", query),
+            self.number(f"{prefix}key_length", spec.n_embd // query),
+            self.number(f"{prefix}value_length", spec.n_embd // query),
+        )
 
     def floats(self, key: str) -> npt.NDArray[np.float32] | None:
         """A float number or array, float32 [n]; None where it is absent.

@@ -11,7 +11,7 @@ import llama_cpp
 from llama_cpp._ctypes_extensions import load_shared_library
 
 from edgevlm.errors import EngineError
-from edgevlm.gguf_file import BASE, GGUFFile, declare, opened
+from edgevlm.gguf_file import BASE, declare, opened
 from edgevlm.runtimes.backends import LayerBytes, LlamaDevice, backend
 from edgevlm.specs import DecoderSpec
 
@@ -92,18 +92,13 @@ def check_heads(path: Path, spec: DecoderSpec) -> None:
     llama.cpp says so only with the first question.
     """
     with opened(path) as file:
-        heads = _number(file, spec, "attention.head_count", 1)
-        for part in ("key", "value"):
-            size = _number(file, spec, f"attention.{part}_length", spec.n_embd // heads)
-            if size % _Q8_BLOCK:
-                raise EngineError(
-                    f"a q8_0 cache needs heads of a multiple of {_Q8_BLOCK} values and this "
-                    f"decoder's have {size}; use f16"
-                )
-
-
-def _number(file: GGUFFile, spec: DecoderSpec, name: str, default: int) -> int:
-    return file.number(f"{spec.architecture}.{name}", default)
+        heads = file.heads(spec)
+    for size in (heads.key_size, heads.value_size):
+        if size % _Q8_BLOCK:
+            raise EngineError(
+                f"a q8_0 cache needs heads of a multiple of {_Q8_BLOCK} values and this "
+                f"decoder's have {size}; use f16"
+            )
 
 
 def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
@@ -113,10 +108,9 @@ def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
     """
     with opened(path) as file:
         sizes = {name: tensor.n_bytes for name, tensor in file.tensors().items()}
-        heads = _number(file, spec, "attention.head_count", 1)
-        head = _number(file, spec, "attention.key_length", spec.n_embd // heads)
-        state = 2 * _number(file, spec, "attention.head_count_kv", heads) * head
-        inner = _number(file, spec, "feed_forward_length", 4 * spec.n_embd)
+        heads = file.heads(spec)
+        inner = file.number(f"{spec.architecture}.feed_forward_length", 4 * spec.n_embd)
+    state = heads.key_value * (heads.key_size + heads.value_size)
     layers = [0] * spec.n_layer
     for name, size in sizes.items():
         if match := re.match(r"blk\.(\d+)\.", name):

@@ -40,6 +40,9 @@ def test_it_fits_in_twelve_megabytes():
     [
         ("answer en what shape is red?", "circle"),
         ("answer en what is below the circle?", "triangle"),
+        ("answer en what is right of the circle?", "square"),
+        ("answer en what is left of the star?", "triangle"),
+        ("answer en what is above the star?", "square"),
         ("answer en how many shapes are there?", "4"),
         ("answer en is there a blue circle?", "no"),
         ("answer en what colour is the star?", "green"),

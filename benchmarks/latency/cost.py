@@ -42,21 +42,16 @@ def cost(bundle: Bundle) -> Cost:
     spec = bundle.manifest.decoder
     with opened(bundle.path("decoder")) as file:
         tensors = file.tensors()
-        # What a file leaves out follows from the width, as in llama.cpp.
-        heads = file.number(f"{spec.architecture}.attention.head_count", 1)
-        kv = file.number(f"{spec.architecture}.attention.head_count_kv", heads)
-        key, value = (
-            file.number(f"{spec.architecture}.attention.{part}_length", spec.n_embd // heads)
-            for part in ("key", "value")
-        )
+        heads = file.heads(spec)
     output = tensors.get("output.weight", tensors["token_embd.weight"])
     layers = [t for name, t in tensors.items() if name.startswith("blk.")]
+    sizes = heads.key_size + heads.value_size
     return Cost(
         decoder_bytes=sum(t.n_bytes for t in layers) + output.n_bytes,
         layer_weights=sum(t.elements for t in layers if t.rows > 1),
         output_weights=output.elements,
-        attention_ops=2 * spec.n_layer * heads * (key + value),
-        kv_bytes=_KV_BYTES * spec.n_layer * kv * (key + value),
+        attention_ops=2 * spec.n_layer * heads.query * sizes,
+        kv_bytes=_KV_BYTES * spec.n_layer * heads.key_value * sizes,
     )
 
 
