@@ -68,6 +68,29 @@ def train(folder: Path, save_every: int, resume: bool, start_from: Path | None) 
 
 
 @main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--start-from",
+    required=True,
+    type=click.Path(path_type=Path, exists=True),
+    help="Checkpoint folder of a trained pico that cannot read.",
+)
+@click.option("--save-every", default=200, show_default=True, help="Steps between snapshots.")
+def read(folder: Path, start_from: Path, save_every: int) -> None:
+    """Teach a trained pico to read words; the checkpoint is FOLDER/hf-latest.
+
+    Needs the scenes of FOLDER/data; pages of words are drawn into FOLDER/pages (14 GB). Continues
+    from the snapshots that are there.
+    """
+    import torch
+
+    from edgevlm.benchmarks.pico.reading import ReadingSchedule, teach_reading
+
+    torch.set_num_threads(1)  # the training has threads of its own
+    teach_reading(folder, start_from, ReadingSchedule(), save_every)
+
+
+@main.command()
 @click.argument("models", nargs=-1)
 @click.option(
     "--scenes", default=500, show_default=True, help="Held-out scenes of each drawing routine."

@@ -7,7 +7,7 @@ question per row, and the image rows see the prompt, as PaliGemma's prefix atten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 
 from edgevlm.benchmarks.pico.model import PicoConfig
 from edgevlm.benchmarks.pico.questions import LOC_STEP, Question, all_answers
-from edgevlm.benchmarks.pico.scenes import Thing
+from edgevlm.benchmarks.pico.scenes import Thing, Word
 from edgevlm.benchmarks.pico.shards import Facts, read_shard, wait_for_shard
 from edgevlm.benchmarks.pico.targets import (
     Lexicon,
@@ -103,6 +103,7 @@ class BatchPlan:
     word_share: float = 0.05  # of the scenes used
     object_share: float = 0.4
     true_every: int = 0  # in the packed mode, every so many steps have true rows instead
+    ask: Callable[[tuple[Thing, ...], Word | None, Random], Iterator[Question]] = all_answers
 
 
 def pack(
@@ -154,7 +155,7 @@ def build(
     for index, (things, word) in enumerate(facts if plan.mode != "vision" else []):
         if not things and word is None:
             continue
-        stream = all_answers(things, word, rng)
+        stream = plan.ask(things, word, rng)
         if plan.mode == "packed":
             made = [pack(stream, things, lexicon, p, plan.text_length, 20)]
         else:

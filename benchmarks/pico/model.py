@@ -55,13 +55,16 @@ class _VisionAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
+        """What the heads fetch, side by side: [n, patches, width]."""
         q, k, v = (
             f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
             for f in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out_proj(self.heads(x))
         return out
 
 

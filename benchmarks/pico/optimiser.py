@@ -5,12 +5,14 @@ count.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Part = TypeVar("Part")
 
 
 class Muon(torch.optim.Optimizer):
@@ -20,9 +22,14 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, threads: Executor, momentum: float = 0.95
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        threads: Executor,
+        momentum: float = 0.95,
+        decay: float = 0.01,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": 0.01})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
         self.threads = threads
 
     @torch.no_grad()
@@ -99,3 +106,26 @@ def make_optimisers(
     if groups:
         optimisers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True))
     return optimisers
+
+
+def set_gradients(
+    params: Sequence[Tensor],
+    parts: Sequence[Part],
+    loss: Callable[[Part], Tensor],
+    threads: Executor,
+) -> None:
+    """Gives every parameter the gradient of the sum of the parts' losses.
+
+    Each thread takes a part when it is free, so a core that other work slows down does not hold up
+    the other.
+    """
+    total: list[Tensor | None] = [None] * len(params)
+    for grads in threads.map(
+        lambda part: torch.autograd.grad(loss(part), params, allow_unused=True), parts
+    ):
+        for k, grad in enumerate(grads):
+            if grad is not None:
+                so_far = total[k]
+                total[k] = grad if so_far is None else so_far.add_(grad)
+    for p, summed in zip(params, total, strict=True):
+        p.grad = summed

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from random import Random
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from edgevlm.benchmarks.pico import drawing
 from edgevlm.benchmarks.pico.drawing import Box, Rgb
@@ -65,7 +65,7 @@ def make_scene(rng: Random, word_share: float = 0.2, ordered_share: float = 0.0)
     ``ordered_share`` of the scenes without a word have their things in rows and columns, the
     others anywhere.
     """
-    size = _picture_size(rng)
+    size = picture_size(rng)
     has_word = rng.random() < word_share
     wanted = rng.choices((0, 1, 2), (86, 9, 5))[0] if has_word else _object_count(rng)
     layout = None
@@ -75,7 +75,7 @@ def make_scene(rng: Random, word_share: float = 0.2, ordered_share: float = 0.0)
         wanted = min(rng.choices((2, 3, 4, 5), (18, 30, 42, 10))[0], layout[0] * layout[1])
     named = _cast(wanted, rng)
     fills = [drawing.named_rgb(colour, rng) if colour else None for _, colour in named]
-    tones = _tones([fill for fill in fills if fill], rng, any_emoji=None in fills)
+    tones = two_tones([fill for fill in fills if fill], rng, any_emoji=None in fills)
     canvas = drawing.background(size, tones, rng)
     if layout:
         things = _draw_in_order(canvas, named, fills, layout, rng)
@@ -85,7 +85,8 @@ def make_scene(rng: Random, word_share: float = 0.2, ordered_share: float = 0.0)
     return Scene(drawing.finish(canvas, rng), tuple(things), word)
 
 
-def _picture_size(rng: Random) -> tuple[int, int]:
+def picture_size(rng: Random) -> tuple[int, int]:
+    """(width, height) in pixels."""
     side = math.exp(rng.uniform(math.log(72), math.log(420)))
     if rng.random() < 0.1:
         side = rng.uniform(420, 800)
@@ -127,7 +128,7 @@ def _one(rng: Random, share: float) -> tuple[str, str | None]:
     return rng.choice(SHAPES), rng.choice(COLOURS)
 
 
-def _tones(fills: list[Rgb], rng: Random, *, any_emoji: bool) -> tuple[Rgb, Rgb]:
+def two_tones(fills: list[Rgb], rng: Random, *, any_emoji: bool) -> tuple[Rgb, Rgb]:
     """Two background tones that every object stands out from."""
     needed = 75.0 if rng.random() < 0.9 else 45.0
     first = drawing.background_rgb(rng)
@@ -277,17 +278,7 @@ def _draw_word(canvas: Image.Image, tones: tuple[Rgb, Rgb], rng: Random) -> Word
     text = random_word(rng)
     font_path = None if rng.random() < 0.12 else rng.choice(text_fonts())
     width, height = canvas.size
-    ink = (
-        drawing.background_rgb(rng)
-        if rng.random() < 0.5
-        else rng.choice(((0, 0, 0), (255, 255, 255)))
-    )
-    for _ in range(MAX_TRIES):
-        if min(drawing.distance(ink, tone) for tone in tones) > 110:
-            break
-        ink = drawing.named_rgb(rng.choice(COLOURS), rng)
-    else:
-        ink = (0, 0, 0) if sum(tones[0]) + sum(tones[1]) > 765 else (255, 255, 255)
+    ink = ink_rgb(tones, rng)
     pixels = max(9, round(height * rng.uniform(0.16, 0.6)))
     room = width * rng.uniform(0.55, 0.96)
     font = text_font(font_path, pixels)
@@ -298,13 +289,33 @@ def _draw_word(canvas: Image.Image, tones: tuple[Rgb, Rgb], rng: Random) -> Word
     x = rng.uniform(0, max(0.0, width - (right - left))) - left
     y = rng.uniform(0, max(0.0, height - (bottom - top))) - top
     ImageDraw.Draw(canvas).text((x, y), text, font=font, fill=ink)
-    starts = [font.getlength(text[:k]) for k in range(len(text) + 1)]
-    box = _shares((x + left, y + top, x + right, y + bottom), canvas.size)
-    letters = tuple(
-        ((x + starts[k]) / width, box[1], (x + starts[k + 1]) / width, box[3])
-        for k in range(len(text))
+    return measured(text, font, x, y, canvas.size)[0]
+
+
+def ink_rgb(tones: tuple[Rgb, Rgb], rng: Random) -> Rgb:
+    """A colour for letters that stands out from the ground."""
+    ink = (
+        drawing.background_rgb(rng)
+        if rng.random() < 0.5
+        else rng.choice(((0, 0, 0), (255, 255, 255)))
     )
-    return Word(text, box, letters)
+    for _ in range(MAX_TRIES):
+        if min(drawing.distance(ink, tone) for tone in tones) > 110:
+            return ink
+        ink = drawing.named_rgb(rng.choice(COLOURS), rng)
+    return (0, 0, 0) if sum(tones[0]) + sum(tones[1]) > 765 else (255, 255, 255)
+
+
+def measured(
+    text: str, font: ImageFont.FreeTypeFont, x: float, y: float, size: tuple[int, int]
+) -> tuple[Word, Box]:
+    """A word drawn at (x, y), and its extent in pixels."""
+    left, top, right, bottom = font.getbbox(text)
+    extent = (x + left, y + top, x + right, y + bottom)
+    box = _shares(extent, size)
+    starts = [(x + font.getlength(text[:k])) / size[0] for k in range(len(text) + 1)]
+    letters = ((starts[k], box[1], starts[k + 1], box[3]) for k in range(len(text)))
+    return Word(text, box, tuple(letters)), extent
 
 
 def random_word(rng: Random) -> str:

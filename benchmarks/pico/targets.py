@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -278,20 +279,29 @@ def _mark_things(out: dict[str, np.ndarray], things: tuple[Thing, ...], grid: in
         out["centre"][cy * grid + cx] = 1
 
 
+def letter_slots(words: tuple[Word, ...], grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which letter of LETTERS lies under each part of each patch, and which of its word it is:
+    int64 [grid * grid, LETTER_SLOTS], -1 where there is none.
+    """
+    letter = np.full((grid * grid, LETTER_SLOTS), -1, np.int64)
+    index = letter.copy()
+    for word in words:
+        rows = _overlap(word.box[1], word.box[3], grid)
+        inside = np.nonzero(rows > min(0.4, 0.8 * rows.max()))[0]
+        for row, column, slot in product(inside, range(grid), range(LETTER_SLOTS)):
+            x = (column + (slot + 0.5) / LETTER_SLOTS) / grid
+            for place, (left, _, right, _) in enumerate(word.letters):
+                if left <= x < right:
+                    cell = row * grid + column
+                    letter[cell, slot] = LETTERS.index(word.text[place])
+                    index[cell, slot] = place
+    return letter, index
+
+
 def _mark_word(out: dict[str, np.ndarray], word: Word, grid: int) -> None:
-    rows = _overlap(word.box[1], word.box[3], grid)
-    inside = np.nonzero(rows > min(0.4, 0.8 * rows.max()))[0]
+    out["letter"][:], out["letter_index"][:] = letter_slots((word,), grid)
+    mine = (out["letter"] >= 0).any(1)
     middles = (np.arange(grid) + 0.5) / grid
-    for row in inside:
-        for column in range(grid):
-            cell = row * grid + column
-            for slot in range(LETTER_SLOTS):
-                x = (column + (slot + 0.5) / LETTER_SLOTS) / grid
-                for index, letter in enumerate(word.letters):
-                    if letter[0] <= x < letter[2]:
-                        out["letter"][cell, slot] = LETTERS.index(word.text[index])
-                        out["letter_index"][cell, slot] = index
-                        out["kind"][cell] = WORD_KIND
-                        out["box"][cell] = np.array(word.box) - np.array(
-                            [middles[column], middles[row]] * 2
-                        )
+    centres = np.stack([np.tile(middles, grid), np.repeat(middles, grid)] * 2, 1)
+    out["kind"][mine] = WORD_KIND
+    out["box"][mine] = (np.array(word.box) - centres)[mine]

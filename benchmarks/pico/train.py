@@ -54,7 +54,7 @@ from edgevlm.benchmarks.pico.neighbours import (
     kinds_beside,
     noun_losses,
 )
-from edgevlm.benchmarks.pico.optimiser import make_optimisers
+from edgevlm.benchmarks.pico.optimiser import make_optimisers, set_gradients
 from edgevlm.benchmarks.pico.schedule import Schedule
 from edgevlm.benchmarks.pico.shards import read_shard, wait_for_shard
 from edgevlm.benchmarks.pico.targets import patch_targets
@@ -243,24 +243,11 @@ class Trainer:
                         self._measure()
 
     def train_step(self, batch: list[Batch], mode: str) -> None:
-        """One update of all weights.
-
-        Each thread takes a slice when it is free, so a core that other work slows down does not
-        hold up the other.
-        """
+        """One update of all weights."""
         self._set_rates()
         params = [p for o in self._all_optimisers() for g in o.param_groups for p in g["params"]]
-        total: list[Tensor | None] = [None] * len(params)
-        for grads in self.threads.map(
-            lambda part: torch.autograd.grad(self._loss(part, mode), params, allow_unused=True),
-            batch,
-        ):
-            for k, grad in enumerate(grads):
-                if grad is not None:
-                    so_far = total[k]
-                    total[k] = grad if so_far is None else so_far.add_(grad)
-        for p, summed in zip(params, total, strict=True):
-            p.grad = None if summed is None else summed.div_(len(batch))
+        n = len(batch)
+        set_gradients(params, batch, lambda part: self._loss(part, mode) / n, self.threads)
         torch.nn.utils.clip_grad_norm_(params, 5.0)
         for part in self.optimisers:
             for optimiser in part:
