@@ -1,5 +1,6 @@
 """How pico learns to read without forgetting."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -105,8 +106,6 @@ def test_pages_hold_words_inside_the_picture():
 
 
 def test_gradients_are_summed_over_parts():
-    from concurrent.futures import ThreadPoolExecutor
-
     one, other = (torch.ones(2, requires_grad=True) for _ in range(2))
     with ThreadPoolExecutor(2) as threads:
         set_gradients([one, other], [1.0, 2.0, 4.0], lambda part: (part * one).sum(), threads)

@@ -2,7 +2,7 @@
 to spell what these write into the first image rows.
 
 What pico could do before is kept: the encoder's older channels are as they were, and of the decoder
-only what other tasks do not use is changed.
+only what other tasks hardly use is changed.
 """
 
 from __future__ import annotations
@@ -186,12 +186,12 @@ class LetterTraining(_Training):
 
 
 class SpellingTraining(_Training):
-    """What no other task uses learns to say the letters of the first image rows: the embeddings of
+    """What other tasks hardly use learns to say the letters of the first image rows: embeddings of
     the prompt ``ocr`` and of letters, and what the queries of the decoder's NEW_LAYER make of its
     NEW_CHANNELS, which hold nothing where text stands. What is said of scenes is held to what was
     said before.
 
-    All weights of the last layers learn to spell in fewer steps, and forget captions.
+    All weights of the last layers learn to spell better, and forget captions.
     """
 
     ATTENTION_WEIGHT = 0.5
