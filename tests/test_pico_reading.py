@@ -7,8 +7,10 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from edgevlm.benchmarks.pico.batches import BatchPlan, build
+from edgevlm.benchmarks.pico.checkpoint import load_checkpoint
 from edgevlm.benchmarks.pico.initial import NEW_CHANNELS, NEW_LAYER
 from edgevlm.benchmarks.pico.letters import (
     CHANNELS,
@@ -23,17 +25,15 @@ from edgevlm.benchmarks.pico.letters import (
 from edgevlm.benchmarks.pico.model import Pico, PicoConfig, to_pixels
 from edgevlm.benchmarks.pico.optimiser import set_gradients
 from edgevlm.benchmarks.pico.pages import make_page, pages_path, read_words
-from edgevlm.benchmarks.pico.reading import (
-    LetterTraining,
-    ReadingSchedule,
-    SpellingTraining,
-    with_letters,
-)
+from edgevlm.benchmarks.pico.reading import LetterTraining, with_letters
 from edgevlm.benchmarks.pico.scenes import Thing, Word
-from edgevlm.benchmarks.pico.targets import LETTERS, letter_slots
+from edgevlm.benchmarks.pico.schedule import ReadingSchedule
+from edgevlm.benchmarks.pico.spelling import SpellingTraining, spare_units
+from edgevlm.benchmarks.pico.targets import LETTERS, Lexicon, letter_slots
+from edgevlm.benchmarks.pico.tokenizer import Tokenizer
 from edgevlm.benchmarks.pico.wider import QUIET, QUIET_FEATURES, older_state, widened
 
-CHECKPOINT = Path(__file__).parent.parent / "benchmarks/pico/checkpoint"
+TOKENIZER = Path(__file__).parent.parent / "benchmarks/pico/checkpoint/tokenizer.model"
 SMALL = PicoConfig(vision_width=64, vision_heads=2, vision_ff=32, width=128, heads=1, ff=16)
 
 
@@ -164,37 +164,76 @@ def test_letters_are_learnt_and_resumed(folder, small):
     assert len(pictures) == len(words) == 64 and {len(word) for word in words} == {2}
 
 
-def test_the_decoder_learns_to_spell_and_the_rest_stays(tmp_path, small):
-    before = {name: value.clone() for name, value in small.state_dict().items()}
-    tokenizer = CHECKPOINT / "tokenizer.model"
-    training = SpellingTraining(tmp_path, small, tokenizer, SHORT)
+@pytest.fixture(scope="module")
+def asked():
+    """Slices of scenes and of words, as SpellingTraining is given them."""
+    lexicon = Lexicon(Tokenizer(TOKENIZER))
     seen = np.zeros((8, 112, 112, 3), np.uint8)
     things = (Thing("circle", "red", (0.1, 0.1, 0.4, 0.4)),)
     facts = {
         "packed": [(things, None)] * 8,
         "true": [((), Word(text, (0, 0, 1, 1), ())) for text in ("cat", "Dog", "IS", "e") * 2],
     }
-    scenes, words = (
-        build(seen, facts[mode], BatchPlan(8, mode=mode), training.lexicon, small.config, Random(0))
+    return [
+        build(seen, facts[mode], BatchPlan(8, mode=mode), lexicon, SMALL, Random(0))
         for mode in ("packed", "true")
-    )
+    ]
+
+
+@torch.no_grad()
+def test_units_that_add_nothing_are_found(small, asked):
+    weight = small.language_model.model.layers[1].mlp.down_proj.weight
+    weight[:, [3, 5]] *= 1e-4
+    weight[:, [4, 6]] *= 1e2
+    found = [set(units.tolist()) for units in spare_units(small, asked[:1])]
+    assert found[1] >= {3, 5} and not found[1] & {4, 6}
+
+
+def test_the_decoder_learns_to_spell_and_the_rest_stays(tmp_path, small, asked):
+    scenes, words = asked
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    spare = [torch.tensor([3, 5])] * SMALL.layers
+    training = SpellingTraining(tmp_path, small, TOKENIZER, SHORT, spare)
     for _ in range(2):
         training.train_step([scenes], [words])
-    assert set(training.sums) == {"word", "looked", "kept"}
-    # At the first step nothing is lost yet of what it said before.
-    assert training.sums["kept"][0] < 1e-6
-    changed = {n for n, value in small.state_dict().items() if (value != before[n]).any()}
-    table, queries = (
-        "language_model.model.embed_tokens.weight",
-        f"language_model.model.layers.{NEW_LAYER}.self_attn.q_proj.weight",
-    )
-    assert changed == {table, queries}
-    tokens = (small.state_dict()[table] != before[table]).any(1).nonzero()[:, 0].tolist()
+    assert set(training.sums) == {"word", "looked", "kept", "silence"}
+    training.save()
+    training.save_checkpoint()
+    trained = load_checkpoint(tmp_path / "hf-latest").state_dict()
+
+    def same(name: str) -> Tensor:
+        return trained[name] == before[name].half().float()
+
+    table = "language_model.model.embed_tokens.weight"
+    layers = "language_model.model.layers."
+    queries = f"{layers}{NEW_LAYER}.self_attn.q_proj.weight"
+    feeds = {
+        f"{layers}{k}.mlp.{part}_proj.weight"
+        for k in range(SMALL.layers)
+        for part in ("gate", "up", "down")
+    }
+    assert {name for name in before if not same(name).all()} == {table, queries} | feeds
+    tokens = (~same(table)).any(1).nonzero()[:, 0].tolist()
     pieces = {training.tokenizer.model.id_to_piece(k) for k in tokens}
     assert pieces == {"ocr", "<eos>", *LETTERS}
-    columns = (small.state_dict()[queries] != before[queries]).any(0).nonzero()[:, 0]
+    columns = (~same(queries)).any(0).nonzero()[:, 0]
     assert columns.min() >= SMALL.width - NEW_CHANNELS
-    training.save()
-    again = SpellingTraining(tmp_path, Pico(SMALL), tokenizer, SHORT)
+    for name in feeds:
+        units = (~same(name)).any(int("down" not in name)).nonzero()[:, 0].tolist()
+        assert units == [3, 5], name
+    # What is saved says what was trained.
+    rows = torch.randn(2, 64, SMALL.width)
+    ids, mask = torch.tensor([[2, 9, 4]] * 2), torch.ones(2, 1, 67, 67, dtype=torch.bool)
+    positions = torch.arange(64, 67).expand(2, -1)
+    averaged = load_checkpoint(tmp_path / "hf-latest")
+    with torch.no_grad():
+        for name, p in training.model.named_parameters():
+            p.copy_(training.average.get(name, p))
+        joined, apart = (m.hidden(rows, ids, positions, mask) for m in (averaged, training.model))
+    torch.testing.assert_close(joined, apart, rtol=0, atol=0.02)  # weights are stored as float16
+
+    again = SpellingTraining(tmp_path, small, TOKENIZER, SHORT, spare)
     again.resume()
-    assert again.step == 2 and torch.equal(again.trained["table"], training.trained["table"])
+    assert again.step == 2
+    for name, value in again.trained.items():
+        assert torch.equal(value, torch.load(again.snapshot)["weights"][name])

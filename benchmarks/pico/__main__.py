@@ -84,7 +84,8 @@ def read(folder: Path, start_from: Path, save_every: int) -> None:
     """
     import torch
 
-    from edgevlm.benchmarks.pico.reading import ReadingSchedule, teach_reading
+    from edgevlm.benchmarks.pico.reading import teach_reading
+    from edgevlm.benchmarks.pico.schedule import ReadingSchedule
 
     torch.set_num_threads(1)  # the training has threads of its own
     teach_reading(folder, start_from, ReadingSchedule(), save_every)

@@ -194,7 +194,9 @@ class _Attention(nn.Module):
         return out
 
 
-class _Mlp(nn.Module):
+class Mlp(nn.Module):
+    """Gemma's gated feed-forward."""
+
     def __init__(self, config: PicoConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.ff, bias=False)
@@ -202,6 +204,7 @@ class _Mlp(nn.Module):
         self.down_proj = nn.Linear(config.ff, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> the same."""
         gate = F.gelu(self.gate_proj(x), approximate="tanh")
         out: Tensor = self.down_proj(gate * self.up_proj(x))
         return out
@@ -215,7 +218,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = _RmsNorm(config.width)
         self.self_attn = _Attention(config)
         self.post_attention_layernorm = _RmsNorm(config.width)
-        self.mlp = _Mlp(config)
+        self.mlp = Mlp(config)
 
     def forward(self, x: Tensor, start: int, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """Rows before ``start`` serve as keys only and are not returned."""

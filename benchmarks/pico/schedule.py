@@ -79,3 +79,22 @@ CONTINUED = Schedule(
     referent_weight=0.5,
     decay=0.7,
 )
+
+
+@dataclass(frozen=True)
+class ReadingSchedule:
+    """Steps and learning rates of the two parts; the rates fall to zero in a straight line."""
+
+    letter_steps: int = 12000
+    letter_pictures: int = 96
+    letter_muon_lr: float = 0.01
+    letter_lr: float = 2e-3
+    shown_steps: int = 800  # how long heads are shown their neighbours, less and less
+    spelling_steps: int = 500
+    words: int = 32
+    scenes: int = 16
+    spelling_muon_lr: float = 0.01
+    spelling_lr: float = 4e-3
+    decay: float = 0.1  # of the matrices that Muon trains: no norm holds what is new
+    page_shards: int = 22
+    scene_shards: int = 12
