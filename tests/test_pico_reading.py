@@ -160,7 +160,7 @@ def test_letters_are_learnt_and_resumed(folder, small):
     )
     gain = wide.vision_tower.vision_model.encoder.layers[0].layer_norm1.weight[-1].detach()
     assert float(gain) == pytest.approx(float(mean[0]) * (64 / 128) ** 0.5 / QUIET, rel=1e-3)
-    pictures, words = read_words(folder / "pages", 1)
+    pictures, words = read_words(folder / "pages", [0])
     assert len(pictures) == len(words) == 64 and {len(word) for word in words} == {2}
 
 

@@ -79,7 +79,7 @@ def train(folder: Path, save_every: int, resume: bool, start_from: Path | None) 
 def read(folder: Path, start_from: Path, save_every: int) -> None:
     """Teach a trained pico to read words; the checkpoint is FOLDER/hf-latest.
 
-    Needs the scenes of FOLDER/data; pages of words are drawn into FOLDER/pages (18 GB, or 3
+    Needs the scenes of FOLDER/data; pages of words are drawn into FOLDER/pages (33 GB, or 1.3
     where FOLDER/letters.safetensors is there). Continues from the snapshots that are there.
     """
     import torch

@@ -4,6 +4,7 @@ picture, scenes with one word, and scenes without any.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
@@ -98,10 +99,10 @@ def write_pages(folder: Path, index: int) -> None:
     temporary.replace(path)
 
 
-def read_words(folder: Path, shards: int) -> tuple[np.ndarray, list[str]]:
-    """The pictures with one word, and the words, of the first shards; draws what is not there."""
+def read_words(folder: Path, shards: Iterable[int]) -> tuple[np.ndarray, list[str]]:
+    """The pictures with one word, and the words, of some shards; draws what is not there."""
     pictures, texts = [], []
-    for index in range(shards):
+    for index in shards:
         write_pages(folder, index)
         shard = np.load(pages_path(folder, index))
         alone = shard["word"][:, 0] >= 0

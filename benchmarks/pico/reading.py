@@ -109,4 +109,5 @@ def teach_reading(
     spare = spare_units(wide, (batch for slices in scenes for batch in slices))
     spelling = SpellingTraining(folder, wide, tokenizer, schedule, spare)
     spelling.resume()
-    spelling.run(*read_words(folder / "pages", schedule.page_shards), save_every=save_every)
+    new = range(schedule.page_shards, schedule.page_shards + schedule.word_shards)
+    spelling.run(*read_words(folder / "pages", new), save_every=save_every)

@@ -85,7 +85,7 @@ CONTINUED = Schedule(
 class ReadingSchedule:
     """Steps and learning rates of the two parts; the rates fall to zero in a straight line."""
 
-    letter_steps: int = 12000
+    letter_steps: int = 20000
     letter_pictures: int = 96
     letter_muon_lr: float = 0.01
     letter_lr: float = 2e-3
@@ -96,5 +96,6 @@ class ReadingSchedule:
     spelling_muon_lr: float = 0.01
     spelling_lr: float = 4e-3
     decay: float = 0.1  # of the matrices that Muon trains: no norm holds what is new
-    page_shards: int = 22
+    page_shards: int = 38
+    word_shards: int = 8  # more of them, as often misread as any: the decoder's
     scene_shards: int = 12

@@ -71,26 +71,28 @@ def spare_units(model: Pico, scenes: Iterable[Batch]) -> list[Tensor]:
     scenes.
     """
     feeds = [cast(DecoderLayer, layer).mlp for layer in model.language_model.model.layers]
-    loudness = [torch.zeros(model.config.ff) for _ in feeds]
-
-    def listen(total: Tensor) -> object:
-        return lambda _, inputs: total.add_(inputs[0].square().mean((0, 1)))
-
+    said: list[Tensor] = []
     hooks = [
-        feed.down_proj.register_forward_pre_hook(listen(total))  # type: ignore[arg-type]
-        for feed, total in zip(feeds, loudness, strict=True)
+        feed.down_proj.register_forward_pre_hook(lambda _, inputs: said.append(inputs[0]))
+        for feed in feeds
     ]
+    loudness = [torch.zeros(model.config.ff) for _ in feeds]
     for batch in scenes:
         rows = _image_rows(model, batch.pictures)
         for texts in batch.texts:
+            said.clear()
             _log_probs(model, rows, texts)
+            # What fills a row up does not see itself.
+            real = texts.mask[:, 0].diagonal(dim1=1, dim2=2)
+            for total, units in zip(loudness, said, strict=True):
+                total += units[real[:, -units.shape[1] :]].square().sum(0)
     for hook in hooks:
         hook.remove()
-    units = []
+    spare = []
     for feed, total in zip(feeds, loudness, strict=True):
         added, order = (total * feed.down_proj.weight.square().sum(0)).sort()
-        units.append(order[added.cumsum(0) < SPARE_SHARE * added.sum()])
-    return units
+        spare.append(order[added.cumsum(0) < SPARE_SHARE * added.sum()])
+    return spare
 
 
 class SpellingTraining(Resumable):
