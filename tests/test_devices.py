@@ -129,8 +129,8 @@ def test_a_sound_provider_is_used_and_its_nodes_are_counted(pico):
     assert (placed.asked, placed.device, placed.engine) == ("auto", "cuda", CUDA)
     assert (placed.placed, placed.total) == (180, 200)
     assert str(placed) == "cuda, 180 of 200 nodes, 20 on the CPU, cosine with the CPU 1.0000"
-    assert encoder.features(firstuse.picture(112)).shape == (1, 64, 256)
-    assert encoder.features(np.zeros((2, 3, 112, 112), np.float32)).shape == (2, 64, 256)
+    assert encoder.features(firstuse.picture(112)).shape == (1, 64, 320)
+    assert encoder.features(np.zeros((2, 3, 112, 112), np.float32)).shape == (2, 64, 320)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,11 @@ def test_it_finds_a_shape(pico):
     assert width * height / (areas - width * height) > 0.5
 
 
+def test_it_reads_a_word_and_nothing_where_there_is_none(pico):
+    assert pico.ocr(image=ROOT / "examples" / "sign.png").text == "OPEN"
+    assert pico.ocr(image=SHAPES).text == ""
+
+
 def test_the_first_command_of_the_readme():
     prompt = "answer en what shape is red?"
     command = [sys.executable, "-m", "edgevlm", "ask", prompt, "-i", str(SHAPES)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from edgevlm.benchmarks.pico.fonts import EMOJI_SIZE, find_emoji_font
+from edgevlm.benchmarks.pico.fonts import EMOJI_SIZE, find_emoji_font, text_font
 from edgevlm.benchmarks.pico.kinds import OBJECTS
 
 SCALE = 4  # drawn larger, then reduced: smooth edges
@@ -20,6 +20,7 @@ def write_examples(folder: Path) -> list[Path]:
         "shapes.png": shapes(),
         "garden.png": garden(),
         "street.jpg": street(),
+        "sign.png": sign(),
     }
     for name, picture in pictures.items():
         picture.save(folder / name, quality=88, optimize=True)
@@ -52,6 +53,16 @@ def street() -> Image.Image:
     _emoji(canvas, OBJECTS["car"][0], 170, 235, 190)
     _emoji(canvas, OBJECTS["bus"][0], 470, 120, 170)
     return canvas
+
+
+def sign() -> Image.Image:
+    """OPEN in white on green, 400 x 240."""
+    canvas = Image.new("RGB", (400 * SCALE, 240 * SCALE), "#155c32")
+    font = text_font(None, 92 * SCALE)
+    ImageDraw.Draw(canvas).text(
+        (200 * SCALE, 120 * SCALE), "OPEN", font=font, fill="#ffffff", anchor="mm"
+    )
+    return canvas.resize((400, 240), Image.Resampling.LANCZOS)
 
 
 def _ellipse(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: str) -> None:
