@@ -1,5 +1,5 @@
-"""The command line of pico: ``python -m edgevlm.benchmarks.pico draw | train | evaluate |
-examples``.
+"""The command line of pico: ``python -m edgevlm.benchmarks.pico draw | train | read |
+evaluate | examples``.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ SPARE_STEPS = 8  # whose scenes tell which these are
 
 
 class SpareMlp(nn.Module):
-    """A feed-forward with some ``units`` (int64 [n]) replaced by new ones, which are silent yet."""
+    """A feed-forward with some ``units`` (int64 [n]) replaced by new ones, silent at first."""
 
     def __init__(self, kept: Mlp, units: Tensor, config: PicoConfig) -> None:
         super().__init__()

@@ -55,6 +55,7 @@ from edgevlm.benchmarks.pico.neighbours import (
     noun_losses,
 )
 from edgevlm.benchmarks.pico.optimiser import make_optimisers, set_gradients
+from edgevlm.benchmarks.pico.resumable import N_THREADS
 from edgevlm.benchmarks.pico.schedule import Schedule
 from edgevlm.benchmarks.pico.shards import read_shard, wait_for_shard
 from edgevlm.benchmarks.pico.targets import patch_targets
@@ -62,7 +63,6 @@ from edgevlm.benchmarks.pico.tokenizer import Tokenizer, train_tokenizer
 
 log = logging.getLogger(__name__)
 
-N_THREADS = 2
 MASK_WEIGHT = 5.0
 FITTED_SHARDS = 6  # whose scenes show the projector what neighbours look like
 KEPT_WEIGHT = 3.0  # of the share by which a new encoder layer changes the image rows
