@@ -167,7 +167,9 @@ def _read(vlm: VLM, scene: Scene, prompt: str) -> tuple[NDArray[Any], NDArray[An
 
     model = vlm.parts
     request = prepare(model, prompt, [np.asarray(scene.picture)], Sampling(max_tokens=_TOKENS))
-    features = model.encoder.features(preprocess(request.pictures[0], model.manifest.image)[None])
+    features = model.encoder.features(
+        preprocess(request.pictures[0].rgb, model.manifest.image)[None]
+    )
     rows = model.encoder.project(features)[0]
     blocks = [rows if isinstance(p, int) else model.decoder.embed(p) for p in request.parts]
     prefill(model, request, np.concatenate(blocks), _TOKENS)

@@ -8,6 +8,8 @@
 Importing this package loads no engine; `load` does.
 """
 
+import os
+
 from edgevlm.api import load
 from edgevlm.errors import (
     BenchError,
@@ -21,6 +23,7 @@ from edgevlm.errors import (
     EngineMissing,
     ExportError,
     ImageError,
+    ModelClosed,
     ParityError,
     PromptError,
     SourceError,
@@ -29,6 +32,10 @@ from edgevlm.errors import (
 from edgevlm.types import Box, Devices, Piece, Placement, Progress, Reply, Timings, TokenCounts
 
 __version__ = "0.1.0"
+
+# onnxruntime's own wheels report to Microsoft over the network unless this is set before they are
+# imported (from 1.29 on, on every system); their thread also keeps a forked process from ending.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "BenchError",
@@ -44,6 +51,7 @@ __all__ = [
     "EngineMissing",
     "ExportError",
     "ImageError",
+    "ModelClosed",
     "ParityError",
     "Piece",
     "Placement",

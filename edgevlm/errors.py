@@ -11,6 +11,7 @@
     │  └ ContextOverflow    picture, prompt and answer do not fit the context
     ├ EngineMissing         an optional package or a device is not there
     ├ EngineError           an engine failed on a valid request
+    ├ ModelClosed           the model was closed, or loaded before this process was forked
     ├ BenchError            a measurement failed, or reports cannot be compared
     └ ExportError
        ├ SourceError        the source checkpoint lacks something or holds something unknown
@@ -107,6 +108,12 @@ class EngineMissing(EdgeVLMError):
 
 class EngineError(EdgeVLMError):
     """An engine (onnxruntime, llama.cpp) failed on a request that was checked before."""
+
+
+class ModelClosed(EdgeVLMError):
+    """The engines of this model are gone, or belong to the process that this one was forked from;
+    load the model again.
+    """
 
 
 class BenchError(EdgeVLMError):

@@ -69,7 +69,7 @@ def _from_array(array: RGB) -> RGB:
             "must be uint8 [height, width, 3]; convert it or pass a PIL image",
         )
     _check_size(array.shape[1], array.shape[0], "the array")
-    return np.ascontiguousarray(array)
+    return np.array(array, order="C")  # its own: callers use a camera's frame again
 
 
 def _from_pil(picture: Image.Image) -> RGB:

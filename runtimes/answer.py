@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import replace
 
-from edgevlm.errors import PromptError
 from edgevlm.runtimes.engines import Cancelled
 from edgevlm.runtimes.request import Parts, Request, input_rows, prefill
 from edgevlm.runtimes.text import TextStream
+from edgevlm.runtimes.turns import Turn, Turns
 from edgevlm.types import FinishReason, Piece, Reply, Timings, TokenCounts
 
 
@@ -16,27 +17,38 @@ class Answer:
     """Iterate to stream it; `reply` is the whole answer so far, complete once the iterator ended.
 
     A cancelled answer ends early with finish_reason "cancelled". Breaking out of the loop is fine.
+    The first piece waits until answers that other threads draw have ended, see VLM. Raises
+    ModelClosed where the model was closed meanwhile, PromptError where it was asked something else.
     """
 
-    def __init__(
-        self, model: Parts, request: Request, *, load_ms: float, superseded: Callable[[], bool]
-    ) -> None:
-        self._model = model
-        self._request = request
-        self._superseded = superseded
-        spec = model.manifest.answer
-        stop = (*spec.stop_strings, *request.sampling.stop)
-        self._text = TextStream(stop, strip=spec.strip, role=spec.role)
-        self._tokens: list[int] = []
-        self._reason: FinishReason = "cancelled"
-        self._timings = Timings(load_ms=load_ms)
-        self._pieces = self._generate()
+    def __init__(self, model: Parts, request: Request, turns: Turns, *, load_ms: float) -> None:
+        self._turns, self._turn = turns, Turn(cancellable=True)
+        self._draft = _Draft(model, request, self._turn, load_ms)
+        # None of these knows the answer, so that it goes, and its turn with it, with the last
+        # reference.
+        self._pieces: Generator[Piece, None, None] | None = self._draft.write(model)
+        self._stop: Callable[[], None] | None = model.stop
+        weakref.finalize(self, turns.end, self._turn).atexit = False
 
     def __iter__(self) -> Answer:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        pieces, piece = self._pieces, None
+        try:
+            if pieces:
+                with self._turns.step(self._turn):
+                    piece = next(pieces, None)
+        finally:
+            if piece is None:
+                # The engines may go, whoever keeps the answer.
+                self._pieces = self._stop = None
+                self._turns.end(self._turn)
+        if piece:
+            return piece
+        if pieces and self._draft.broken_off:
+            self._turns.check()
+        raise StopIteration
 
     def finish(self) -> Reply:
         """Runs to the end and returns the whole answer."""
@@ -44,14 +56,42 @@ class Answer:
             pass
         return self.reply
 
+    def cancel(self) -> None:
+        """Ends this answer within one token; may be called from any thread."""
+        if stop := self._stop:
+            self._turns.cancel(stop, self._turn)
+
     @property
     def reply(self) -> Reply:
         """The answer as far as it has come."""
-        request, family = self._request, self._model.family
-        boxes = []
-        if family.boxes and len(request.pictures) == 1:
-            height, width = request.pictures[0].shape[:2]
-            boxes = family.boxes(self._text.text, width, height)
+        return self._draft.reply
+
+
+class _Draft:
+    """What there is of an answer so far."""
+
+    def __init__(self, model: Parts, request: Request, turn: Turn, load_ms: float) -> None:
+        self._family = model.family
+        self._request, self._turn = request, turn
+        spec = model.manifest.answer
+        stop = (*spec.stop_strings, *request.sampling.stop)
+        self._text = TextStream(stop, strip=spec.strip, role=spec.role)
+        self._tokens: list[int] = []
+        self._reason: FinishReason = "cancelled"
+        self._timings = Timings(load_ms=load_ms)
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether something else than a wish of the caller's has cancelled it."""
+        return self._reason == "cancelled" and not self._turn.cancelled.is_set()
+
+    @property
+    def reply(self) -> Reply:
+        """See Answer."""
+        request, boxes = self._request, []
+        if self._family.boxes and len(request.sizes) == 1:
+            height, width = request.sizes[0]
+            boxes = self._family.boxes(self._text.text, width, height)
         counts = TokenCounts(
             request.n_image, request.n_text, request.n_cached, len(self._tokens), request.n_kept
         )
@@ -59,11 +99,12 @@ class Answer:
             self._text.text, tuple(self._tokens), self._reason, counts, self._timings, tuple(boxes)
         )
 
-    def _generate(self) -> Generator[Piece, None, None]:
+    def write(self, model: Parts) -> Generator[Piece, None, None]:
+        """The pieces of the answer, from the first stage on."""
         watch = self._request.watch
         try:
-            self._prefill()
-            yield from self._draw()
+            self._prefill(model)
+            yield from self._draw(model)
         except Cancelled:
             pass
         finally:
@@ -72,17 +113,17 @@ class Answer:
         if tail := self._text.push(b"", end=True):
             yield Piece(tail, (), watch.elapsed_ms)
 
-    def _prefill(self) -> None:
-        model, request = self._model, self._request
+    def _prefill(self, model: Parts) -> None:
+        request = self._request
         prefix = input_rows(model, request)
         self._stop_if_cancelled()
         with request.watch.timed("prefill_ms"):
             prefill(model, request, prefix, request.max_tokens)
 
-    def _draw(self) -> Generator[Piece, None, None]:
-        request, decoder, watch = self._request, self._model.decoder, self._request.watch
-        stop_tokens = set(self._model.manifest.answer.stop_tokens)
-        sampler = decoder.sampler(request.sampling, self._model.manifest.answer.penalized)
+    def _draw(self, model: Parts) -> Generator[Piece, None, None]:
+        request, decoder, watch = self._request, model.decoder, self._request.watch
+        stop_tokens = set(model.manifest.answer.stop_tokens)
+        sampler = decoder.sampler(request.sampling, model.manifest.answer.penalized)
         try:
             token = sampler.sample()
             watch.ms["first_token_ms"] = watch.elapsed_ms
@@ -105,10 +146,5 @@ class Answer:
             sampler.close()
 
     def _stop_if_cancelled(self) -> None:
-        if self._superseded():
-            raise PromptError(
-                "this answer cannot go on: the model was asked something else; "
-                "finish one answer before the next or load the model twice"
-            )
-        if self._model.cancelled.is_set():
+        if self._turn.cancelled.is_set():
             raise Cancelled

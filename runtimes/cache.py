@@ -16,7 +16,9 @@ MAX_BYTES = 256 << 20
 
 def fingerprint(rgb: npt.NDArray[np.uint8]) -> str:
     """A hash of a picture's pixels and shape; the encoder is the session's own."""
-    return hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).hexdigest()
+    digest = hashlib.sha256(repr(rgb.shape).encode())
+    digest.update(np.ascontiguousarray(rgb).data)
+    return digest.hexdigest()
 
 
 class RowCache:

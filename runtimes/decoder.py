@@ -23,6 +23,7 @@ from edgevlm.runtimes.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.engines import Cancelled, Float
 from edgevlm.runtimes.hooks import GraphHook, Importance, graph_hook
 from edgevlm.runtimes.interrupt import interruptible
+from edgevlm.runtimes.native import Handle
 from edgevlm.runtimes.rows import EmbeddingRows
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec, TensorPlace
@@ -73,14 +74,14 @@ class LlamaDecoder:
         devices = (ctypes.c_void_p * (len(handles) + 1))(*handles)
         params.devices = ctypes.cast(devices, ctypes.c_void_p)
         params.use_extra_bufts = repack
-        self._model = llama.llama_model_load_from_file(str(path).encode(), params)
-        if not self._model and offload.device:
+        model = llama.llama_model_load_from_file(str(path).encode(), params)
+        if not model and offload.device:
             raise EngineError(f"{offload.device.name} cannot load the decoder ({ggml.last_log()})")
-        if not self._model:
+        if not model:
             raise BundleCorrupt(path, f"llama.cpp cannot load it ({ggml.last_log()})")
+        self._model = Handle("the decoder", model, llama.llama_model_free)
         self.layers = ggml.offloaded()
-        self._vocab = llama.llama_model_get_vocab(self._model)
-        model, vocabulary = self._model, llama.llama_vocab_n_tokens(self._vocab)
+        vocabulary = llama.llama_vocab_n_tokens(self._vocab)
         found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
         if found != (spec.n_embd, spec.n_layer, spec.n_vocab):
             raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
@@ -90,17 +91,29 @@ class LlamaDecoder:
         self._shared = np.empty((0, spec.n_embd), np.float32)
         self._ends: tuple[int, ...] = ()
         self._rows = EmbeddingRows(path, place)
-        self._context: int | None = None
-        self._batch: Any = None
+        self._context: Handle | None = None
+        self._batch: Handle | None = None
         self._n_ctx = self._n_batch = self._past = 0
-        self._cancelled = threading.Event()
-        self._abort = llama.ggml_abort_callback(lambda _: self._cancelled.is_set())
+        self._cancelled = cancelled = threading.Event()
+        self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
 
     def listen(self) -> Importance:
         """From now on, sums up what flows into the layers' matrices."""
         self._free_context()
         self._hook = heard = Importance(self._hook)
         return heard
+
+    @property
+    def _vocab(self) -> Any:
+        return llama.llama_model_get_vocab(self._model.pointer)
+
+    @property
+    def _ctx(self) -> Any:
+        """llama.cpp's context; ModelClosed after close."""
+        _ = self._model.pointer
+        if self._context is None:
+            raise EngineError("the decoder has read nothing yet")
+        return self._context.pointer
 
     @property
     def bos(self) -> int:
@@ -149,8 +162,8 @@ class LlamaDecoder:
         self._reserve(n + room, n if bidirectional else _CAUSAL_BATCH)
         self._cancelled.clear()
         kept = self._keep(rows, tuple(shared))
-        llama.llama_set_causal_attn(self._context, not bidirectional)
-        llama.llama_set_abort_callback(self._context, self._abort, None)
+        llama.llama_set_causal_attn(self._ctx, not bidirectional)
+        llama.llama_set_abort_callback(self._ctx, self._abort, None)
         try:
             # Shared rows end a batch whether they are kept or not, so that what follows them is
             # computed in the same batches, to the same bits.
@@ -160,8 +173,8 @@ class LlamaDecoder:
             self._shared, self._ends = rows[: max(shared, default=0)].copy(), tuple(shared)
         finally:
             # A Python callback at every graph node would slow the single steps of decoding.
-            llama.llama_set_abort_callback(self._context, llama.ggml_abort_callback(), None)
-            llama.llama_set_causal_attn(self._context, True)
+            llama.llama_set_abort_callback(self._ctx, llama.ggml_abort_callback(), None)
+            llama.llama_set_causal_attn(self._ctx, True)
         return kept
 
     def _keep(self, rows: Float, ends: tuple[int, ...]) -> int:
@@ -181,8 +194,9 @@ class LlamaDecoder:
 
     def clear(self) -> None:
         """See TextDecoder."""
+        _ = self._model.pointer
         if self._context is not None:
-            llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+            llama.llama_memory_clear(llama.llama_get_memory(self._ctx), True)
         self._past = 0
         self._shared, self._ends = self._shared[:0], ()
 
@@ -211,13 +225,16 @@ class LlamaDecoder:
         self._decode_tokens([token])
 
     def _decode_tokens(self, tokens: Sequence[int]) -> None:
+        _ = self._ctx
         if self._past == 0 or self._past + len(tokens) > self._n_ctx:
             raise EngineError(f"no room for {len(tokens)} tokens after {self._past} positions")
         if any(not 0 <= t < self._spec.n_vocab for t in tokens):
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
+        assert self._batch
+        batch = self._batch.pointer
         for i, token in enumerate(tokens):
-            self._batch.token[i] = token
-        self._decode(self._batch, len(tokens), 0)
+            batch.token[i] = token
+        self._decode(batch, len(tokens), 0)
 
     def _decode(self, batch: Any, n: int, first_logits: int) -> None:
         """Decodes n filled entries at the next positions, with logits from `first_logits` on."""
@@ -230,10 +247,8 @@ class LlamaDecoder:
         ggml.log.clear()
         if self._hook:
             self._hook.start()
-        # Always on the same thread, a prefill's: a second one would have OpenMP workers of its own,
-        # and with more of them than cores OpenMP stops spinning at its barriers. That made decode
-        # 1.4 times slower in MobilePALO, 10 times in pico.
-        status = interruptible(lambda: llama.llama_decode(self._context, batch), self.cancel)
+        context = self._ctx
+        status = interruptible(lambda: llama.llama_decode(context, batch), self.cancel)
         if status == 2:
             raise Cancelled
         if status != 0:
@@ -255,14 +270,14 @@ class LlamaDecoder:
         return self._logits(-1)
 
     def _logits(self, row: int) -> Float:
-        pointer = llama.llama_get_logits_ith(self._context, row)
+        pointer = llama.llama_get_logits_ith(self._ctx, row)
         return np.ctypeslib.as_array(pointer, (self._spec.n_vocab,)).copy()
 
     def rollback(self, n: int) -> None:
         """See TextDecoder."""
+        memory = llama.llama_get_memory(self._ctx)
         if not 0 < n <= self._past:
             raise EngineError(f"cannot go back to {n} of {self._past} positions")
-        memory = llama.llama_get_memory(self._context)
         if not llama.llama_memory_seq_rm(memory, 0, n, -1):
             raise EngineError(f"llama.cpp could not go back to {n} of {self._past} positions")
         self._past = n
@@ -273,7 +288,7 @@ class LlamaDecoder:
 
     def sample(self, chain: llama.llama_sampler_p) -> int:
         """Draws from the last logits with a llama.cpp sampler chain."""
-        return int(llama.llama_sampler_sample(chain, self._context, -1))
+        return int(llama.llama_sampler_sample(chain, self._ctx, -1))
 
     def cancel(self) -> None:
         """See TextDecoder."""
@@ -299,28 +314,27 @@ class LlamaDecoder:
         elif self._kv == "q8_0":
             params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         ggml.log.clear()
-        self._context = llama.llama_init_from_model(self._model, params)
-        if not self._context:
+        context = llama.llama_init_from_model(self._model.pointer, params)
+        if not context:
             raise EngineError(
                 f"llama.cpp cannot make a context of {params.n_ctx} positions ({ggml.last_log()}); "
                 "free some memory or shorten the request"
             )
+        self._context = Handle("the decoder", context, llama.llama_free, self._model)
         self._n_ctx, self._n_batch, self._past = params.n_ctx, n_batch, 0
-        self._batch = llama.llama_batch_init(_SCORE_ROWS, 0, 1)
+        batch = llama.llama_batch_init(_SCORE_ROWS, 0, 1)
+        self._batch = Handle("the decoder", batch, llama.llama_batch_free)
 
     def _free_context(self) -> None:
-        if self._batch is not None:
-            llama.llama_batch_free(self._batch)
-        if self._context is not None:
-            llama.llama_free(self._context)
+        for handle in (self._batch, self._context):
+            if handle:
+                handle.close()
         self._context = self._batch = None
 
     def close(self) -> None:
         """See TextDecoder."""
         self._free_context()
-        if self._model is not None:
-            llama.llama_model_free(self._model)
-        self._model = None
+        self._model.close()
 
 
 class LlamaSampler:
@@ -334,19 +348,20 @@ class LlamaSampler:
         penalized: Sequence[int] = (),
     ) -> None:
         self._decoder = decoder
-        self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        self._chain = Handle("the sampler", chain, llama.llama_sampler_free)
         for sampler in _chain(sampling, spec.n_vocab, spec.context_length):
-            llama.llama_sampler_chain_add(self._chain, sampler)
+            llama.llama_sampler_chain_add(chain, sampler)
         for token in penalized:
-            llama.llama_sampler_accept(self._chain, token)
+            llama.llama_sampler_accept(chain, token)
 
     def sample(self) -> int:
         """See TokenSampler."""
-        return self._decoder.sample(self._chain)
+        return self._decoder.sample(self._chain.pointer)
 
     def close(self) -> None:
         """See TokenSampler."""
-        llama.llama_sampler_free(self._chain)
+        self._chain.close()
 
 
 def _chain(s: Sampling, n_vocab: int, window: int) -> list[llama.llama_sampler_p]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
 
-from edgevlm.errors import EngineError
+from edgevlm.errors import EngineError, ModelClosed
 from edgevlm.runtimes.engines import Cancelled, Float
 from edgevlm.runtimes.ort import Ort, first_line
 
@@ -24,22 +27,27 @@ class OrtEncoder:
     ) -> None:
         self.provider = provider
         self._ort = ort
-        self._vision, self._projector = vision, projector
+        self._sessions: dict[str, Any] = {"pixels": vision, "features": projector}
         self._single = single
         self._lock = threading.Lock()
         self._run: Any = None
+        _open.add(self)
 
     def features(self, pixels: Float) -> Float:
         """See VisionEncoder."""
-        return self._call(self._vision, "pixels", pixels)
+        return self._call("pixels", pixels)
 
     def project(self, features: Float) -> Float:
         """See VisionEncoder."""
-        return self._call(self._projector, "features", features)
+        return self._call("features", features)
 
-    def _call(self, session: Any, name: str, value: Float) -> Float:
+    def _call(self, name: str, value: Float) -> Float:
+        """Runs the graph whose input goes by this name."""
         if self._single and len(value) > 1:
-            return np.concatenate([self._call(session, name, v[None]) for v in value])
+            return np.concatenate([self._call(name, v[None]) for v in value])
+        session = self._sessions.get(name)
+        if session is None:
+            raise ModelClosed("the vision encoder is closed; load the model again")
         run = self._ort.run_options()
         with self._lock:
             self._run = run
@@ -63,4 +71,20 @@ class OrtEncoder:
 
     def close(self) -> None:
         """See VisionEncoder."""
-        del self._vision, self._projector
+        self._sessions.clear()
+
+
+_open: weakref.WeakSet[OrtEncoder] = weakref.WeakSet()
+
+
+def _leave_behind() -> None:
+    """Keeps the sessions of a forked process to its end: one that goes waits for its threads, which
+    stayed with the parent.
+    """
+    for encoder in _open:
+        for session in encoder._sessions.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_behind)

@@ -152,8 +152,11 @@ def vlm(
     tokens: int = 4,
     max_pictures: int = 2,
     context_length: int = 512,
+    conversational: bool = False,
 ) -> VLM:
-    """A VLM on fakes, of PaliGemma's shape, that gives these answers in turn."""
+    """A VLM on fakes, of PaliGemma's shape, that gives these answers in turn; a conversational one
+    is told in a chat what was said before.
+    """
     answers = [answer] if isinstance(answer, (str, bytes)) else answer
     manifest = Manifest(
         format=FORMAT,
@@ -164,6 +167,7 @@ def vlm(
         image=ImageSpec(size, tokens, (0.5,) * 3, (0.5,) * 3, max_pictures=max_pictures),
         prompt=PromptSpec(
             ("{image}", "{bos}", "{prompt}\n"),
+            turn=("{prompt}\n",) if conversational else (),
             tasks={"caption": "caption {language}", "detect": "detect {prompt}", "ocr": "ocr"},
         ),
         decoder=DecoderSpec("fake", "prefix", _N_EMBD, 1, _N_VOCAB, context_length),

@@ -33,7 +33,7 @@ def probe(folder: Path, source: Path, target: Path) -> None:
         request = prepare(
             model, str(given["prompt"]), [given["image"]], Sampling(max_tokens=n_tokens)
         )
-        pixels = preprocess(request.pictures[0], model.manifest.image)[None]
+        pixels = preprocess(request.pictures[0].rgb, model.manifest.image)[None]
         features = model.encoder.features(pixels)
         embeddings = model.encoder.project(features)
         blocks = [

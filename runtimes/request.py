@@ -6,12 +6,12 @@ table); both are joined in the order of the model's template.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,21 @@ History = Sequence[tuple[str, Reply]]
 
 
 @dataclass(frozen=True)
+class Bitmap:
+    """A picture that was read, RGB uint8 [h, w, 3], its own copy."""
+
+    rgb: RGB
+
+    @cached_property
+    def key(self) -> str:
+        """What its embeddings are kept by; hashed when it is first needed."""
+        return fingerprint(self.rgb)
+
+
+Image = ImageSource | Bitmap
+
+
+@dataclass(frozen=True)
 class Parts:
     """What answers are made with: the model's manifest, its engines and the rows it remembers."""
 
@@ -50,7 +65,16 @@ class Parts:
     encoder: VisionEncoder
     decoder: TextDecoder
     cache: RowCache = field(default_factory=RowCache)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        """Ends the engines' running calls, from another thread; those raise Cancelled."""
+        self.encoder.cancel()
+        self.decoder.cancel()
+
+    def close(self) -> None:
+        """Frees the engines."""
+        self.encoder.close()
+        self.decoder.close()
 
 
 class Stopwatch:
@@ -79,11 +103,12 @@ class Stopwatch:
 class Request:
     """A checked request. `parts` are, in order, token ids or the index of a picture.
 
-    `n_image` and `n_text` count positions; `max_tokens` is what the context leaves for the answer
-    or less; `n_cached` and `n_kept` are counted when the rows are made and read.
+    `pictures` are there until they are embeddings, `sizes` are their heights and widths. `n_image`
+    and `n_text` count positions; `max_tokens` is what the context leaves for the answer or less;
+    `n_cached` and `n_kept` are counted when the rows are made and read.
     """
 
-    pictures: list[RGB]
+    pictures: list[Bitmap]
     parts: list[list[int] | int]
     sampling: Sampling
     watch: Stopwatch
@@ -92,12 +117,16 @@ class Request:
     max_tokens: int
     n_cached: int = 0
     n_kept: int = 0
+    sizes: tuple[tuple[int, int], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = tuple((p.rgb.shape[0], p.rgb.shape[1]) for p in self.pictures)
 
     def shared(self, model: Parts) -> tuple[int, ...]:
         """Where blocks end that other questions begin with: the words before the first picture,
         and the last picture. None of a prefix whose rows all see the question.
         """
-        if not self.pictures or model.manifest.decoder.attention == "prefix":
+        if not self.sizes or model.manifest.decoder.attention == "prefix":
             return ()
         sizes = [
             model.manifest.image.tokens if isinstance(part, int) else len(part)
@@ -125,7 +154,7 @@ def prefill(model: Parts, request: Request, rows: Float, room: int) -> None:
 def prepare(
     model: Parts,
     prompt: str,
-    images: Sequence[ImageSource],
+    images: Sequence[Image],
     sampling: Sampling,
     history: History = (),
 ) -> Request:
@@ -142,7 +171,7 @@ def prepare(
             f"{len(images)} pictures in one request; this model takes {spec.image.max_pictures}"
         )
     with watch.timed("image_decode_ms"):
-        pictures = [read_image(image) for image in images]
+        pictures = read(images)
     parts = _conversation(model, prompt, history, len(pictures))
     n_image = len(pictures) * spec.image.tokens
     n_text = sum(len(p) for p in parts if isinstance(p, list))
@@ -152,6 +181,40 @@ def prepare(
     wanted = sampling.max_tokens or spec.answer.max_tokens
     room = min(wanted, context - n_image - n_text)
     return Request(pictures, parts, sampling, watch, n_image, n_text, room)
+
+
+def prepare_last(
+    model: Parts,
+    prompt: str,
+    images: Sequence[Image],
+    sampling: Sampling,
+    history: History,
+) -> tuple[Request, int]:
+    """The last question of a conversation, with as much before it as fits, and how many of the
+    oldest questions were left out.
+
+    None are as long as the answer has room for the tokens it may have, or for a quarter of the
+    context. Where it has not, so many go that half the context is free: each time some go the
+    decoder has to read the others again.
+    """
+    context = model.manifest.decoder.context_length
+    room = min(sampling.max_tokens or model.manifest.answer.max_tokens, context // 4)
+    pictures = read(images)
+    for left_out in range(len(history)):
+        try:
+            request = prepare(model, prompt, pictures, sampling, history[left_out:])
+        except ContextOverflow:
+            pass
+        else:
+            if context - request.n_image - request.n_text >= room:
+                return request, left_out
+        room = context // 2
+    return prepare(model, prompt, pictures, sampling), len(history)
+
+
+def read(images: Sequence[Image]) -> list[Bitmap]:
+    """The pictures, each read if it was not; raises ImageError."""
+    return [i if isinstance(i, Bitmap) else Bitmap(read_image(i)) for i in images]
 
 
 def _conversation(
@@ -180,7 +243,9 @@ def _part(decoder: TextDecoder, segment: Segment) -> list[int] | int:
 
 
 def input_rows(model: Parts, request: Request) -> Float:
-    """The decoder's input, float32 [n_image + n_text, n_embd]. Runs the encoder where needed."""
+    """The decoder's input, float32 [n_image + n_text, n_embd]. Runs the encoder where needed, and
+    lets the pictures go.
+    """
     blocks = []
     for part in request.parts:
         if isinstance(part, int):
@@ -188,17 +253,18 @@ def input_rows(model: Parts, request: Request) -> Float:
         elif part:
             with request.watch.timed("prefill_ms"):
                 blocks.append(model.decoder.embed(part))
+    request.pictures.clear()
     return np.concatenate(blocks)
 
 
-def _picture_rows(model: Parts, request: Request, picture: RGB) -> Float:
+def _picture_rows(model: Parts, request: Request, picture: Bitmap) -> Float:
     with request.watch.timed("preprocess_ms"):
-        key = fingerprint(picture)
+        key = picture.key
     cached = model.cache.get(key)
     if cached is not None:
         request.n_cached += len(cached)
         return cached
-    embedded = encode(model, picture, request.watch)
+    embedded = encode(model, picture.rgb, request.watch)
     model.cache.put(key, embedded)
     return embedded
 

@@ -1,7 +1,4 @@
-"""VLM and Chat: a question and a picture in, an answer out. Knows no engine.
-
-A VLM answers one request at a time; only `cancel` may be called from another thread.
-"""
+"""VLM and Chat: a question and a picture in, an answer out. Knows no engine."""
 
 from __future__ import annotations
 
@@ -14,19 +11,22 @@ import numpy.typing as npt
 from edgevlm.bundle import Manifest
 from edgevlm.errors import PromptError
 from edgevlm.family import Family
-from edgevlm.image import ImageSource, read_image
+from edgevlm.image import ImageSource
 from edgevlm.prompt import task_prompt
 from edgevlm.runtimes.answer import Answer
-from edgevlm.runtimes.engines import TextDecoder, VisionEncoder
+from edgevlm.runtimes.engines import Cancelled, TextDecoder, VisionEncoder
 from edgevlm.runtimes.request import (
-    History,
     Parts,
+    Request,
     Stopwatch,
     encode,
     input_rows,
     prefill,
     prepare,
+    prepare_last,
+    read,
 )
+from edgevlm.runtimes.turns import Turns
 from edgevlm.sampling import Sampling, SamplingOptions
 from edgevlm.types import Box, Devices, Placement, Reply
 
@@ -44,6 +44,14 @@ class VLM:
     `image` is a path, URL, bytes, PIL image or array uint8 [h, w, 3], a list of those where the
     model takes several, or None. Options are those of `edgevlm.sampling.Sampling`; without any the
     answer is greedy. `devices` says where the two halves run.
+
+    Threads may share a VLM, which answers one request at a time: another thread's waits until the
+    running one has ended, in the order in which they came. An answer that is being streamed keeps
+    its turn up to its end; it is given up, and raises PromptError at its next piece, where the
+    thread that draws it asks something else, or where nobody has drawn from it for 10 seconds and
+    another thread asks. `embed_image` needs no turn. After `close`, and in a process that was
+    forked after the load, every request raises ModelClosed; `close` ends running ones so, too.
+    What is not closed is freed with the last reference to it.
     """
 
     def __init__(
@@ -60,32 +68,30 @@ class VLM:
         self.load_ms = load_ms
         self.devices = devices or _only("cpu", encoder.provider)
         self.parts = Parts(manifest, family, encoder, decoder)
-        self._turn = 0
+        self._turns = Turns()
 
     def stream(
         self, prompt: str, image: Images = None, **options: Unpack[SamplingOptions]
     ) -> Answer:
-        """Starts an answer; iterate over it for its pieces.
+        """Starts an answer; iterate over it for its pieces. Pictures are read now.
 
         Raises ImageError, PromptError or ContextOverflow before anything is computed.
         """
-        return self._start(prompt, image, (), Sampling.of(options))
+        sampling = Sampling.of(options)
+        with self._turns.using():
+            request = prepare(self.parts, prompt, _several(image), sampling)
+        return self._answer(request)
 
-    def _start(self, prompt: str, image: Images, history: History, sampling: Sampling) -> Answer:
-        self.parts.cancelled.clear()
-        request = prepare(self.parts, prompt, _several(image), sampling, history)
-        self._turn += 1
-        turn = self._turn
-        return Answer(
-            self.parts, request, load_ms=self.load_ms, superseded=lambda: self._turn != turn
-        )
+    def _answer(self, request: Request) -> Answer:
+        return Answer(self.parts, request, self._turns, load_ms=self.load_ms)
 
     def ask(self, prompt: str, image: Images = None, **options: Unpack[SamplingOptions]) -> Reply:
         """The whole answer to a prompt about a picture."""
         return self.stream(prompt, image, **options).finish()
 
     def chat(self, image: Images = None) -> Chat:
-        """A conversation about a picture."""
+        """A conversation about a picture, which is read now; raises ImageError."""
+        self._turns.check()
         return Chat(self, image)
 
     def caption(
@@ -124,6 +130,12 @@ class VLM:
         The sum over the continuation's tokens, computed from the full softmax in float64;
         `with_end` adds the end token, which makes answers of different length comparable.
         """
+        with self._turns.whole():
+            return self._score(prompt, continuations, image, with_end)
+
+    def _score(
+        self, prompt: str, continuations: Sequence[str], image: Images, with_end: bool
+    ) -> npt.NDArray[np.float64]:
         model, end = self.parts, list(self.manifest.answer.stop_tokens[:1])
         ids = [model.decoder.tokenize(c) + (end if with_end else []) for c in continuations]
         if not all(ids):
@@ -132,7 +144,6 @@ class VLM:
         request = prepare(model, prompt, _several(image), Sampling(max_tokens=longest))
         if request.max_tokens < longest:
             raise PromptError(f"a continuation of {longest} tokens does not fit the context")
-        self._turn += 1
         prefix = input_rows(model, request)
         prefill(model, request, prefix, longest)
         first = model.decoder.logits()[None]
@@ -146,28 +157,37 @@ class VLM:
         return scores
 
     def embed_image(self, image: ImageSource) -> npt.NDArray[np.float32]:
-        """The rows that stand for a picture in the decoder, float32 [tokens, n_embd]."""
-        return encode(self.parts, read_image(image), Stopwatch())
+        """The picture's embeddings in the decoder, float32 [tokens, n_embd]."""
+        with self._turns.using():
+            (picture,) = read([image])
+            while True:
+                try:
+                    return encode(self.parts, picture.rgb, Stopwatch())
+                except Cancelled:
+                    self._turns.check()  # otherwise an answer of another thread was meant
 
     def forget(self) -> None:
         """Drops what is remembered of pictures: the next answer computes everything anew."""
-        self._turn += 1
-        self.parts.cache.clear()
-        self.parts.decoder.clear()
+        with self._turns.whole():
+            self.parts.cache.clear()
+            self.parts.decoder.clear()
 
     def cancel(self) -> None:
-        """Ends the running answer within one token; may be called from any thread."""
-        self.parts.cancelled.set()
-        self.parts.encoder.cancel()
-        self.parts.decoder.cancel()
+        """Ends the running answer within one token; may be called from any thread. Where none
+        runs, or after `close`, nothing happens.
+        """
+        self._turns.cancel(self.parts.stop)
 
     def close(self) -> None:
-        """Frees the engines; the object is of no use afterwards."""
-        self._turn += 1
-        self.parts.encoder.close()
-        self.parts.decoder.close()
+        """Ends running answers and frees the engines; a second call does nothing."""
+        self._turns.close(self.parts.stop, self._free)
+
+    def _free(self) -> None:
+        self.parts.cache.clear()
+        self.parts.close()
 
     def __enter__(self) -> Self:
+        self._turns.check()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -175,18 +195,20 @@ class VLM:
 
 
 class Chat:
-    """Questions about the same picture, whose rows are computed once.
+    """Questions about the same picture, which is read and encoded once.
 
-    Models that were trained on conversations are told what was asked and answered before; the
+    Models that were trained on conversations are told what was asked and answered before, as much
+    as fits their context: the oldest questions are left out first, `left_out` counts them. The
     others answer each question on its own. `turns` keeps all of them for the reader. `image` may be
-    set to another picture at any time; the model then starts afresh.
+    set to another picture at any time, which is read then; the model starts afresh.
     """
 
     def __init__(self, vlm: VLM, image: Images = None) -> None:
         self._vlm = vlm
-        self._image = image
         self._first = 0
         self.turns: list[tuple[str, Answer]] = []
+        self.left_out = 0
+        self.image = image
 
     @property
     def devices(self) -> Devices:
@@ -195,18 +217,23 @@ class Chat:
 
     @property
     def image(self) -> Images:
-        """What the questions are about."""
+        """The source of the picture that the questions are about."""
         return self._image
 
     @image.setter
     def image(self, image: Images) -> None:
-        self._image, self._first = image, len(self.turns)
+        self._pictures = read(_several(image))
+        self._image, self._first, self.left_out = image, len(self.turns), 0
 
     def stream(self, prompt: str, **options: Unpack[SamplingOptions]) -> Answer:
         """Starts the next answer; see VLM.stream."""
-        turns = self.turns[self._first :] if self._vlm.manifest.prompt.turn else []
+        vlm, sampling = self._vlm, Sampling.of(options)
+        turns = self.turns[self._first :] if vlm.manifest.prompt.turn else []
         history = [(question, answer.reply) for question, answer in turns]
-        answer = self._vlm._start(prompt, self._image, history, Sampling.of(options))
+        with vlm._turns.using():
+            request, n = prepare_last(vlm.parts, prompt, self._pictures, sampling, history)
+        self._first, self.left_out = self._first + n, self.left_out + n
+        answer = vlm._answer(request)
         self.turns.append((prompt, answer))
         return answer
 
@@ -224,13 +251,14 @@ class Chat:
     def clear(self) -> None:
         """Forgets the turns; the picture stays."""
         self.turns.clear()
-        self._first = 0
+        self._first = self.left_out = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._vlm.cancel()
+        if self.turns:
+            self.turns[-1][1].cancel()
 
 
 def _only(device: str, engine: str) -> Devices:

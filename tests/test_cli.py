@@ -23,10 +23,10 @@ class Terminal:
         self.loaded = []
         self.says("a red circle")
 
-    def says(self, *answers):
+    def says(self, *answers, **model):
         def load(*args, **options):
             self.loaded.append((*args, options))
-            return fakes.vlm(answers)
+            return fakes.vlm(answers, **model)
 
         self._monkeypatch.setattr(edgevlm, "load", load)
 
@@ -141,7 +141,8 @@ def test_chat(edge, picture, tmp_path):
     other.write_bytes(picture.read_bytes())
     edge.says("one", "two", "three", "four")
     typed = ["hi", f"/image {picture}", "what?", "/stats", f"/image '{other}'", "and?", "",
-             "/clear", "now?", "/help", "/fly", "/image nowhere.png", "/exit", "never"]  # fmt: skip
+             "/clear", "/image", "now?", "/help", "/fly", "/image nowhere.png", "/exit",
+             "never"]  # fmt: skip
     code, out, err = edge("chat", "--stats", stdin="\n".join(typed).encode())
     assert (code, out) == (0, "one\ntwo\nthree\nfour\n")
     assert "image 0, text 4, cached 0" in err  # no picture yet
@@ -151,6 +152,19 @@ def test_chat(edge, picture, tmp_path):
     assert "/image PATH|URL" in err
     assert "/fly: no such command" in err
     assert "nowhere.png: no such file" in err
+
+
+def test_a_chat_says_once_that_its_context_is_full(edge):
+    edge.says("abc", context_length=100, conversational=True)
+    code, out, err = edge("chat", stdin=b"and what is left of it?\n" * 12)
+    assert (code, out) == (0, "abc\n" * 12)
+    assert err.count("its oldest questions are left out; /clear") == 1
+
+
+def test_clear_keeps_the_picture(edge, picture):
+    edge.says("abc", conversational=True)
+    _, _, err = edge("chat", "-i", picture, "--stats", stdin=b"one?\n/clear\ntwo?\n")
+    assert err.count("image 4, text 6, cached") == 2
 
 
 def test_chat_stats_before_any_answer(edge):

@@ -1,6 +1,8 @@
 """What an answer is made of, on engines without weights."""
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from PIL import Image
 
 from edgevlm.boxes import parse_percent
 from edgevlm.errors import ContextOverflow, ImageError, PromptError
-from edgevlm.runtimes import fakes
+from edgevlm.image import read_image
+from edgevlm.runtimes import fakes, request
 from edgevlm.runtimes.session import VLM
 from edgevlm.runtimes.text import TextStream
 
@@ -183,6 +186,93 @@ def test_chat_keeps_the_picture():
         chat.clear()
         with pytest.raises(PromptError, match="nothing was asked"):
             _ = chat.reply
+
+
+def test_a_chat_reads_its_picture_once(monkeypatch):
+    reads = []
+    monkeypatch.setattr(request, "read_image", lambda s: (reads.append(s), read_image(s))[1])
+    vlm = fakes.vlm("yes", conversational=True)
+    chat = vlm.chat(image=RED)
+    for _ in range(3):
+        chat.ask("is it red?")
+    assert len(reads) == 1
+    chat.image = BLUE
+    next(chat.stream("is it red?"))
+    chat.ask("is it?")
+    assert len(reads) == 2
+    assert vlm.parts.encoder.calls == 2
+
+
+def test_answers_of_a_chat_hold_no_pictures():
+    chat = fakes.vlm("yes", conversational=True).chat()
+    left = []
+    for shade in range(3):
+        chat.image = np.full((10, 20, 3), shade, np.uint8)
+        left.append(weakref.ref(chat._pictures[0].rgb))
+        if shade == 1:
+            next(chat.stream("is it red?"))
+        else:
+            chat.ask("is it red?")
+    gc.collect()
+    assert [ref() is None for ref in left] == [True, True, False]
+
+
+def test_a_picture_is_what_it_was_when_it_was_given():
+    vlm = fakes.vlm()
+    frame = RED.copy()
+    answer, chat = vlm.stream("x", frame), vlm.chat(frame)
+    frame[:] = 0
+    answer.finish()
+    chat.ask("x")
+    assert all((rows[:4] == [1, -1, -1, 0]).all() for rows in vlm.parts.decoder.prefills)
+
+
+def test_a_bad_picture_is_refused_when_it_is_given():
+    chat = fakes.vlm().chat(RED)
+    with pytest.raises(ImageError, match="no such file"):
+        chat.image = "nowhere.png"
+    assert chat.image is RED
+    with pytest.raises(ImageError, match="no such file"):
+        fakes.vlm().chat("nowhere.png")
+
+
+@pytest.mark.parametrize("picture", [None, RED], ids=["words", "picture"])
+@pytest.mark.parametrize("max_tokens", [None, 5, 400])
+def test_the_oldest_questions_make_room_for_the_next(picture, max_tokens):
+    vlm = fakes.vlm("abc", context_length=200, conversational=True)
+    chat = vlm.chat(picture)
+    for i in range(30):
+        reply = chat.ask(f"question {i}", **({"max_tokens": max_tokens} if max_tokens else {}))
+        assert (reply.text, reply.finish_reason) == ("abc", "stop")
+    assert len(chat.turns) == 30
+    rows = vlm.parts.decoder.prefills[-1][4 if picture is not None else 0 :, 0]
+    read = b"".join(vlm.parts.decoder.piece(int(t)) for t in rows).decode()
+    kept = range(chat.left_out, 30)
+    assert read == "abc".join(f"question {i}\n" for i in kept)
+    # Once it was full, half of the context became free, and then not at every question again.
+    lengths = [len(rows) for rows in vlm.parts.decoder.prefills]
+    shrunk = [i for i in range(1, 30) if lengths[i] < lengths[i - 1]]
+    assert 0 < len(shrunk) < 12
+    assert all(lengths[i] <= 100 for i in shrunk)
+
+
+def test_what_was_left_out_of_a_chat_is_counted_anew():
+    chat = fakes.vlm("abc", context_length=60, conversational=True).chat()
+    for _ in range(9):
+        chat.ask("how many are there?")
+    assert chat.left_out > 0
+    chat.clear()
+    assert chat.left_out == 0
+    assert chat.ask("how many are there?").text == "abc"
+
+
+def test_a_question_that_alone_is_too_long_is_still_refused():
+    chat = fakes.vlm("abc", context_length=60, conversational=True).chat()
+    chat.ask("short")
+    with pytest.raises(ContextOverflow, match="text 102"):
+        chat.ask("x" * 100)
+    assert chat.left_out == 0
+    assert chat.ask("and short again").text == "abc"
 
 
 def test_detect_gives_boxes_in_pixels():

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _HELP = """\
 /image PATH|URL   look at another picture
-/clear            forget picture and questions
+/image            look at no picture
+/clear            forget the questions; the picture stays
 /stats            how long the last answer took
 /help             this text
 /exit             leave (also Ctrl-D)
@@ -30,9 +31,7 @@ def chat(images: tuple[str, ...], run: Run) -> None:
     """Talk about a picture. /help lists what can be typed besides questions."""
     sources = read_sources(images)
     with run.load() as vlm:
-        conversation = vlm.chat()
-        if sources:
-            _look_at(conversation, sources)
+        conversation = vlm.chat(sources)
         click.echo(f"{vlm.manifest.name}: ask away; /help for commands.", err=True)
         _loop(conversation, run)
 
@@ -57,7 +56,14 @@ def _one_turn(conversation: Chat, line: str, run: Run) -> None:
         if line.startswith("/"):
             _command(conversation, line)
         else:
+            all_of_it = conversation.left_out == 0
             answer = conversation.stream(line, **run.sampling)
+            if all_of_it and conversation.left_out:
+                click.echo(
+                    "The conversation no longer fits the model's context: from now on its oldest "
+                    "questions are left out; /clear starts afresh.",
+                    err=True,
+                )
             show(answer, as_json=False, stats=conversation.devices if run.stats else None)
     except EdgeVLMError as error:
         click.echo(str(error), err=True)
@@ -67,24 +73,17 @@ def _one_turn(conversation: Chat, line: str, run: Run) -> None:
 
 def _command(conversation: Chat, line: str) -> None:
     name, _, argument = line.partition(" ")
-    if name == "/image" and argument.strip():
-        _look_at(conversation, [_unquote(argument.strip())])
+    if name == "/image":
+        path = argument.strip()
+        conversation.image = [_unquote(path)] if path else None
     elif name == "/clear":
         conversation.clear()
-        conversation.image = None
     elif name == "/stats":
         print_stats(conversation.reply, conversation.devices)
     elif name == "/help":
         click.echo(_HELP, err=True)
     else:
         click.echo(f"{line}: no such command; /help lists them", err=True)
-
-
-def _look_at(conversation: Chat, sources: list[str | bytes]) -> None:
-    """Reads the pictures now, so that a bad one is refused here and a good one is read once."""
-    from edgevlm.image import read_image
-
-    conversation.image = [read_image(source) for source in sources]
 
 
 def _unquote(path: str) -> str:
