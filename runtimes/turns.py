@@ -156,9 +156,8 @@ class Turns:
 
     def _patience(self) -> float | None:
         """Seconds until the holder's turn is up, should it stay idle; None where it is at work."""
-        holder = (
-            self._holder
-        )  # the end of an answer that nobody holds any more may come at any line
+        # Taken once: the end of an answer that nobody keeps may come at any line.
+        holder = self._holder
         if holder is None or self._stepping:
             return None
         return max(0.0, holder.drawn + IDLE_S - time.monotonic())
