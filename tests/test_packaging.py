@@ -95,6 +95,19 @@ def test_every_package_on_disk_is_in_setup_cfg():
     assert listed == {name for name, path in modules().items() if path.name == "__init__.py"}
 
 
+def test_every_file_of_data_is_in_setup_cfg():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    data = config["options.package_data"]
+    for package, folder in (("edgevlm", "edgevlm"), ("edgevlm.benchmarks.pico", "benchmarks/pico")):
+        listed = {p for glob in data[package].split() for p in (ROOT / folder).glob(glob)}
+        there = {p for p in (ROOT / folder / "assets").rglob("*") if p.is_file()}
+        assert there and there <= listed
+    licences = config["metadata"]["license_files"].split()
+    found = {p.name for glob in licences for p in ROOT.glob(glob)}
+    assert found == {"LICENSE", "LICENSE-dejavu", "LICENSE-noto-emoji"}
+
+
 @pytest.mark.parametrize("name", modules())
 def test_modules_import_only_downwards(name):
     for imported in imports(modules()[name]):

@@ -4,20 +4,9 @@ from random import Random
 
 import pytest
 
-from edgevlm.benchmarks.pico.fonts import find_emoji_font
 from edgevlm.benchmarks.pico.questions import contested_position, position
 from edgevlm.benchmarks.pico.scenes import Thing, make_scene
 from edgevlm.benchmarks.pico.sides import on_side
-
-
-def drawn() -> bool:
-    try:
-        return find_emoji_font().exists()
-    except FileNotFoundError:
-        return False
-
-
-needs_fonts = pytest.mark.skipif(not drawn(), reason="needs the font NotoColorEmoji.ttf")
 
 
 def at(kind: str, x: float, y: float) -> Thing:
@@ -74,7 +63,6 @@ def test_where_a_person_might_waver_nothing_is_asked(others):
     assert on_side(CIRCLE, "right", (CIRCLE, *others)) is None
 
 
-@needs_fonts
 def test_ordered_scenes_stand_in_rows_and_columns():
     asked = 0
     for k in range(30):

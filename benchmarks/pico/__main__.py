@@ -1,5 +1,5 @@
 """The command line of pico: ``python -m edgevlm.benchmarks.pico draw | train | read |
-evaluate | examples``.
+evaluate | examples | assets``.
 """
 
 from __future__ import annotations
@@ -138,6 +138,18 @@ def examples(folder: Path) -> None:
     from edgevlm.benchmarks.pico.gallery import write_examples
 
     for path in write_examples(folder):
+        click.echo(path)
+
+
+@main.command()
+def assets() -> None:
+    """Make the files that scenes are drawn with again.
+
+    Needs the packages fonts-noto-color-emoji and fonts-dejavu-core of Debian, and fonttools.
+    """
+    from edgevlm.benchmarks.pico.fonts import write_assets
+
+    for path in write_assets():
         click.echo(path)
 
 

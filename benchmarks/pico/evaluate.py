@@ -80,9 +80,7 @@ class Scores:
 
 
 def held_out(generator: str, n_scenes: int) -> Iterator[tuple[Scene, Random]]:
-    """The same scenes on every machine with the same fonts and Pillow, none of them seen in
-    training.
-    """
+    """The same scenes on every machine with the same Pillow, none of them seen in training."""
     for k in range(n_scenes):
         rng = Random(f"evaluate {generator} {k}")
         yield GENERATORS[generator](rng), rng

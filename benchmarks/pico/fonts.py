@@ -1,14 +1,17 @@
-"""Finds the fonts that draw pictures of objects and words; nothing of them is stored in the
-repository.
+"""The operating system's fonts: more faces for the words of training, and what the files of
+assets/ are made of.
 """
 
 from __future__ import annotations
 
+import string
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from edgevlm.benchmarks.pico.assets import FACE_NAMES, FACES_FILE, SHEET, SHEET_COLUMNS, Face
 from edgevlm.benchmarks.pico.kinds import OBJECTS
 
 FONT_ROOT = Path("/usr/share/fonts")
@@ -24,59 +27,80 @@ _TEXT_FAMILIES = (
     "FreeSerif",
     "FreeMono",
     "Roboto-",
+    "OpenSans",
+    "Lato-",
 )
-_TEXT_FAMILIES_MORE = ("OpenSans", "Lato-")
 _UNSUITED = ("Thin", "Hairline", "Light", "Condensed", "Math", "ExtraLight")
 
 
-def find_emoji_font() -> Path:
-    """The colour-emoji font of the operating system (package fonts-noto-color-emoji)."""
-    for path in sorted(FONT_ROOT.rglob(EMOJI_FONT)):
-        return path
-    raise FileNotFoundError(
-        f"{EMOJI_FONT} not found under {FONT_ROOT}: apt-get install fonts-noto-color-emoji"
-    )
-
-
 @lru_cache(maxsize=1)
-def text_fonts() -> tuple[Path, ...]:
-    """Plain text fonts for printed words, sorted by path."""
-    names = (*_TEXT_FAMILIES, *_TEXT_FAMILIES_MORE)
-    found = [
-        path
+def training_faces() -> tuple[Face, ...]:
+    """Plain text faces of the operating system, sorted by path; training sees more of them than
+    the package holds.
+    """
+    found = tuple(
+        Face(path)
         for path in sorted(FONT_ROOT.rglob("*.ttf"))
-        if path.name.startswith(names) and not any(word in path.name for word in _UNSUITED)
-    ]
+        if path.name.startswith(_TEXT_FAMILIES) and not any(w in path.name for w in _UNSUITED)
+    )
     if not found:
         raise FileNotFoundError(
             f"no text fonts under {FONT_ROOT}: apt-get install fonts-dejavu fonts-liberation"
         )
-    return tuple(found)
+    return found
 
 
-@lru_cache(maxsize=512)
-def text_font(path: Path | None, size: int) -> ImageFont.FreeTypeFont:
-    """A text font at a size in pixels; ``None`` is the face built into Pillow."""
-    if path is None:
-        default = ImageFont.load_default(size)
-        assert isinstance(default, ImageFont.FreeTypeFont)
-        return default
-    return ImageFont.truetype(str(path), size)
+def write_assets() -> tuple[Path, Path]:
+    """Makes the files of assets/ from the packages fonts-noto-color-emoji and fonts-dejavu-core;
+    needs fonttools.
+    """
+    SHEET.parent.mkdir(exist_ok=True)
+    object_sheet(_find(EMOJI_FONT)).save(SHEET, optimize=True)
+    _write_faces([_find(f"{name}.ttf") for name in FACE_NAMES], FACES_FILE)
+    return SHEET, FACES_FILE
 
 
-@lru_cache(maxsize=1)
-def emoji_bitmaps() -> dict[str, tuple[Image.Image, ...]]:
-    """Every drawing of every object: tightly cropped RGBA pictures, about 130 pixels wide."""
-    font = ImageFont.truetype(str(find_emoji_font()), EMOJI_SIZE)
-    return {
-        kind: tuple(_render(font, symbol) for symbol in symbols)
-        for kind, symbols in OBJECTS.items()
-    }
+def object_sheet(emoji_font: Path) -> Image.Image:
+    """One drawing of an object to a cell, in the order of kinds.py."""
+    font = ImageFont.truetype(str(emoji_font), EMOJI_SIZE)
+    drawn = [_drawing(font, symbol) for symbols in OBJECTS.values() for symbol in symbols]
+    width, height = (max(d.size[axis] for d in drawn) for axis in (0, 1))
+    rows = -(-len(drawn) // SHEET_COLUMNS)
+    sheet = Image.new("RGBA", (SHEET_COLUMNS * width, rows * height))
+    for k, picture in enumerate(drawn):
+        sheet.paste(picture, (k % SHEET_COLUMNS * width, k // SHEET_COLUMNS * height))
+    return sheet
 
 
-def _render(font: ImageFont.FreeTypeFont, symbol: str) -> Image.Image:
-    canvas = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
+def _drawing(font: ImageFont.FreeTypeFont, symbol: str) -> Image.Image:
+    canvas = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(canvas).text((8, 8), symbol, font=font, embedded_color=True)
     box = canvas.getchannel("A").getbbox()
     assert box is not None, f"the emoji font has no drawing of {symbol!r}"
     return canvas.crop(box)
+
+
+def _write_faces(files: list[Path], target: Path) -> None:
+    """Writes a collection of the faces with nothing but the letters of words and a space."""
+    from fontTools import subset, ttLib
+
+    options: Any = subset.Options(
+        layout_features=[], legacy_kern=True, drop_tables=["GDEF", "GPOS", "GSUB", "MATH"]
+    )
+    made = ttLib.TTCollection()
+    for file in files:
+        face = ttLib.TTFont(file, recalcTimestamp=False)
+        subsetter = subset.Subsetter(options)
+        subsetter.populate(text=string.ascii_letters + " ")
+        subsetter.subset(face)
+        made.fonts.append(face)
+    made.save(target)
+
+
+def _find(name: str) -> Path:
+    for path in sorted(FONT_ROOT.rglob(name)):
+        return path
+    raise FileNotFoundError(
+        f"{name} not found under {FONT_ROOT}: apt-get install fonts-noto-color-emoji "
+        "fonts-dejavu-core"
+    )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from edgevlm.benchmarks.pico.fonts import EMOJI_SIZE, find_emoji_font, text_font
-from edgevlm.benchmarks.pico.kinds import OBJECTS
+from edgevlm.benchmarks.pico.assets import font, object_bitmaps
 
 SCALE = 4  # drawn larger, then reduced: smooth edges
 
@@ -41,26 +40,26 @@ def shapes() -> Image.Image:
 def garden() -> Image.Image:
     """A cat under a tree beside a flower, on pale green."""
     canvas = Image.new("RGB", (448, 448), "#dcefd8")
-    _emoji(canvas, OBJECTS["tree"][0], 130, 125, 190)
-    _emoji(canvas, OBJECTS["cat"][0], 320, 310, 170)
-    _emoji(canvas, OBJECTS["flower"][0], 105, 345, 120)
+    _object(canvas, "tree", 130, 125, 190)
+    _object(canvas, "cat", 320, 310, 170)
+    _object(canvas, "flower", 105, 345, 120)
     return canvas
 
 
 def street() -> Image.Image:
     """A car and a bus, on grey."""
     canvas = Image.new("RGB", (640, 360), "#d6dde4")
-    _emoji(canvas, OBJECTS["car"][0], 170, 235, 190)
-    _emoji(canvas, OBJECTS["bus"][0], 470, 120, 170)
+    _object(canvas, "car", 170, 235, 190)
+    _object(canvas, "bus", 470, 120, 170)
     return canvas
 
 
 def sign() -> Image.Image:
     """OPEN in white on green, 400 x 240."""
     canvas = Image.new("RGB", (400 * SCALE, 240 * SCALE), "#155c32")
-    font = text_font(None, 92 * SCALE)
+    letters = font(None, 92 * SCALE)
     ImageDraw.Draw(canvas).text(
-        (200 * SCALE, 120 * SCALE), "OPEN", font=font, fill="#ffffff", anchor="mm"
+        (200 * SCALE, 120 * SCALE), "OPEN", font=letters, fill="#ffffff", anchor="mm"
     )
     return canvas.resize((400, 240), Image.Resampling.LANCZOS)
 
@@ -80,11 +79,8 @@ def _star(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: str
     pen.polygon(corners, fill=fill)
 
 
-def _emoji(canvas: Image.Image, symbol: str, x: int, y: int, size: int) -> None:
-    font = ImageFont.truetype(str(find_emoji_font()), EMOJI_SIZE)
-    stamp = Image.new("RGBA", (150, 150))
-    ImageDraw.Draw(stamp).text((4, 4), symbol, font=font, embedded_color=True)
-    stamp = stamp.crop(stamp.getbbox())
+def _object(canvas: Image.Image, kind: str, x: int, y: int, size: int) -> None:
+    stamp = object_bitmaps()[kind][0]
     scale = size / max(stamp.size)
     stamp = stamp.resize(
         (round(stamp.width * scale), round(stamp.height * scale)), Image.Resampling.LANCZOS

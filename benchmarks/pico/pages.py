@@ -4,7 +4,7 @@ picture, scenes with one word, and scenes without any.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -12,7 +12,8 @@ import numpy as np
 from PIL import ImageDraw
 
 from edgevlm.benchmarks.pico import drawing
-from edgevlm.benchmarks.pico.fonts import text_font, text_fonts
+from edgevlm.benchmarks.pico.assets import WORD_FACES, Face, font, random_face
+from edgevlm.benchmarks.pico.fonts import training_faces
 from edgevlm.benchmarks.pico.letters import LONGEST
 from edgevlm.benchmarks.pico.model import PicoConfig
 from edgevlm.benchmarks.pico.scenes import (
@@ -32,19 +33,19 @@ PAGES_PER_SHARD = 4096
 _KINDS = (("page", 44), ("word", 44), ("blank", 12))
 
 
-def make_page(rng: Random) -> tuple[Scene, tuple[Word, ...]]:
+def make_page(rng: Random, faces: Sequence[Face] = WORD_FACES) -> tuple[Scene, tuple[Word, ...]]:
     """A picture, and the words in it; a scene with a word has only that."""
     kind = rng.choices([kind for kind, _ in _KINDS], [share for _, share in _KINDS])[0]
     if kind == "page":
-        return _full_page(rng)
+        return _full_page(rng, faces)
     if kind == "word":
-        scene = make_scene(rng, word_share=1.0)
+        scene = make_scene(rng, word_share=1.0, faces=faces)
         assert scene.word is not None
         return scene, (scene.word,)
     return make_scene(rng, 0.0, ORDERED_SHARE), ()
 
 
-def _full_page(rng: Random) -> tuple[Scene, tuple[Word, ...]]:
+def _full_page(rng: Random, faces: Sequence[Face]) -> tuple[Scene, tuple[Word, ...]]:
     size = width, height = picture_size(rng)
     tones = two_tones([], rng, any_emoji=False)
     canvas = drawing.background(size, tones, rng)
@@ -54,16 +55,16 @@ def _full_page(rng: Random) -> tuple[Scene, tuple[Word, ...]]:
     while top < 0.92 * height:
         # From the smallest letters of a scene with one word to a quarter of the picture.
         pixels = max(8, round(height * rng.uniform(0.1, 0.3)))
-        font = text_font(None if rng.random() < 0.12 else rng.choice(text_fonts()), pixels)
+        letters = font(random_face(faces, rng), pixels)
         ink = ink_rgb(tones, rng)
-        space = font.getlength(" ") * rng.uniform(1.0, 2.0)
+        space = letters.getlength(" ") * rng.uniform(1.0, 2.0)
         x, bottom = rng.uniform(0, 0.15) * width, top
         while True:
             text = random_word(rng)
-            word, extent = measured(text, font, x, top, size)
+            word, extent = measured(text, letters, x, top, size)
             if extent[2] > width or extent[3] > height:
                 break
-            draw.text((x, top), text, font=font, fill=ink)
+            draw.text((x, top), text, font=letters, fill=ink)
             words.append(word)
             x, bottom = extent[2] + space, max(bottom, extent[3])
         top = max(bottom, top + 0.5 * pixels) + rng.uniform(0.01, 0.08) * height
@@ -86,7 +87,7 @@ def write_pages(folder: Path, index: int) -> None:
     word, blank = np.full((n, LONGEST), -1, np.int8), np.zeros(n, bool)
     slots = []
     for k in range(n):
-        scene, words = make_page(Random(f"pages {index} {k}"))
+        scene, words = make_page(Random(f"pages {index} {k}"), training_faces())
         pictures[k], blank[k] = model_input(scene.picture), not words
         slots.append(letter_slots(words, grid))
         if scene.word is not None:

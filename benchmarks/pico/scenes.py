@@ -5,14 +5,15 @@ questions.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
 
 from edgevlm.benchmarks.pico import drawing
+from edgevlm.benchmarks.pico.assets import WORD_FACES, Face, font, object_bitmaps, random_face
 from edgevlm.benchmarks.pico.drawing import Box, Rgb
-from edgevlm.benchmarks.pico.fonts import emoji_bitmaps, text_font, text_fonts
 from edgevlm.benchmarks.pico.kinds import COLOURS, OBJECTS, SHAPES, WORDS
 
 MAX_TRIES = 60
@@ -59,8 +60,13 @@ class Scene:
     word: Word | None = None
 
 
-def make_scene(rng: Random, word_share: float = 0.2, ordered_share: float = 0.0) -> Scene:
-    """Draws one scene; everything about it follows from ``rng``.
+def make_scene(
+    rng: Random,
+    word_share: float = 0.2,
+    ordered_share: float = 0.0,
+    faces: Sequence[Face] = WORD_FACES,
+) -> Scene:
+    """Draws one scene; everything about it follows from ``rng`` and the faces for words.
 
     ``ordered_share`` of the scenes without a word have their things in rows and columns, the
     others anywhere.
@@ -80,7 +86,7 @@ def make_scene(rng: Random, word_share: float = 0.2, ordered_share: float = 0.0)
     if layout:
         things = _draw_in_order(canvas, named, fills, layout, rng)
         return Scene(drawing.finish(canvas, rng), tuple(things))
-    word = _draw_word(canvas, tones, rng) if has_word else None
+    word = _draw_word(canvas, tones, faces, rng) if has_word else None
     things = _draw_things(canvas, named, fills, [_pixels(word.box, size)] if word else [], rng)
     return Scene(drawing.finish(canvas, rng), tuple(things), word)
 
@@ -262,7 +268,7 @@ def _draw_one(
 
 
 def _emoji(kind: str, radius: float, rng: Random) -> Image.Image:
-    bitmap = rng.choice(emoji_bitmaps()[kind])
+    bitmap = rng.choice(object_bitmaps()[kind])
     if rng.random() < 0.25:
         bitmap = bitmap.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < 0.2:
@@ -274,22 +280,24 @@ def _emoji(kind: str, radius: float, rng: Random) -> Image.Image:
     return bitmap.resize(shape, Image.Resampling.BICUBIC)
 
 
-def _draw_word(canvas: Image.Image, tones: tuple[Rgb, Rgb], rng: Random) -> Word:
+def _draw_word(
+    canvas: Image.Image, tones: tuple[Rgb, Rgb], faces: Sequence[Face], rng: Random
+) -> Word:
     text = random_word(rng)
-    font_path = None if rng.random() < 0.12 else rng.choice(text_fonts())
+    face = random_face(faces, rng)
     width, height = canvas.size
     ink = ink_rgb(tones, rng)
     pixels = max(9, round(height * rng.uniform(0.16, 0.6)))
     room = width * rng.uniform(0.55, 0.96)
-    font = text_font(font_path, pixels)
-    if font.getlength(text) > room:
-        pixels = max(9, int(pixels * room / font.getlength(text)))
-        font = text_font(font_path, pixels)
-    left, top, right, bottom = font.getbbox(text)
+    letters = font(face, pixels)
+    if letters.getlength(text) > room:
+        pixels = max(9, int(pixels * room / letters.getlength(text)))
+        letters = font(face, pixels)
+    left, top, right, bottom = letters.getbbox(text)
     x = rng.uniform(0, max(0.0, width - (right - left))) - left
     y = rng.uniform(0, max(0.0, height - (bottom - top))) - top
-    ImageDraw.Draw(canvas).text((x, y), text, font=font, fill=ink)
-    return measured(text, font, x, y, canvas.size)[0]
+    ImageDraw.Draw(canvas).text((x, y), text, font=letters, fill=ink)
+    return measured(text, letters, x, y, canvas.size)[0]
 
 
 def ink_rgb(tones: tuple[Rgb, Rgb], rng: Random) -> Rgb:
@@ -307,15 +315,15 @@ def ink_rgb(tones: tuple[Rgb, Rgb], rng: Random) -> Rgb:
 
 
 def measured(
-    text: str, font: ImageFont.FreeTypeFont, x: float, y: float, size: tuple[int, int]
+    text: str, letters: ImageFont.FreeTypeFont, x: float, y: float, size: tuple[int, int]
 ) -> tuple[Word, Box]:
     """A word drawn at (x, y), and its extent in pixels."""
-    left, top, right, bottom = font.getbbox(text)
+    left, top, right, bottom = letters.getbbox(text)
     extent = (x + left, y + top, x + right, y + bottom)
     box = _shares(extent, size)
-    starts = [(x + font.getlength(text[:k])) / size[0] for k in range(len(text) + 1)]
-    letters = ((starts[k], box[1], starts[k + 1], box[3]) for k in range(len(text)))
-    return Word(text, box, tuple(letters)), extent
+    starts = [(x + letters.getlength(text[:k])) / size[0] for k in range(len(text) + 1)]
+    boxes = ((starts[k], box[1], starts[k + 1], box[3]) for k in range(len(text)))
+    return Word(text, box, tuple(boxes)), extent
 
 
 def random_word(rng: Random) -> str:

@@ -1,5 +1,5 @@
-"""Scenes on disk: fixed-size shards, each the same for the same index on every machine, drawn by
-separate processes.
+"""Scenes on disk: fixed-size shards, each the same for the same index on every machine with the
+same fonts, drawn by separate processes.
 
 A shard is ``NNNNN.npy`` (uint8 [scenes, SIDE, SIDE, 3], already resized as PaliGemma does it) and
 ``NNNNN.json`` (what is in each picture). The JSON file is written last, so a shard is complete
@@ -19,6 +19,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from edgevlm.benchmarks.pico.fonts import training_faces
 from edgevlm.benchmarks.pico.scenes import Scene, Thing, Word, make_scene
 
 SIDE = 112  # pixels of the model's square input
@@ -43,7 +44,8 @@ def write_shard(folder: Path, index: int) -> None:
     pictures = np.empty((SCENES_PER_SHARD, SIDE, SIDE, 3), np.uint8)
     facts = []
     for k in range(SCENES_PER_SHARD):
-        scene = make_scene(Random(f"pico {index} {k}"), WORD_SHARE, ORDERED_SHARE)
+        rng = Random(f"pico {index} {k}")
+        scene = make_scene(rng, WORD_SHARE, ORDERED_SHARE, training_faces())
         pictures[k] = model_input(scene.picture)
         facts.append(_packed(scene))
     temporary = folder / f"{index:05d}.{os.getpid()}.tmp"

@@ -11,9 +11,9 @@ import math
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from edgevlm.benchmarks.pico.fonts import EMOJI_SIZE, find_emoji_font
+from edgevlm.benchmarks.pico.assets import WORD_FACES, font, object_bitmaps
 from edgevlm.benchmarks.pico.kinds import COLOURS, OBJECTS, SHAPES, WORDS
 from edgevlm.benchmarks.pico.scenes import Scene, Thing, Word
 
@@ -104,14 +104,14 @@ def word_scene(rng: Random) -> Scene:
     draw = ImageDraw.Draw(canvas)
     wide = size[0] * rng.uniform(0.5, 0.85) * min(1.0, 0.3 + len(text) * 0.2)
     points = 10
-    font = ImageFont.truetype("DejaVuSans.ttf", points)
-    while font.getlength(text) < wide and points < size[1] * 0.6:
+    letters = font(WORD_FACES[0], points)
+    while letters.getlength(text) < wide and points < size[1] * 0.6:
         points += 2
-        font = ImageFont.truetype("DejaVuSans.ttf", points)
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        letters = font(WORD_FACES[0], points)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=letters)
     x = rng.uniform(2, max(2, size[0] - right - 2))
     y = rng.uniform(2 - top, max(2 - top, size[1] - bottom - 2))
-    draw.text((x, y), text, fill=ink, font=font)
+    draw.text((x, y), text, fill=ink, font=letters)
     box = ((x + left) / size[0], (y + top) / size[1], (x + right) / size[0], (y + bottom) / size[1])
     return Scene(canvas, (), Word(text, box, ()))
 
@@ -135,10 +135,7 @@ def _draw(
 ) -> tuple[float, float, float, float]:
     pen = ImageDraw.Draw(canvas)
     if colour is None:
-        font = ImageFont.truetype(str(find_emoji_font()), EMOJI_SIZE)
-        stamp = Image.new("RGBA", (150, 150))
-        ImageDraw.Draw(stamp).text((0, 0), OBJECTS[kind][0], font=font, embedded_color=True)
-        stamp = stamp.crop(stamp.getbbox())
+        stamp = object_bitmaps()[kind][0].copy()
         stamp.thumbnail((int(2 * r), int(2 * r)))
         if max(stamp.size) < int(2 * r) - 1:
             scale = 2 * r / max(stamp.size)
