@@ -162,6 +162,14 @@ def test_a_peer_that_cannot_says_why_and_is_not_asked_again(few, picture, tmp_pa
     assert [r.installed for r in found.values()] == [True, True, True, True, False]
 
 
+@pytest.mark.parametrize("python", [None, sys.executable], ids=["ours", "its own"])
+def test_a_peer_that_ends_at_once_is_heard_to_the_last_word(python, few, picture, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    pythons = {"dies": python} if python else {}
+    found = compared(open_bundle(built_in()), picture, "dies", pythons=pythons)
+    assert found["DIES"].error == "its process ended with status 9 (out of memory)"
+
+
 def test_a_peer_may_have_a_python_of_its_own(few, picture):
     found = compared(open_bundle(built_in()), picture, "good", pythons={"good": sys.executable})
     assert not found["GOOD"].error

@@ -193,17 +193,18 @@ def _whole_prompt(comparison: Comparison) -> str:
 
 def _turn(peer: Peer, task: dict[str, Any], python: str | None) -> dict[str, Any]:
     """One answer, or {"error": why there is none}."""
-    file = peers.__path__[0]
     given: dict[str, Any] = dict(setting())
     if python:
         # It has packages of its own: nothing of this one's may come before them.
         given = {"env": {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}}
-    start = [python, "-I", str(Path(file) / "child.py")] if python else command(
-        f"{peers.__name__}.child"
-    )  # fmt: skip
+        program = [python, "-I", str(Path(peers.__path__[0]) / "child.py")]
+    else:
+        program = command(f"{peers.__name__}.child")
+    # Unbuffered, or what a peer writes right before its process ends at once is lost.
+    program.insert(1, "-u")
     try:
         done = subprocess.run(
-            [*start, peer.file],
+            [*program, peer.file],
             input=json.dumps(task),
             capture_output=True,
             text=True,
