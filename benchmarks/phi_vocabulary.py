@@ -22,17 +22,30 @@ Give the following image: <Img>ImageContent</Img>. Please answer my questions.##
 
 
 @functools.cache
-def bytelevel() -> tuple[dict[str, int], str]:
-    """vocab.json's content with END as the last token, and merges.txt's."""
+def bytelevel(texts: tuple[str, ...] = (), size: int = 700) -> tuple[dict[str, int], str]:
+    """vocab.json's content with END as the last token, and merges.txt's.
+
+    The tokenizer is trained on a corpus and on `texts`, up to `size` tokens.
+    """
     from tokenizers import ByteLevelBPETokenizer
 
     trainer = ByteLevelBPETokenizer()
-    lines = CORPUS.splitlines() + 20 * _PROMPTS.splitlines()
-    trainer.train_from_iterator(lines, vocab_size=700, min_frequency=2, show_progress=False)
+    lines = [*CORPUS.splitlines(), *(20 * _PROMPTS.splitlines()), *texts]
+    trainer.train_from_iterator(lines, vocab_size=size, min_frequency=2, show_progress=False)
     model = json.loads(trainer.to_str())["model"]
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     vocab: dict[str, int] = model["vocab"]
     return {**vocab, END: len(vocab)}, "\n".join(["#version: 0.2", *merges, ""])
+
+
+def write_gpt2_tokenizer(folder: Path, *trained: Any) -> dict[str, int]:
+    """Writes GPT-2's two files, vocab.json and merges.txt, and returns the vocabulary; `trained`
+    are arguments of `bytelevel`.
+    """
+    vocab, merges = bytelevel(*trained)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    return vocab
 
 
 def write_phi_tokenizer(folder: Path, real: Path | None = None, kind: str = "slow") -> int:
@@ -46,9 +59,7 @@ def write_phi_tokenizer(folder: Path, real: Path | None = None, kind: str = "slo
             shutil.copyfile(real / name, folder / name)
         vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     else:
-        vocab, merges = bytelevel()
-        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-        (folder / "merges.txt").write_text(merges, encoding="utf-8")
+        vocab = write_gpt2_tokenizer(folder)
     added = {text: len(vocab) + i for i, text in enumerate(RUNS)}
     write_json(folder / "added_tokens.json", added)
     entries = {vocab[END]: (END, True)} | {i: (text, False) for text, i in added.items()}

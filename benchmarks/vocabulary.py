@@ -48,7 +48,7 @@ USER_DEFINED = (
 LOCATIONS = tuple(f"<loc{i:04}>" for i in range(1024))
 SEGMENTS = tuple(f"<seg{i:03}>" for i in range(128))
 IMAGE = "<image>"
-_GEMMA = {
+_GEMMA: dict[str, Any] = {
     **{f"{name}_id": i for i, name in enumerate(("pad", "eos", "bos", "unk"))},
     **{f"{text[1:-1]}_piece": text for text in SPECIALS},
 }
@@ -82,21 +82,25 @@ def sentencepiece_model() -> bytes:
 
 
 @functools.cache
-def llama_model() -> bytes:
-    """A small tokenizer.model with LLaMA's conventions: a space before every text, bytes."""
-    return _trained(add_dummy_prefix=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+def llama_model(texts: tuple[str, ...] = (), size: int = 900) -> bytes:
+    """A small tokenizer.model with LLaMA's conventions: a space before every text, bytes.
+
+    It is trained on the corpus and on `texts`, up to `size` pieces.
+    """
+    ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    return _trained(texts, size, add_dummy_prefix=True, **ids)
 
 
-def _trained(**conventions: Any) -> bytes:
-    """A BPE model of the corpus with byte fallback, nothing normalised."""
+def _trained(texts: tuple[str, ...] = (), size: int = 900, **conventions: Any) -> bytes:
+    """A BPE model of the corpus and more with byte fallback, nothing normalised."""
     import sentencepiece
 
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
+        sentence_iterator=iter((*CORPUS.splitlines(), *texts)),
         model_writer=out,
         model_type="bpe",
-        vocab_size=900,
+        vocab_size=size,
         hard_vocab_limit=False,
         byte_fallback=True,
         remove_extra_whitespaces=False,

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer, CodeGenTokenizerFast, GPT2TokenizerFast
 
 from edgevlm.benchmarks import byte_vocabulary
+from edgevlm.benchmarks.phi_vocabulary import END, write_gpt2_tokenizer
 from edgevlm.benchmarks.vocabulary import write_json
 from edgevlm.errors import SourceError
 from edgevlm.export import llama
@@ -23,10 +24,6 @@ from edgevlm.export.source import Checkpoint, read_json
 from edgevlm.export.tokenizer import CONTROL, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
 from tests.multilingual import PROMPTS
 
-GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"
-needs_gpt2 = pytest.mark.skipif(
-    not GPT2.is_dir(), reason="needs GPT-2's vocabulary, ../shared/data"
-)
 TEXTS = [*corpus(), *(q for questions in PROMPTS.values() for q in questions), "I'LL we'Ve 12345"]
 # What a decoder's metadata says beside the vocabulary; nothing of it matters to tokens.
 SIZES = dict.fromkeys(
@@ -68,32 +65,41 @@ def compare(folder: Path, rows: int, tokenizer: Any, scratch: Path) -> Vocabular
     return table
 
 
-@needs_gpt2
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files as GPT-2's, whose merges make whole words of the texts that are compared: a cut at
+    another place shows.
+    """
+    folder = tmp_path_factory.mktemp("gpt2")
+    write_gpt2_tokenizer(folder, tuple(TEXTS) * 2, 4000)
+    return folder
+
+
 @pytest.mark.parametrize("files", ["pair", "json"])
-def test_gpt2(files: str, tmp_path: Path):
-    tokenizer = GPT2TokenizerFast(str(GPT2 / "vocab.json"), str(GPT2 / "merges.txt"))
+def test_gpt2(files: str, gpt2: Path, tmp_path: Path):
+    tokenizer = GPT2TokenizerFast(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt"))
     if files == "json":
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "vocab.json").unlink()
     else:
-        shutil.copytree(GPT2, tmp_path, dirs_exist_ok=True)
-    table = compare(tmp_path, 50304, tokenizer, tmp_path)
-    assert table.pre == "gpt-2" and len(table.merges) == 50000
-    assert table.tokens[50256].type == CONTROL
-    assert table.specials == {"bos": 50256, "eos": 50256} | (
-        {"unk": 50256} if files == "json" else {}
-    )
+        shutil.copytree(gpt2, tmp_path, dirs_exist_ok=True)
+    n = len(tokenizer)
+    table = compare(tmp_path, n + 47, tokenizer, tmp_path)
+    assert table.pre == "gpt-2" and len(table.merges) == n - 257  # the bytes, and the end
+    end = n - 1
+    assert (table.tokens[end].text, table.tokens[end].type) == (END, CONTROL)
+    assert table.specials == {"bos": end, "eos": end} | ({"unk": end} if files == "json" else {})
 
 
-@needs_gpt2
-def test_codegen(tmp_path: Path):
+def test_codegen(gpt2: Path, tmp_path: Path):
     """Microsoft's Phi-2: GPT-2 with runs of spaces and tabs that are one token."""
-    tokenizer = CodeGenTokenizerFast(str(GPT2 / "vocab.json"), str(GPT2 / "merges.txt"))
+    tokenizer = CodeGenTokenizerFast(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt"))
+    n = len(tokenizer)
     tokenizer.add_tokens([" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)])
     tokenizer.save_pretrained(tmp_path)
-    table = compare(tmp_path, 51200, tokenizer, tmp_path)
+    table = compare(tmp_path, n + 943, tokenizer, tmp_path)
     assert table.pre == "phi-2"
-    assert (table.tokens[50257].text, table.tokens[50257].type) == (" " * 31, USER_DEFINED)
+    assert (table.tokens[n].text, table.tokens[n].type) == (" " * 31, USER_DEFINED)
 
 
 def test_llama3(tmp_path: Path):

@@ -16,17 +16,17 @@ from PIL import Image
 import edgevlm
 from edgevlm.benchmarks import byte_vocabulary
 from edgevlm.benchmarks.llava_checkpoints import ORIGINALS, Tiny, write_llava
-from edgevlm.benchmarks.vocabulary import write_json
+from edgevlm.benchmarks.vocabulary import llama_model, write_json
 from edgevlm.bundle import Bundle
 from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle
 from edgevlm.runtimes.request import input_rows, prefill, prepare
 from edgevlm.sampling import Sampling
+from tests import published
 from tests.multilingual import PROMPTS
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 PROMPT = "what is in the picture? опиши 图片"
-LLAMA = Path(__file__).parents[2] / "shared/data/tokenizers/llama.model"
 # The prompt that MobilePALO was trained with, on both sides of the picture (palo/conversation.py).
 VICUNA_PIECES = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -195,29 +195,23 @@ def without_begin(source: Path) -> None:
         write_json(source / "tokenizer_config.json", config | {"add_bos_token": False})
 
 
-@pytest.mark.skipif(not LLAMA.is_file(), reason="needs the real LLaMA tokenizer in ../shared/data")
-@pytest.mark.parametrize("language", PROMPTS)
-def test_token_ids_in_ten_languages(language: str, llama: edgevlm.VLM):
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA))
-    for question in PROMPTS[language]:
-        request = prepare(llama.parts, question, [PICTURE], Sampling())
-        before, after = VICUNA_PIECES
-        assert request.parts == [
-            [1],
-            processor.encode(before),
-            0,
-            processor.encode(after.format(question)),
-        ]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory):
-    """A tiny model with the real LLaMA vocabulary."""
-    folder = tmp_path_factory.mktemp("llama")
-    source = write_llava(folder / "source", tokenizer=LLAMA, layers=1)
+@pytest.mark.parametrize("vocabulary", ["small", pytest.param("LLaMA", marks=published.needed)])
+def test_token_ids_in_ten_languages(vocabulary: str, tmp_path: Path):
+    questions = [question for questions in PROMPTS.values() for question in questions]
+    tokenizer = published.LLAMA
+    if vocabulary == "small":
+        # Some of the questions are whole pieces to it, others letters, others bytes.
+        tokenizer = tmp_path / "tokenizer.model"
+        tokenizer.write_bytes(llama_model((*questions[::2], *VICUNA_PIECES), 2500))
+    source = write_llava(tmp_path / "source", tokenizer=tokenizer, layers=1)
     how = {"quant": "f16", "vision_precision": "fp32", "verify": False}
-    with edgevlm.load(export_bundle(source, folder / "out", **how).folder) as vlm:
-        yield vlm
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    before, after = VICUNA_PIECES
+    with edgevlm.load(export_bundle(source, tmp_path / "out", **how).folder) as vlm:
+        for question in questions:
+            request = prepare(vlm.parts, question, [PICTURE], Sampling())
+            ids = map(processor.encode, (before, after.format(question)))
+            assert request.parts == [[1], next(ids), 0, next(ids)], question
 
 
 def test_what_questions_share_is_read_once(tmp_path: Path):

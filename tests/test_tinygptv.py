@@ -23,10 +23,11 @@ from edgevlm.export.decoder import DecoderSource, write_gguf
 from edgevlm.image import preprocess
 from edgevlm.runtimes.request import input_rows, prefill, prepare
 from edgevlm.sampling import Sampling
+from tests import published
+from tests.multilingual import PROMPTS
 from tests.tinygptv_reference import Original
 from tests.tinygptv_sources import SMALL, prepared
 
-GPT2 = Path(__file__).parents[2] / "shared/data/tokenizers/gpt2"
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 PROMPT = "what is in the picture? опиши  图片"
 # What stands on both sides of the picture, from demo.py and demo_v2.py.
@@ -168,27 +169,26 @@ def test_templates_are_the_originals(template: str, tmp_path: Path):
     )
 
 
-@pytest.mark.skipif(not GPT2.is_dir(), reason="needs GPT-2's tokenizer in ../shared/data")
-def test_token_ids_of_the_real_vocabulary(tmp_path: Path):
-    source = write_tinygptv(
-        tmp_path / "source", tokenizer=GPT2, n_vocab=51200, width=32, heads=1, layers=1, **SMALL
-    )
+@pytest.mark.parametrize("vocabulary", ["small", pytest.param("GPT-2", marks=published.needed)])
+def test_token_ids_are_those_of_phis_tokenizer(vocabulary: str, tmp_path: Path):
+    own = {"tokenizer": published.GPT2, "n_vocab": 51200} if vocabulary == "GPT-2" else {}
+    source = write_tinygptv(tmp_path / "source", **own, width=32, heads=1, layers=1, **SMALL)
     job, gguf = prepared(source), tmp_path / "decoder.gguf"
-    assert (job.model.answer.stop_tokens, job.model.answer.penalized) == ((21017,), (50256,))
     write_gguf(
         DecoderSource(job.parts["decoder"], job.model.text, job.vocabulary, "x"), gguf, "F16", None
     )
-    ids = llama.tokenize(gguf, corpus())
     expected = tokenizer(source)
-    assert ids == [expected(text)["input_ids"] for text in corpus()]
-    # Facts read in the original's own run: 31 spaces, 9 tabs, "###", how a prompt of stage 3 ends.
+    # 31 spaces, 9 tabs, the separator, how a prompt of stage 3 ends.
     facts = [" " * 31, "\t" * 9, "###", "a###Assistant: "]
-    assert llama.tokenize(gguf, facts) == [
-        [50257],
-        [50287],
-        [21017],
-        [64, 21017, 48902, 25, 220],
-    ]
+    texts = [*facts, *corpus(), *(q for questions in PROMPTS.values() for q in questions)]
+    ids = llama.tokenize(gguf, texts)
+    assert ids == [expected(text)["input_ids"] for text in texts]
+    (spaces,), (tabs,), (separator,), _ = ids[:4]
+    answer = job.model.answer
+    assert (answer.stop_tokens, answer.penalized) == ((separator,), (spaces - 1,))
+    assert tabs == spaces + 30
+    if vocabulary == "GPT-2":  # read in the original's own run
+        assert ids[:4] == [[50257], [50287], [21017], [64, 21017, 48902, 25, 220]]
 
 
 def test_the_gguf_has_the_layout_that_the_runtime_expects(made):
