@@ -18,6 +18,17 @@ def test_links_in_the_documentation_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
+def test_the_two_commands_of_the_readme_are_a_line_each():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    first, second = (
+        i for i, line in enumerate(lines) if line.startswith(("python3 -m venv", "make "))
+    )
+    assert "pip install . && .venv/bin/edgevlm ask" in lines[first]
+    assert lines[second] == "make setup test"
+    for i in (first, second):
+        assert (lines[i - 1], lines[i + 1]) == ("```sh", "```")
+
+
 def test_python_in_the_readme_compiles():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
