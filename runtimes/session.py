@@ -31,9 +31,7 @@ from edgevlm.sampling import Sampling, SamplingOptions
 from edgevlm.types import Box, Devices, Placement, Reply
 
 if TYPE_CHECKING:
-    from typing import Self
-
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 Images = ImageSource | Sequence[ImageSource] | None
 
