@@ -7,7 +7,7 @@ is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ class Tiny:
     `size` is the side in pixels of stages 1 to 3 (stage 4 has twice as many), `grid` that of the
     tower's stored positions. `below` puts Phi-2 into a folder of its own; `adapters` is the
     release of peft whose names the stage has, "" for none; `own_qformer` lets it hold a Q-Former,
-    as the first files of stage 4 do; `said` keeps the config of the run in it. `tokenizer` is a
-    folder with GPT-2's real vocabulary.
+    as the first files of stage 4 do; `said` keeps the config of the run in it,
+    `datasets` what that says of them. `tokenizer` is a folder with GPT-2's real vocabulary.
     """
 
     stage: int = 3
@@ -81,6 +81,7 @@ class Tiny:
     own_qformer: bool = False
     norm_biases: bool = False
     said: bool = True
+    datasets: Mapping[str, Any] = field(default_factory=dict)
     name: str = STAGE
     tokenizer: Path | None = None
     tokenizer_kind: str = "slow"
@@ -121,7 +122,10 @@ def write_tinygptv(folder: Path, **options: Any) -> Path:
     _write_phi(phi, tiny, phi2(tiny, rows))
     _save(folder / EVA, eva(tiny), "float16" if tiny.dtype == "float16" else "float32")
     _save(folder / BLIP2, blip2(tiny), "float32", {})
-    run = {"run": {"task": "image_text_pretrain"}, "model": _run(tiny)} if tiny.said else {}
+    run: dict[str, Any] = {}
+    if tiny.said:
+        run = {"run": {"task": "image_text_pretrain"}, "model": _run(tiny)}
+        run |= {"datasets": dict(tiny.datasets)} if tiny.datasets else {}
     rest: dict[str, Any] = {"config": run, "scaler": {"scale": 65536.0}, "epoch": 4}
     _save(folder / tiny.name.format(tiny.stage), stage(tiny), "float32", rest)
     return folder

@@ -26,6 +26,17 @@ IGNORED = ""
 TOWER = "tower/"
 
 
+class FileError(ValueError):
+    """A setting that a family cannot follow, in another file than config.json.
+
+    file: its key in Source.files.
+    """
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(reason)
+        self.file = file
+
+
 @dataclass(frozen=True)
 class AddedToken:
     """A token that stands for a text as a whole.
@@ -140,12 +151,14 @@ class Family:
     license: licence of the published weights, where the checkpoint does not state one.
     model_types: values of `model_type` in config.json that belong to it.
     describe: Source -> Model. Raises ValueError with one line that names the key if the config is
-        not one of this family, or the choice if the user's is not.
+        not one of this family, or the choice if the user's is not; FileError for another file.
     locate: name of a source tensor -> "vision.…", "projector.…" or "decoder.…" in the canonical
         names of the builders, IGNORED if the model never uses it, None if it is not known.
     boxes: answer text, picture width and height in pixels -> boxes; None if the family has none.
     tower: Source -> folder or hub name of the vision tower that the checkpoint leaves out, None
         where it is whole; None if no checkpoint of the family leaves it out.
+    processor: Source -> folder that the original reads the picture processor from, where that is
+        another one and the tower is inside; None if there is no such.
     pieces: what a model is assembled from beside the checkpoint that `model_types` name, in the
         order in which the original project loads them: of two tensors with one canonical name the
         later wins. Empty where a checkpoint is whole.
@@ -159,6 +172,7 @@ class Family:
     locate: Callable[[str], str | None]
     boxes: Callable[[str, int, int], list[Box]] | None = None
     tower: Callable[[Source], str | None] | None = None
+    processor: Callable[[Source], str | None] | None = None
     pieces: tuple[Piece, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -182,6 +196,30 @@ def stop_tokens(files: Mapping[str, Config], default: int | list[int]) -> tuple[
         found = files.get(name, {}).get("eos_token_id")
         eos = eos if found is None else found
     return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def rope_parameters(config: Config) -> dict[str, Any]:
+    """What a decoder's config says of its rotary positions, where transformers 4 or 5 writes it.
+
+    Transformers 5 may say it for every kind of layer; raises ValueError where they differ.
+    """
+    found: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = list(found.values())
+    if kinds and all(isinstance(kind, Mapping) for kind in kinds):
+        if any(kind != kinds[0] for kind in kinds):
+            raise ValueError(
+                f"rope_parameters differ by layer ({', '.join(found)}); only the same are known"
+            )
+        found = kinds[0]
+    rope = {"rope_type": found.get("type", "default")} | dict(found)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        above = config.get(key)
+        if above is not None and rope.setdefault(key, above) != above:
+            raise ValueError(
+                f"{key} is {above!r}, but {rope[key]!r} in rope_parameters; remove the one that is "
+                "not the model's"
+            )
+    return rope
 
 
 def known() -> list[str]:

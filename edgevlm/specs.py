@@ -12,17 +12,19 @@ from typing import Literal
 
 Attention = Literal["causal", "prefix"]
 Fit = Literal["stretch", "pad", "crop"]
-Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """How a picture becomes pixels float32 [3, size, size].
 
-    `size` is the side in pixels, `tokens` the rows that one picture takes in the decoder,
-    `mean` and `std` are per channel on the 0..1 scale. `max_pictures` bounds one request.
-    `fit` says how it becomes a square: `stretch` does not keep the aspect ratio, `pad` puts it in
-    the middle of a square of the colour `mean`, `crop` keeps only the middle of the long side.
+    `size` is the side in pixels, `tokens` the rows that one picture takes in the decoder. `rescale`
+    is what bytes are multiplied by; `mean` and `std` are per channel on the scale that comes of it.
+    `max_pictures` bounds one request. `fit` says how it becomes a square: `stretch` does not keep
+    the aspect ratio, `pad` puts it in the middle of a square of the colour `fill` (of `mean` where
+    it is None), `crop` keeps only the middle of the long side. `resize` is the side, of `crop` the
+    short one, that it is resized to before `size` is cut out of its middle; 0 is `size` itself.
     """
 
     size: int
@@ -32,6 +34,9 @@ class ImageSpec:
     resample: Resample = "bicubic"
     max_pictures: int = 1
     fit: Fit = "stretch"
+    resize: int = 0
+    rescale: float = 1 / 255
+    fill: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from edgevlm.export.source import Checkpoint
 from edgevlm.export.tensors import DTYPES
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Family, Model
+from edgevlm.specs import Fit
 
 # Room for what the estimate does not count: headers, the tokenizer, rounding to blocks.
 _SPARE_BYTES = 64 << 20
@@ -35,7 +36,7 @@ _DEEP = ("qformer",)
 
 @dataclass(frozen=True)
 class Job:
-    """All that one export needs to know, checked."""
+    """All that one export needs to know, checked; `fit` is the one that the user chose."""
 
     checkpoint: Checkpoint
     family: Family
@@ -48,6 +49,7 @@ class Job:
     report: Report | None = None
     calibration: Path | None = None
     imatrix: bool = False
+    fit: Fit | None = None
 
     @property
     def parts(self) -> Mapping[str, Part]:

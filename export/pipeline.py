@@ -32,11 +32,19 @@ from edgevlm.export.assembly import family_of, read_source
 from edgevlm.export.components import Job, Written
 from edgevlm.export.placing import assign
 from edgevlm.export.progress import Report, Stage
-from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint, stated_license
+from edgevlm.export.source import (
+    CONFIG,
+    Checkpoint,
+    read_checkpoint,
+    read_settings,
+    stated_license,
+)
 from edgevlm.export.tokenizer import Vocabulary, read_vocabulary
-from edgevlm.family import TOWER, Family, Model, Source
+from edgevlm.family import TOWER, Family, FileError, Model, Source
+from edgevlm.processors import PROCESSORS
 from edgevlm.specs import AnswerSpec, Fit
 
+_TOWER = TOWER.removesuffix("/")
 _PACKAGES = (
     "edgevlm",
     "gguf",
@@ -127,6 +135,7 @@ def prepare(source: str | os.PathLike[str], options: Options, report: Report | N
         report,
         calibration,
         imatrix,
+        options.fit,
     )
 
 
@@ -146,23 +155,25 @@ def _resolved(model: Model, vocabulary: Vocabulary) -> AnswerSpec:
 
 
 def with_tower(checkpoint: Checkpoint, options: Options, report: Report | None) -> Checkpoint:
-    """The checkpoint, with the vision tower of another folder where the user or it names one."""
+    """The checkpoint, with the vision tower of another folder where the user or it names one, or
+    with what that folder says of pictures.
+    """
     family = family_of(checkpoint)
     if family.tower is None:
         if options.vision_tower:
             raise SourceError(f"{checkpoint.folder}: a {family.name} has its own vision tower")
         return checkpoint
     wanted = options.vision_tower or family.tower(_source(checkpoint, options))
-    if not wanted:
-        return checkpoint
-    try:
-        folder, _ = hub.locate(wanted, report)
-    except SourceError as e:
-        raise SourceError(f"{e} (the vision tower; --vision-tower names another)") from None
-    return replace(
-        checkpoint,
-        pieces={TOWER.removesuffix("/"): read_checkpoint(folder, tokenizer=False)},
-    )
+    if wanted:
+        try:
+            folder, _ = hub.locate(wanted, report)
+        except SourceError as e:
+            raise SourceError(f"{e} (the vision tower; --vision-tower names another)") from None
+        return replace(checkpoint, pieces={_TOWER: read_checkpoint(folder, tokenizer=False)})
+    # The tower is inside, but the original reads pictures as the named one's folder says.
+    named = family.processor(_source(checkpoint, options)) if family.processor else None
+    settings = read_settings(Path(named), PROCESSORS) if named else None
+    return replace(checkpoint, pieces={_TOWER: settings}) if settings else checkpoint
 
 
 def _source(checkpoint: Checkpoint, options: Options) -> Source:
@@ -172,7 +183,9 @@ def _source(checkpoint: Checkpoint, options: Options) -> Source:
         said = {CONFIG: inside.said} if inside.said else {}
         files |= {f"{piece}/{name}": config for name, config in {**inside.configs, **said}.items()}
         shapes |= {f"{piece}/{name}": tensor.shape for name, tensor in inside.tensors.items()}
-    origins = {piece: inside.weights[0].name for piece, inside in checkpoint.pieces.items()}
+    origins = {
+        p: inside.weights[0].name for p, inside in checkpoint.pieces.items() if inside.weights
+    }
     return Source(
         files,
         shapes,
@@ -196,10 +209,19 @@ def describe(checkpoint: Checkpoint, options: Options | None = None) -> tuple[Fa
             raise SourceError(f"{name!r} cannot be set for a {family.name}; it knows {known}")
     try:
         return family, family.describe(_source(checkpoint, options))
+    except FileError as e:
+        raise SourceError(f"{_path(checkpoint, e.file)}: {e}") from None
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
     except (TypeError, KeyError, AttributeError, ArithmeticError) as e:
         raise SourceError(f"{path}: is not a config of a {family.name} ({e!r})") from None
+
+
+def _path(checkpoint: Checkpoint, file: str) -> Path:
+    """Where a file lies that a family knows by its key in Source.files."""
+    piece, _, name = file.rpartition("/")
+    inside = checkpoint.pieces.get(piece, checkpoint)
+    return inside.folder / name
 
 
 def _manifest(job: Job, written: Written, folder: Path) -> Manifest:

@@ -69,7 +69,8 @@ def _origins(checkpoint: Checkpoint, family: Family, model: Model) -> list[_Orig
     family does not know it.
     """
     found = [_Origin(t, "", family.locate(t.name)) for t in checkpoint.tensors.values()]
-    if TOWER.removesuffix("/") in checkpoint.pieces:
+    tower = checkpoint.pieces.get(TOWER.removesuffix("/"))
+    if tower and tower.tensors:
         # A copy inside the checkpoint is rounded; the original projects never look at it.
         found = [o for o in found if not (o.name or "").startswith("vision.")]
     for piece, inside in checkpoint.pieces.items():
@@ -108,7 +109,7 @@ def _complete(
             raise SourceError(f"{at(tensor)} has no place in this model; check config.json")
     for name, shape in expected.items():
         if name not in found:
-            beside = "".join(f", {p.weights[0].name}" for p in where.pieces.values())
+            beside = "".join(f", {p.weights[0].name}" for p in where.pieces.values() if p.weights)
             raise SourceError(
                 f"{where.folder}{beside}: lacks the tensor for {part}.{name}; download it again"
             )

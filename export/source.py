@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file of this folder that the export reads."""
-        names = (*sorted(self.configs), *TOKENIZERS, "merges.txt") if self.configs else ()
+        beside = (*TOKENIZERS, "merges.txt") if CONFIG in self.configs else ()
+        names = (*sorted(self.configs), *beside)
         return (*(p for n in names if (p := self.folder / n).is_file()), *self.weights)
 
 
@@ -84,6 +85,12 @@ def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
     _check_index(folder / index, weight_map, tensors)
     weights = tuple(sorted({t.file for t in tensors.values()}))
     return Checkpoint(folder, configs, tensors, weights)
+
+
+def read_settings(folder: Path, names: Collection[str]) -> Checkpoint | None:
+    """JSON files of a folder and nothing else of it, None where it has none of these names."""
+    found = {n: read_json(folder / n) for n in names if (folder / n).is_file()}
+    return Checkpoint(folder, found, {}, ()) if found else None
 
 
 def read_file(path: Path) -> Checkpoint:

@@ -31,7 +31,7 @@ LAYERS = (
         "edgevlm.bundle",
         "edgevlm.gguf_file",
     ),
-    ("edgevlm.family", "edgevlm.templates"),
+    ("edgevlm.family", "edgevlm.templates", "edgevlm.processors"),
     ("edgevlm.families", "edgevlm.models"),
     ("edgevlm.export",),
     ("edgevlm.runtimes",),

@@ -33,7 +33,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         decoder = original.language_model(job.model.text, job.parts["decoder"])
 
         def embeddings(picture: Any) -> Any:
-            pixels = original.preprocessed(picture, job.model.image)
+            pixels = original.preprocessed(picture, job)
             return former(original.tower(pixels, job.model.vision, tower))
 
         _ask(embeddings, decoder, task, 1)

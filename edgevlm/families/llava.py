@@ -10,10 +10,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from edgevlm.family import TOWER, Config, Family, Model, Source, Tokenizer, place, stop_tokens
-from edgevlm.specs import AnswerSpec, DecoderSpec, Fit, ImageSpec, PromptSpec
+from edgevlm.family import (
+    TOWER,
+    Config,
+    Family,
+    Model,
+    Source,
+    Tokenizer,
+    place,
+    rope_parameters,
+    stop_tokens,
+)
+from edgevlm.processors import (
+    CLIP,
+    LLAVA,
+    PREPROCESSOR,
+    Settings,
+    check_rows,
+    default_settings,
+    find_settings,
+    image_spec,
+)
+from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
 from edgevlm.templates import BEGIN_3, IMAGE, TEMPLATES, Cutter, Spaces, Template
 
 # transformers' defaults (CLIPVisionConfig, LlamaConfig, MistralConfig), which a config.json omits.
@@ -39,7 +60,7 @@ _LLAMA: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
-    "rope_scaling": None,
+    "partial_rotary_factor": 1.0,
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -60,7 +81,6 @@ _PHI3: dict[str, Any] = _LLAMA | {
     "vocab_size": 32064,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
-    "partial_rotary_factor": 1.0,
     "eos_token_id": 32000,
 }
 # The decoder by `model_type`, of config.json itself or of its text_config: (kind, defaults).
@@ -78,13 +98,15 @@ _DECODERS = {
 }
 # What a decoder's config may say of no other value.
 _ONLY: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "llama": {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "partial_rotary_factor": 1.0,
+    },
     "phi3": {"hidden_act": "silu", "attention_bias": False, "partial_rotary_factor": 1.0},
 }
 _OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral", "llava_phi", "llava_phi3")
-# CLIP's normalisation (openai/CLIP), for towers without a preprocessor_config.json.
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 # OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
 _CLIP_HEAD = 64
 _TOKENIZER = "tokenizer_config.json"
@@ -105,8 +127,9 @@ def _describe(source: Source) -> Model:
     stops = stop_tokens(source.files, text["eos_token_id"])
     cutter = Cutter(source.tokenizer, _spaces(source, own), stops[0])
     ends = dict.fromkeys((cutter.end(template), *stops))
+    image, note = _image(source, vision, tokens, own)
     return Model(
-        image=_image(source, vision, tokens, own),
+        image=image,
         prompt=_prompt(config, template, cutter, own),
         decoder=DecoderSpec(
             architecture=text["kind"],
@@ -129,6 +152,7 @@ def _describe(source: Source) -> Model:
             for i in range(vision["num_hidden_layers"], vision["depth"])
         ),
         original=IMAGE.join(_around(config, template)),
+        notes=(note,) if note else (),
     )
 
 
@@ -147,7 +171,13 @@ def _text(config: Config, model_type: str) -> dict[str, Any]:
     text = {"kind": kind} | {key: config.get(key, value) for key, value in defaults.items()}
     text["num_key_value_heads"] = text["num_key_value_heads"] or text["num_attention_heads"]
     text["head_dim"] = text["head_dim"] or text["hidden_size"] // text["num_attention_heads"]
-    text["rope_theta"] = _rope_theta(config, text)
+    rope = rope_parameters(config)
+    if rope["rope_type"] != "default":
+        raise ValueError(
+            f"the decoder scales its positions ({rope['rope_type']!r}); only 'default' is known"
+        )
+    text["rope_theta"] = float(rope.get("rope_theta") or text["rope_theta"])
+    text["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
     # llama.cpp's graphs have no window: up to its length the answers are the same.
     window = text.pop("sliding_window")
     if window:
@@ -158,14 +188,6 @@ def _text(config: Config, model_type: str) -> dict[str, Any]:
     if kind == "phi3" and text["head_dim"] * text["num_attention_heads"] != text["hidden_size"]:
         raise ValueError(f"head_dim is {text['head_dim']}; Phi-3 divides hidden_size by its heads")
     return text
-
-
-def _rope_theta(config: Config, text: Config) -> float:
-    rope: Mapping[str, Any] = config.get("rope_parameters") or text["rope_scaling"] or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"the decoder scales its positions ({kind!r}); only 'default' is known")
-    return float(rope.get("rope_theta", text["rope_theta"]))
 
 
 def _vision(source: Source, config: Config) -> dict[str, Any]:
@@ -244,24 +266,38 @@ def _projector(config: Config, vision: Config, text: Config, own: bool) -> dict[
     return {"kind": known[name], **sizes}
 
 
-def _image(source: Source, vision: Config, tokens: int, own: bool) -> ImageSpec:
-    files = source.files
-    processor = files.get(f"{TOWER}preprocessor_config.json")
-    if processor is None:
-        processor = files.get("preprocessor_config.json", {})
-    ratio = files["config.json"].get("image_aspect_ratio")
+def _image(source: Source, vision: Config, tokens: int, own: bool) -> tuple[ImageSpec, str]:
+    """How pictures are read, and a note where no file of the checkpoint says it."""
+    config, side = source.files["config.json"], vision["image_size"]
+    ratio = config.get("image_aspect_ratio")
     if ratio not in (None, "square", "pad"):
         raise ValueError(f"image_aspect_ratio {ratio!r} is not known; LLaVA-1.5 has pad or square")
-    padded = ratio == "pad" if own else processor.get("do_pad", False)
-    fit: Fit = "pad" if padded else "crop"
-    mean, std = processor.get("image_mean", _MEAN), processor.get("image_std", _STD)
-    return ImageSpec(
-        size=vision["image_size"],
-        tokens=tokens,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-        fit=source.fit or fit,
-    )
+    found, note = _settings(source, own), ""
+    if found is None:
+        found = default_settings(CLIP, side)
+        tower = config.get("mm_vision_tower")
+        named = f", that of {tower} was not read" if own and tower else ""
+        note = f"no {PREPROCESSOR}: pictures as {CLIP} reads them unless told{named}"
+    if not own:
+        check_rows(source.files, side, tokens)
+    if source.fit == "crop" and found.kind == LLAVA:
+        found = replace(found, values={**found.values, "do_pad": False})
+    pad = source.fit == "pad" or (source.fit is None and own and ratio == "pad")
+    image = image_spec(found, side, tokens, pad=pad)
+    if source.fit not in (None, image.fit):
+        raise ValueError(f"the fit {source.fit!r} is not that of its processor, {image.fit!r}")
+    return image, note
+
+
+def _settings(source: Source, own: bool) -> Settings | None:
+    """The processor that the original's code loads.
+
+    LLaVA's own loads CLIPImageProcessor from the tower's folder.
+    """
+    if not own:
+        return find_settings(source.files, LLAVA, (CLIP, LLAVA))
+    tower = find_settings(source.files, CLIP, (CLIP,), TOWER)
+    return tower or find_settings(source.files, CLIP, (CLIP,))
 
 
 def _template(source: Source, own: bool) -> Template:
@@ -355,9 +391,13 @@ def _locate(name: str) -> str | None:
 def _tower(source: Source) -> str | None:
     """The name in `mm_vision_tower`, unless the checkpoint holds a tower's tensors itself."""
     inside = any((_locate(name) or "").startswith("vision.") for name in source.shapes)
+    return None if inside else _named(source)
+
+
+def _named(source: Source) -> str | None:
     config: Mapping[str, Any] = source.files["config.json"]
     name = config.get("mm_vision_tower", config.get("vision_tower"))
-    return None if inside or not name else str(name)
+    return str(name) if name else None
 
 
 FAMILY = Family(
@@ -367,4 +407,5 @@ FAMILY = Family(
     describe=_describe,
     locate=_locate,
     tower=_tower,
+    processor=_named,
 )

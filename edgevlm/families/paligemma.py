@@ -6,11 +6,21 @@ Facts from google-research/big_vision (proj/paligemma) and transformers 4.57 (mo
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from edgevlm.boxes import parse_loc
-from edgevlm.family import Config, Family, Model, Source, place, stop_tokens
-from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, Resample
+from edgevlm.family import (
+    Config,
+    Family,
+    Model,
+    Source,
+    place,
+    rope_parameters,
+    stop_tokens,
+)
+from edgevlm.processors import SIGLIP, check_rows, default_settings, find_settings, image_spec
+from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
 
 # config.json omits what equals transformers' defaults for SiglipVisionConfig, GemmaConfig and
 # Gemma2Config; these are those defaults (4.57), for the keys that an exporter needs.
@@ -50,8 +60,6 @@ _GEMMA2: dict[str, Any] = _GEMMA | {
     "attn_logit_softcapping": 50.0,
 }
 _TEXT = {"gemma": _GEMMA, "gemma2": _GEMMA2}
-# PIL's numbers, as preprocessor_config.json gives them.
-_RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 # big_vision's transfers go up to 16 pictures (video frames); transformers sets no bound.
 _MAX_PICTURES = 16
 # transformers' processor adds these to whatever tokenizer the checkpoint has.
@@ -69,11 +77,16 @@ def _describe(source: Source) -> Model:
     if kind not in _TEXT:
         raise ValueError(f"text_config.model_type {kind!r} is not one of {', '.join(_TEXT)}")
     text = _TEXT[kind] | dict(config.get("text_config", {}))
-    text["rope_theta"] = _rope_theta(text)
+    rope = rope_parameters(config.get("text_config", {}))
+    if rope["rope_type"] != "default":
+        raise ValueError(
+            f"text_config scales its positions ({rope['rope_type']!r}); no PaliGemma does"
+        )
+    text["rope_theta"] = float(rope.get("rope_theta") or text["rope_theta"])
     _check(vision, text)
     side = vision["image_size"] // vision["patch_size"]
     return Model(
-        image=_image(files.get("preprocessor_config.json", {}), vision, side * side),
+        image=_image(files, vision, side * side),
         prompt=PromptSpec(
             template=("{image}", "{bos}", "{prompt}\n"),
             tasks={
@@ -128,31 +141,11 @@ def _check(vision: Config, text: Config) -> None:
         )
 
 
-def _rope_theta(text: Config) -> float:
-    """The base of the rotary positions, where transformers 4 or 5 writes it."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"text_config scales its positions ({kind!r}); no PaliGemma does")
-    return float(rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"])
-
-
-def _image(processor: Config, vision: Config, tokens: int) -> ImageSpec:
-    size = processor.get("size", {}).get("height", vision["image_size"])
-    if size != vision["image_size"]:
-        raise ValueError(
-            f"preprocessor_config.json makes {size} px, vision_config.image_size is "
-            f"{vision['image_size']}"
-        )
-    mean, std = (processor.get(k, [0.5, 0.5, 0.5]) for k in ("image_mean", "image_std"))
-    return ImageSpec(
-        size=size,
-        tokens=tokens,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-        resample=_RESAMPLE[processor.get("resample", 3)],
-        max_pictures=_MAX_PICTURES,
-    )
+def _image(files: Mapping[str, Config], vision: Config, tokens: int) -> ImageSpec:
+    side = vision["image_size"]
+    found = find_settings(files, SIGLIP, (SIGLIP,)) or default_settings(SIGLIP, side)
+    check_rows(files, side, tokens)
+    return image_spec(found, side, tokens, max_pictures=_MAX_PICTURES)
 
 
 def _image_token(config: Config) -> int:

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from edgevlm.boxes import parse_percent
-from edgevlm.family import IGNORED, Config, Family, Model, Piece, Source
+from edgevlm.family import IGNORED, Config, Family, Model, Piece, Source, rope_parameters
+from edgevlm.processors import CLIP_MEAN, CLIP_STD
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
 
 Shapes = dict[str, tuple[int, ...]]
@@ -26,8 +27,8 @@ _QFORMER_HEAD = 64  # of bert-base-uncased
 _ROTARY = 0.4
 # LoraConfig's default in base_model.py, where the stage's run does not say.
 _LORA_ALPHA = 16.0
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+# minigpt4/processors/blip_processors.py; both resize to a square and differ in name alone.
+_PROCESSORS = ("blip2_image_train", "blip2_image_eval")
 # The original's classes: of stages 1 to 3, of stage 4; pixels of a side and template of each.
 _ARCHS = ("minigpt4", "minigpt_v2")
 _SIDES = {"minigpt4": 224, "minigpt_v2": 448}
@@ -98,9 +99,7 @@ def _describe(source: Source) -> Model:
     text, rotary = _text(source, source.files["config.json"])
     projector = _projector(source, shapes, text)
     return Model(
-        image=ImageSpec(
-            size=vision["image_size"], tokens=projector["queries"], mean=_MEAN, std=_STD
-        ),
+        image=_image(source, vision["image_size"], projector["queries"]),
         prompt=_prompt(source, arch),
         decoder=DecoderSpec(
             architecture="phi2",
@@ -162,6 +161,30 @@ def _run(source: Source) -> Config:
     return found if isinstance(found, Mapping) else {}
 
 
+def _image(source: Source, size: int, tokens: int) -> ImageSpec:
+    """Pictures as the run that saved the stage read them: OpenAI's normalisation unless it says."""
+    mean, std = CLIP_MEAN, CLIP_STD
+    datasets = source.files.get(f"{_STAGE}/config.json", {}).get("datasets") or {}
+    stated = [d.get("vis_processor", {}).get("train", {}) for d in datasets.values()]
+    for key, usual in (("mean", mean), ("std", std)):
+        if len({tuple(one.get(key) or usual) for one in stated}) > 1:
+            raise ValueError(f"{source.origins[_STAGE]}: its datasets differ in {key}")
+    for one in stated:
+        name, side = one.get("name", _PROCESSORS[0]), one.get("image_size", size)
+        if name not in _PROCESSORS or side != size:
+            raise ValueError(
+                f"{source.origins[_STAGE]}: vis_processor is {name!r} at {side!r} pixels; only "
+                f"{' or '.join(_PROCESSORS)} at {size} is known"
+            )
+        mean, std = one.get("mean") or mean, one.get("std") or std
+    return ImageSpec(
+        size=size,
+        tokens=tokens,
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+    )
+
+
 def _text(source: Source, config: Config) -> tuple[dict[str, Any], str]:
     """Phi-2's config, and where its rotary share comes from."""
     own = any(key in config for key in _MICROSOFT)
@@ -175,12 +198,12 @@ def _text(source: Source, config: Config) -> tuple[dict[str, Any], str]:
     d, heads = text["hidden_size"], text["num_attention_heads"]
     text["intermediate_size"] = text["intermediate_size"] or 4 * d
     text["num_key_value_heads"] = text["num_key_value_heads"] or heads
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    rope = rope_parameters(given)
     known = {
         "hidden_act": (text["hidden_act"], "gelu_new"),
         "tie_word_embeddings": (text["tie_word_embeddings"], False),
         "num_key_value_heads": (text["num_key_value_heads"], heads),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "rope_type": (rope["rope_type"], "default"),
         "hidden_size % num_attention_heads": (d % heads, 0),
     }
     for key, (value, only) in known.items():

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from edgevlm.export.components import Job
 from edgevlm.export.parts import Part
-from edgevlm.export.references import Arrays, Request
+from edgevlm.export.references import Arrays, Request, files
 from edgevlm.export.references.causal import Seen, stages, weights
 from edgevlm.export.vision import quiet
 from edgevlm.family import Config
-from edgevlm.specs import ImageSpec
 from edgevlm.templates import IMAGE
 
 # transformers leaves its classes without types.
@@ -42,8 +41,8 @@ class Reference:
         with quiet():
             # The original projects use the slow class where there is one, transformers the fast.
             slow = self._alone and (folder / "tokenizer.model").is_file()
-            kind = _hf.LlamaTokenizer if slow else _hf.AutoTokenizer
-            self._tokenizer = kind.from_pretrained(folder)
+            kind = "LlamaTokenizer" if slow else "AutoTokenizer"
+            self._tokenizer = files.tokenizer(folder, kind)
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """See references.Source."""
@@ -54,13 +53,42 @@ class Reference:
         """See references.Source."""
         model = self._job.model
         with quiet(), torch.inference_mode():
-            pixels = _pixels(request.image, model.image)
+            pixels = self._pixels(request.image)
             features = _features(pixels, model.vision, self._job.parts["vision"])
             projector = weights(self._job.parts["projector"])
             rows = _CONNECTORS[model.projector["kind"]](features, projector)
             decoder = _decoder(model.text, self._job.parts["decoder"])
             seen = Seen(pixels, features, rows)
             return stages(seen, decoder, self._pieces(request.prompt), tokens)
+
+    def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
+        """The checkpoint's own processor on a picture, padded first where LLaVA's own code does."""
+        picture, fit = Image.fromarray(image), self._job.fit
+        processor, options = self._processor(), {}
+        ratio = self._job.checkpoint.configs["config.json"].get("image_aspect_ratio")
+        if fit == "pad" or (fit is None and self._alone and ratio == "pad"):
+            background = tuple(int(x * 255) for x in processor.image_mean)
+            picture = _expand2square(picture, background)
+        elif fit == "crop" and hasattr(processor, "do_pad"):
+            options["do_pad"] = False
+        pixels: Tensor = processor(picture, return_tensors="pt", **options)["pixel_values"]
+        # Bytes where the processor neither rescales nor normalises.
+        return pixels.float()
+
+    def _processor(self) -> Any:
+        """The processor in the tower's folder or the checkpoint's, or the class as it is."""
+        checkpoint = self._job.checkpoint
+        if not self._alone:
+            places = [checkpoint.folder]
+        else:
+            # llava/model/multimodal_encoder/clip_encoder.py loads it from the tower's folder.
+            places = [p.folder for p in checkpoint.pieces.values()] + [checkpoint.folder]
+        kind = "CLIPImageProcessor" if self._alone else "AutoImageProcessor"
+        for folder in places:
+            if files.has_processor(folder):
+                return files.picture_processor(folder, kind)
+        side = self._job.model.vision["image_size"]
+        return _hf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
 
     def _pieces(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids before and after the picture, from the prompt as one text."""
@@ -73,18 +101,6 @@ class Reference:
         before, after = (self._tokenizer(chunk)["input_ids"] for chunk in text.split(IMAGE))
         begun = before[:1] == [self._tokenizer.bos_token_id]
         return before, after[int(begun) :]
-
-
-def _pixels(image: NDArray[np.uint8], spec: ImageSpec) -> Tensor:
-    picture = Image.fromarray(image)
-    if spec.fit == "pad":
-        picture = _expand2square(picture, tuple(int(x * 255) for x in spec.mean))
-    size = {"height": spec.size, "width": spec.size}
-    processor = _hf.CLIPImageProcessor(
-        size={"shortest_edge": spec.size}, crop_size=size, image_mean=spec.mean, image_std=spec.std
-    )
-    pixels: Tensor = processor(picture, return_tensors="pt")["pixel_values"]
-    return pixels
 
 
 def _expand2square(picture: Image.Image, background: tuple[int, ...]) -> Image.Image:

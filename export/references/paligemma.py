@@ -14,18 +14,18 @@ from edgevlm.errors import EngineMissing, ExportError
 from edgevlm.export.components import Job
 from edgevlm.export.references import Arrays, Request
 from edgevlm.export.vision import quiet
-from edgevlm.specs import ImageSpec
 
 try:
     import torch
     from transformers import (
         DynamicCache,
-        GemmaTokenizerFast,
         PaliGemmaConfig,
         PaliGemmaForConditionalGeneration,
         PaliGemmaProcessor,
         SiglipImageProcessor,
     )
+
+    from edgevlm.export.references import files
 except ImportError as e:
     raise EngineMissing(
         f"verification needs torch and transformers ({e.name or e} is not there)",
@@ -38,7 +38,7 @@ class Reference:
 
     def __init__(self, job: Job) -> None:
         self._folder = job.checkpoint.folder
-        self._processor = load_processor(self._folder, job.model.image)
+        self._processor = load_processor(self._folder)
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """See references.Source."""
@@ -51,11 +51,12 @@ class Reference:
             inputs = self._processor(
                 images=request.image, text="<image>" + request.prompt, return_tensors="pt"
             )
-            pixels = inputs["pixel_values"]
+            # Bytes where the processor neither rescales nor normalises.
+            pixels = inputs["pixel_values"].float()
             features = model.model.vision_tower(pixels).last_hidden_state
             embeddings = model.model.get_image_features(pixels)
             ids = inputs["input_ids"][0]
-            logits = _logits(model, inputs, tokens)
+            logits = _logits(model, {**inputs, "pixel_values": pixels}, tokens)
         text = ids[ids != model.config.image_token_id]
         return {
             "pixels": pixels.numpy(),
@@ -66,20 +67,21 @@ class Reference:
         }
 
 
-def load_processor(folder: Path, image: ImageSpec) -> Any:
+def load_processor(folder: Path) -> Any:
     """transformers' processor for a checkpoint."""
     # transformers leaves its processors without types.
-    pictures: Any
-    tokenizers: Any = GemmaTokenizerFast
     processors: Any = PaliGemmaProcessor
     with quiet():
-        if (folder / "preprocessor_config.json").is_file():
-            pictures = SiglipImageProcessor.from_pretrained(folder)
-        else:
-            pictures = SiglipImageProcessor(size={"height": image.size, "width": image.size})
-        # Older files leave it out, and the processor wants it.
-        pictures.image_seq_length = image.tokens
-        return processors(pictures, tokenizers.from_pretrained(folder))
+        vision = PaliGemmaConfig.from_pretrained(folder).vision_config
+        side = {"height": vision.image_size, "width": vision.image_size}
+        found = files.has_processor(folder)
+        pictures: Any = (
+            files.picture_processor(folder) if found else SiglipImageProcessor(size=side)
+        )
+        if not hasattr(pictures, "image_seq_length"):
+            # Older files leave it out, and the processor wants it.
+            pictures.image_seq_length = (vision.image_size // vision.patch_size) ** 2
+        return processors(pictures, files.tokenizer(folder, "GemmaTokenizerFast"))
 
 
 def token_ids(processor: Any, texts: list[str]) -> list[list[int]]:
@@ -128,6 +130,9 @@ def _config(folder: Path) -> Any:
     """
     config = PaliGemmaConfig.from_pretrained(folder)
     text: Any = config.get_text_config()
+    # transformers 5 writes the base of the rotary positions where 4 does not look for it.
+    rope = getattr(text, "rope_parameters", None) or {}
+    text.rope_theta = rope.get("rope_theta", text.rope_theta)
     if getattr(text, "sliding_window", None):
         text.sliding_window = text.max_position_embeddings
     return config

@@ -16,15 +16,15 @@ import transformers
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from transformers import image_utils
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
 from edgevlm.export.components import Job
 from edgevlm.export.parts import Part
-from edgevlm.export.references import Arrays, Request
+from edgevlm.export.references import Arrays, Request, files
 from edgevlm.export.references.causal import Seen, stages, weights
 from edgevlm.export.vision import quiet
 from edgevlm.family import Config
-from edgevlm.specs import ImageSpec
 
 # transformers leaves its classes without types.
 _hf: Any = transformers
@@ -39,7 +39,7 @@ class Reference:
         with quiet():
             # The original asks for the slow one, which needs vocab.json.
             slow = (folder / "vocab.json").is_file()
-            self._tokenizer = _hf.AutoTokenizer.from_pretrained(folder, use_fast=not slow)
+            self._tokenizer = files.tokenizer(folder, use_fast=not slow)
 
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """See references.Source."""
@@ -50,7 +50,7 @@ class Reference:
         """See references.Source."""
         model, parts = self._job.model, self._job.parts
         with quiet(), torch.inference_mode():
-            pixels = preprocessed(request.image, model.image)
+            pixels = preprocessed(request.image, self._job)
             features = tower(pixels, model.vision, weights(parts["vision"]))
             rows = queries(model.projector, weights(parts["projector"]))(features)
             decoder = language_model(model.text, parts["decoder"])
@@ -66,11 +66,17 @@ class Reference:
         return begin + before, after
 
 
-def preprocessed(image: NDArray[np.uint8], spec: ImageSpec) -> Tensor:
-    """torchvision's Resize, ToTensor and Normalize of a PIL image."""
-    resized = Image.fromarray(image).resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+def preprocessed(image: NDArray[np.uint8], job: Job) -> Tensor:
+    """torchvision's Resize, ToTensor and Normalize of a PIL image, as the stage's run had them."""
+    side = job.model.vision["image_size"]
+    datasets = job.checkpoint.pieces["stage"].said.get("datasets") or {}
+    said: Any = next((d["vis_processor"]["train"] for d in datasets.values()), {})
+    # transformers exports these without saying so to type checkers.
+    usual: Any = image_utils
+    mean = torch.tensor(said.get("mean") or usual.OPENAI_CLIP_MEAN)[:, None, None]
+    std = torch.tensor(said.get("std") or usual.OPENAI_CLIP_STD)[:, None, None]
+    resized = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
     scaled = torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous().float().div(255)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (spec.mean, spec.std))
     return scaled.sub(mean).div(std)[None]
 
 

@@ -1,0 +1,333 @@
+"""A checkpoint's own picture processor -> ImageSpec.
+
+Knows the keys of preprocessor_config.json and of processor_config.json, and what transformers'
+classes (4.57 and 5) do with them. What an ImageSpec cannot say is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgevlm.family import Config, FileError
+from edgevlm.specs import Fit, ImageSpec, Resample
+
+PREPROCESSOR, PROCESSOR = PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+CLIP, SIGLIP, LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
+
+# openai/CLIP's normalisation, and the one that transformers calls IMAGENET_STANDARD.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
+# PIL's numbers.
+_RESAMPLE: dict[int, Resample] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
+}
+_COMMON: dict[str, Any] = {
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
+_CLIP_DEFAULTS = _COMMON | {
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "size": {"shortest_edge": 224},
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+}
+# What a class does where its file is silent.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    CLIP: _CLIP_DEFAULTS,
+    LLAVA: _CLIP_DEFAULTS | {"do_pad": False},
+    SIGLIP: _COMMON
+    | {"image_mean": _HALF, "image_std": _HALF, "size": {"height": 224, "width": 224}},
+}
+# Keys that change no pixel: names, and what a call may be given. Pictures are RGB here already, and
+# `do_pad` of a class that is not LLaVA's brings pictures of one batch to one size.
+_INERT = (
+    "processor_class",
+    "_processor_class",
+    "image_processor_type",
+    "feature_extractor_type",
+    "_valid_processor_keys",
+    "_valid_kwargs_names",
+    "model_input_names",
+    "transformers_version",
+    "backend",
+    "device",
+    "disable_grouping",
+    "return_tensors",
+    "input_data_format",
+    "do_convert_rgb",
+    "do_pad",
+    "image_seq_length",
+)
+
+
+# Keys whose null is the class's default in every release.
+_MAY_BE_NULL = ("size", "crop_size", "image_mean", "image_std")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a processor does: its class, every setting, and the file that states them ("" where
+    there is none).
+    """
+
+    file: str
+    kind: str
+    values: Mapping[str, Any]
+    stated: Config
+
+    def refusal(self, key: str, known: str) -> FileError:
+        """The error for a setting that no ImageSpec can say."""
+        absent = "" if key in self.stated else f" (the default of a {self.kind})"
+        return FileError(self.file, f"{key} is {self.values.get(key)!r}{absent}; {known}")
+
+
+def default_settings(kind: str, side: int) -> Settings:
+    """What a class does for a tower of `side` pixels where no file says anything."""
+    values = dict(_DEFAULTS[kind])
+    if "crop_size" in values:
+        values |= {"size": {"shortest_edge": side}, "crop_size": side}
+    else:
+        values["size"] = {"height": side, "width": side}
+    return Settings("", kind, values, {})
+
+
+def find_settings(
+    files: Mapping[str, Config], default: str, known: Collection[str], folder: str = ""
+) -> Settings | None:
+    """The settings in the files of a folder ("" or TOWER), None where there are none.
+
+    `default` is the class where no file names one, `known` are those that the family's code runs.
+    Raises FileError.
+    """
+    plain, nested = folder + PREPROCESSOR, folder + PROCESSOR
+    found = [] if plain not in files else [_settings(plain, files[plain], default, known)]
+    inside = files.get(nested, {}).get("image_processor")
+    if inside is not None:
+        if not isinstance(inside, Mapping):
+            raise FileError(nested, f"image_processor is {inside!r}, not an object")
+        found.append(_settings(nested, inside, default, known))
+    if len(found) == 2:
+        _check_same(*found)
+    return found[0] if found else None
+
+
+def _check_same(plain: Settings, nested: Settings) -> None:
+    """Refuses two files that differ: transformers 4 reads the one and 5 the other."""
+    a, b = _comparable(plain), _comparable(nested)
+    for key in a:
+        if a[key] != b.get(key, a[key]):
+            raise FileError(
+                nested.file,
+                f"{key} is {b[key]!r}, but {a[key]!r} in {PREPROCESSOR}; remove the file that is "
+                "not the model's",
+            )
+
+
+def _comparable(found: Settings) -> dict[str, Any]:
+    """The settings, those that may be written in several ways in one of them."""
+    values = {"image_processor_type": found.kind}
+    values |= {key: found.values[key] for key in _DEFAULTS[found.kind]}
+    for key, whole in (("size", "shortest_edge"), ("crop_size", "")):
+        value = values.get(key)
+        if isinstance(value, int):
+            values[key] = {whole: value} if whole else {"height": value, "width": value}
+        elif isinstance(value, list) and len(value) == 2:
+            values[key] = {"height": value[0], "width": value[1]}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _settings(file: str, stated: Config, default: str, known: Collection[str]) -> Settings:
+    named = stated.get("image_processor_type") or stated.get("feature_extractor_type") or default
+    kind = str(named).removesuffix("Fast").removesuffix("Pil")
+    kind = kind.replace("FeatureExtractor", "ImageProcessor")
+    if stated.get("auto_map"):
+        raise FileError(
+            file, f"auto_map is {stated['auto_map']!r}; code of a checkpoint is not run"
+        )
+    if kind not in known:
+        raise FileError(
+            file, f"image_processor_type is {named!r}; only {' or '.join(known)} is known"
+        )
+    values = dict(_DEFAULTS[kind])
+    for key, value in stated.items():
+        if value is not None:
+            values[key] = value
+        elif values.get(key) and key not in _MAY_BE_NULL:
+            raise FileError(file, f"{key} is null, which transformers 4 and 5 read differently")
+    found = Settings(file, kind, values, stated)
+    for key in stated:
+        if key not in _DEFAULTS[kind] and key not in _INERT and _means_something(key, stated[key]):
+            raise found.refusal(key, f"a {kind} ignores it; remove it if the model was trained so")
+    return found
+
+
+def _means_something(key: str, value: Any) -> bool:
+    usual = {"data_format": "channels_first", "default_to_square": False}
+    # What would be cut out is stated where nothing is cut, too.
+    return key != "crop_size" and bool(value) and value != usual.get(key)
+
+
+def image_spec(
+    found: Settings, side: int, tokens: int, *, pad: bool = False, max_pictures: int = 1
+) -> ImageSpec:
+    """How the processor makes pixels for a tower of `side` pixels.
+
+    With `pad` its caller puts a picture into the middle of a square of the mean colour first, as
+    LLaVA's own code does. Raises FileError.
+    """
+    values = found.values
+    for key in ("do_resize", "do_rescale", "do_normalize", "do_center_crop"):
+        if not isinstance(values.get(key, False), bool):
+            raise found.refusal(key, "only true or false is known")
+    pad = pad or bool(values.get("do_pad") if found.kind == LLAVA else False)
+    mean, std = _channels(found, "image_mean"), _channels(found, "image_std")
+    if 0 in std:
+        raise found.refusal("image_std", "no channel's may be 0")
+    fill = None
+    if not values["do_normalize"]:
+        fill = _colour(found, mean) if pad else None
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    elif pad:
+        _colour(found, mean)
+    fit, resize = _fit(found, side, pad)
+    return ImageSpec(
+        size=side,
+        tokens=tokens,
+        mean=mean,
+        std=std,
+        resample=_resample(found),
+        max_pictures=max_pictures,
+        fit=fit,
+        resize=resize if resize != side else 0,
+        rescale=_rescale(found),
+        fill=fill,
+    )
+
+
+def check_rows(files: Mapping[str, Config], side: int, tokens: int) -> None:
+    """Raises FileError where a processor writes another number of <image> for a picture than the
+    `tokens` rows that the model makes of it: transformers stops there.
+    """
+    processor = files.get(PROCESSOR, {})
+    nested = processor.get("image_processor") or {}
+    for file, stated in (
+        (PREPROCESSOR, files.get(PREPROCESSOR, {})),
+        (PROCESSOR, nested),
+        (PROCESSOR, processor),
+    ):
+        if stated.get("image_seq_length", tokens) != tokens:
+            said = f"image_seq_length is {stated['image_seq_length']!r}"
+            raise FileError(file, f"{said}, config.json makes {tokens} rows of a picture")
+    if processor.get("image_token", "<image>") != "<image>":
+        raise FileError(
+            PROCESSOR, f"image_token is {processor['image_token']!r}; only <image> is known"
+        )
+    patch = processor.get("patch_size")
+    if patch is None:
+        return
+    strategy = processor.get("vision_feature_select_strategy")
+    # Files of before 4.47 do not have it, and meant 1.
+    more = processor.get("num_additional_image_tokens", 1)
+    rows = (side // patch) ** 2 + more - (strategy == "default")
+    if rows != tokens:
+        raise FileError(
+            PROCESSOR,
+            f"patch_size {patch!r}, num_additional_image_tokens {more!r} and "
+            f"vision_feature_select_strategy {strategy!r} make {rows} rows of a picture, "
+            f"config.json {tokens}",
+        )
+
+
+def _fit(found: Settings, side: int, pad: bool) -> tuple[Fit, int]:
+    """How a picture becomes a square, and the side that it is resized to."""
+    if not found.values["do_resize"]:
+        raise found.refusal("do_resize", "only true is known")
+    resize, keeps_shape = _size(found)
+    cuts = found.values.get("do_center_crop", False)
+    if cuts:
+        cut = _square(found, "crop_size", found.values["crop_size"])
+        if cut != side:
+            raise found.refusal("crop_size", f"the vision tower takes {side} pixels")
+        if resize < cut:
+            raise found.refusal("size", f"no less than crop_size ({cut}) is known")
+    elif keeps_shape and not pad:
+        raise found.refusal(
+            "do_center_crop", "size keeps a picture's shape, the tower takes squares"
+        )
+    elif resize != side:
+        raise found.refusal("size", f"the vision tower takes {side} pixels")
+    return "pad" if pad else "crop" if keeps_shape else "stretch", resize
+
+
+def _size(found: Settings) -> tuple[int, bool]:
+    """The side that a picture is resized to, and whether it is the short side of its own shape."""
+    size = found.values["size"]
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        size = size["shortest_edge"]
+    elif not isinstance(size, int):
+        return _square(found, "size", size), False
+    if found.kind == SIGLIP or isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise found.refusal("size", "only height and width are known of this class")
+    return size, True
+
+
+def _square(found: Settings, key: str, size: Any) -> int:
+    if isinstance(size, Mapping):
+        sides = [size["height"], size["width"]] if set(size) == {"height", "width"} else []
+    else:
+        sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    whole = all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides)
+    if len(sides) != 2 or not whole or sides[0] != sides[1]:
+        raise found.refusal(key, "only a square (height and width) is known")
+    return int(sides[0])
+
+
+def _resample(found: Settings) -> Resample:
+    number = found.values["resample"]
+    if isinstance(number, bool) or number not in _RESAMPLE:
+        names = ", ".join(f"{n} ({name})" for n, name in _RESAMPLE.items())
+        raise found.refusal("resample", f"only {names} are known")
+    return _RESAMPLE[number]
+
+
+def _rescale(found: Settings) -> float:
+    if not found.values["do_rescale"]:
+        return 1.0
+    factor = found.values["rescale_factor"]
+    if not _is_number(factor) or factor <= 0:
+        raise found.refusal("rescale_factor", "only a number above 0 is known")
+    return float(factor)
+
+
+def _channels(found: Settings, key: str) -> tuple[float, float, float]:
+    value = found.values[key]
+    three = [value] * 3 if _is_number(value) else value
+    if not isinstance(three, (list, tuple)) or len(three) != 3 or not all(map(_is_number, three)):
+        raise found.refusal(key, "only a number or three are known")
+    return float(three[0]), float(three[1]), float(three[2])
+
+
+def _is_number(value: Any) -> bool:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and math.isfinite(value)
+
+
+def _colour(found: Settings, mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """The mean as the colour of a square."""
+    red, green, blue = (int(x * 255) for x in mean)
+    if not all(0 <= x <= 255 for x in (red, green, blue)):
+        raise found.refusal("image_mean", "a picture is padded with it, so only 0 to 1 is known")
+    return red, green, blue
