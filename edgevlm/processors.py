@@ -94,14 +94,17 @@ class Settings:
         return FileError(self.file, f"{key} is {self.values.get(key)!r}{absent}; {known}")
 
 
-def default_settings(kind: str, side: int) -> Settings:
-    """What a class does for a tower of `side` pixels where no file says anything."""
+def default_settings(kind: str, side: int, beside: str = "") -> tuple[Settings, tuple[str, ...]]:
+    """What a class does for a tower of `side` pixels where no file says anything, and a note of it
+    for the manifest, with what is known `beside`.
+    """
     values = dict(_DEFAULTS[kind])
     if "crop_size" in values:
         values |= {"size": {"shortest_edge": side}, "crop_size": side}
     else:
         values["size"] = {"height": side, "width": side}
-    return Settings("", kind, values, {})
+    note = f"no {PREPROCESSOR}: pictures as {kind} reads them unless told{beside}"
+    return Settings("", kind, values, {}), (note,)
 
 
 def find_settings(

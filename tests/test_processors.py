@@ -271,7 +271,7 @@ def test_a_tower_inside_is_read_as_its_named_folder_says(tmp_path: Path):
     found = prepare(other, Options("f32", "fp32", False, None), None).model
     assert found.image.resample == "bicubic"
     assert (
-        "pictures as CLIPImageProcessor reads them unless told, that of openai/clip"
+        "pictures as CLIPImageProcessor reads them unless told, those of openai/clip"
         in found.notes[0]
     )
 

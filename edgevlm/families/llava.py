@@ -27,7 +27,6 @@ from edgevlm.family import (
 from edgevlm.processors import (
     CLIP,
     LLAVA,
-    PREPROCESSOR,
     Settings,
     check_rows,
     default_settings,
@@ -127,7 +126,7 @@ def _describe(source: Source) -> Model:
     stops = stop_tokens(source.files, text["eos_token_id"])
     cutter = Cutter(source.tokenizer, _spaces(source, own), stops[0])
     ends = dict.fromkeys((cutter.end(template), *stops))
-    image, note = _image(source, vision, tokens, own)
+    image, notes = _image(source, vision, tokens, own)
     return Model(
         image=image,
         prompt=_prompt(config, template, cutter, own),
@@ -152,7 +151,7 @@ def _describe(source: Source) -> Model:
             for i in range(vision["num_hidden_layers"], vision["depth"])
         ),
         original=IMAGE.join(_around(config, template)),
-        notes=(note,) if note else (),
+        notes=notes,
     )
 
 
@@ -266,18 +265,18 @@ def _projector(config: Config, vision: Config, text: Config, own: bool) -> dict[
     return {"kind": known[name], **sizes}
 
 
-def _image(source: Source, vision: Config, tokens: int, own: bool) -> tuple[ImageSpec, str]:
+def _image(
+    source: Source, vision: Config, tokens: int, own: bool
+) -> tuple[ImageSpec, tuple[str, ...]]:
     """How pictures are read, and a note where no file of the checkpoint says it."""
-    config, side = source.files["config.json"], vision["image_size"]
-    ratio = config.get("image_aspect_ratio")
+    side, ratio = vision["image_size"], source.files["config.json"].get("image_aspect_ratio")
     if ratio not in (None, "square", "pad"):
         raise ValueError(f"image_aspect_ratio {ratio!r} is not known; LLaVA-1.5 has pad or square")
-    found, note = _settings(source, own), ""
+    notes: tuple[str, ...] = ()
+    found = _settings(source, own)
     if found is None:
-        found = default_settings(CLIP, side)
-        tower = config.get("mm_vision_tower")
-        named = f", that of {tower} was not read" if own and tower else ""
-        note = f"no {PREPROCESSOR}: pictures as {CLIP} reads them unless told{named}"
+        named = f", those of {_named(source)} were not read" if own and _named(source) else ""
+        found, notes = default_settings(CLIP, side, named)
     if not own:
         check_rows(source.files, side, tokens)
     if source.fit == "crop" and found.kind == LLAVA:
@@ -286,7 +285,7 @@ def _image(source: Source, vision: Config, tokens: int, own: bool) -> tuple[Imag
     image = image_spec(found, side, tokens, pad=pad)
     if source.fit not in (None, image.fit):
         raise ValueError(f"the fit {source.fit!r} is not that of its processor, {image.fit!r}")
-    return image, note
+    return image, notes
 
 
 def _settings(source: Source, own: bool) -> Settings | None:

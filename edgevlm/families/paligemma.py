@@ -78,15 +78,14 @@ def _describe(source: Source) -> Model:
         raise ValueError(f"text_config.model_type {kind!r} is not one of {', '.join(_TEXT)}")
     text = _TEXT[kind] | dict(config.get("text_config", {}))
     rope = rope_parameters(config.get("text_config", {}))
-    if rope["rope_type"] != "default":
-        raise ValueError(
-            f"text_config scales its positions ({rope['rope_type']!r}); no PaliGemma does"
-        )
+    if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"text_config scales its positions ({dict(rope)}); no PaliGemma does")
     text["rope_theta"] = float(rope.get("rope_theta") or text["rope_theta"])
     _check(vision, text)
     side = vision["image_size"] // vision["patch_size"]
+    image, notes = _image(files, vision, side * side)
     return Model(
-        image=_image(files, vision, side * side),
+        image=image,
         prompt=PromptSpec(
             template=("{image}", "{bos}", "{prompt}\n"),
             tasks={
@@ -116,6 +115,7 @@ def _describe(source: Source) -> Model:
         text={"kind": kind, **text},
         markers={_image_token(config): "<image>"},
         whole_tokens=_LOCATIONS + _SEGMENTS,
+        notes=notes,
     )
 
 
@@ -141,11 +141,17 @@ def _check(vision: Config, text: Config) -> None:
         )
 
 
-def _image(files: Mapping[str, Config], vision: Config, tokens: int) -> ImageSpec:
+def _image(
+    files: Mapping[str, Config], vision: Config, tokens: int
+) -> tuple[ImageSpec, tuple[str, ...]]:
+    """How pictures are read, and a note where no file of the checkpoint says it."""
     side = vision["image_size"]
-    found = find_settings(files, SIGLIP, (SIGLIP,)) or default_settings(SIGLIP, side)
     check_rows(files, side, tokens)
-    return image_spec(found, side, tokens, max_pictures=_MAX_PICTURES)
+    notes: tuple[str, ...] = ()
+    found = find_settings(files, SIGLIP, (SIGLIP,))
+    if found is None:
+        found, notes = default_settings(SIGLIP, side)
+    return image_spec(found, side, tokens, max_pictures=_MAX_PICTURES), notes
 
 
 def _image_token(config: Config) -> int:

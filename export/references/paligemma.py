@@ -132,6 +132,7 @@ def _config(folder: Path) -> Any:
     text: Any = config.get_text_config()
     # transformers 5 writes the base of the rotary positions where 4 does not look for it.
     rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
     text.rope_theta = rope.get("rope_theta", text.rope_theta)
     if getattr(text, "sliding_window", None):
         text.sliding_window = text.max_position_embeddings

@@ -1,0 +1,108 @@
+"""Checkpoints that transformers 5 saved: exported and compared with transformers 4 installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgevlm.benchmarks.checkpoints import write_paligemma
+from edgevlm.benchmarks.llava_checkpoints import write_llava
+from edgevlm.benchmarks.saved_by_5 import as_saved_by_5
+from edgevlm.benchmarks.vocabulary import write_json
+from edgevlm.errors import SourceError
+from edgevlm.export import export_bundle
+from edgevlm.export.components import Job
+from edgevlm.export.pipeline import Options, prepare
+
+LLAMA3 = {"vocabulary": "llama3", "kv_heads": 2, "text_config": {"rope_theta": 5e5}}
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "paligemma-1": partial(write_paligemma, tokenizer="json"),
+    "paligemma-2": partial(write_paligemma, version=2, tokenizer="both", layout="b"),
+    "paligemma-rope": partial(
+        write_paligemma, tokenizer="json", layout="c", text_config={"rope_theta": 3e4}
+    ),
+    "llava": partial(write_llava, layout="hf"),
+    "llava-not-legacy": partial(write_llava, layout="hf-4.52", legacy=False),
+    "llava-llama3": partial(write_llava, layout="hf", **LLAMA3),
+    "llava-phi3": partial(write_llava, layout="hf-4.52", vocabulary="phi3"),
+    "llava-tied": partial(write_llava, layout="hf", tied=True),
+}
+STATED = {"image_mean": [0.3, 0.4, 0.5], "resample": 2}
+
+
+def prepared(folder: Path) -> Job:
+    return prepare(folder, Options("f32", "fp32", False, None), None)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_it_is_exported_and_verified(name: str, tmp_path: Path):
+    source = WRITERS[name](tmp_path / name)
+    before = prepared(source).model
+    as_saved_by_5(source, **STATED)
+    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    manifest = bundle.manifest
+    assert all(stage.ok for stage in manifest.parity) and len(manifest.parity) >= 8
+    assert manifest.image.mean == (0.3, 0.4, 0.5) and manifest.image.resample == "bilinear"
+    assert (manifest.prompt, manifest.decoder) == (before.prompt, before.decoder)
+    assert manifest.answer == before.answer
+    assert "processor_config.json" in {record.file for record in manifest.source}
+
+
+def test_only_the_processor_and_the_tokenizer_config_are_new(tmp_path: Path):
+    """tokenizer.model beside a tokenizer_config.json of 5."""
+    source = write_paligemma(tmp_path / "source")
+    found = json.loads((source / "preprocessor_config.json").read_text()) | STATED
+    (source / "preprocessor_config.json").unlink()
+    nested = {"processor_class": "PaliGemmaProcessor", "image_processor": found}
+    write_json(source / "processor_config.json", nested)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    extra = {"extra_special_tokens": ["<image>"]}
+    write_json(source / "tokenizer_config.json", config | extra)
+    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    assert all(stage.ok for stage in bundle.manifest.parity)
+    assert bundle.manifest.image.mean == (0.3, 0.4, 0.5)
+
+
+def config(source: Path, **changes: Any) -> Path:
+    found = json.loads((source / "config.json").read_text())
+    found["text_config"] |= changes
+    write_json(source / "config.json", found)
+    return source
+
+
+def test_rotary_positions_by_kind_of_layer(tmp_path: Path):
+    source = as_saved_by_5(write_paligemma(tmp_path / "source", version=2, tokenizer="json"))
+    one = {"rope_type": "default", "rope_theta": 2e4}
+    config(source, rope_parameters={"full_attention": one, "sliding_attention": one})
+    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    assert all(stage.ok for stage in bundle.manifest.parity)
+    assert prepared(source).model.text["rope_theta"] == 2e4
+    other = {"full_attention": one, "sliding_attention": one | {"rope_theta": 1e6}}
+    with pytest.raises(SourceError, match="rope_parameters differ by layer"):
+        prepared(config(source, rope_parameters=other))
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, "scales its positions ('linear')"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0 is known"),
+    ],
+)
+def test_rotary_positions_that_llama_cpp_would_turn_otherwise(rope, says: str, tmp_path: Path):
+    source = as_saved_by_5(write_llava(tmp_path / "source", layout="hf", layers=1))
+    with pytest.raises(SourceError) as raised:
+        prepared(config(source, rope_parameters={"rope_type": "default", "rope_theta": 1e4} | rope))
+    assert says in str(raised.value)
+
+
+def test_rotary_positions_stated_twice(tmp_path: Path):
+    """As transformers 4 saves what it read of 5's files."""
+    source = as_saved_by_5(write_llava(tmp_path / "source", layout="hf", layers=1, **LLAMA3))
+    with pytest.raises(SourceError, match="rope_theta is 10000.0, but 500000.0 in rope_parameters"):
+        prepared(config(source, rope_theta=10000.0))
