@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgevlm import image as images
 from edgevlm.errors import ImageError
-from edgevlm.image import preprocess, read_image
+from edgevlm.image import MAX_PIXELS, pixels, preprocess, read, read_image
 from edgevlm.specs import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
@@ -139,12 +138,12 @@ def test_other_filters_pad_and_crop_the_same(name, number):
 def test_a_pad_in_many_strips_is_the_same(monkeypatch):
     rgb = noise(90, 333)
     whole = preprocess(rgb, clip_spec("pad", 56))
-    monkeypatch.setattr(images, "_STRIP_PIXELS", 700)
+    monkeypatch.setattr(pixels, "_STRIP_PIXELS", 700)
     np.testing.assert_array_equal(preprocess(rgb, clip_spec("pad", 56)), whole)
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
-@pytest.mark.parametrize("shape", [(1, images.MAX_PIXELS), (images.MAX_PIXELS, 1), (1, 500_000)])
+@pytest.mark.parametrize("shape", [(1, MAX_PIXELS), (MAX_PIXELS, 1), (1, 500_000)])
 def test_a_picture_that_would_swell_is_refused(fit, shape):
     rgb = np.zeros((*shape, 3), np.uint8)
     with pytest.raises(ImageError, match="too long and narrow") as caught:
@@ -249,7 +248,7 @@ def test_arrays_must_be_rgb_bytes(array):
 
 
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    monkeypatch.setattr(read, "MAX_PIXELS", 99)
     with pytest.raises(ImageError, match="10 x 10 pixels.*scale it down"):
         read_image(encoded(Image.new("RGB", (10, 10))))
     with pytest.raises(ImageError, match="scale it down"):
