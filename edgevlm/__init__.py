@@ -33,8 +33,9 @@ from edgevlm.types import Box, Devices, Piece, Placement, Progress, Reply, Timin
 
 __version__ = "0.1.0"
 
-# onnxruntime's own wheels report to Microsoft over the network unless this is set before they are
-# imported (from 1.29 on, on every system); their thread also keeps a forked process from ending.
+# onnxruntime's own wheels report to their maker over the network, and write an identifier into the
+# home, unless this is set before they are imported (from 1.29 on, on every system); their thread
+# also keeps a forked process from ending. Who sets the variable decides otherwise.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from edgevlm.bundle import MANIFEST
@@ -17,7 +18,7 @@ def directory() -> Path:
         return Path(home) / "models"
     import platformdirs
 
-    return Path(platformdirs.user_data_dir("edgevlm", appauthor=False)) / "models"
+    return _placed(platformdirs.user_data_dir) / "models"
 
 
 def cache_directory() -> Path:
@@ -26,7 +27,17 @@ def cache_directory() -> Path:
         return Path(home) / "cache"
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("edgevlm", appauthor=False))
+    return _placed(platformdirs.user_cache_dir)
+
+
+def _placed(find: Callable[..., str]) -> Path:
+    """A folder of the user's; one that cannot be made for a system's user, who has no home."""
+    try:
+        folder = find("edgevlm", appauthor=False)
+    except RuntimeError:
+        folder = ""
+    # Older releases of platformdirs answer with a folder named ~ in the current one.
+    return Path(folder) if os.path.isabs(folder) else Path(os.devnull, "edgevlm")
 
 
 def built_in() -> Path:
@@ -37,10 +48,13 @@ def built_in() -> Path:
 def installed() -> dict[str, Path]:
     """All models that go by a name here, the built-in one first."""
     found = {BUILT_IN: built_in()}
-    if directory().is_dir():
-        for folder in sorted(directory().iterdir()):
-            if (folder / MANIFEST).is_file():
-                found.setdefault(folder.name, folder)
+    try:
+        folders = sorted(directory().iterdir())
+    except OSError:  # None was ever installed, or the home is somebody else's.
+        folders = []
+    for folder in folders:
+        if os.path.isfile(folder / MANIFEST):
+            found.setdefault(folder.name, folder)
     return found
 
 
@@ -52,7 +66,7 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
     if model is None:
         return built_in()
     path = Path(model)
-    if path.exists():
+    if os.path.exists(path):
         return path
     if isinstance(model, str) and model in installed():
         return installed()[model]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from edgevlm.export.progress import Report, Stage
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "README.md"]
 # Weights in torch's format, taken from a repository that has no others.
 PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
+# A full disk names no file.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -62,6 +66,11 @@ def _download(repo: str, revision: str | None, report: Report | None) -> Path:
     except errors.HFValidationError as e:
         raise SourceError(f"{where}: is no valid name on the hub ({_line(e)})") from None
     except (OSError, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
+        if getattr(e, "filename", None) or getattr(e, "errno", None) in _FULL:
+            raise SourceError(
+                f"{where}: cannot be kept in the hub's cache ({_line(e)}); "
+                "HF_HOME names another folder"
+            ) from None
         # requests' and httpx's errors are OSErrors in one release of the hub client, not in all.
         raise SourceError(
             f"{where}: cannot be downloaded ({_line(e)}); check the network or name a folder"
@@ -108,9 +117,12 @@ def _line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the hub client's own progress bars on stderr."""
+    """Without the hub client's own progress bars and warnings on stderr."""
     from huggingface_hub import utils
 
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     # The client re-exports these without saying so to type checkers.
     bars: Any = utils
     silent = bars.are_progress_bars_disabled()
@@ -118,5 +130,6 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
+        logger.setLevel(level)
         if not silent:
             bars.enable_progress_bars()

@@ -5,6 +5,7 @@ Everything goes through `Ort.module`, so that a stand-in can answer in its place
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,7 +131,8 @@ class Ort:
             session = self._open(graph, options, offer, {"folder": folder, "threads": threads})
         except Exception as e:
             # What was compiled by another version may be of no use; it is made again next time.
-            compiled.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                compiled.unlink()
             raise Unfit(first_line(e)) from None
         if provider.name not in session.get_providers():
             raise Unfit("onnxruntime cannot start it here; its driver or libraries are missing")

@@ -6,6 +6,8 @@ graphs, runs nodes of them, and computes what the CPU computes; by `auto` when i
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +80,7 @@ class _Opener:
         verdict = self._memory.recall(key)
         if verdict is not None:
             self._judge(verdict)
-        encoder, placed = self._encoder(offer, precision, self._cache / "compiled" / key)
+        encoder, placed = self._encoder(offer, precision, self._compiled(key))
         if placed.placed == 0:
             raise Unfit(f"it runs none of the graphs' {placed.total} nodes")
         if verdict is None:
@@ -86,6 +88,15 @@ class _Opener:
             self._memory.remember(key, verdict)
             self._judge(verdict)
         return encoder, self._placed(offer, precision, placed, verdict.cosine, notes)
+
+    def _compiled(self, key: str) -> Path:
+        """A folder for what the provider compiles; this process's own where none can be kept."""
+        folder = self._cache / "compiled" / key
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        except OSError:
+            return Path(_temporary().name, key)
 
     def _encoder(self, offer: Offer, precision: str, folder: Path) -> tuple[OrtEncoder, Counts]:
         """The two sessions, and how many nodes of both run on the provider."""
@@ -167,6 +178,11 @@ class _Opener:
             cosine=cosine,
             notes=notes,
         )
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="edgevlm-", ignore_cleanup_errors=True)
 
 
 def _hashes(component: Component) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import types
 
@@ -238,6 +239,22 @@ def test_a_damaged_memory_is_made_anew(pico, home):
     kept.write_text("{}")
     assert place(pico, fake, "cuda")[1].cosine == pytest.approx(1)
     assert "cosine" in kept.read_text()
+
+
+@pytest.mark.parametrize("provider", [OPENVINO, QNN])
+def test_a_home_that_keeps_nothing_costs_the_second_start_alone(pico, home, monkeypatch, provider):
+    (home / "file").write_text("no folder")
+    monkeypatch.setenv("EDGEVLM_HOME", str(home / "file"))
+    fake = FakeOnnxruntime({provider: Behaviour()}, [Device(provider, "npu")])
+    for _ in range(2):
+        assert place(pico, fake, "npu")[1].cosine == pytest.approx(1)
+    npu = [o for o in fake.opened if o.provider == provider]
+    if provider == OPENVINO:
+        assert all(os.path.isdir(folder) for o in npu for folder in o.options.values())
+    assert fake.names.count("CPUExecutionProvider") == 4  # Compared each time.
+    fake.providers[provider] = Behaviour(fails="no such device")
+    with pytest.raises(EngineError, match="no such device"):
+        place(pico, fake, "npu")
 
 
 def test_one_wrong_row_is_found(pico):

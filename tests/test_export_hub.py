@@ -174,6 +174,20 @@ def test_no_network(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("home", ["file", "none"])
+def test_a_cache_that_cannot_be_written(
+    hub: tuple[str, list[str]], tmp_path: Path, home: str
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    place = tmp_path / "file" if home == "file" else Path("/proc/none")
+    if not place.parent.is_dir():
+        pytest.skip("no /proc here")
+    done = locate_in_child(REPO, hub[0], place)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"SourceError: {REPO}: cannot be kept in the hub's cache (")
+    assert str(place) in done.stderr and done.stderr.endswith("HF_HOME names another folder\n")
+
+
 @pytest.mark.parametrize("source", ["./org/name", "nowhere", "a/b/c", "../x/y"])
 def test_what_looks_like_a_folder_is_not_asked_of_the_hub(source: str) -> None:
     with pytest.raises(SourceError, match="there is no such folder"):

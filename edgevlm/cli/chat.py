@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -69,13 +70,20 @@ def _one_turn(conversation: Chat, line: str, run: Run) -> None:
         click.echo(str(error), err=True)
     except KeyboardInterrupt:
         click.echo(" (stopped)", err=True)
+    except (OSError, click.Abort, click.exceptions.Exit):
+        raise  # The terminal is gone, or nothing can be printed any more.
+    except Exception:
+        # A defect of edgevlm's own is shown whole; it costs an answer, not the conversation.
+        traceback.print_exc()
+        click.echo("This is a defect of edgevlm; the chat goes on.", err=True)
 
 
 def _command(conversation: Chat, line: str) -> None:
     name, _, argument = line.partition(" ")
     if name == "/image":
-        path = argument.strip()
-        conversation.image = [_unquote(path)] if path else None
+        from edgevlm.image.names import each_located
+
+        conversation.image = each_located(argument.strip()) if argument.strip() else None
     elif name == "/clear":
         conversation.clear()
     elif name == "/stats":
@@ -86,27 +94,22 @@ def _command(conversation: Chat, line: str) -> None:
         click.echo(f"{line}: no such command; /help lists them", err=True)
 
 
-def _unquote(path: str) -> str:
-    """A path as terminals paste it when a file is dropped: quoted, or with ~."""
-    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":
-        path = path[1:-1]
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
 def _reader() -> Callable[[], str]:
     """Line editing and history on a terminal, plain lines from a pipe."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # Bytes that are no text may name a file; in a question they are refused by themselves.
+            sys.stdin.reconfigure(errors="surrogateescape")
         return _next_line
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
 
+    from edgevlm.cli.history import history
     from edgevlm.models import directory
 
-    directory().parent.mkdir(parents=True, exist_ok=True)
     session: PromptSession[str] = PromptSession(
         "> ",
-        history=FileHistory(str(directory().parent / "chat-history")),
+        history=history(directory().parent / "chat-history"),
         completer=WordCompleter(["/image", "/clear", "/stats", "/help", "/exit"], sentence=True),
         complete_while_typing=False,
     )

@@ -31,7 +31,7 @@ def without_metadata(data: bytes) -> bytes | None:
             return b"\xff\xd8" + b"".join(_jpeg_segments(data))
         if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return _tiff(data)
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, OverflowError):
         pass  # Cut off where its parts are listed.
     return None
 

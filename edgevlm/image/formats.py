@@ -7,10 +7,11 @@ import re
 
 from PIL import Image
 
-_HEIF = re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif[12]|msf1)", re.DOTALL)
+_AVIF = rb"....ftyp.{0,40}avi[fs]"
+_HEIF = re.compile(rb"(?!%b)....ftyp(?:hei[cxms]|hev[cxms]|mif[12]|msf1)" % _AVIF, re.DOTALL)
 # The beginning of a file as a pattern, what it is, and what to do.
 _KINDS = (
-    (rb"....ftyp.{0,40}avi[fs]", "an AVIF picture; upgrade Pillow to 11.3 or later"),
+    (_AVIF, "an AVIF picture; upgrade Pillow to 11.3 or later"),
     (_HEIF.pattern, 'an HEIC picture; pip install "edgevlm[heif]" (pillow-heif) to read it'),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture; convert it to PNG or JPEG"),
     (rb"....ftypcrx |FUJIFILMCCD-RAW", "a camera's raw file; develop it to TIFF or JPEG"),

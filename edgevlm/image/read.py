@@ -41,6 +41,7 @@ ImageSource = (
 
 # Pillow's own threshold for a decompression bomb: 256 MiB of RGB.
 MAX_PIXELS = 89_478_485
+_NO_ROOM = "does not fit into memory; scale it down"
 # How a picture is turned to be seen upright, by its EXIF orientation.
 _TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -118,6 +119,8 @@ def _from_pil(picture: Image.Image) -> RGB:
         return _to_rgb(picture, name)
     except ImageError:
         raise
+    except MemoryError:
+        raise ImageError(name, _NO_ROOM) from None
     # Opened lazily, its file may be damaged or closed, which Pillow's readers tell in many kinds.
     except Exception as e:
         raise ImageError(name, f"cannot be decoded ({one_line(e)})") from None
@@ -132,6 +135,8 @@ def _decode(data: bytes, name: str) -> RGB:
         raise
     except Image.DecompressionBombError:
         raise ImageError(name, _too_large()) from None
+    except MemoryError:
+        raise ImageError(name, _NO_ROOM) from None
     # Pillow's readers raise many kinds (OSError, SyntaxError, struct.error, ...) on damaged files.
     except Exception as e:
         refused = e
@@ -168,10 +173,10 @@ def _to_rgb(picture: Image.Image, name: str) -> RGB:
     with _quiet():
         picture.load()
         turn = _turn(picture)
-        grey = eight_bit(picture)
-    if grey.mode in _STRAIGHT:
-        grey = grey.convert(_STRAIGHT[grey.mode])
-    rgb = grey.convert("RGB")
+        shallow = eight_bit(picture)
+        if shallow.mode in _STRAIGHT:
+            shallow = shallow.convert(_STRAIGHT[shallow.mode])
+        rgb = shallow.convert("RGB")
     return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
