@@ -22,6 +22,7 @@ from pathlib import Path
 import click
 
 from edgevlm.benchmarks.published import WRITERS, write
+from edgevlm.machine import usable_cpus
 
 # Peaks that each model must stay below: export and answer, in GB.
 GOALS = {
@@ -115,7 +116,7 @@ def main(
     question = [PROMPTS.get(model, "What is in the picture?"), "-i", str(image), "-m", str(bundle)]
     answered = measure(["ask", *question, "--max-tokens", "16", "--json"])
     timings = json.loads(answered.stdout.strip().splitlines()[-1])["timings"]
-    click.echo(f"{platform.machine()}, {os.cpu_count()} cores, {quant} + {vision_precision}\n")
+    click.echo(f"{platform.machine()}, {usable_cpus()} cores, {quant} + {vision_precision}\n")
     click.echo("| step | wall time | peak memory | model read | goal |\n|---|---|---|---|---|")
     export_goal, answer_goal = GOALS[model]
     click.echo(_row("export", exported, _size(checkpoint), export_goal))

@@ -17,9 +17,9 @@ import click
 import numpy as np
 
 from edgevlm.bundle import Bundle, open_bundle
+from edgevlm.machine import physical_cores
 from edgevlm.runtimes import decoder, hooks
 from edgevlm.runtimes.loading import open_decoder
-from edgevlm.runtimes.rules import physical_cores
 
 Times = tuple[float, float]
 

@@ -7,7 +7,6 @@ measured one bundle after the other, quality with a process for each core.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -38,6 +37,7 @@ from edgevlm.export import (
     requantize_bundle,
 )
 from edgevlm.export.llama import Matrix
+from edgevlm.machine import usable_cpus
 from edgevlm.models import BUILT_IN
 
 _HERE = Path(__file__).parent
@@ -122,7 +122,7 @@ def qualities(made: Sequence[Row], work: Path, scenes: int) -> list[Quality]:
         seen = observe(row.bundle.folder, target, scenes, follow=reference, threads=1, kv=row.kv)
         return compare(seen, reference)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         return list(pool.map(one, range(len(made))))
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgevlm.errors import ExportError
 from edgevlm.export import child
 from edgevlm.export.progress import Stage
+from edgevlm.machine import usable_cpus
 
 _POLL_S = 0.05
 
@@ -96,6 +97,7 @@ def _quantize(source: str, target: str, ftype: str, matrix: str = "") -> int:
     params.ftype = int(ftype)
     # The intermediate file is bf16 where the checkpoint is: no precision is lost twice.
     params.allow_requantize = False
+    params.nthread = usable_cpus()
     if matrix:
         with np.load(matrix) as found:
             kept = {name: np.ascontiguousarray(found[name], np.float32) for name in found.files}

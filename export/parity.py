@@ -25,6 +25,7 @@ from edgevlm.export.corpus import corpus
 from edgevlm.export.metrics import distance, divergence
 from edgevlm.export.progress import Stage
 from edgevlm.export.quantize import Quant, VisionPrecision
+from edgevlm.machine import memory
 
 PROMPT = "answer en what is in the picture?"
 N_TOKENS = 16
@@ -44,10 +45,8 @@ def available() -> bool:
 
 def check_memory(job: Job) -> None:
     """Raises ExportError when the float32 reference does not fit into free memory."""
-    import psutil
-
     need = sum(map(elements, job.parts.values())) * 4 + _MEMORY_BYTES
-    free = psutil.virtual_memory().available
+    free = memory().free_bytes
     if free < need:
         raise ExportError(
             f"verification needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; "

@@ -7,20 +7,19 @@ machine itself puts rules of its own before these.
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
+from edgevlm.machine import physical_cores
 
 
 @dataclass(frozen=True)
 class Facts:
     """What rules may depend on.
 
-    cores: physical cores that this process may run on. features: llama.cpp's words for what the
+    cores: physical cores that this process may keep busy. features: llama.cpp's words for what the
     processor can do, such as "AVX2". decoder: the decoder's precision, such as "q4_k_m".
     """
 
@@ -97,13 +96,6 @@ def decide(setting: str, facts: Facts, rules: Sequence[Rule] = RULES) -> Any:
 def rule(setting: str, facts: Facts, rules: Sequence[Rule] = RULES) -> Rule:
     """The first rule for a setting that holds."""
     return next(r for r in rules if r.setting == setting and r.holds(facts))
-
-
-def physical_cores() -> int:
-    """Physical cores that this process may run on."""
-    physical = psutil.cpu_count(logical=False) or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
 
 
 def this_machine(features: Sequence[str], decoder: str = "") -> Facts:

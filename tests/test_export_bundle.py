@@ -155,7 +155,7 @@ def test_a_source_that_transformers_cannot_run(
 def test_too_little_memory_to_verify(
     paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = type("Memory", (), {"available": 1 << 29})
+    free = type("Memory", (), {"available": 1 << 29, "total": 1 << 30})
     monkeypatch.setattr(psutil, "virtual_memory", free)
     with pytest.raises(ExportError, match="export without it \\(--no-verify\\)"):
         quick(paligemma_checkpoint, tmp_path / "out", verify=True)

@@ -22,7 +22,7 @@ FOLDERS = {
 LAYERS = (
     ("edgevlm.errors",),
     ("edgevlm.types",),
-    ("edgevlm.specs", "edgevlm.schema"),
+    ("edgevlm.specs", "edgevlm.schema", "edgevlm.machine"),
     (
         "edgevlm.image",
         "edgevlm.prompt",

@@ -12,6 +12,7 @@ import psutil
 
 from edgevlm.benchmarks.latency.report import Machine
 from edgevlm.benchmarks.latency.sensors import SYS, power_mode
+from edgevlm.machine import memory, usable_cpus
 
 _PACKAGES = ("edgevlm", "onnxruntime", "llama-cpp-python", "numpy", "pillow")
 
@@ -24,8 +25,8 @@ def this_machine(sys_root: Path = SYS) -> Machine:
         architecture=platform.machine(),
         flags=flags,
         physical_cores=psutil.cpu_count(logical=False) or 1,
-        usable_cores=_usable_cores(),
-        memory_bytes=psutil.virtual_memory().total,
+        usable_cores=usable_cpus(),
+        memory_bytes=memory().total_bytes,
         system=platform.platform(),
         power=power_mode(sys_root),
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -49,12 +50,6 @@ def differences(a: Machine, b: Machine) -> list[str]:
         sizes = (f"{m.memory_bytes / 2**30:.1f}" for m in (a, b))
         found.append(f"memory {' and '.join(sizes)} GiB")
     return found
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _processor() -> tuple[str, tuple[str, ...]]:

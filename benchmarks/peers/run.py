@@ -27,7 +27,7 @@ from edgevlm.benchmarks.peers.material import material
 from edgevlm.bundle import Bundle
 from edgevlm.errors import BenchError
 from edgevlm.export.child import command, setting
-from edgevlm.runtimes.rules import physical_cores
+from edgevlm.machine import physical_cores
 
 OURS = "ours"
 _UNITS = dict.fromkeys(peers.METRICS, "ms") | {"peak_rss_bytes": "B"}

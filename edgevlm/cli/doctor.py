@@ -53,13 +53,17 @@ def _print(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> Non
 def _machine() -> list[tuple[str, str]]:
     import psutil
 
-    memory = psutil.virtual_memory()
+    from edgevlm.machine import memory, physical_cores
+
+    free, all_of_it = memory().free_bytes, memory().total_bytes
+    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     return [
         ("edgevlm", edgevlm.__version__),
         ("system", platform.platform()),
         ("python", platform.python_version()),
         ("processor", _processor()),
-        ("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),
+        ("cores", f"{physical_cores()} of {physical} for this process"),
+        ("memory", f"{free / 2**30:.1f} of {all_of_it / 2**30:.1f} GiB free"),
     ]
 
 
