@@ -87,6 +87,10 @@ def test_pillow_heif_is_asked_for_heic_only(monkeypatch):
     with pytest.raises(ImageError, match="video"):
         read_image(ftyp(b"isom"))
     assert asked == [data]
+    monkeypatch.setattr(Image, "open", unreadable)
+    with pytest.raises(ImageError, match="AVIF"):
+        read_image(ftyp(b"mif1", b"avifmiaf"))
+    assert asked == [data]
 
 
 def test_avif_is_read_where_pillow_has_it(monkeypatch):

@@ -129,6 +129,7 @@ BESIDE = {
     "tiff: a frame after it that lies nowhere": tiff(270, 2, 2, b"x", following=1 << 31),
     "bigtiff: XMP of numbers": tiff(700, 3, 4, b"\1\0\2\0\3\0\4\0", big=True),
     "tiff: turned by text": tiff(274, 2, 2, b"6\0"),
+    "tiff: an orientation that lies nowhere": tiff(274, 5, 1, b"\xff\xff\xff\x7f"),
     "tiff: turned by 9": tiff(274, 3, 1, b"\x09\0"),
 }  # fmt: skip
 
@@ -174,6 +175,19 @@ def test_what_lies_beside_the_pixels_of_a_jpeg_does_not_matter(case):
 )
 def test_pictures_are_turned_although_something_else_is_damaged(data):
     np.testing.assert_array_equal(read_image(data), TURNED)
+
+
+def test_a_jpeg_keeps_its_orientation_and_colours_although_its_head_is_damaged():
+    damaged = (0xE0, b"JFIF\0")
+    data = jpeg(damaged, (0xE1, b"Exif\0\0" + EXIF))
+    np.testing.assert_array_equal(read_image(data), np.rot90(read_image(jpeg()), -1))
+    # Numbered components are RGB where Adobe's segment says so.
+    whole = bytearray(encoded("JPEG", keep_rgb=True, quality=100))
+    for start, step in ((whole.index(b"\xff\xc0") + 10, 3), (whole.index(b"\xff\xda") + 5, 2)):
+        whole[start : start + 3 * step : step] = b"\1\2\3"
+    with_it = whole[:2] + b"\xff\xe0\0\x07JFIF\0" + whole[2:]
+    assert np.abs(read_image(whole).astype(int) - RGB).max() <= 3
+    np.testing.assert_array_equal(read_image(with_it), read_image(whole))
 
 
 def exif_of(kind: int, value: bytes, count: int = 1) -> bytes:

@@ -63,7 +63,12 @@ QUOTAS = {
          "a/b/c/cpu.max": "400000 100000"},
         0.5,
     ),
-    "v2, outside its namespace": ("0::/../other\n", (V2,), {"cpu.max": "300000 100000"}, 3.0),
+    "v2, outside its namespace": (
+        "0::/../other\n",
+        (V2,),
+        {"cpu.max": "300000 100000", "../other/cpu.max": "100000 100000"},
+        3.0,
+    ),
     "v2, a mount of a part": (
         "0::/docker/1\n",
         (V2.replace(" / ", " /docker/1 ", 1),),

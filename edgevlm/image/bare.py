@@ -81,10 +81,7 @@ def _tiff(data: bytes) -> bytes:
 
 
 def _needed(entry: bytes, order: str, big: bool) -> bool:
-    tag, kind = struct.unpack_from(order + "HH", entry)
-    if tag != _ORIENTATION:
-        return tag in _TIFF_TAGS
-    head, at = (order + "HHQ", 12) if big else (order + "HHI", 8)
-    _, _, count = struct.unpack_from(head, entry)
-    (value,) = struct.unpack_from(order + ("H" if kind == _TIFF_SHORT else "I"), entry, at)
-    return kind in (_TIFF_SHORT, _TIFF_LONG) and count == 1 and 1 <= value <= 8
+    tag, kind, count = struct.unpack_from(order + ("HHQ" if big else "HHI"), entry)
+    # A number that stands in the entry itself, not elsewhere in the file.
+    inside = kind in (_TIFF_SHORT, _TIFF_LONG) and count == 1
+    return tag in _TIFF_TAGS and (tag != _ORIENTATION or inside)
