@@ -46,6 +46,7 @@ KINDS = {
     "JSON": (b'{"error": "not found"}', "JSON"),
     "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
     "a data URL as bytes": (b"data:image/png;base64,iVBORw0KGgo=", "data URL", "as a str"),
+    "a web page with a mark before it": (b"\xef\xbb\xbf <html>", "web page"),
     "words": (b"hello", "not a picture in a format that Pillow reads"),
 }  # fmt: skip
 
@@ -59,6 +60,14 @@ def test_what_is_no_picture_is_called_by_its_name(kind, monkeypatch):
     assert str(caught.value).isprintable()
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"<!---->" * 585 + b"<x", b" \n" * 3000, b"\n" * 5000 + b"!"])
+def test_no_content_takes_long_to_tell(data):
+    with pytest.raises(ImageError, match="not a picture in a format"):
+        read_image(data)
+    with pytest.raises(ImageError):
+        read_image(data.decode() * 600)
 
 
 def test_heic_is_read_where_pillow_heif_is_installed():

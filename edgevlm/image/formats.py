@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 from PIL import Image
 
 _AVIF = rb"....ftyp.{0,40}avi[fs]"
 _HEIF = re.compile(rb"(?!%b)....ftyp(?:hei[cxms]|hev[cxms]|mif[12]|msf1)" % _AVIF, re.DOTALL)
-# The beginning of a file as a pattern, what it is, and what to do.
+_COMMENT = rb"<!--(?:(?!-->).)*-->"
+# The beginning of a file, without spaces before it, as a pattern, what it is, and what to do.
 _KINDS = (
     (_AVIF, "an AVIF picture; upgrade Pillow to 11.3 or later"),
     (_HEIF.pattern, 'an HEIC picture; pip install "edgevlm[heif]" (pillow-heif) to read it'),
@@ -17,36 +19,36 @@ _KINDS = (
     (rb"....ftypcrx |FUJIFILMCCD-RAW", "a camera's raw file; develop it to TIFF or JPEG"),
     (rb"....ftyp|....moov|\x1a\x45\xdf\xa3|RIFF....AVI |\0\0\x01[\xb3\xba]|FLV\x01|OggS",
      "a video; take a frame of it, as PNG or JPEG"),
-    (rb"\s*(?:<\?xml[^>]*>)?(?:\s|<!--.*?-->|<!DOCTYPE svg[^>]*>)*<svg[\s>]",
+    (rb"(?:<\?xml[^>]*>)?(?:\s|%b|<!DOCTYPE svg[^>]*>)*<svg[\s>]" % _COMMENT,
      "an SVG drawing; render it to PNG"),
-    (rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html|head|body)\b",
+    (rb"(?:\s|%b)*<(?:!doctype html|html|head|body)\b" % _COMMENT,
      "a web page; name the picture itself (a login or a preview may lie before it)"),
     (rb".{0,1024}%PDF-", "a PDF document; render its page to PNG"),
     (rb"version https://git-lfs", "a pointer of Git LFS; fetch the file with git lfs pull"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ", "an archive; unpack it"),
     (rb"data:image/", "the text of a data URL; pass it as a str"),
-    (rb"\s*<\?xml|\s*[\[{][\s\"{\[]", "a text (XML or JSON), perhaps a server's message"),
+    (rb"<\?xml|[\[{][\s\"{\[]", "a text (XML or JSON), perhaps a server's message"),
 )  # fmt: skip
 # How base64 of PNG, JPEG, GIF, WebP, TIFF, BMP, HEIC and AVIF begins.
 _BASE64_PICTURE = re.compile(
     r"iVBORw0KGgo|/9j/|R0lGOD|UklGR|SUkqA|TU0AK|Qk[0-3]|AAAA.{2,4}(?:ZnR5c|mdHlw|GZ0eX)"
 )
-_BASE64 = re.compile(r"[\w+/\r\n-]{40,}={0,2}\s*", re.ASCII)
+_BASE64 = re.compile(r"[\w+/\r\n-]{40,}={0,2}", re.ASCII)
 
 
 def looks_like(data: bytes) -> str:
     """What bytes that Pillow does not read seem to be, with the cure; empty if nobody knows."""
+    head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     for pattern, kind in _KINDS:
-        if re.match(pattern, data[:4096], re.DOTALL | re.IGNORECASE):
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return kind
-    return "base64 text; decode it" if is_base64(data[:4096].decode("latin-1")) else ""
+    return "base64 text; decode it" if is_base64(head.decode("latin-1")) else ""
 
 
 def is_base64(text: str) -> bool:
     """Whether a text is a picture in base64 rather than a name."""
-    return bool(_BASE64.fullmatch(text)) and (
-        len(text) > 1024 or bool(_BASE64_PICTURE.match(text.lstrip()))
-    )
+    text = text.strip()
+    return bool(_BASE64.fullmatch(text)) and (len(text) > 1024 or bool(_BASE64_PICTURE.match(text)))
 
 
 def open_heif(data: bytes) -> Image.Image | None:
@@ -58,5 +60,6 @@ def open_heif(data: bytes) -> Image.Image | None:
     except ImportError:
         return None
     # Pillow itself learns nothing: what other code opens stays as it was.
-    picture: Image.Image = pillow_heif.HeifImageFile(io.BytesIO(data))
+    opener: Any = pillow_heif.HeifImageFile
+    picture: Image.Image = opener(io.BytesIO(data))
     return picture
