@@ -7,6 +7,7 @@ part, so that no text a user types can become a picture or a control token.
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 
 from edgevlm.errors import PromptError
@@ -100,6 +101,12 @@ def check_text(prompt: str) -> str:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as e:
+        encoding = sys.getfilesystemencoding()
+        if "\udc80" <= prompt[e.start] <= "\udcff" and encoding != "utf-8":
+            raise PromptError(
+                f"the prompt contains a byte at position {e.start} that is not text in {encoding}, "
+                "the encoding of this locale; set PYTHONUTF8=1 where you type UTF-8"
+            ) from None
         raise PromptError(
             f"the prompt contains a lone surrogate at position {e.start}; it is not valid text"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -68,12 +69,14 @@ def ask_and_chat(bundle: Bundle, folder: Path) -> None:
     Image.fromarray(PICTURE).save(folder / "picture.png")
     about = ["-m", str(bundle.folder), "-i", str(folder / "picture.png"), "--max-tokens", "3"]
     edgevlm = [sys.executable, "-m", "edgevlm"]
-    asked = subprocess.run([*edgevlm, "ask", PROMPT, "--json", *about], capture_output=True)
+    utf8 = os.environ | {"PYTHONUTF8": "1"}  # as the prompt is, whatever the locale
+    ask = [*edgevlm, "ask", PROMPT.encode(), "--json", *about]
+    asked = subprocess.run(ask, capture_output=True, env=utf8)
     assert asked.returncode == 0, asked.stderr.decode()
     reply = json.loads(asked.stdout.splitlines()[-1])
     assert len(reply["token_ids"]) == 3
     typed = f"{PROMPT}\nand now?\n/stats\n".encode()
-    talked = subprocess.run([*edgevlm, "chat", *about], input=typed, capture_output=True)
+    talked = subprocess.run([*edgevlm, "chat", *about], input=typed, capture_output=True, env=utf8)
     assert talked.returncode == 0, talked.stderr.decode()
     assert talked.stdout.decode().startswith(reply["text"])
     # The second question follows the first and its answer.

@@ -1,6 +1,7 @@
 """The built-in model: it is there, it is small, and it answers about the pictures of examples/."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,19 @@ def test_it_finds_a_shape(pico):
 def test_it_reads_a_word_and_nothing_where_there_is_none(pico):
     assert pico.ocr(image=ROOT / "examples" / "sign.png").text == "OPEN"
     assert pico.ocr(image=SHAPES).text == ""
+
+
+def test_a_prompt_that_the_locale_cannot_hold_is_refused_with_the_cure():
+    command = [sys.executable, "-m", "edgevlm", "ask", "опиши".encode(), "-i", str(SHAPES)]
+    ascii = os.environ | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    refused = subprocess.run(command, capture_output=True, env=ascii)
+    assert (refused.returncode, refused.stdout) == (1, b"")
+    said = refused.stderr.decode().splitlines()
+    assert said[-1].startswith("edgevlm: the prompt contains a byte at position 0")
+    assert said[-1].endswith("set PYTHONUTF8=1 where you type UTF-8")
+    assert not subprocess.run(
+        command, capture_output=True, env=ascii | {"PYTHONUTF8": "1"}
+    ).returncode
 
 
 def test_the_first_command_of_the_readme():
