@@ -91,7 +91,7 @@ def test_pictures_that_cannot_be_had_are_one_line_each(chat, tmp_path, monkeypat
     assert (code, out) == (0, "one\n")
     said = err.splitlines()[1:]
     assert len(said) == len(lines) - 1 and "Traceback" not in err and "secret" not in err
-    assert "name a picture: /image PATH|URL" in said
+    assert "Looking at no picture." in said
 
 
 def test_a_picture_that_memory_does_not_hold_is_one_line(chat, tmp_path, monkeypatch):
@@ -122,6 +122,8 @@ def test_a_defect_is_shown_whole_and_the_chat_goes_on(chat, monkeypatch):
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device")])
 def test_an_output_that_is_gone_is_no_defect(error):
     class Gone:
+        left_out = 0
+
         def stream(self, *_: object, **__: object) -> None:
             raise error
 

@@ -84,6 +84,8 @@ def _command(conversation: Chat, line: str) -> None:
         from edgevlm.image.names import each_located
 
         conversation.image = each_located(argument.strip()) if argument.strip() else None
+        if conversation.image is None:
+            click.echo("Looking at no picture.", err=True)
     elif name == "/clear":
         conversation.clear()
     elif name == "/stats":
