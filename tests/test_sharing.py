@@ -270,11 +270,9 @@ def test_the_end_of_a_chat_cancels_its_own_answer_alone():
     assert answer.finish().text == "xyz"
 
 
-@pytest.mark.parametrize(
-    "use", [USES[name] for name in ("ask", "chat", "score", "embed_image")], ids=str
-)
-def test_close_ends_what_other_threads_are_doing(use):
-    vlm = edgevlm.load()
+@pytest.mark.parametrize("name", ["ask", "chat", "score", "embed_image"])
+def test_close_ends_what_other_threads_are_doing(name):
+    use, vlm = USES[name], edgevlm.load()
     chat, begun = vlm.chat(PICTURE), threading.Event()
 
     def work():
