@@ -300,7 +300,7 @@ def run(bundle, *arguments, start=("-m", "edgevlm")):
         [sys.executable, *start, *arguments, "-m", str(bundle.folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         cwd=Path(__file__).parent.parent,
     )
 
