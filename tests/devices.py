@@ -155,9 +155,9 @@ class _Session:
             raise RuntimeError(self._does.fails)
         source = Path(graph)
         if context := options.entries.get("ep.context_file_path"):
-            Path(context).write_text(str(source))
+            Path(context).write_text(str(source), encoding="utf-8")
         elif source.name.endswith(".ctx.onnx"):
-            source = Path(source.read_text())
+            source = Path(source.read_text(encoding="utf-8"))
         self._real = _real(source)
 
     def run(self, names: Any, feed: Any, run: Any) -> list[Float]:

@@ -54,7 +54,7 @@ def machine_files(root: Path, energy_uj: int | None = None, status: str = "Disch
         }
     for name, value in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(f"{value}\n")
+        (root / name).write_text(f"{value}\n", encoding="utf-8")
     return root
 
 
@@ -170,7 +170,7 @@ def test_without_counters_a_battery_gives_the_energy_of_the_whole_machine(pictur
     root = machine_files(tmp_path / "sys")
     sensors = Sensors(root)
     before = sensors.read()
-    (root / "class/power_supply/BAT0/power_now").write_text("8300000")
+    (root / "class/power_supply/BAT0/power_now").write_text("8300000", encoding="utf-8")
     after = dataclasses.replace(sensors.read(), at=before.at + 2)
     assert sensors.joules(before, after) == pytest.approx((7.3 + 8.3) / 2 * 2)
     result = report_of(plan(picture, runs=1), root).results[0]
@@ -182,8 +182,8 @@ def test_a_battery_may_tell_current_and_voltage_instead_of_power(tmp_path):
     root = machine_files(tmp_path)
     battery = root / "class/power_supply/BAT0"
     (battery / "power_now").unlink()
-    (battery / "current_now").write_text("-500000")
-    (battery / "voltage_now").write_text("12000000")
+    (battery / "current_now").write_text("-500000", encoding="utf-8")
+    (battery / "voltage_now").write_text("12000000", encoding="utf-8")
     assert Sensors(root).read().battery_w == 6
 
 
@@ -285,7 +285,7 @@ def test_one_failing_configuration_does_not_lose_the_others(picture, tmp_path):
 def test_a_report_reads_back_as_it_was(picture, tmp_path):
     report = report_of(plan(picture, runs=1), tmp_path)
     path = tmp_path / "report.json"
-    path.write_text(to_json(report))
+    path.write_text(to_json(report), encoding="utf-8")
     assert read_report(path) == report
 
 
@@ -300,7 +300,7 @@ def test_a_report_reads_back_as_it_was(picture, tmp_path):
 )
 def test_what_is_no_report_is_refused_in_one_line(text, message, tmp_path):
     path = tmp_path / "report.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(BenchError, match=message):
         read_report(path)
     with pytest.raises(BenchError, match="cannot be read"):

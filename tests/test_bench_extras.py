@@ -96,7 +96,7 @@ def test_the_page_of_reports_shows_every_table_once(tmp_path):
     made = report(result("pico", quality=QUALITY), peers=(beside(),))
     for name, one in (("pico", made), ("mobilepalo-1.7b", report(result("synthetic-mobilepalo")))):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "report.json").write_text(to_json(one))
+        (tmp_path / name / "report.json").write_text(to_json(one), encoding="utf-8")
     text = reports.page(tmp_path)
     assert text.count("## Summary") == 1 and "A|B <chip> (VNNI), 2 cores, 8 GiB" in text
     assert "| pico | 100 ms |" in text and "[pico](pico/report.md) |" in text

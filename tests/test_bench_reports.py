@@ -240,7 +240,7 @@ def test_reports_of_version_1_are_still_read(tmp_path):
     for old in data["results"]:
         del old["quality"], old["settings"]["energy"]
     path = tmp_path / "old.json"
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data), encoding="utf-8")
     assert read_report(path) == report(version=1)
 
 
@@ -278,7 +278,7 @@ def edge(monkeypatch, capsys):
 
 
 def saved(path, made: Report):
-    path.write_text(to_json(made))
+    path.write_text(to_json(made), encoding="utf-8")
     return path
 
 

@@ -196,7 +196,7 @@ def test_a_full_disk_is_seen_before_the_first_byte(tmp_path, monkeypatch):
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "home").write_text("a file")
+    (tmp_path / "home").write_text("a file", encoding="utf-8")
     monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(synthetic, "MODELS", {"small": SMALL["gemma"]})
     with pytest.raises(EdgeVLMError, match="cannot be written"):

@@ -30,9 +30,9 @@ def folder(tmp_path):
 
 def edit(folder, change):
     path = folder / MANIFEST
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data), encoding="utf-8")
 
 
 def test_what_is_written_is_read(folder):
@@ -205,11 +205,11 @@ def test_writing_is_all_or_nothing(tmp_path):
     out = tmp_path / "new" / "model"
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error), writing(out) as part:
-            (part / "half").write_text("x")
+            (part / "half").write_text("x", encoding="utf-8")
             raise error
         assert list(tmp_path.rglob("*")) == [out.parent]
     with writing(out) as part:
-        (part / "whole").write_text("x")
+        (part / "whole").write_text("x", encoding="utf-8")
         assert not out.exists()
     assert [p.name for p in out.iterdir()] == ["whole"]
     assert list(out.parent.iterdir()) == [out]
@@ -217,16 +217,16 @@ def test_writing_is_all_or_nothing(tmp_path):
 
 def test_writing_replaces_a_bundle_and_nothing_else(folder, tmp_path):
     with writing(folder) as part:
-        (part / "new").write_text("x")
+        (part / "new").write_text("x", encoding="utf-8")
     assert [p.name for p in folder.iterdir()] == ["new"]
     with pytest.raises(BundleError, match="exists and is not a bundle"), writing(folder):
         pass
     assert (folder / "new").exists()
     file = tmp_path / "file"
-    file.write_text("precious")
+    file.write_text("precious", encoding="utf-8")
     with pytest.raises(BundleError, match="exists and is not a bundle"), writing(file):
         pass
-    assert file.read_text() == "precious"
+    assert file.read_text(encoding="utf-8") == "precious"
     shutil.rmtree(folder)
     with pytest.raises(BundleError, match="cannot be written"), writing(file / "below"):
         pass

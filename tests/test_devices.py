@@ -205,7 +205,7 @@ def test_the_first_use_is_remembered(pico, home):
     place(pico, fake, "cuda")
     assert fake.names.count("CPUExecutionProvider") == 2
     (kept,) = (home / "cache" / "devices" / "first-use").iterdir()
-    assert json.loads(kept.read_text())["cosine"] == pytest.approx(1)
+    assert json.loads(kept.read_text(encoding="utf-8"))["cosine"] == pytest.approx(1)
     _, placed = place(pico, fake, "cuda")
     assert placed.cosine == pytest.approx(1)
     assert fake.names.count("CPUExecutionProvider") == 2
@@ -236,9 +236,9 @@ def test_a_damaged_memory_is_made_anew(pico, home):
     fake = FakeOnnxruntime({CUDA: Behaviour()})
     place(pico, fake, "cuda")
     (kept,) = (home / "cache" / "devices" / "first-use").iterdir()
-    kept.write_text("{}")
+    kept.write_text("{}", encoding="utf-8")
     assert place(pico, fake, "cuda")[1].cosine == pytest.approx(1)
-    assert "cosine" in kept.read_text()
+    assert "cosine" in kept.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("provider", [OPENVINO, QNN])

@@ -9,12 +9,14 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_command_reference_is_in_step():
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
-    assert generate["TARGET"].read_text() == generate["reference"](), "run `make docs`"
+    assert generate["TARGET"].read_text(encoding="utf-8") == generate["reference"](), (
+        "run `make docs`"
+    )
 
 
 def test_links_in_the_documentation_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
@@ -30,7 +32,9 @@ def test_the_two_commands_of_the_readme_are_a_line_each():
 
 
 def test_python_in_the_readme_compiles():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")

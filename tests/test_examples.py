@@ -38,4 +38,4 @@ def test_example(example, arguments, expected, picture, tmp_path, monkeypatch, c
 
 def test_every_example_is_short():
     for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text().splitlines()) < 30, path
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 30, path

@@ -240,7 +240,7 @@ def test_progress_of_every_stage_reaches_its_end(
 def test_a_folder_that_is_no_bundle_is_left_alone(
     paligemma_checkpoint: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(BundleError, match="exists and is not a bundle"):
         quick(paligemma_checkpoint, tmp_path)
     assert (tmp_path / "thesis.txt").exists()

@@ -123,7 +123,7 @@ def test_llama3(tmp_path: Path):
 def test_merges_that_never_make_a_piece_of_the_vocabulary(tmp_path: Path):
     """LLaMA-3 takes a piece that is in its vocabulary whole, other files of its kind do not."""
     byte_vocabulary.write_llama3(tmp_path)
-    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     data["model"]["merges"] = data["model"]["merges"][:100]
     for ignore, pre in ((True, "llama-bpe"), (False, "smaug-bpe")):
         data["model"]["ignore_merges"] = ignore
@@ -176,7 +176,7 @@ def test_what_llama_cpp_would_read_differently_is_refused(
 ):
     byte_vocabulary.write_llama3(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     damage(data)
     write_json(tmp_path / "tokenizer.json", data)
     with pytest.raises(SourceError) as raised:

@@ -52,8 +52,8 @@ def to_pickles(folder: Path) -> Path:
         path.unlink()
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        text = index.read_text().replace('"model-', '"pytorch_model-')
-        (folder / INDEX).write_text(text.replace(".safetensors", ".bin"))
+        text = index.read_text(encoding="utf-8").replace('"model-', '"pytorch_model-')
+        (folder / INDEX).write_text(text.replace(".safetensors", ".bin"), encoding="utf-8")
         index.unlink()
     return folder
 
@@ -199,7 +199,7 @@ def cut(keep: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def text(path: Path) -> None:
-    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    path.write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
 
 
 def compressed(path: Path) -> None:
@@ -302,7 +302,7 @@ def test_the_index_is_checked(sharded: Path) -> None:
     assert f"lacks b, which {INDEX} promises" in message()
     second.unlink()
     assert f"{second.name}: is missing, {INDEX} names it" in message()
-    index = json.loads((sharded / INDEX).read_text())
+    index = json.loads((sharded / INDEX).read_text(encoding="utf-8"))
     (sharded / INDEX).unlink()
     assert f"has weights but no {INDEX}" in message()
     write_json(sharded / INDEX, {**index, "weight_map": {"a": "../x.bin"}})

@@ -26,7 +26,7 @@ def job(folder: Path) -> Job:
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     write_json(path, data)
 
@@ -182,11 +182,11 @@ def no_config(folder: Path) -> None:
 
 
 def config_not_json(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
+    (folder / "config.json").write_text("{", encoding="utf-8")
 
 
 def config_a_list(folder: Path) -> None:
-    (folder / "config.json").write_text("[]")
+    (folder / "config.json").write_text("[]", encoding="utf-8")
 
 
 def config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -303,5 +303,5 @@ def test_the_model_card_states_the_licence(
     tmp_path: Path, card: str | None, licence: str | None
 ) -> None:
     if card:
-        (tmp_path / "README.md").write_text(card)
+        (tmp_path / "README.md").write_text(card, encoding="utf-8")
     assert stated_license(tmp_path) == licence

@@ -359,7 +359,7 @@ def test_a_folder_of_calibration_pictures(paligemma_checkpoint: Path, tmp_path: 
     with pytest.raises(ImageError, match="is no folder of calibration pictures"):
         images.calibration(spec, folder)
     folder.mkdir()
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no picture", encoding="utf-8")
     with pytest.raises(ImageError, match="holds no picture"):
         images.calibration(spec, folder)
     for i in range(3):

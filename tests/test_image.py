@@ -208,7 +208,7 @@ def test_the_first_frame_of_an_animation():
 
 def bad_sources(folder):
     whole = encoded(Image.fromarray(noise(64, 64)), "JPEG")
-    (folder / "text.png").write_text("not a picture")
+    (folder / "text.png").write_text("not a picture", encoding="utf-8")
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     return {

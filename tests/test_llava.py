@@ -194,7 +194,7 @@ def without_begin(source: Path) -> None:
     if (source / "tokenizer.json").exists():
         byte_vocabulary.write_llama3(source, added=("<pad>",), begins=False)
     else:
-        config = json.loads((source / "tokenizer_config.json").read_text())
+        config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
         write_json(source / "tokenizer_config.json", config | {"add_bos_token": False})
 
 

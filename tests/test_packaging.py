@@ -125,6 +125,26 @@ def test_an_engine_is_imported_only_where_it_belongs(engine):
             assert any(within(name, home) for home in ENGINES[engine]), name
 
 
+def text_in_the_locales_encoding(node: ast.AST) -> bool:
+    """A call that reads or writes text and leaves the encoding to the machine."""
+    if not isinstance(node, ast.Call) or {"encoding", None} & {k.arg for k in node.keywords}:
+        return False
+    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    if name != "open":
+        return name in ("read_text", "write_text")
+    given = [*node.args, *(k.value for k in node.keywords if k.arg == "mode")]
+    strings = {str(v.value) for v in given if isinstance(v, ast.Constant)}
+    modes = {v for v in strings if set(v) <= set("rwxabt+")}
+    return not any("b" in v for v in modes) and (isinstance(node.func, ast.Name) or bool(modes))
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS.values(), "tests", "docs", "examples"])
+def test_text_is_utf8_whatever_the_locale(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not text_in_the_locales_encoding(node), f"{path}: {ast.unparse(node)}"
+
+
 def loaded_after(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -143,5 +163,7 @@ def test_public_names_are_sorted_and_there():
 
 
 def test_the_changelog_names_this_version():
-    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    versions = re.findall(
+        r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert versions[0] == edgevlm.__version__

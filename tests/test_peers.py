@@ -142,7 +142,7 @@ def few(tmp_path, monkeypatch) -> dict[str, Path]:
     for name, code in PEERS.items():
         note = f"with open({str(tmp_path / 'asked')!r}, 'a') as f: f.write('{name} ')\n"
         files[name] = tmp_path / f"{name}.py"
-        files[name].write_text(f"PACKAGE = 'pip'\n{note}{code}\n")
+        files[name].write_text(f"PACKAGE = 'pip'\n{note}{code}\n", encoding="utf-8")
     made = {n: Peer(n, n.upper(), f"pip install {n}", (), str(f)) for n, f in files.items()}
     ours = known()[run.OURS]
     monkeypatch.setattr(run, "known", lambda: {run.OURS: ours, **made})
@@ -154,7 +154,7 @@ def test_a_peer_that_cannot_says_why_and_is_not_asked_again(few, picture, tmp_pa
         open_bundle(built_in()), picture, "caption en", rounds=2, tokens=2, threads=1
     )
     found = {r.title: r for r in beside(asked, "pico").results}
-    assert (tmp_path / "asked").read_text() == "good refuses dies absent good "
+    assert (tmp_path / "asked").read_text(encoding="utf-8") == "good refuses dies absent good "
     assert found["GOOD"].metrics["token_ms"].samples == (1.0, 1.0) and found["GOOD"].positions == 7
     assert found["REFUSES"].error == "ValueError: knows no pictures (c.py)"
     assert found["DIES"].error == "its process ended with status 9 (out of memory)"

@@ -16,16 +16,18 @@ from edgevlm.models import resolve
 
 def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"# Title\n\n{precisions._BEGIN}\nold\n{precisions._END}\n\nEnd\n")
+    page.write_text(
+        f"# Title\n\n{precisions._BEGIN}\nold\n{precisions._END}\n\nEnd\n", encoding="utf-8"
+    )
     for _ in range(2):
         precisions.write(page, "| new \\1 |")
-        found = page.read_text()
+        found = page.read_text(encoding="utf-8")
         assert found.startswith("# Title\n") and found.endswith("\nEnd\n")
         assert "old" not in found and found.count("| new \\1 |") == 1
-    page.write_text("no marks")
+    page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ExportError, match="has no lines"):
         precisions.write(page, "text")
-    assert page.read_text() == "no marks"
+    assert page.read_text(encoding="utf-8") == "no marks"
 
 
 def test_a_line_says_how_far_a_precision_is_from_the_reference() -> None:

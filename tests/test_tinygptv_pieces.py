@@ -19,8 +19,8 @@ from tests.tinygptv_sources import SMALL, prepared
 def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Rewrites what a file of torch or JSON holds; `change` edits it, or returns another."""
     if path.suffix == ".json":
-        data = json.loads(path.read_text())
-        path.write_text(json.dumps(change(data) or data))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(change(data) or data), encoding="utf-8")
         return
     saved = torch.load(path, weights_only=True)
     torch.save(change(saved) or saved, path)
@@ -187,5 +187,5 @@ def test_heads_of_the_qformer_are_berts_where_its_config_is_there(tmp_path: Path
     assert prepared(source).model.projector["num_attention_heads"] == 2
     (source / "bert-base-uncased").mkdir()
     bert = {"model_type": "bert", "num_attention_heads": 4}
-    (source / "bert-base-uncased/config.json").write_text(json.dumps(bert))
+    (source / "bert-base-uncased/config.json").write_text(json.dumps(bert), encoding="utf-8")
     assert prepared(source).model.projector["num_attention_heads"] == 4

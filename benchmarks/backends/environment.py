@@ -87,7 +87,9 @@ def _add_this_environment(other: Path) -> None:
     ask = "import site; print(site.getsitepackages()[-1])"
     target = subprocess.run([other, "-c", ask], capture_output=True, text=True, check=True)
     here = [*site.getsitepackages(), str(Path(edgevlm.__file__).parent.parent)]
-    Path(target.stdout.strip(), "zz-edgevlm.pth").write_text("\n".join(here) + "\n")
+    Path(target.stdout.strip(), "zz-edgevlm.pth").write_text(
+        "\n".join(here) + "\n", encoding="utf-8"
+    )
 
 
 def run(job: Job, arguments: list[str], folder: Path | None = None) -> int:

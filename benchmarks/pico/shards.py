@@ -52,14 +52,14 @@ def write_shard(folder: Path, index: int) -> None:
     with temporary.open("wb") as file:
         np.save(file, pictures)
     temporary.replace(folder / f"{index:05d}.npy")
-    temporary.write_text(json.dumps(facts))
+    temporary.write_text(json.dumps(facts), encoding="utf-8")
     temporary.replace(facts_path)
 
 
 def read_shard(folder: Path, index: int) -> tuple[np.ndarray, list[Facts]]:
     """The pictures (memory-mapped) and the facts of one shard."""
     pictures = np.load(folder / f"{index:05d}.npy", mmap_mode="r")
-    facts = json.loads((folder / f"{index:05d}.json").read_text())
+    facts = json.loads((folder / f"{index:05d}.json").read_text(encoding="utf-8"))
     return pictures, [_unpacked(entry) for entry in facts]
 
 

@@ -357,7 +357,7 @@ class Trainer:
         log.info("measured at step %d: %s", self.step, {k: round(v, 3) for k, v in scores.items()})
         path = self.folder / "curve.csv"
         new = not path.exists()
-        with path.open("a", newline="") as file:
+        with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if new:
                 writer.writerow(["step", "pictures", *scores])
