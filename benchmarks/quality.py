@@ -8,7 +8,6 @@ process would fight.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,9 +102,9 @@ def observe(
     more = [follow] if follow else []
     numbers = (str(scenes), str(threads or 0), kv or "")
     command = child.command("edgevlm.benchmarks.quality", bundle, target, *numbers, *more)
-    done = subprocess.run(command, capture_output=True, check=False, **child.setting())
+    done = child.run(command)
     if done.returncode or not target.exists():
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        lines = done.stderr.strip().splitlines()
         raise BenchError(f"{bundle}: cannot be measured ({(lines or ['no reason'])[-1]})")
     return target
 

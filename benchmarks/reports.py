@@ -26,7 +26,7 @@ from edgevlm.benchmarks.latency.sections import (
     summary,
 )
 from edgevlm.benchmarks.latency.tables import section_markdown
-from edgevlm.export.child import command, setting
+from edgevlm.export import child
 
 _PICO = Path(__file__).parent / "pico" / "checkpoint"
 # pico at further precisions, beside the built-in one: name -> decoder, encoder.
@@ -86,9 +86,8 @@ def _make(name: str, more: list[str], work: Path, folder: Path) -> None:
     if _CHECKPOINT in REPORTS[name]:
         published.write(name, work / _CHECKPOINT)
     arguments = ["bench", *REPORTS[name], *more, "--out", "report"]
-    done = subprocess.run(
-        command("edgevlm", *arguments), check=False, env=setting()["env"], cwd=work
-    )
+    start = child.command("edgevlm", *arguments)
+    done = subprocess.run(start, check=False, env=child.environment(), cwd=work)
     if done.returncode:
         raise click.ClickException(f"edgevlm bench of {name} ended with {done.returncode}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,36 +1,68 @@
-"""How a child process of this Python is started, so that it runs the edgevlm that runs here."""
+"""Child processes of this Python that run the edgevlm that runs here, and end when it ends."""
 
 from __future__ import annotations
 
-import functools
 import os
+import runpy
+import signal
+import subprocess
 import sys
-import tempfile
-from typing import TypedDict
 
+from edgevlm import cleanup
 
-class Setting(TypedDict):
-    """The part of subprocess's arguments that every child shares."""
-
-    env: dict[str, str]
-    cwd: str
+# `python -m MODULE` without the current folder on the import path, where anything could shadow a
+# module; Python calls that folder "".
+_START = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "from edgevlm.export.child import main; main(*sys.argv[1:3])"
+)
+# Linux's prctl(PR_SET_PDEATHSIG, signal).
+_PARENT_DEATH_SIGNAL = 1
 
 
 def command(module: str, *arguments: str | os.PathLike[str]) -> list[str]:
-    """`python -m module arguments`; paths become absolute, since the child has another folder."""
+    """The command that runs a module as a program; paths become absolute."""
     given = [os.path.abspath(a) if isinstance(a, os.PathLike) else a for a in arguments]
-    return [sys.executable, "-m", module, *given]
+    return [sys.executable, "-c", _START, str(os.getpid()), module, *given]
 
 
-def setting() -> Setting:
-    """This process's import path, and a folder in which nothing shadows a module.
+def main(parent: str, module: str) -> None:
+    """Runs a module in this process, a child that ends with its parent where the system helps."""
+    if sys.platform == "linux":
+        import ctypes
 
-    Python puts the current folder before all others when it runs a module.
-    """
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != int(parent):
+            return
+    del sys.argv[1:3]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def environment() -> dict[str, str]:
+    """This process's variables and import path."""
     path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
-    return {"env": os.environ | {"PYTHONPATH": path}, "cwd": _empty().name}
+    return os.environ | {"PYTHONPATH": path}
 
 
-@functools.cache
-def _empty() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="edgevlm-")
+def run(
+    command: list[str],
+    *,
+    input: str | None = None,
+    timeout: float | None = None,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, in `environment()` where `env` names no other; all text is UTF-8.
+
+    Raises subprocess.TimeoutExpired, after the command was ended.
+    """
+    with cleanup.process(
+        command,
+        stdin=subprocess.DEVNULL if input is None else subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        env=environment() if env is None else env,
+    ) as process:
+        out, err = process.communicate(input, timeout)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -6,14 +6,13 @@ model reads. The bundle answers in a child process, through the runtime, as ever
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 
 from edgevlm.bundle import Manifest
+from edgevlm.cleanup import temporary_folder
 from edgevlm.errors import ExportError
 from edgevlm.export import child, images
 from edgevlm.export.llama import Matrix
@@ -41,14 +40,13 @@ def collect(folder: Path, manifest: Manifest, pictures: Path | None) -> Matrix:
     """
     seen = images.all_pictures(pictures) * _ROUNDS
     prompts = list(islice(cycle(_prompts(manifest.prompt)), len(seen)))
-    with tempfile.TemporaryDirectory() as scratch:
-        given, got = Path(scratch) / "in.npz", Path(scratch) / "out.npz"
+    with temporary_folder() as scratch:
+        given, got = scratch / "in.npz", scratch / "out.npz"
         arrays = {f"image{i}": picture for i, picture in enumerate(seen)}
         np.savez(given, prompts=np.array(prompts), n_tokens=np.array(_TOKENS), **arrays)  # type: ignore[arg-type]
-        command = child.command("edgevlm.runtimes.importance", folder, given, got)
-        done = subprocess.run(command, capture_output=True, check=False, **child.setting())
+        done = child.run(child.command("edgevlm.runtimes.importance", folder, given, got))
         if done.returncode or not got.exists():
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            lines = done.stderr.strip().splitlines()
             raise ExportError(
                 f"importance matrix: the model does not answer ({(lines or ['no reason'])[-1]})"
             )

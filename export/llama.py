@@ -14,11 +14,11 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm.cleanup import process, temporary_folder
 from edgevlm.errors import ExportError
 from edgevlm.export import child
 from edgevlm.export.progress import Stage
@@ -37,55 +37,36 @@ def quantize(
     `matrix` holds the importance of each column by the tensor's name. The stage follows the bytes
     written. Raises ExportError.
     """
-    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as scratch:
-        weights = Path(scratch) / "matrix.npz"
+    with tempfile.TemporaryFile() as log, temporary_folder() as scratch:
+        weights = scratch / "matrix.npz"
         if matrix:
             np.savez(weights, **matrix)  # type: ignore[arg-type]
         more = [weights] if matrix else []
-        with _child(["quantize", source, target, str(ftype), *more], log) as process:
-            try:
-                while process.poll() is None:
-                    time.sleep(_POLL_S)
-                    if target.exists():
-                        stage.reach(target.stat().st_size)
-            except BaseException:
-                process.kill()
-                raise
-        if process.returncode:
-            raise ExportError(f"{source.name}: llama.cpp cannot quantize it ({_reason(log)})")
+        command = child.command(__name__, "quantize", source, target, str(ftype), *more)
+        files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        with process(command, env=child.environment(), **files) as quantizer:
+            while quantizer.poll() is None:
+                time.sleep(_POLL_S)
+                if target.exists():
+                    stage.reach(target.stat().st_size)
+        if quantizer.returncode:
+            log.seek(0)
+            reason = _reason(log.read().decode(errors="replace"))
+            raise ExportError(f"{source.name}: llama.cpp cannot quantize it ({reason})")
         stage.finish()
 
 
 def tokenize(gguf: Path, texts: list[str]) -> list[list[int]]:
     """Token ids that llama.cpp gives each text, special tokens neither parsed nor added."""
-    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as out:
-        with _child(["tokenize", gguf], log, out, subprocess.PIPE) as process:
-            process.communicate(json.dumps(texts).encode())
-        if process.returncode:
-            raise ExportError(f"{gguf.name}: llama.cpp cannot read it ({_reason(log)})")
-        out.seek(0)
-        ids: list[list[int]] = json.load(out)
-        return ids
+    done = child.run(child.command(__name__, "tokenize", gguf), input=json.dumps(texts))
+    if done.returncode:
+        raise ExportError(f"{gguf.name}: llama.cpp cannot read it ({_reason(done.stderr)})")
+    ids: list[list[int]] = json.loads(done.stdout)
+    return ids
 
 
-def _child(
-    arguments: list[str | Path],
-    log: IO[bytes],
-    out: IO[bytes] | None = None,
-    stdin: int | None = None,
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        child.command("edgevlm.export.llama", *arguments),
-        stdin=subprocess.DEVNULL if stdin is None else stdin,
-        stdout=out or log,
-        stderr=log,
-        **child.setting(),
-    )
-
-
-def _reason(log: IO[bytes]) -> str:
-    log.seek(0)
-    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+def _reason(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines()]
     said = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
     return (said or [line for line in lines if line] or ["no reason given"])[-1]
 

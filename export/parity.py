@@ -7,8 +7,6 @@ know the runtime. The bundle answers through `python -m edgevlm.runtimes.probe`.
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.bundle import StageParity
+from edgevlm.cleanup import temporary_folder
 from edgevlm.errors import EdgeVLMError, ExportError, ParityError
 from edgevlm.export import child, images, llama, references
 from edgevlm.export.components import Job, elements
@@ -201,15 +200,14 @@ def probe(
 
     The answer is its own, or `tokens` where another's is to be read.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        given, got = Path(scratch) / "in.npz", Path(scratch) / "out.npz"
+    with temporary_folder() as scratch:
+        given, got = scratch / "in.npz", scratch / "out.npz"
         follow: Any = {} if tokens is None else {"tokens": tokens}
         n = np.array(n_tokens)
         np.savez(given, image=image, prompt=np.array(prompt), n_tokens=n, **follow)
-        command = child.command("edgevlm.runtimes.probe", folder, given, got)
-        done = subprocess.run(command, capture_output=True, check=False, **child.setting())
+        done = child.run(child.command("edgevlm.runtimes.probe", folder, given, got))
         if done.returncode or not got.exists():
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            lines = done.stderr.strip().splitlines()
             raise ExportError(
                 f"parity: the bundle does not answer ({(lines or ['no reason'])[-1]})"
             )

@@ -20,7 +20,7 @@ FOLDERS = {
 }
 # From the lowest to the highest; a module imports from its own row or a row above it in this list.
 LAYERS = (
-    ("edgevlm.errors",),
+    ("edgevlm.errors", "edgevlm.cleanup"),
     ("edgevlm.types",),
     ("edgevlm.specs", "edgevlm.schema", "edgevlm.machine"),
     (

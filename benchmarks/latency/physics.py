@@ -7,7 +7,6 @@ the threads of numpy's BLAS before numpy was imported.
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 
@@ -39,10 +38,8 @@ _INT8 = (
 
 def measure_physics(threads: int, flags: Sequence[str]) -> Physics:
     """Measures for about two seconds, with that many threads. Raises BenchError."""
-    setting = child.setting()
-    setting["env"] |= dict.fromkeys(_THREADS, str(threads))
-    command = child.command(__name__)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **setting)
+    env = child.environment() | dict.fromkeys(_THREADS, str(threads))
+    done = child.run(child.command(__name__), env=env)
     if done.returncode:
         raise BenchError(
             f"the machine's peaks could not be measured ({done.stderr.strip()[-200:]})"

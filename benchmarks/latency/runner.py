@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from edgevlm import cleanup
 from edgevlm.benchmarks.latency.cost import Cost, cost
 from edgevlm.benchmarks.latency.gather import Configuration, Gathered
 from edgevlm.benchmarks.latency.machine import software, this_machine
@@ -162,32 +163,27 @@ def child_round(job: Job) -> Events:
     """
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
-        subprocess.Popen(
+        cleanup.process(
             child.command("edgevlm.benchmarks.latency.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
             encoding="utf-8",
-            **child.setting(),
+            env=child.environment(),
         ) as process,
     ):
         assert process.stdin and process.stdout
-        try:
-            # A child that died at once is told of below, by its status and last words.
-            with suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(asdict(job)))
-                process.stdin.close()
-            done = False
-            for line in process.stdout:
-                event = json.loads(line)
-                if "error" in event:
-                    raise BenchError(event["error"])
-                done = done or "done" in event
-                yield event
-        except BaseException:
-            process.kill()
-            raise
+        # A child that died at once is told of below, by its status and last words.
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(asdict(job)))
+            process.stdin.close()
+        done = False
+        for line in process.stdout:
+            event = json.loads(line)
+            if "error" in event:
+                raise BenchError(event["error"])
+            done = done or "done" in event
+            yield event
         status = process.wait()
         if not done:
             errors.seek(0)

@@ -26,7 +26,7 @@ from edgevlm.benchmarks.latency.stats import metric
 from edgevlm.benchmarks.peers.material import material
 from edgevlm.bundle import Bundle
 from edgevlm.errors import BenchError
-from edgevlm.export.child import command, setting
+from edgevlm.export import child
 from edgevlm.machine import physical_cores
 
 OURS = "ours"
@@ -193,27 +193,16 @@ def _whole_prompt(comparison: Comparison) -> str:
 
 def _turn(peer: Peer, task: dict[str, Any], python: str | None) -> dict[str, Any]:
     """One answer, or {"error": why there is none}."""
-    given: dict[str, Any] = dict(setting())
+    program, env = child.command(f"{peers.__name__}.child"), None
     if python:
         # It has packages of its own: nothing of this one's may come before them.
-        given = {"env": {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}}
         program = [python, "-I", str(Path(peers.__path__[0]) / "child.py")]
-    else:
-        program = command(f"{peers.__name__}.child")
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     # Unbuffered, or what a peer writes right before its process ends at once is lost.
     program.insert(1, "-u")
     try:
-        done = subprocess.run(
-            [*program, peer.file],
-            input=json.dumps(task),
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-            timeout=_LONGEST_S,
-            **given,
-        )
+        command = [*program, peer.file]
+        done = child.run(command, input=json.dumps(task), timeout=_LONGEST_S, env=env)
     except subprocess.TimeoutExpired:
         return {"error": f"did not answer within {_LONGEST_S:.0f} s"}
     except OSError as e:
