@@ -16,15 +16,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from edgevlm import schema
+from edgevlm import cleanup, schema
 from edgevlm.errors import BundleCorrupt, BundleError, BundleNotFound, BundleTooNew
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorPlace
 from edgevlm.types import Progress
@@ -272,46 +271,88 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
+# Files that a bundle is made of; whatever else lies in its folder stays there.
+_OURS = (MANIFEST, "*.onnx", "*.onnx.data", "*.gguf")
+# mkfs makes this in the root of a file system, which may be mounted to take a bundle.
+_NOBODYS = "lost+found"
+
+
 @contextmanager
 def writing(destination: Path) -> Iterator[Path]:
-    """A temporary folder beside `destination` that becomes it when the block ends well.
+    """A temporary folder whose files become the bundle `destination` when the block ends well.
 
-    An exception or an interrupt removes the temporary folder: nothing half-made is left. Raises
-    BundleError if the destination exists and is anything but an empty folder or an older bundle,
-    which is replaced.
+    Whatever ends the block, `destination` is whole or untouched, and nothing else is left. Raises
+    BundleError at the start where it cannot be written, where no engine could read it, and where it
+    exists and is anything but an empty folder or an older bundle, which is replaced.
     """
-    if destination.exists() and not _replaceable(destination):
-        raise BundleError(
-            f"{destination}: exists and is not a bundle; choose another folder or remove it"
-        )
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=destination.parent)
-        )
-    except OSError as e:
-        raise BundleError(
-            f"{destination}: cannot be written ({e.strerror}); choose another folder"
-        ) from None
-    try:
+    check_path(destination)
+    with ExitStack() as stack:
+        try:
+            there = _is_there(destination)
+            # On the destination's file system, and with the rights that it asks for.
+            place = destination if there else destination.parent
+            temporary = stack.enter_context(cleanup.temporary_folder(place))
+        except OSError as e:
+            raise BundleError(
+                f"{destination}: cannot be written ({e.strerror or e}); choose another folder"
+            ) from None
         yield temporary
-        # mkdtemp makes folders for the owner alone; a bundle is as readable as any other folder.
-        temporary.chmod(0o777 & ~_umask())
-        # The old one is set aside, not removed, until the new one stands in its place.
-        old = temporary.with_suffix(".old")
-        if destination.exists():
-            destination.rename(old)
-        temporary.rename(destination)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with cleanup.lock:
+            if there:
+                _move_in(temporary, destination)
+            else:
+                temporary.rename(destination)
 
 
-def _replaceable(path: Path) -> bool:
-    return path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))
+def check_path(folder: Path) -> None:
+    """Raises BundleError for a path that the engines, which take theirs in UTF-8, cannot open."""
+    try:
+        same = str(folder).encode() == os.fsencode(folder)
+    except UnicodeEncodeError:
+        same = False
+    if not same:
+        raise BundleError(
+            f"{folder}: is not UTF-8, and the engines open no other paths; choose another folder"
+        )
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _is_there(destination: Path) -> bool:
+    """Whether the folder exists; raises BundleError where something else does, or OSError."""
+    try:
+        there = stat.S_ISDIR(destination.stat().st_mode)
+        held = sorted(os.listdir(destination)) if there else []
+    except FileNotFoundError:
+        if destination.is_symlink():
+            raise BundleError(
+                f"{destination}: is a link to a folder that is not there; make the folder first"
+            ) from None
+        return False
+    foreign = [name for name in held if name != _NOBODYS] if MANIFEST not in held else []
+    if not there or foreign:
+        what = f" (it holds {foreign[0]})" if foreign else ""
+        raise BundleError(
+            f"{destination}: exists and is not a bundle{what}; choose another folder or remove it"
+        )
+    return True
+
+
+def _move_in(new: Path, folder: Path) -> None:
+    """Moves a bundle's files into a folder that exists, in place of an older bundle's.
+
+    One that is mounted, linked to or somebody's current folder can be filled but not replaced. The
+    manifest goes first and comes last: who looks in between finds no bundle, never a mixed one.
+    """
+    old, fresh = new / "old", sorted(new.iterdir(), key=lambda path: path.name == MANIFEST)
+    moves = [(path, old / path.name) for pattern in _OURS for path in folder.glob(pattern)]
+    moves += [(path, folder / path.name) for path in fresh]
+    old.mkdir()
+    try:
+        for source, target in moves:
+            source.rename(target)
+    except BaseException:
+        # By what is there and not by a count, which an interrupt can outrun.
+        for source, target in reversed(moves):
+            if target.exists() and not source.exists():
+                with suppress(OSError):
+                    target.rename(source)
+        raise

@@ -160,8 +160,10 @@ def requantize_bundle(
     ExportError where precision would be lost twice, there is no room, or nothing was named.
     """
     from edgevlm.export import requantize
+    from edgevlm.export.components import destination
 
     names = [vision_precision] if isinstance(vision_precision, str) else list(vision_precision)
     pictures = Path(calibration) if calibration else None
-    plan = requantize.plan(Path(bundle), quant, names, imatrix, pictures)
-    return requantize.run(plan, Path(out), verify=verify, report=progress)
+    with destination(Path(out)) as folder:
+        plan = requantize.plan(Path(bundle), quant, names, imatrix, pictures)
+        return requantize.run(plan, Path(out), folder, verify=verify, report=progress)

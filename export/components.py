@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.bundle import Component, record
+from edgevlm.bundle import Component, record, writing
 from edgevlm.errors import ExportError
 from edgevlm.export import decoder, images
 from edgevlm.export.decoder import DecoderSource
@@ -62,13 +63,29 @@ def elements(part: Part) -> int:
     return sum(t.elements for t in part.values())
 
 
-def check_disk(job: Job, out: Path) -> None:
-    """Raises ExportError when the disk of `out` cannot hold the bundle and its making."""
-    need = _disk_bytes(job)
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+@contextmanager
+def destination(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes the bundle `out`, as `bundle.writing` has it; what the system
+    refuses on the way becomes an ExportError.
+    """
+    try:
+        with writing(out) as folder:
+            yield folder
+    except OSError as e:
+        reason = f"{e.strerror or e}: {e.filename}" if e.filename else e.strerror or e
+        raise ExportError(
+            f"{out}: the export stopped ({reason}); make room or choose another folder"
+        ) from e
+
+
+def check_disk(job: Job, out: Path, folder: Path) -> None:
+    """Raises ExportError when the disk of `folder` cannot hold the bundle and its making."""
+    check_room(out, folder, _disk_bytes(job))
+
+
+def check_room(out: Path, folder: Path, need: int) -> None:
+    """Raises ExportError when the disk of `folder` cannot take the `need` bytes of an export."""
+    free = shutil.disk_usage(folder).free
     if free < need:
         raise ExportError(
             f"{out}: the export needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; "

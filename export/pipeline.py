@@ -15,9 +15,8 @@ from edgevlm.bundle import (
     Manifest,
     record,
     write_manifest,
-    writing,
 )
-from edgevlm.errors import ExportError, SourceError
+from edgevlm.errors import SourceError
 from edgevlm.export import (
     added_tokens,
     components,
@@ -79,33 +78,29 @@ def run(
     source: str | os.PathLike[str], out: Path, options: Options, report: Report | None
 ) -> Bundle:
     """Exports `source` to `out`; see `export_bundle`."""
-    job = prepare(source, options, report)
-    verify = options.verify and parity.available()
-    components.check_disk(job, out)
-    if verify:
-        parity.check_memory(job)
-    try:
-        return _write(job, out, verify)
-    except OSError as e:
-        raise ExportError(
-            f"{out}: the export stopped ({e.strerror or e}); make room or choose another folder"
-        ) from e
-
-
-def _write(job: Job, out: Path, verify: bool) -> Bundle:
-    with writing(out) as folder:
-        manifest = _manifest(job, components.write(job, folder), folder)
-        write_manifest(folder, manifest)
-        if job.imatrix:
-            unquantized = Bundle(folder, manifest)
-            weighing = requantize.Weighing(True, job.calibration)
-            matrix = requantize.weights(unquantized, weighing, job.report)
-            manifest = requantize.decoder_at(unquantized, folder, job.quant, matrix, job.report)
-            write_manifest(folder, manifest)
+    # First of all: what cannot be written is refused before anything is read or computed.
+    with components.destination(out) as folder:
+        job = prepare(source, options, report)
+        verify = options.verify and parity.available()
+        components.check_disk(job, out, folder)
         if verify:
-            manifest = replace(manifest, parity=parity.verify(job, folder))
-            write_manifest(folder, manifest)
-    return Bundle(out, manifest)
+            parity.check_memory(job)
+        return Bundle(out, _write(job, folder, verify))
+
+
+def _write(job: Job, folder: Path, verify: bool) -> Manifest:
+    manifest = _manifest(job, components.write(job, folder), folder)
+    write_manifest(folder, manifest)
+    if job.imatrix:
+        unquantized = Bundle(folder, manifest)
+        weighing = requantize.Weighing(True, job.calibration)
+        matrix = requantize.weights(unquantized, weighing, job.report)
+        manifest = requantize.decoder_at(unquantized, folder, job.quant, matrix, job.report)
+        write_manifest(folder, manifest)
+    if verify:
+        manifest = replace(manifest, parity=parity.verify(job, folder))
+        write_manifest(folder, manifest)
+    return manifest
 
 
 def prepare(source: str | os.PathLike[str], options: Options, report: Report | None) -> Job:

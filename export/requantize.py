@@ -20,11 +20,10 @@ from edgevlm.bundle import (
     open_bundle,
     record,
     write_manifest,
-    writing,
 )
 from edgevlm.errors import ExportError
 from edgevlm.export import decoder, images, importance, parity, quantize
-from edgevlm.export.components import hashed, vision_file
+from edgevlm.export.components import check_room, hashed, vision_file
 from edgevlm.export.llama import Matrix
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant, VisionPrecision
@@ -59,24 +58,27 @@ class Plan:
     weighing: Weighing
 
 
-def run(plan: Plan, out: Path, *, verify: bool, report: Report | None) -> Bundle:
-    """Writes the bundle `out`; see `requantize_bundle`."""
-    _check_disk(plan, out)
-    with writing(out) as folder:
-        manifest = _vision_at(plan, folder, report)
-        if plan.quant:
-            source = Bundle(plan.source.folder, manifest)
-            matrix = weights(plan.source, plan.weighing, report)
-            manifest = decoder_at(source, folder, plan.quant, matrix, report)
-        else:
-            _copy(plan.source, manifest.components["decoder"], folder)
-        manifest = replace(manifest, source=_sources(plan), parity=_untouched(plan.source))
+def run(plan: Plan, out: Path, folder: Path, *, verify: bool, report: Report | None) -> Bundle:
+    """Writes the bundle `out`, whose temporary folder is `folder`; see `requantize_bundle`."""
+    if out.resolve() == plan.source.folder.resolve():
+        raise ExportError(f"{out}: is the bundle itself; choose another folder")
+    # Nothing that is written is larger than what it is made from, the float32 graph in between
+    # at most twice.
+    check_room(out, folder, 3 * plan.source.bytes)
+    manifest = _vision_at(plan, folder, report)
+    if plan.quant:
+        source = Bundle(plan.source.folder, manifest)
+        matrix = weights(plan.source, plan.weighing, report)
+        manifest = decoder_at(source, folder, plan.quant, matrix, report)
+    else:
+        _copy(plan.source, manifest.components["decoder"], folder)
+    manifest = replace(manifest, source=_sources(plan), parity=_untouched(plan.source))
+    write_manifest(folder, manifest)
+    if verify:
+        measured = _compare(plan, folder)
+        parity.check(measured)
+        manifest = replace(manifest, parity=(*manifest.parity, *measured))
         write_manifest(folder, manifest)
-        if verify:
-            measured = _compare(plan, folder)
-            parity.check(measured)
-            manifest = replace(manifest, parity=(*manifest.parity, *measured))
-            write_manifest(folder, manifest)
     return Bundle(out, manifest)
 
 
@@ -122,22 +124,6 @@ def _refused(source: Bundle, part: str, stored: str, wanted: str, option: str) -
         f"{source.folder}: its {part} is in {stored}, from which {wanted} would gain nothing or "
         f"lose twice; export the checkpoint again with {option} {wanted}"
     )
-
-
-def _check_disk(plan: Plan, out: Path) -> None:
-    if out.exists() and out.resolve() == plan.source.folder.resolve():
-        raise ExportError(f"{out}: is the bundle itself; choose another folder")
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    # Nothing that is written is larger than what it is made from, the float32 graph in between
-    # at most twice.
-    need, free = 3 * plan.source.bytes, shutil.disk_usage(place).free
-    if free < need:
-        raise ExportError(
-            f"{out}: this needs {need / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; "
-            "make room or choose another folder"
-        )
 
 
 def _vision_at(plan: Plan, folder: Path, report: Report | None) -> Manifest:

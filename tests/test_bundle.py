@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-import shutil
+import os
+from pathlib import Path
 
 import pytest
 
@@ -207,26 +208,107 @@ def test_writing_is_all_or_nothing(tmp_path):
         with pytest.raises(error), writing(out) as part:
             (part / "half").write_text("x", encoding="utf-8")
             raise error
-        assert list(tmp_path.rglob("*")) == [out.parent]
+        assert list(tmp_path.rglob("*")) == []
     with writing(out) as part:
         (part / "whole").write_text("x", encoding="utf-8")
-        assert not out.exists()
+        assert not out.exists() and part.parent == out.parent
     assert [p.name for p in out.iterdir()] == ["whole"]
     assert list(out.parent.iterdir()) == [out]
 
 
+def test_folders_above_stay_where_somebody_uses_them(tmp_path):
+    with pytest.raises(RuntimeError), writing(tmp_path / "new" / "model"):
+        (tmp_path / "new" / "notes").write_text("x", encoding="utf-8")
+        raise RuntimeError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new", tmp_path / "new" / "notes"]
+
+
 def test_writing_replaces_a_bundle_and_nothing_else(folder, tmp_path):
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
     with writing(folder) as part:
-        (part / "new").write_text("x", encoding="utf-8")
-    assert [p.name for p in folder.iterdir()] == ["new"]
-    with pytest.raises(BundleError, match="exists and is not a bundle"), writing(folder):
+        (part / "edgevlm.json").write_text("x", encoding="utf-8")
+        assert open_bundle(folder).manifest
+    assert sorted(p.name for p in folder.iterdir()) == ["edgevlm.json", "notes.txt"]
+    (folder / "edgevlm.json").unlink()
+    with pytest.raises(BundleError, match=r"not a bundle \(it holds notes.txt\)"), writing(folder):
         pass
-    assert (folder / "new").exists()
+    assert (folder / "notes.txt").exists()
+
+
+@pytest.fixture(params=["empty", "bundle", "current", "link", "link to a bundle", "root of a disk"])
+def existing(request, folder, tmp_path, monkeypatch):
+    """A folder that exists, as OUT names it, and the folder itself."""
+    real = folder
+    if "bundle" not in request.param:
+        real = tmp_path / "real"
+        real.mkdir()
+    if request.param == "current":
+        monkeypatch.chdir(real)
+        return Path("."), real
+    if request.param == "root of a disk":
+        (real / "lost+found").mkdir()
+    if "link" in request.param:
+        (tmp_path / "link").symlink_to(real)
+        return tmp_path / "link", real
+    return real, real
+
+
+def test_a_folder_that_exists_is_filled_and_not_replaced(existing, folder):
+    out, real = existing
+    kept, whole = real.stat().st_ino, {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(RuntimeError), writing(out) as part:
+        before = sorted(p.name for p in real.iterdir() if p.name != part.name)
+        (part / "half").write_text("x", encoding="utf-8")
+        raise RuntimeError
+    assert sorted(p.name for p in real.iterdir()) == before
+    with writing(out) as part:
+        for name, data in whole.items():
+            (part / name).write_bytes(data)
+    assert open_bundle(out, "full").folder == out
+    assert real.stat().st_ino == kept
+    assert {p.name for p in real.iterdir()} - {"lost+found"} == set(whole)
+
+
+@pytest.mark.parametrize("error", [OSError(16, "busy"), KeyboardInterrupt()])
+@pytest.mark.parametrize("last", range(8))
+def test_a_bundle_that_cannot_be_replaced_stays(folder, monkeypatch, error, last):
+    """Four files go away and four come, whichever is the one that cannot be moved."""
+    rename, moved = Path.rename, []
+
+    def fails_at_last(path, target):
+        rename(path, target)
+        moved.append(path)
+        if len(moved) > last:
+            monkeypatch.undo()
+            raise error
+
+    with pytest.raises(type(error)), writing(folder) as part:
+        for name in (MANIFEST, *FILES.values()):
+            (part / name).write_text("new", encoding="utf-8")
+        monkeypatch.setattr(Path, "rename", fails_at_last)
+    assert sorted(p.name for p in folder.iterdir()) == sorted([MANIFEST, *FILES.values()])
+    assert open_bundle(folder, "full")
+
+
+def test_what_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("precious", encoding="utf-8")
-    with pytest.raises(BundleError, match="exists and is not a bundle"), writing(file):
-        pass
-    assert file.read_text(encoding="utf-8") == "precious"
-    shutil.rmtree(folder)
-    with pytest.raises(BundleError, match="cannot be written"), writing(file / "below"):
-        pass
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for out, problem in (
+        (file, "exists and is not a bundle"),
+        (file / "below", "cannot be written (Not a directory)"),
+        (tmp_path / "nowhere", "is a link to a folder that is not there"),
+        (tmp_path / ("n" * 300), "cannot be written (File name too long)"),
+        (tmp_path / os.fsdecode(b"caf\xe9"), "is not UTF-8"),
+    ):
+        with pytest.raises(BundleError) as caught, writing(out):
+            pytest.fail("nothing may be computed")
+        assert str(caught.value).startswith(f"{out}: ") and problem in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "nowhere"]
+
+    def refuses(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuses)
+    with pytest.raises(BundleError, match="cannot be written .Permission denied."):
+        writing(tmp_path / "out").__enter__()

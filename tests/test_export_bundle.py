@@ -19,7 +19,7 @@ import pytest
 from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import BundleError, EdgeVLMError, ExportError, ParityError, SourceError
-from edgevlm.export import components, export_bundle, parity, quantize
+from edgevlm.export import components, export_bundle, parity, pipeline, quantize
 from edgevlm.export.pipeline import Options, prepare
 from edgevlm.types import Progress
 from tests.test_export_source import with_nan
@@ -27,7 +27,7 @@ from tests.test_export_source import with_nan
 REFERENCE = "edgevlm.export.references.paligemma.Reference.run"
 
 
-def quick(source: Path, out: Path, **options: Any) -> Bundle:
+def quick(source: Path, out: Path | str, **options: Any) -> Bundle:
     return export_bundle(
         source, out, **{"quant": "f32", "vision_precision": "fp32", "verify": False, **options}
     )
@@ -244,6 +244,34 @@ def test_a_folder_that_is_no_bundle_is_left_alone(
     with pytest.raises(BundleError, match="exists and is not a bundle"):
         quick(paligemma_checkpoint, tmp_path)
     assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("out", ["full", "file", "file/out", "link", "n" * 300])
+def test_a_bad_destination_is_refused_before_anything_is_read(
+    paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("read"))
+    with pytest.raises(BundleError) as caught:
+        quick(paligemma_checkpoint, tmp_path / out)
+    assert str(caught.value).startswith(str(tmp_path / out)) and "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full", "link"]
+
+
+def test_an_export_into_the_current_folder(
+    paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bundle = quick(paligemma_checkpoint, ".", quant="q8_0", verify=True)
+    assert bundle.folder == Path(".")
+    assert open_bundle(tmp_path, "full").manifest == bundle.manifest
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "edgevlm.json",
+        *(r.file for c in bundle.manifest.all_components for r in c.files),
+    }
 
 
 def test_an_older_bundle_survives_a_failed_export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import click.testing
@@ -10,8 +11,8 @@ import pytest
 from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cli import cli
-from edgevlm.errors import ExportError, ParityError
-from edgevlm.export import export_bundle, parity, requantize_bundle
+from edgevlm.errors import BundleError, ExportError, ParityError
+from edgevlm.export import export_bundle, parity, requantize, requantize_bundle
 from tests.test_export_bundle import arrays
 
 
@@ -102,6 +103,35 @@ def test_refusals_are_one_line(small: Path, tmp_path: Path, words: list[str], pr
         click.testing.CliRunner().invoke(cli, asked, catch_exceptions=False, standalone_mode=False)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up(
+    paligemma_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(requantize, "_vision_at", full)
+    with pytest.raises(ExportError, match="stopped .No space left on device.; make room"):
+        requantize_bundle(paligemma_bundle.folder, tmp_path / "out", quant="q8_0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_destination_is_refused_before_anything_is_read(
+    paligemma_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr(requantize, "plan", lambda *_: pytest.fail("read"))
+    with pytest.raises(BundleError, match=r"not a bundle \(it holds thesis.txt\); choose another"):
+        requantize_bundle(paligemma_bundle.folder, tmp_path, quant="q8_0")
+
+
+def test_a_folder_that_a_link_names_is_filled(paligemma_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    made = requantize_bundle(paligemma_bundle.folder, tmp_path / "out", quant="f16", verify=False)
+    assert (tmp_path / "out").is_symlink()
+    assert open_bundle(tmp_path / "disk", "full").manifest == made.manifest
 
 
 def test_a_bundle_does_not_replace_itself(paligemma_bundle: Bundle) -> None:
