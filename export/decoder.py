@@ -22,7 +22,7 @@ from edgevlm.export.llama import Matrix
 from edgevlm.export.parts import Part
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant
-from edgevlm.export.tensors import Tensor, to_float32
+from edgevlm.export.tensors import Tensor, to_float32, writable
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Config
 from edgevlm.gguf_file import opened
@@ -157,7 +157,7 @@ def write_gguf(source: DecoderSource, path: Path, type: str | None, report: Repo
         writer.write_ti_data_to_file()
         stage = Stage(report, "decoder", sum(t.elements * _BYTES[s] for _, t, s in plan), "B")
         for name, tensor, stored in plan:
-            writer.write_tensor_data(_values(name, tensor, stored, source.config))
+            writer.write_tensor_data(writable(_values(name, tensor, stored, source.config)))
             stage.advance(tensor.elements * _BYTES[stored])
     finally:
         writer.close()

@@ -96,14 +96,17 @@ class SourceTensor:
             yield self._read(start, min(count, self.elements - start))
 
     def _read(self, start: int, count: int) -> Raw:
-        # Plain reads: pages of a memory map would count as memory of this process.
+        # Pages of a memory map would count as memory of this process, and numpy's fromfile turns an
+        # interrupt into a SystemError.
         dtype = DTYPES[self.dtype]
-        offset = self.offset + start * dtype.itemsize
+        values: Raw = np.empty(count, dtype)
         try:
-            values: Raw = np.fromfile(self.file, dtype=dtype, count=count, offset=offset)
+            with self.file.open("rb") as file:
+                file.seek(self.offset + start * dtype.itemsize)
+                n_bytes = file.readinto(values.data)
         except OSError as e:
             raise SourceError(f"{self.file}: cannot be read ({e.strerror})") from None
-        if values.size != count:
+        if n_bytes != values.nbytes:
             raise SourceError(f"{self.file}: changed while it was read; start again")
         if not _finite(values, self.dtype):
             raise SourceError(
@@ -111,6 +114,20 @@ class SourceTensor:
                 "download it again"
             )
         return values
+
+
+class _Writable(np.ndarray[Any, Any]):
+    """An array that writes itself as any other bytes are written."""
+
+    def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
+        file.write(self.data)
+
+
+def writable(values: Raw) -> Raw:
+    """The same values for gguf's writer, whose only way to write an array is numpy's `tofile`: that
+    turns an interrupt into a TypeError.
+    """
+    return np.ascontiguousarray(values).view(_Writable)
 
 
 def to_float32(raw: Raw, dtype: str) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgevlm.errors import BenchError
 from edgevlm.export.parts import Part
-from edgevlm.export.tensors import Tensor
+from edgevlm.export.tensors import Tensor, writable
 from edgevlm.family import Model
 
 _LAYER = {
@@ -66,7 +66,7 @@ def write_mmproj(model: Model, parts: Mapping[str, Part], path: Path) -> None:
         if name.endswith(("fc1.weight", "fc2.weight", ".2.0.weight")):
             values = values.reshape(values.shape[:2])  # convolutions of one pixel
         half = values.ndim > 1 and name != "v.position_embd.weight"
-        writer.add_tensor(name, values.astype(np.float16 if half else np.float32))
+        writer.add_tensor(name, writable(values.astype(np.float16 if half else np.float32)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

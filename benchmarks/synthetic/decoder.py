@@ -14,6 +14,7 @@ from edgevlm.benchmarks.synthetic.tensors import DEVIATION, random_part
 from edgevlm.benchmarks.synthetic.words import vocabulary
 from edgevlm.export import quantize
 from edgevlm.export.decoder import TOKEN_EMBEDDING, DecoderSource, layout, metadata
+from edgevlm.export.tensors import writable
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Config, Model
 
@@ -79,7 +80,7 @@ def write_decoder(path: Path, name: str, model: Model, quant: str) -> None:
         writer.write_ti_data_to_file()
         rng = np.random.default_rng(0)
         for _, shape, kind in plan:
-            writer.write_tensor_data(_values(shape, kind, rng))
+            writer.write_tensor_data(writable(_values(shape, kind, rng)))
     finally:
         writer.close()
 
