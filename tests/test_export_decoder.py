@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgevlm.errors import ExportError, SourceError
 from edgevlm.export import decoder, quantize
 from edgevlm.export.decoder import DecoderSource, write_decoder
 from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.tensors import SourceTensor, writable
 from edgevlm.export.tokenizer import read_vocabulary
 from edgevlm.gguf_file import opened
 from tests.test_export_source import with_nan
@@ -179,3 +181,34 @@ def test_nothing_is_printed(
 ) -> None:
     write(paligemma_checkpoint, tmp_path, "q4_k_m")
     assert capfd.readouterr() == ("", "")
+
+
+def test_tensors_are_read_and_written_without_what_swallows_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy asks isinstance(file, os.PathLike), in Python, and takes an interrupt for a "yes"."""
+    values = np.arange(12, dtype="<f4").reshape(3, 4)
+    path = tmp_path / "values"
+
+    def interrupted(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(abc.ABCMeta, "__instancecheck__", interrupted)
+    with path.open("wb") as file:
+        with pytest.raises(TypeError, match="not BufferedWriter"):
+            values.tofile(file)
+        writable(values).tofile(file)
+        writable(values[:, ::2]).tofile(file)
+    found = SourceTensor("name", path, "F32", (3, 4), 0).raw()
+    rest = SourceTensor("name", path, "F32", (3, 2), values.nbytes).raw()
+    monkeypatch.undo()
+    assert np.array_equal(found, values) and np.array_equal(rest, values[:, ::2])
+
+
+def test_an_interrupt_while_a_tensor_is_written_is_one(tmp_path: Path) -> None:
+    class Interrupted:
+        def write(self, data: Any) -> int:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        writable(np.zeros(3, np.float16)).tofile(Interrupted())
