@@ -268,7 +268,8 @@ def _check_file(root: Path, entry: FileRecord, check: Check) -> None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes edgevlm.json into a folder that holds the components."""
     text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    # A file's name may be no text: a backslash escape is how JSON says that.
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 # Files that a bundle is made of; whatever else lies in its folder stays there.
@@ -285,9 +286,9 @@ def writing(destination: Path) -> Iterator[Path]:
     BundleError at the start where it cannot be written, where no engine could read it, and where it
     exists and is anything but an empty folder or an older bundle, which is replaced.
     """
-    check_path(destination)
     with ExitStack() as stack:
         try:
+            check_path(destination.absolute())
             there = _is_there(destination)
             # On the destination's file system, and with the rights that it asks for.
             place = destination if there else destination.parent
@@ -312,7 +313,7 @@ def check_path(folder: Path) -> None:
         same = False
     if not same:
         raise BundleError(
-            f"{folder}: is not UTF-8, and the engines open no other paths; choose another folder"
+            f"{folder}: this path is not UTF-8, and engines open no others; give it another name"
         )
 
 

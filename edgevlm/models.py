@@ -10,12 +10,23 @@ from edgevlm.bundle import MANIFEST
 from edgevlm.errors import BundleNotFound
 
 BUILT_IN = "pico"
+# A folder that cannot be made, for a user without a home.
+_NOWHERE = Path(os.devnull, "edgevlm")
+
+
+def _home() -> Path | None:
+    """$EDGEVLM_HOME, whose ~ no shell has expanded where a file of settings names it."""
+    home = os.environ.get("EDGEVLM_HOME")
+    if not home:
+        return None
+    expanded = os.path.expanduser(home)
+    return _NOWHERE if expanded.split("/")[0] == "~" else Path(expanded)
 
 
 def directory() -> Path:
     """Where named models lie: $EDGEVLM_HOME/models or the user's data folder."""
-    if home := os.environ.get("EDGEVLM_HOME"):
-        return Path(home) / "models"
+    if home := _home():
+        return home / "models"
     import platformdirs
 
     return _placed(platformdirs.user_data_dir) / "models"
@@ -23,8 +34,8 @@ def directory() -> Path:
 
 def cache_directory() -> Path:
     """What can be made again: $EDGEVLM_HOME/cache or the user's cache folder."""
-    if home := os.environ.get("EDGEVLM_HOME"):
-        return Path(home) / "cache"
+    if home := _home():
+        return home / "cache"
     import platformdirs
 
     return _placed(platformdirs.user_cache_dir)
@@ -37,7 +48,7 @@ def _placed(find: Callable[..., str]) -> Path:
     except RuntimeError:
         folder = ""
     # Older releases of platformdirs answer with a folder named ~ in the current one.
-    return Path(folder) if os.path.isabs(folder) else Path(os.devnull, "edgevlm")
+    return Path(folder) if os.path.isabs(folder) else _NOWHERE
 
 
 def built_in() -> Path:
@@ -53,7 +64,8 @@ def installed() -> dict[str, Path]:
     except OSError:  # None was ever installed, or the home is somebody else's.
         folders = []
     for folder in folders:
-        if os.path.isfile(folder / MANIFEST):
+        # One that begins with a dot is being written.
+        if os.path.isfile(folder / MANIFEST) and not folder.name.startswith("."):
             found.setdefault(folder.name, folder)
     return found
 
@@ -65,6 +77,10 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
     """
     if model is None:
         return built_in()
+    if not os.fspath(model):
+        raise BundleNotFound(
+            "the model's name is empty; name a bundle folder or an installed model"
+        )
     path = Path(model)
     if os.path.exists(path):
         return path

@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgevlm.errors import SourceError
+from edgevlm.bundle import check_path
+from edgevlm.errors import BundleError, SourceError
 from edgevlm.export.progress import Report, Stage
 
 # What an export reads; everything else of a repository stays where it is.
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "README.md"]
 # Weights in torch's format, taken from a repository that has no others.
 PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
+_REVISION = re.compile("[0-9a-f]{40}")
 # A full disk names no file.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -28,9 +30,15 @@ def locate(source: str | os.PathLike[str], report: Report | None = None) -> tupl
 
     A model on the hub is downloaded into the hub's cache. Raises SourceError.
     """
+    if not os.fspath(source):
+        raise SourceError("the source's name is empty; name a folder, or a model on the hub")
     folder = Path(source)
     if folder.is_dir():
-        return folder, folder.resolve().name
+        try:
+            check_path(folder.absolute())
+        except BundleError as e:
+            raise SourceError(str(e)) from None
+        return folder, _name(folder.resolve())
     if folder.exists():
         raise SourceError(f"{folder}: is a file; name the checkpoint's folder")
     match = _HUB_ID.fullmatch(os.fspath(source))
@@ -39,6 +47,16 @@ def locate(source: str | os.PathLike[str], report: Report | None = None) -> tupl
             f"{source}: there is no such folder; name one, or a model on the hub as org/name"
         )
     return _download(match[1], match[2], report), match[1].split("/")[1]
+
+
+def _name(folder: Path) -> str:
+    """The model's name: the folder's, or the repository's where it lies in the hub's cache, which
+    calls folders models--org--name/snapshots/REVISION.
+    """
+    repository, revision = folder.parent.parent.name, folder.name
+    if folder.parent.name == "snapshots" and _REVISION.fullmatch(revision):
+        return repository.split("--")[-1]
+    return folder.name
 
 
 def _download(repo: str, revision: str | None, report: Report | None) -> Path:

@@ -117,7 +117,7 @@ def prepare(source: str | os.PathLike[str], options: Options, report: Report | N
     placed = assign(checkpoint, family, model)
     vocabulary = read_vocabulary(checkpoint, model)
     model = replace(model, answer=_resolved(model, vocabulary))
-    name = options.name or name
+    name = _checked_name(options.name or name)
     return Job(
         checkpoint,
         family,
@@ -132,6 +132,14 @@ def prepare(source: str | os.PathLike[str], options: Options, report: Report | N
         imatrix,
         options.fit,
     )
+
+
+def _checked_name(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise SourceError(f"{name!r}: this name is not UTF-8; choose another (--name)") from None
+    return name
 
 
 def _resolved(model: Model, vocabulary: Vocabulary) -> AnswerSpec:

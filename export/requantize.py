@@ -17,6 +17,7 @@ from edgevlm.bundle import (
     FileRecord,
     Manifest,
     StageParity,
+    check_path,
     open_bundle,
     record,
     write_manifest,
@@ -90,6 +91,7 @@ def plan(
     pictures: Path | None,
 ) -> Plan:
     """Everything that can be checked before a byte is written; raises BundleError, ExportError."""
+    check_path(folder.absolute())
     source = open_bundle(folder, "full")
     if quant is None and not vision:
         raise ExportError("nothing is to be changed; name --quant or --vision-precision")

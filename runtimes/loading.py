@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from edgevlm import family
-from edgevlm.bundle import MANIFEST, Bundle, open_bundle
+from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle
 from edgevlm.errors import EngineError
 from edgevlm.runtimes import backends, devices, ggml, providers, rules
 from edgevlm.runtimes.backends import ON_THE_CPU, LlamaDevice, Offload
@@ -47,6 +47,7 @@ def load_bundle(
     that cannot run its half.
     """
     start = time.perf_counter()
+    check_path(folder)
     bundle = open_bundle(folder)
     manifest = bundle.manifest
     kind = family.by_name(manifest.family, str(folder / MANIFEST))

@@ -28,6 +28,32 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        (f"models--org--tiny-paligemma/snapshots/{COMMIT}", "tiny-paligemma"),
+        (f"models--gpt2/snapshots/{'abc4' * 10}", "gpt2"),
+        (f"other/snapshots/{COMMIT}/", "other"),
+        (f"org/{COMMIT}", COMMIT),
+        ("models--org--name/snapshots/mine", "mine"),
+    ],
+)
+def test_a_folder_of_the_hubs_cache_has_the_models_name(
+    tmp_path: Path, folder: str, name: str
+) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    assert locate(tmp_path / folder) == (tmp_path / folder, name)
+    (tmp_path / "link").symlink_to(folder)
+    assert locate(tmp_path / "link")[1] == name
+
+
+def test_a_source_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    with pytest.raises(SourceError, match="not UTF-8"):
+        locate(folder)
+
+
 class Hub(BaseHTTPRequestHandler):
     """The parts of the hub's API that a download of a snapshot needs."""
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import edgevlm
 from edgevlm import models
-from edgevlm.errors import BundleNotFound
+from edgevlm.bundle import MANIFEST, open_bundle
+from edgevlm.errors import BundleError, BundleNotFound
 
 
 @pytest.mark.parametrize("home", ["file", "none", "long"])
@@ -61,3 +63,47 @@ def test_commands_work_and_say_nothing_of_a_home_that_is_none(command):
     said = [line for line in done.stderr.splitlines() if not line.startswith("Bundles in ")]
     assert (done.returncode, said) == (0, [])
     assert "pico" in done.stdout or "circle" in done.stdout
+
+
+@pytest.mark.parametrize("home", ["~", "~/", "~/.local/edgevlm", "~/a/../b"])
+def test_a_home_that_no_shell_has_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("EDGEVLM_HOME", home)
+    expanded = tmp_path / home[1:].lstrip("/")
+    assert models.directory() == expanded / "models"
+    assert models.cache_directory() == expanded / "cache"
+
+
+def test_a_home_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "a~b"))
+    assert models.directory() == tmp_path / "a~b" / "models"
+
+
+def test_a_bundle_that_is_being_written_has_no_name_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
+    for name in ("mine", ".edgevlm-12345678.part"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / MANIFEST).write_text("{}", encoding="utf-8")
+    assert list(models.installed()) == [models.BUILT_IN, "mine"]
+
+
+def test_an_empty_name_is_none() -> None:
+    with pytest.raises(BundleNotFound, match="name is empty"):
+        models.resolve("")
+    with pytest.raises(BundleNotFound, match="name is empty"):
+        edgevlm.load("")
+
+
+def test_a_bundle_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    """It can be checked, which needs no engine, and not be loaded."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.symlink_to(models.built_in())
+    assert open_bundle(folder, "full")
+    with pytest.raises(BundleError, match="not UTF-8, and engines open no others"):
+        edgevlm.load(folder)
+    with pytest.raises(BundleError, match="not UTF-8"):
+        edgevlm.load(os.fspath(folder))
