@@ -72,6 +72,16 @@ def process(
         _processes.discard(child)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file; where that fails, for want of room, no half of it is left. Raises OSError."""
+    try:
+        path.write_bytes(data)
+    except OSError:
+        if path.is_file():
+            path.unlink()
+        raise
+
+
 def everything() -> None:
     """Ends all child processes and removes all temporary folders. No new ones can be made: other
     threads that try wait for the end of this process.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from edgevlm import cleanup
 from edgevlm.benchmarks.latency.page import to_html
 from edgevlm.benchmarks.latency.report import Report, to_json
 from edgevlm.benchmarks.latency.tables import to_csv, to_markdown
@@ -33,7 +34,8 @@ def write_files(report: Report, folder: Path) -> list[Path]:
     for suffix, write in formats.items():
         path = folder / f"report.{suffix}"
         try:
-            path.write_text(write(report), encoding="utf-8")
+            # The command line in it may name files that are no text.
+            cleanup.write_whole(path, write(report).encode(errors="backslashreplace"))
         except OSError as e:
             raise BenchError(
                 f"{path}: cannot be written ({e.strerror or e}); choose another folder"
