@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from edgevlm.errors import PromptError
+from edgevlm.specs import AnswerSpec
+
+# A printed page of text; other answers are a sentence or a list.
+_PAGE_TOKENS = 1024
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -20,6 +24,11 @@ class SamplingOptions(TypedDict, total=False):
     repetition_penalty: float
     seed: int
     stop: str | tuple[str, ...] | list[str]
+
+
+def task_options(task: str, spec: AnswerSpec) -> SamplingOptions:
+    """Options that a model's own task has where the caller names none."""
+    return {"max_tokens": max(_PAGE_TOKENS, spec.max_tokens)} if task == "ocr" else {}
 
 
 @dataclass(frozen=True)

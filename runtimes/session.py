@@ -27,7 +27,7 @@ from edgevlm.runtimes.request import (
     read,
 )
 from edgevlm.runtimes.turns import Turns
-from edgevlm.sampling import Sampling, SamplingOptions
+from edgevlm.sampling import Sampling, SamplingOptions, task_options
 from edgevlm.types import Box, Devices, Placement, Reply
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class VLM:
 
     def ocr(self, image: Images, **options: Unpack[SamplingOptions]) -> Reply:
         """Reads the text in the picture. PromptError if the model cannot."""
+        options = task_options("ocr", self.manifest.answer) | options
         return self.ask(self.task("ocr"), image, **options)
 
     def detect(

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +130,37 @@ def test_detect_lists_and_draws_boxes(edge, picture, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("size", "name", "limit"),
+    [
+        ((16400, 4), "boxes.webp", "16400 x 4 pixels"),
+        ((4, 16400), "boxes.webp", "4 x 16400 pixels"),
+        ((70000, 2), "boxes.gif", "70000 x 2 pixels"),
+        ((70000, 2), "boxes.sgi", "70000 x 2 pixels"),
+    ],
+)
+def test_sides_that_a_format_has_no_room_for_are_refused_before_the_model_is_loaded(
+    edge, tmp_path, size, name, limit
+):
+    Image.new("RGB", size).save(tmp_path / "long.png")
+    out = tmp_path / name
+    code, _, err = edge("detect", "x", "-i", tmp_path / "long.png", "-o", out)
+    assert code == 2 and err.count("\n") == 1 and limit in err and "use .png" in err
+    assert edge.loaded == [] and not out.exists()
+    edge.says("")
+    assert edge("detect", "x", "-i", tmp_path / "long.png", "-o", tmp_path / "b.png")[0] == 0
+    with Image.open(tmp_path / "b.png") as drawn:
+        assert drawn.size == size
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_picture_that_the_disk_does_not_take(edge, picture, tmp_path):
+    (tmp_path / "boxes.png").symlink_to("/dev/full")
+    code, out, err = edge("detect", "x", "-i", picture, "-o", tmp_path / "boxes.png")
+    assert (code, out) == (1, "") and err.count("\n") == 2  # pico introduces itself
+    assert err.endswith("boxes.png: cannot be written (No space left on device)\n")
+
+
 def test_detect_nothing(edge, picture):
     edge.says("")
     code, out, err = edge("detect", "cat", "-i", picture)
@@ -185,6 +217,59 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only(edge, monkeypatch):
     assert (code, out) == (0, "abcsecond\n") and "(stopped)" in err
 
 
+@pytest.mark.parametrize(
+    "command", [("ask", "x"), ("caption",), ("ocr",), ("detect", "x"), ("ask", "x", "--json")]
+)
+def test_an_answer_that_is_cut_says_so(edge, picture, command):
+    given = (*command, "-m", "mine", "-i", picture)
+    assert edge(*given, "--max-tokens", 5)[2].splitlines()[-1] == (
+        "Cut at 5 tokens; --max-tokens raises the limit."
+    )
+    assert "Cut" not in edge(*given)[2]
+    assert "Cut" not in edge(*given, "--stop", "red")[2]
+
+
+def test_a_full_context_is_not_cured_by_more_tokens(edge, picture, monkeypatch):
+    monkeypatch.setattr(edgevlm, "load", lambda *_, **__: fakes.vlm("a" * 50, context_length=16))
+    assert edge("ask", "x", "-i", picture, "-m", "mine")[1:] == (
+        "aaaaaaaaa\n",
+        "Cut at 9 tokens: the context of 16 is full.\n",
+    )
+
+
+def test_a_cut_answer_in_a_chat(edge):
+    edge.says("first answer", "two")
+    _, out, err = edge("chat", "--max-tokens", 5, stdin=b"one?\ntwo?\n")
+    assert out == "first\ntwo\n" and err.count("Cut at 5 tokens; --max-tokens") == 1
+
+
+def test_a_page_of_text_may_be_longer_than_other_answers(edge, picture, monkeypatch):
+    page = "word " * 300
+    monkeypatch.setattr(edgevlm, "load", lambda *_, **__: fakes.vlm(page, context_length=8192))
+    code, out, err = edge("ocr", "-i", picture, "-m", "mine")
+    assert len(out) == 1025 and "Cut at 1024 tokens" in err
+    assert edge("ocr", "-i", picture, "-m", "mine", "--max-tokens", 3)[1] == "wor\n"
+    assert len(edge("ask", "ocr", "-i", picture, "-m", "mine")[1]) == 257
+
+
+def test_a_bug_shows_its_traceback(edge, monkeypatch):
+    def broken(*_, **__):
+        raise AttributeError("ours")
+
+    monkeypatch.setattr(edgevlm, "load", broken)
+    monkeypatch.setattr(sys, "argv", ["edgevlm", "ask", "x"])
+    with pytest.raises(AttributeError, match="ours"):
+        cli.main()
+
+
+def test_what_the_system_refuses_is_one_line(edge, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr(edgevlm, "load", refused)
+    assert edge("ask", "x", "-m", "mine") == (1, "", "edgevlm: /some/file: Permission denied\n")
+
+
 def test_ctrl_c_in_ask_ends_with_130(edge, monkeypatch):
     monkeypatch.setattr(edgevlm, "load", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     assert edge("ask", "x")[0] == 130
@@ -210,6 +295,17 @@ BAD = {
     "detect nothing": (["detect", "-i", "{picture}"], 2, "Missing argument"),
     "draw to unknown": (["detect", "c", "-i", "{picture}", "-o", "b.xyz"], 2, "use .png"),
     "draw to nowhere": (["detect", "c", "-i", "{picture}", "-o", "no/b.png"], 2, "does not exist"),
+    "draw in no colours": (["detect", "c", "-i", "{picture}", "-o", "b.blp"], 2, "use .png"),
+    "draw in black": (["detect", "c", "-i", "{picture}", "-o", "b.xbm"], 2, "use .png"),
+    "draw to a format that is read only": (
+        ["detect", "c", "-i", "{picture}", "-o", "b.psd"],
+        2,
+        "use .png",
+    ),
+    "show no model": (["models", "show", ""], 1, "the model's name is empty"),
+    "export no source": (["export", "", "out"], 1, "the source's name is empty"),
+    "export to no name": (["export", ".", ""], 2, "it is empty; name a folder"),
+    "requantize to no name": (["requantize", "pico", ""], 2, "it is empty; name a folder"),
     "verify nothing": (["models", "verify", "none"], 1, "no such bundle folder"),
     "show a folder": (["models", "show", "."], 1, "not a bundle"),
     "export nothing": (["export", "no-such-folder", "out"], 1, "no-such-folder"),

@@ -1,18 +1,19 @@
 """The command `edgevlm`: one file a command, loaded when it is called.
 
 Answers go to stdout, everything else to stderr. An error is one line; the exit code is 1, 2 for
-wrong usage, 130 after Ctrl-C.
+wrong usage, 130 after Ctrl-C, and 128 plus its number after another signal.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
-import os
 import sys
 
 import click
 
 import edgevlm
+from edgevlm.cli import signals, streams
 from edgevlm.errors import EdgeVLMError
 
 _COMMANDS = {
@@ -51,12 +52,18 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line; the entry point of the installed script."""
-    sys.exit(_run())
+    try:
+        with signals.handling(), streams.prepared():
+            sys.exit(_run())
+    finally:
+        atexit.register(signals.ignore)
 
 
 def _run() -> int:
     try:
-        return int(cli.main(prog_name="edgevlm", standalone_mode=False) or 0)
+        code = int(cli.main(prog_name="edgevlm", standalone_mode=False) or 0)
+        streams.flush()
+        return code
     except EdgeVLMError as error:
         click.echo(f"edgevlm: {_one_line(error)}", err=True)
         return 1
@@ -75,8 +82,12 @@ def _run() -> int:
         click.echo(err=True)
         return 130
     except BrokenPipeError:
-        # The reader went away (`| head`): nothing more to say, and nothing may be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader went away (`| head`): nothing more to say.
+        return 1
+    except OSError as error:
+        # Such as a disk that is full; any other exception is a bug, whose traceback is wanted.
+        named = f"{error.filename}: " if error.filename else ""
+        click.echo(f"edgevlm: {named}{_one_line(error.strerror or error)}", err=True)
         return 1
 
 

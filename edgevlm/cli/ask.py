@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from edgevlm.cli.common import Run, answering, json_option, read_sources, show
+from edgevlm.cli.signals import Aside
 
 
-@click.command()
+@click.command(cls=Aside)
 @click.argument("prompt")
 @answering
 @json_option
@@ -19,4 +20,4 @@ def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
     """
     sources = read_sources(images)
     with run.load() as vlm:
-        show(vlm.stream(prompt, sources, **run.sampling), as_json=as_json, stats=run.stats_of(vlm))
+        show(vlm.stream(prompt, sources, **run.sampling), vlm, as_json=as_json, stats=run.stats)

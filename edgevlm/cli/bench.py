@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from edgevlm.cleanup import temporary_folder
+from edgevlm.cli.signals import raising
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -169,24 +171,26 @@ def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ..
     if out:
         files.make_folder(out)
     console = Console(stderr=True, markup=False, highlight=False)
-    with tempfile.TemporaryDirectory() as folder, console.status("measuring") as status:
+    with temporary_folder() as folder, console.status("measuring") as status:
         making = "making {}, once".format
         bundles = _bundles(models, made_up, quants, lambda name: status.update(making(name)))
 
         def show(progress: Progress) -> None:
             status.update(f"{progress.stage}: round {progress.done + 1} of {progress.total}")
 
-        pictures = images or (files.default_picture(Path(folder)),)
+        pictures = images or (files.default_picture(folder),)
         plan = Plan(configurations(bundles, pictures, devices, threads or (None,)), prompt)
         plan = replace(plan, runs=1, pairs=5, tokens=16) if quick else plan
         plan = replace(plan, runs=runs or plan.runs, tokens=tokens or plan.tokens)
-        report = run_plan(plan, shlex.join(["edgevlm", *sys.argv[1:]]), show)
-        if report.complete:
-            report = with_extras(report, plan, extras, status.update)
+        with raising():
+            report = run_plan(plan, shlex.join(["edgevlm", *sys.argv[1:]]), show)
+            if report.complete:
+                report = with_extras(report, plan, extras, status.update)
+    # Before anything is shown: that may fail, and what was measured is kept.
+    written = files.write_files(report, out) if out else []
     _show(report, console)
-    if out:
-        for path in files.write_files(report, out):
-            console.print(path)
+    for path in written:
+        console.print(path)
     if not report.complete:
         interrupted = any("interrupted" in note for note in report.notes)
         click.get_current_context().exit(_INTERRUPTED if interrupted else 1)
@@ -228,7 +232,7 @@ def _bundles(
 
     names: tuple[str | None, ...] = models
     if not models and not made_up:
-        names = (os.environ.get("EDGEVLM_MODEL"),)
+        names = (os.environ.get("EDGEVLM_MODEL") or None,)
     found = [open_bundle(resolve(name)) for name in names]
     return found + [synthetic(name, quant, starts) for name in made_up for quant in quants]
 

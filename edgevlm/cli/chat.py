@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from edgevlm.cli.common import Run, answering, print_stats, read_sources, show
+from edgevlm.cli.signals import raising
 from edgevlm.errors import EdgeVLMError
 
 if TYPE_CHECKING:
-    from edgevlm.runtimes.session import Chat
+    from edgevlm.runtimes.session import VLM, Chat
 
 _HELP = """\
 /image PATH|URL   look at another picture
@@ -31,17 +32,20 @@ Ctrl-C stops an answer. Anything else goes to the model as it is."""
 def chat(images: tuple[str, ...], run: Run) -> None:
     """Talk about a picture. /help lists what can be typed besides questions."""
     sources = read_sources(images)
+    if sys.stdin is None:
+        raise click.ClickException("stdin is closed; a chat reads its questions there")
     with run.load() as vlm:
         conversation = vlm.chat(sources)
         click.echo(f"{vlm.manifest.name}: ask away; /help for commands.", err=True)
-        _loop(conversation, run)
+        _loop(conversation, vlm, run)
 
 
-def _loop(conversation: Chat, run: Run) -> None:
+def _loop(conversation: Chat, vlm: VLM, run: Run) -> None:
     read_line = _reader()
     while True:
         try:
-            line = read_line().strip()
+            with raising():
+                line = read_line().strip()
         except KeyboardInterrupt:
             continue
         except EOFError:
@@ -49,23 +53,16 @@ def _loop(conversation: Chat, run: Run) -> None:
         if line == "/exit":
             return
         if line:
-            _one_turn(conversation, line, run)
+            _one_turn(conversation, vlm, line, run)
 
 
-def _one_turn(conversation: Chat, line: str, run: Run) -> None:
+def _one_turn(conversation: Chat, vlm: VLM, line: str, run: Run) -> None:
     try:
-        if line.startswith("/"):
-            _command(conversation, line)
-        else:
-            all_of_it = conversation.left_out == 0
-            answer = conversation.stream(line, **run.sampling)
-            if all_of_it and conversation.left_out:
-                click.echo(
-                    "The conversation no longer fits the model's context: from now on its oldest "
-                    "questions are left out; /clear starts afresh.",
-                    err=True,
-                )
-            show(answer, as_json=False, stats=conversation.devices if run.stats else None)
+        with raising():
+            if line.startswith("/"):
+                _command(conversation, line)
+            else:
+                _ask(conversation, vlm, line, run)
     except EdgeVLMError as error:
         click.echo(str(error), err=True)
     except KeyboardInterrupt:
@@ -76,6 +73,18 @@ def _one_turn(conversation: Chat, line: str, run: Run) -> None:
         # A defect of edgevlm's own is shown whole; it costs an answer, not the conversation.
         traceback.print_exc()
         click.echo("This is a defect of edgevlm; the chat goes on.", err=True)
+
+
+def _ask(conversation: Chat, vlm: VLM, question: str, run: Run) -> None:
+    all_of_it = conversation.left_out == 0
+    answer = conversation.stream(question, **run.sampling)
+    if all_of_it and conversation.left_out:
+        click.echo(
+            "The conversation no longer fits the model's context: from now on its oldest "
+            "questions are left out; /clear starts afresh.",
+            err=True,
+        )
+    show(answer, vlm, as_json=False, stats=run.stats)
 
 
 def _command(conversation: Chat, line: str) -> None:

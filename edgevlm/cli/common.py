@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,6 +71,21 @@ def answering(command: Command) -> Command:
     return wrapped
 
 
+class OutFolder(click.Path):
+    """The folder that a bundle is written into. An empty word is none: Path("") is the current
+    one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click.Path."""
+        if not value:
+            self.fail("it is empty; name a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def json_option(command: Command) -> Command:
     """Adds --json."""
     return _JSON(command)
@@ -83,10 +99,6 @@ class Run:
     stats: bool
     sampling: SamplingOptions
     loading: dict[str, Any]
-
-    def stats_of(self, vlm: VLM) -> Devices | None:
-        """What `show` needs to print statistics; None where nobody asked for them."""
-        return vlm.devices if self.stats else None
 
     def load(self) -> VLM:
         """Loads the model; says so once when it is the built-in one that nobody asked for."""
@@ -107,23 +119,37 @@ def read_sources(images: tuple[str, ...]) -> list[str | bytes]:
 
 
 def _stdin() -> bytes:
-    data = sys.stdin.buffer.read()
+    if sys.stdin is None:
+        raise ImageError("stdin", "is closed; pipe a picture into the command")
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as e:
+        raise ImageError("stdin", f"cannot be read ({e.strerror})") from None
     if not data:
         raise ImageError("stdin", "is empty; pipe a picture into the command")
     return data
 
 
-def show(answer: Answer, *, as_json: bool, stats: Devices | None) -> Reply:
-    """Streams an answer to stdout, or prints it as JSON; then times and devices, where given."""
+def show(answer: Answer, vlm: VLM, *, as_json: bool, stats: bool) -> None:
+    """Streams an answer to stdout, or prints it as JSON; then what there is to say about it."""
     for piece in answer:
         if not as_json:
             click.echo(piece.text, nl=False)
             sys.stdout.flush()
     reply = answer.reply
     click.echo(json.dumps(as_dict(reply)) if as_json else "")
+    print_notes(reply, vlm, stats=stats)
+
+
+def print_notes(reply: Reply, vlm: VLM, *, stats: bool) -> None:
+    """Says on stderr where an answer was cut and, with `stats`, what took how long."""
+    n, context = reply.tokens, vlm.manifest.decoder.context_length
+    if reply.finish_reason == "length" and n.prompt + n.generated >= context:
+        click.echo(f"Cut at {n.generated} tokens: the context of {context} is full.", err=True)
+    elif reply.finish_reason == "length":
+        click.echo(f"Cut at {n.generated} tokens; --max-tokens raises the limit.", err=True)
     if stats:
-        print_stats(reply, stats)
-    return reply
+        print_stats(reply, vlm.devices)
 
 
 def as_dict(reply: Reply) -> dict[str, Any]:

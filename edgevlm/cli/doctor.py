@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 import edgevlm
+from edgevlm.cli.signals import Aside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-@click.command()
+@click.command(cls=Aside)
 @click.option("-m", "--model", envvar="EDGEVLM_MODEL", metavar="MODEL",
               help="Whose devices to show  [env: EDGEVLM_MODEL; default: built-in]")  # fmt: skip
 def doctor(model: str | None) -> None:

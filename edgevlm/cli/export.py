@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import click
 
+from edgevlm.cli.common import OutFolder
 from edgevlm.cli.progress import ProgressBars, err_console, summary
+from edgevlm.cli.signals import Aside
 from edgevlm.export import QUANTS, TARGETS, VISION_PRECISIONS, export_bundle, inspect_source
 
 if TYPE_CHECKING:
@@ -25,9 +27,9 @@ class _Choices(TypedDict):
     image_fit: Literal["pad", "crop"] | None
 
 
-@click.command()
+@click.command(cls=Aside)
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OutFolder())
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),

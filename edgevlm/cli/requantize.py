@@ -6,14 +6,16 @@ from pathlib import Path
 
 import click
 
+from edgevlm.cli.common import OutFolder
 from edgevlm.cli.progress import ProgressBars, err_console, summary
+from edgevlm.cli.signals import Aside
 from edgevlm.export import QUANTS, VISION_PRECISIONS, requantize_bundle
 from edgevlm.models import resolve
 
 
-@click.command()
+@click.command(cls=Aside)
 @click.argument("bundle")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=OutFolder())
 @click.option(
     "--quant",
     type=click.Choice(QUANTS),
