@@ -199,6 +199,11 @@ def test_a_pipe_is_read_as_far_as_it_goes():
         file.write(png())
     with open(reading, "rb") as file:
         np.testing.assert_array_equal(read_image(file), RGB)
+    reading, writing = os.pipe()
+    with open(writing, "wb") as file:
+        file.write(png())
+    with open(reading, "rb", buffering=0) as file:
+        np.testing.assert_array_equal(read_image(file), RGB)
 
 
 class Broken:

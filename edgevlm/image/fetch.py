@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import platform
 import re
@@ -48,7 +49,7 @@ def read_stream(stream: Any) -> tuple[bytes, str]:
     given = getattr(stream, "name", None)
     name = f"the open file {shortened(given)}" if isinstance(given, str) else "the open file"
     try:
-        if getattr(stream, "seekable", lambda: False)():
+        with contextlib.suppress(AttributeError, OSError):  # A pipe begins where it is.
             stream.seek(0)
         return _all(stream.read, MAX_FILE_BYTES, name), name
     except ImageError:
