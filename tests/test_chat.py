@@ -134,12 +134,12 @@ def test_an_output_that_is_gone_is_no_defect(error):
 def test_a_chat_keeps_its_history_without_passwords(chat, tmp_path):
     code, out, err = chat(typed="hello\r/image http://me:secret@127.0.0.1:9/a.png\r/exit\r")
     assert (code, out) == (0, "one\n") and "secret" not in err
-    kept = (tmp_path / "home" / "chat-history").read_text()
+    kept = (tmp_path / "home" / "chat-history").read_text(encoding="utf-8")
     assert "+hello\n" in kept and "+/image http://127.0.0.1:9/a.png\n" in kept
 
 
 def homes(folder):
-    (folder / "file").write_text("not a folder")
+    (folder / "file").write_text("not a folder", encoding="utf-8")
     (folder / "taken" / "chat-history").mkdir(parents=True)
     return {"file": folder / "file", "taken": folder / "taken", "none": "/proc/none"}
 
@@ -197,7 +197,7 @@ def test_a_history_that_is_no_text_is_read_as_far_as_it_is(tmp_path):
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_history_that_may_not_be_written(tmp_path, capsys):
     path = tmp_path / "chat-history"
-    path.write_text("")
+    path.write_text("", encoding="utf-8")
     path.chmod(stat.S_IRUSR)
     assert isinstance(history(path), InMemoryHistory)
     assert capsys.readouterr().err == (

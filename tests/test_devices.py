@@ -243,7 +243,7 @@ def test_a_damaged_memory_is_made_anew(pico, home):
 
 @pytest.mark.parametrize("provider", [OPENVINO, QNN])
 def test_a_home_that_keeps_nothing_costs_the_second_start_alone(pico, home, monkeypatch, provider):
-    (home / "file").write_text("no folder")
+    (home / "file").write_text("no folder", encoding="utf-8")
     monkeypatch.setenv("EDGEVLM_HOME", str(home / "file"))
     fake = FakeOnnxruntime({provider: Behaviour()}, [Device(provider, "npu")])
     for _ in range(2):

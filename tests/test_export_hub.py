@@ -204,7 +204,7 @@ def test_no_network(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(
     hub: tuple[str, list[str]], tmp_path: Path, home: str
 ) -> None:
-    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
     place = tmp_path / "file" if home == "file" else Path("/proc/none")
     if not place.parent.is_dir():
         pytest.skip("no /proc here")

@@ -46,7 +46,7 @@ def tree(tmp_path, monkeypatch):
         }.items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         return tmp_path
 
     return write
@@ -263,7 +263,7 @@ def group(controller: str, name: str, text: str) -> Iterator[Path]:
     except OSError as e:
         pytest.skip(f"no control group can be made here ({e})")
     try:
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
         yield folder
     except OSError as e:
         pytest.skip(f"no limit can be set here ({e})")

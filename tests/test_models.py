@@ -17,7 +17,7 @@ from edgevlm.errors import BundleError, BundleNotFound
 
 @pytest.mark.parametrize("home", ["file", "none", "long"])
 def test_a_home_that_cannot_be_had_has_the_built_in_model_alone(home, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
     place = {"file": tmp_path / "file", "none": "/proc/none", "long": tmp_path / ("x" * 300)}[home]
     monkeypatch.setenv("EDGEVLM_HOME", str(place))
     assert list(models.installed()) == ["pico"]
