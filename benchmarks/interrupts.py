@@ -87,7 +87,9 @@ def _wait_for_handlers(process: subprocess.Popen[bytes]) -> None:
         time.sleep(1)
         return
     while process.poll() is None:
-        caught = next(line for line in status.read_text().splitlines() if "SigCgt" in line)
+        caught = next(
+            line for line in status.read_text(encoding="ascii").splitlines() if "SigCgt" in line
+        )
         if int(caught.split()[1], 16) & bit:
             return
         time.sleep(_POLL_S)

@@ -6,11 +6,13 @@ graphs, runs nodes of them, and computes what the CPU computes; by `auto` when i
 
 from __future__ import annotations
 
+import atexit
 import functools
-import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgevlm import cleanup
 from edgevlm.bundle import Bundle, Component
 from edgevlm.errors import EngineError
 from edgevlm.models import cache_directory
@@ -96,7 +98,7 @@ class _Opener:
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         except OSError:
-            return Path(_temporary().name, key)
+            return _temporary() / key
 
     def _encoder(self, offer: Offer, precision: str, folder: Path) -> tuple[OrtEncoder, Counts]:
         """The two sessions, and how many nodes of both run on the provider."""
@@ -181,8 +183,11 @@ class _Opener:
 
 
 @functools.cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="edgevlm-", ignore_cleanup_errors=True)
+def _temporary() -> Path:
+    """A folder for the life of this process."""
+    folder = ExitStack()
+    atexit.register(folder.close)
+    return folder.enter_context(cleanup.temporary_folder())
 
 
 def _hashes(component: Component) -> tuple[str, ...]:

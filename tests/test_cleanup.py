@@ -33,7 +33,7 @@ def sleeper(pipe: str) -> list[str]:
 def test_a_temporary_folder_goes_with_what_it_holds_and_was_made_for(tmp_path: Path) -> None:
     with cleanup.temporary_folder(tmp_path / "a" / "b") as folder:
         (folder / "c").mkdir()
-        (folder / "c" / "file").write_text("x")
+        (folder / "c" / "file").write_text("x", encoding="utf-8")
         assert folder.parent == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
     with cleanup.temporary_folder() as folder:
@@ -43,7 +43,7 @@ def test_a_temporary_folder_goes_with_what_it_holds_and_was_made_for(tmp_path: P
 
 def test_a_child_ends_with_the_block(pipe: str) -> None:
     with pytest.raises(KeyboardInterrupt), cleanup.process(sleeper(pipe)) as process:
-        open(pipe).close()
+        open(pipe, "rb").close()
         raise KeyboardInterrupt
     assert process.returncode == -signal.SIGKILL
 
@@ -57,7 +57,7 @@ def test_a_child_has_this_processes_import_path_and_nothing_of_the_current_folde
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("edgevlm", "json", "runpy"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')")
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     code = "import edgevlm, json, sys; print(json.dumps([sys.path, edgevlm.__file__]))"
     done = child.run(child.command("timeit", "-n", "1", "-r", "1", code))
@@ -73,7 +73,7 @@ from tests.test_cleanup import sleeper
 ready = threading.Event()
 def work():
     with cleanup.temporary_folder(), cleanup.process(sleeper(sys.argv[1])) as process:
-        open(sys.argv[1]).close()
+        open(sys.argv[1], "rb").close()
         print(process.pid, flush=True)
         ready.set()
         process.wait()

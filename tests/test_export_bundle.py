@@ -251,8 +251,8 @@ def test_a_bad_destination_is_refused_before_anything_is_read(
     paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "full" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     (tmp_path / "link").symlink_to("nowhere")
     monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("read"))
     with pytest.raises(BundleError) as caught:

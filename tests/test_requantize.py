@@ -120,7 +120,7 @@ def test_a_disk_that_fills_up(
 def test_a_bad_destination_is_refused_before_anything_is_read(
     paligemma_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     monkeypatch.setattr(requantize, "plan", lambda *_: pytest.fail("read"))
     with pytest.raises(BundleError, match=r"not a bundle \(it holds thesis.txt\); choose another"):
         requantize_bundle(paligemma_bundle.folder, tmp_path, quant="q8_0")
