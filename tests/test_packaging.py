@@ -130,8 +130,8 @@ def text_in_the_locales_encoding(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call) or {"encoding", None} & {k.arg for k in node.keywords}:
         return False
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-    if name != "open":
-        return name in ("read_text", "write_text")
+    if name != "open":  # the encoding comes first, or after the text
+        return len(node.args) <= {"read_text": 0, "write_text": 1}.get(name, -1)
     given = [*node.args, *(k.value for k in node.keywords if k.arg == "mode")]
     strings = {str(v.value) for v in given if isinstance(v, ast.Constant)}
     modes = {v for v in strings if set(v) <= set("rwxabt+")}

@@ -51,7 +51,7 @@ def stated(request: pytest.FixtureRequest):
         for name in (PLAIN, NESTED):
             path = folder / name
             kept.append((path, path.read_bytes() if path.exists() else None))
-        found = json.loads((folder / PLAIN).read_text()) | changes
+        found = json.loads((folder / PLAIN).read_text(encoding="utf-8")) | changes
         found = {k: v for k, v in found.items() if v != "absent"}
         (folder / PLAIN).unlink()
         write_json(folder / file, found if file == PLAIN else {"image_processor": found})
@@ -212,7 +212,7 @@ def test_siglip_cuts_nothing_out(siglip: Path, stated):
 
 def test_two_files_must_agree(siglip: Path, stated):
     """transformers 4 reads the one, 5 the other."""
-    plain = json.loads((siglip / PLAIN).read_text())
+    plain = json.loads((siglip / PLAIN).read_text(encoding="utf-8"))
     folder = stated(siglip, {})
     write_json(folder / NESTED, {"image_processor": plain | {"size": [56, 56]}})
     assert image(folder).size == 56
@@ -249,7 +249,10 @@ def test_the_tower_of_an_original_brings_its_processor(tmp_path: Path):
     source = write_llava(tmp_path / "source", tower="folder", layers=1)
     tower = tmp_path / "source-tower"
     write_json(source / PLAIN, {"image_mean": [0.1, 0.1, 0.1]})
-    edited = json.loads((tower / PLAIN).read_text()) | {"resample": 2, "image_std": [0.5] * 3}
+    edited = json.loads((tower / PLAIN).read_text(encoding="utf-8")) | {
+        "resample": 2,
+        "image_std": [0.5] * 3,
+    }
     write_json(tower / PLAIN, edited)
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
     assert bundle.manifest.image.resample == "bilinear"
@@ -262,7 +265,9 @@ def test_the_tower_of_an_original_brings_its_processor(tmp_path: Path):
 def test_a_tower_inside_is_read_as_its_named_folder_says(tmp_path: Path):
     write_llava(tmp_path / "source", tower="folder", layers=1)
     tower = tmp_path / "source-tower"
-    write_json(tower / PLAIN, json.loads((tower / PLAIN).read_text()) | {"resample": 2})
+    write_json(
+        tower / PLAIN, json.loads((tower / PLAIN).read_text(encoding="utf-8")) | {"resample": 2}
+    )
     source = write_llava(tmp_path / "source", layers=1)
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
     assert bundle.manifest.image.resample == "bilinear" and not bundle.manifest.notes

@@ -56,11 +56,11 @@ def test_it_is_exported_and_verified(name: str, tmp_path: Path):
 def test_only_the_processor_and_the_tokenizer_config_are_new(tmp_path: Path):
     """tokenizer.model beside a tokenizer_config.json of 5."""
     source = write_paligemma(tmp_path / "source")
-    found = json.loads((source / "preprocessor_config.json").read_text()) | STATED
+    found = json.loads((source / "preprocessor_config.json").read_text(encoding="utf-8")) | STATED
     (source / "preprocessor_config.json").unlink()
     nested = {"processor_class": "PaliGemmaProcessor", "image_processor": found}
     write_json(source / "processor_config.json", nested)
-    config = json.loads((source / "tokenizer_config.json").read_text())
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     extra = {"extra_special_tokens": ["<image>"]}
     write_json(source / "tokenizer_config.json", config | extra)
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
@@ -69,7 +69,7 @@ def test_only_the_processor_and_the_tokenizer_config_are_new(tmp_path: Path):
 
 
 def config(source: Path, **changes: Any) -> Path:
-    found = json.loads((source / "config.json").read_text())
+    found = json.loads((source / "config.json").read_text(encoding="utf-8"))
     found["text_config"] |= changes
     write_json(source / "config.json", found)
     return source
