@@ -7,7 +7,10 @@ and takes nothing down with it if llama.cpp aborts. `python -m edgevlm.export.ll
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,8 @@ from edgevlm.export.progress import Stage
 from edgevlm.machine import usable_cpus
 
 _POLL_S = 0.05
+# What a file that did not fit leaves of a disk at most.
+_NO_ROOM_BYTES = 1 << 20
 
 Matrix = Mapping[str, NDArray[np.float32]]
 
@@ -35,7 +40,7 @@ def quantize(
     """Writes `target`, a GGUF of llama.cpp's file type `ftype`, from an unquantized `source`.
 
     `matrix` holds the importance of each column by the tensor's name. The stage follows the bytes
-    written. Raises ExportError.
+    written. Raises ExportError, or OSError where the disk is full.
     """
     with tempfile.TemporaryFile() as log, temporary_folder() as scratch:
         weights = scratch / "matrix.npz"
@@ -49,6 +54,9 @@ def quantize(
                 time.sleep(_POLL_S)
                 if target.exists():
                     stage.reach(target.stat().st_size)
+        if quantizer.returncode and shutil.disk_usage(target.parent).free < _NO_ROOM_BYTES:
+            # llama.cpp says "iostream error".
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if quantizer.returncode:
             log.seek(0)
             reason = _reason(log.read().decode(errors="replace"))

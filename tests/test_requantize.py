@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import shutil
+import sys
 from pathlib import Path
 
 import click.testing
@@ -12,7 +14,7 @@ from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cli import cli
 from edgevlm.errors import BundleError, ExportError, ParityError
-from edgevlm.export import export_bundle, parity, requantize, requantize_bundle
+from edgevlm.export import child, export_bundle, parity, requantize, requantize_bundle
 from tests.test_export_bundle import arrays
 
 
@@ -139,3 +141,16 @@ def test_a_bundle_does_not_replace_itself(paligemma_bundle: Bundle) -> None:
     with pytest.raises(ExportError, match="is the bundle itself; choose another folder"):
         requantize_bundle(paligemma_bundle.folder, paligemma_bundle.folder, quant="q8_0")
     assert contents(open_bundle(paligemma_bundle.folder, "full")) == before
+
+
+def test_a_disk_that_llama_cpp_fills_up(
+    paligemma_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says "iostream error" of that."""
+    free = iter([1 << 40, 4096])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": next(free)}))
+    failing = [sys.executable, "-c", "raise SystemExit('iostream error')"]
+    monkeypatch.setattr(child, "command", lambda *_: failing)
+    with pytest.raises(ExportError, match="stopped .No space left on device.; make room"):
+        requantize_bundle(paligemma_bundle.folder, tmp_path / "out", quant="q8_0", verify=False)
+    assert list(tmp_path.iterdir()) == []
