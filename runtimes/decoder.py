@@ -74,12 +74,19 @@ class LlamaDecoder:
         devices = (ctypes.c_void_p * (len(handles) + 1))(*handles)
         params.devices = ctypes.cast(devices, ctypes.c_void_p)
         params.use_extra_bufts = repack
-        model = llama.llama_model_load_from_file(str(path).encode(), params)
-        if not model and offload.device:
+
+        def load() -> Handle | None:
+            pointer = llama.llama_model_load_from_file(str(path).encode(), params)
+            return Handle("the decoder", pointer, llama.llama_model_free) if pointer else None
+
+        # Not in the main thread: a Ctrl-C would be raised in the Python that llama.cpp calls with
+        # its messages, and ctypes would drop it.
+        loaded = interruptible(load, lambda: None)
+        if not loaded and offload.device:
             raise EngineError(f"{offload.device.name} cannot load the decoder ({ggml.last_log()})")
-        if not model:
+        if not loaded:
             raise BundleCorrupt(path, f"llama.cpp cannot load it ({ggml.last_log()})")
-        self._model = Handle("the decoder", model, llama.llama_model_free)
+        self._model, model = loaded, loaded.pointer
         self.layers = ggml.offloaded()
         vocabulary = llama.llama_vocab_n_tokens(self._vocab)
         found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
