@@ -131,11 +131,12 @@ class SourceError(ExportError):
 class ParityError(ExportError):
     """A stage of the exported model differs from its source by more than its tolerance."""
 
-    def __init__(self, stage: str, worst: float, tolerance: float) -> None:
+    def __init__(self, stage: str, worst: float, tolerance: float, detail: str = "") -> None:
         self.stage = stage
         self.worst = worst
         self.tolerance = tolerance
+        where = f" ({detail})" if detail else ""
         super().__init__(
-            f"parity: {stage} differs from the source by {worst:.3g}, more than {tolerance:.3g}; "
-            "choose a higher precision or report the checkpoint"
+            f"parity: {stage} differs from the source by {worst:.3g}, more than {tolerance:.3g}"
+            f"{where}; choose a higher precision or report the checkpoint"
         )

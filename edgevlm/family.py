@@ -12,7 +12,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from edgevlm.errors import UnknownFamily
 from edgevlm.specs import AnswerSpec, DecoderSpec, Fit, ImageSpec, PromptSpec
@@ -41,13 +41,14 @@ class FileError(ValueError):
 class AddedToken:
     """A token that stands for a text as a whole.
 
-    `eats` says that it swallows the space behind it, `special` that the tokenizer's config gives it
-    a role or lists it as special.
+    `rstrip` says that it swallows the space behind it, `special` that the tokenizer's config gives
+    it a role or lists it as special. `odd` names what else it asks of the text around it.
     """
 
     id: int
-    eats: bool = False
+    rstrip: bool = False
     special: bool = False
+    odd: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,16 @@ class Tokenizer:
 
     `bytes` is true of a byte-level one, which puts no space before a text, `slow` where there is a
     SentencePiece file for transformers' slow classes; `begins` says whether it puts the begin token
-    before a text. `added` are the tokens that its side files name, by text.
+    before a text. `added` are the tokens that its side files name, by text. `prepends` says where
+    the fast one puts a space: before "every" text between two tokens or the "first", None where
+    there is no tokenizer.json to say it.
     """
 
     bytes: bool = False
     slow: bool = True
     begins: bool = True
     added: Mapping[str, AddedToken] = field(default_factory=dict)
+    prepends: Literal["every", "first"] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,8 @@ class Model:
 
     def prefixed(self, text: str) -> str:
         """What the tokenizer makes of a text given to it alone, before it cuts it up."""
-        own = self.prefix_once and text.startswith(self.prefix)
+        # SentencePiece's sign is a space to it.
+        own = self.prefix_once and text.startswith((self.prefix, "\u2581"))
         return text if own or not text else self.prefix + text
 
 

@@ -111,9 +111,9 @@ class Cutter:
         return next(int(found[1]) for found in ids if found)
 
     def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
-        """(part, whether it is text) in order, without what tokens eat."""
+        """(part, whether it is text) in order, without what tokens swallow."""
         names = sorted([*self.tokenizer.added, IMAGE, BOS, EOS], key=len, reverse=True)
-        eats = False
+        rstrip = False
         for piece in re.split(f"({'|'.join(map(re.escape, names))})", text):
             if piece == IMAGE:
                 yield "{image}", False
@@ -123,8 +123,13 @@ class Cutter:
                 yield f"{{id:{self.eos}}}", False
             elif token := self.tokenizer.added.get(piece):
                 yield f"{{id:{token.id}}}", False
-            elif piece := piece.lstrip() if eats else piece:
+            elif piece := piece.lstrip() if rstrip else piece:
                 if lacking := _TOKEN.search(piece):
                     raise ValueError(f"the template needs {lacking[0]}, which the tokenizer lacks")
                 yield piece, True
-            eats = piece in self.tokenizer.added and self.tokenizer.added[piece].eats
+            token = self.tokenizer.added.get(piece)
+            if token and token.odd:
+                raise ValueError(
+                    f"the template has the token {piece!r} with {token.odd}; only rstrip is known"
+                )
+            rstrip = token is not None and token.rstrip

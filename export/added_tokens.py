@@ -5,15 +5,17 @@ Knows tokenizer_config.json, added_tokens.json and the last part of tokenizer.js
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from edgevlm.export.byte_pairs import is_byte_level
 from edgevlm.export.source import Checkpoint, read_json
 from edgevlm.family import AddedToken, Config, Tokenizer
 
 CONFIG = "tokenizer_config.json"
+# The class of transformers 5 that does what tokenizer.json says and nothing else.
+GENERIC = "TokenizersBackend"
 # What the tokens of a role are called where tokenizer_config.json does not say.
 ROLES = {
     "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|endoftext|>"),
@@ -23,31 +25,46 @@ ROLES = {
 }
 
 
+# Attributes by which a token's surroundings decide whether it is one, or what it swallows.
+ATTRIBUTES = ("single_word", "lstrip", "rstrip", "normalized")
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A token that a side file names. `eats` says that it swallows the space behind it."""
+    """A token that side files name, with the `attributes` that any of them gives it."""
 
     id: int
     text: str
     special: bool
-    eats: bool
+    attributes: frozenset[str] = frozenset()
 
 
-def entries(checkpoint: Checkpoint) -> Iterator[Entry]:
-    """All tokens that the side files name; one may come more than once."""
+def entries(checkpoint: Checkpoint) -> Mapping[int, Entry]:
+    """All tokens that the side files name, by id."""
+    found: dict[int, Entry] = {}
+    for e in _entries(checkpoint):
+        before = found.get(e.id, e)
+        attributes = e.attributes | before.attributes
+        found[e.id] = Entry(e.id, e.text, e.special or before.special, attributes)
+    path = checkpoint.folder / "added_tokens.json"
+    # It says no attributes: these are transformers' own where no other file has the token.
+    for text, i in read_json(path).items() if path.is_file() else ():
+        found.setdefault(i, Entry(i, text, False, frozenset({"normalized"})))
+    return found
+
+
+def _entries(checkpoint: Checkpoint) -> Iterator[Entry]:
     folder = checkpoint.folder
     if (folder / "tokenizer.json").is_file():
         for entry in read_json(folder / "tokenizer.json").get("added_tokens", []):
             yield _entry(entry["id"], entry)
     for i, entry in _config(checkpoint).get("added_tokens_decoder", {}).items():
         yield _entry(int(i), entry)
-    if (folder / "added_tokens.json").is_file():
-        for text, i in read_json(folder / "added_tokens.json").items():
-            yield Entry(i, text, False, False)
 
 
 def _entry(i: int, entry: Config) -> Entry:
-    return Entry(i, entry["content"], entry.get("special", False), entry.get("rstrip", False))
+    attributes = frozenset(name for name in ATTRIBUTES if entry.get(name))
+    return Entry(i, entry["content"], entry.get("special", False), attributes)
 
 
 def role_texts(checkpoint: Checkpoint, role: str) -> tuple[str, ...]:
@@ -58,25 +75,45 @@ def role_texts(checkpoint: Checkpoint, role: str) -> tuple[str, ...]:
 
 def special_texts(checkpoint: Checkpoint) -> set[str]:
     """Texts that transformers treats as special whatever the vocabulary says."""
-    more = _config(checkpoint).get("additional_special_tokens") or ()
+    config = _config(checkpoint)
+    # transformers 5 calls a list or names of them so.
+    more = [*(config.get("additional_special_tokens") or ())]
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        extra = config.get(key) or ()
+        more += extra.values() if isinstance(extra, dict) else extra
     texts = {text for role in ROLES for text in role_texts(checkpoint, role)}
     return texts | {text for text in map(_content, more) if text}
+
+
+def control_texts(checkpoint: Checkpoint) -> set[str]:
+    """Texts of tokens that are special to transformers, which no user's text becomes here."""
+    special = {e.text for e in entries(checkpoint).values() if e.special}
+    return special | special_texts(checkpoint)
 
 
 def describe(checkpoint: Checkpoint) -> Tokenizer:
     """What a family may know of the tokenizer."""
     folder, special = checkpoint.folder, special_texts(checkpoint)
     added: dict[str, AddedToken] = {}
-    for e in entries(checkpoint):
-        eats = e.eats or (e.text in added and added[e.text].eats)
-        added[e.text] = AddedToken(e.id, eats, e.text in special)
-    in_bytes = is_byte_level(folder)
-    if not in_bytes:
-        begins = bool(_config(checkpoint).get("add_bos_token", True))
-    else:
-        path = folder / "tokenizer.json"
-        begins = path.is_file() and _begins(read_json(path).get("post_processor"))
-    return Tokenizer(in_bytes, (folder / "tokenizer.model").is_file(), begins, added)
+    for e in entries(checkpoint).values():
+        odd = ", ".join(sorted(e.attributes & {"single_word", "lstrip"}))
+        added[e.text] = AddedToken(e.id, "rstrip" in e.attributes, e.text in special, odd)
+    in_bytes, path = is_byte_level(folder), folder / "tokenizer.json"
+    fast = read_json(path) if path.is_file() else {}
+    begins = _config(checkpoint).get("add_bos_token")
+    if in_bytes or (begins is None and _config(checkpoint).get("tokenizer_class") == GENERIC):
+        begins = _begins(fast.get("post_processor"))
+    slow = (folder / "tokenizer.model").is_file()
+    return Tokenizer(in_bytes, slow, begins in (None, True), added, _prepends(fast))
+
+
+def _prepends(fast: Config) -> Literal["every", "first"] | None:
+    """Where a tokenizer.json puts a space; None where it does so in neither of these ways."""
+    normalizer, cut = fast.get("normalizer") or {}, fast.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    if any(step.get("type") == "Prepend" for step in steps):
+        return "every"
+    return "first" if cut.get("prepend_scheme") == "first" else None
 
 
 def _begins(processor: Any) -> bool:

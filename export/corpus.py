@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _TEXTS = (
     "",
     "\n",
@@ -44,7 +46,32 @@ _TEXTS = (
     "<loc0012><loc0345><loc0678><loc1023> cat ; <loc0000>dog<seg000><seg127>",
     "a<loc0001>b <seg001> c<loc0099> ",
     "\u0001\u0002\u001f\u007f",
+    # SentencePiece's own sign, typed.
+    "\u2581",
+    "\u2581\u2581the \u2581cat\u2581\u2581\u2581sat \u2581 on",
+    "a\u2581 b\n\u2581c \u2581\u2581",
+    "<0x0A><0xE2><0x96><0x81> <0xZZ>",
+    "only\rcarriage\r\rreturns \r\n \n\r",
+    " \n \t\n  \r\n\t \n",
+    "can't I'LL we'Ve they're 'tis \u2019s rock'n'roll",
+    "\u00bd \u00b2 \u2460 \u0661\u0662\u0663 \u2163 12345678 0x1F 1e-5",
+    "\ufeffbyte order, \ufffd, \uffff, \u00ad soft, \u2028 line, \u2029 paragraph, \u0085 next",
+    "\u200e\u200f\u202a\u202c\u2066\u2069 \u2060 \u180e \u1680 \u3000 \u2009",
+    "\u1100\u1161\u11a8 vs \uac01, a\u0300\u0301\u0302, \u0915\u094d\u0937, \u0e01\u0e33",
+    "\U0001d518\U0001d7d9 \U0001f3f4\U000e0067\U000e0062\U000e007f \u261d\U0001f3ff",
+    "_snake_case __init__ camelCase kebab-case a.b.c $x #y @z %d {0} \\n ~/ ... --- ***",
 )
+_AROUND = "a{0}b {0} c  {0}  d {0}{0} {0}s,{0}.\n{0}\n\t{0}\t\r\n{0}\r\n\u2581{0}\u2581e"
+
+
+def around(tokens: Iterable[str]) -> list[str]:
+    """Texts with a token each, between letters, spaces and signs; and with what is nearly one."""
+    texts = []
+    for token in tokens:
+        spaces = token.replace(" ", "\u2581"), token.replace("\u2581", " ")
+        nearly = (token[1:], token[:-1], token.upper(), *spaces)
+        texts += [_AROUND.format(token), " ".join(f"a {part} b" for part in nearly)]
+    return texts
 
 
 def corpus() -> list[str]:

@@ -23,6 +23,7 @@ from edgevlm.export.parts import Part
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant
 from edgevlm.export.tensors import Tensor, to_float32, writable
+from edgevlm.export.token_checks import is_misread
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Config
 from edgevlm.gguf_file import opened
@@ -238,7 +239,8 @@ def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 def metadata(writer: gguf.GGUFWriter, source: DecoderSource) -> None:
     """Adds everything but tensors and file type: sizes, constants, the vocabulary."""
     c = source.config
-    writer.add_name(source.name)
+    if not is_misread(source.name):
+        writer.add_name(source.name)
     writer.add_context_length(c["max_position_embeddings"])
     writer.add_embedding_length(c["hidden_size"])
     writer.add_block_count(c["num_hidden_layers"])

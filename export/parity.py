@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from edgevlm.bundle import StageParity
 from edgevlm.cleanup import temporary_folder
 from edgevlm.errors import EdgeVLMError, ExportError, ParityError
-from edgevlm.export import child, images, llama, references
+from edgevlm.export import added_tokens, child, images, llama, references
 from edgevlm.export.components import Job, elements
-from edgevlm.export.corpus import corpus
+from edgevlm.export.corpus import around, corpus
 from edgevlm.export.metrics import distance, divergence
 from edgevlm.export.progress import Stage
 from edgevlm.export.quantize import Quant, VisionPrecision
+from edgevlm.export.tokenizer import USER_DEFINED
 from edgevlm.machine import memory
 
 PROMPT = "answer en what is in the picture?"
@@ -60,10 +61,7 @@ def verify(job: Job, folder: Path) -> tuple[StageParity, ...]:
     stage = Stage(job.report, "verify", 4, "steps")
     with _explained(job):
         reference = references.of(job)
-        expected = reference.token_ids(corpus())
-    texts = [job.model.prefixed(text) for text in corpus()]
-    stages = [_tokens(llama.tokenize(folder / "decoder.gguf", texts), expected)]
-    check(stages)
+    stages = [_tokens(job, folder / "decoder.gguf", reference)]
     stage.advance(1)
     request = references.Request(images.scene(), PROMPT, N_TOKENS)
     ours = probe(folder, request.image, request.prompt, request.n_tokens)
@@ -99,9 +97,23 @@ def check(stages: Iterable[StageParity]) -> None:
             raise ParityError(s.stage, s.worst, s.tolerance)
 
 
-def _tokens(ours: list[list[int]], source: list[list[int]]) -> StageParity:
-    wrong = sum(a != b for a, b in zip(ours, source, strict=True))
-    return StageParity("tokens", "texts that differ", float(wrong), 0.0)
+def _tokens(job: Job, gguf: Path, reference: references.Source) -> StageParity:
+    """Every text of the corpus, and those made of the checkpoint's own tokens; raises ParityError
+    that names the first text that differs.
+    """
+    typed = [t.text for t in job.vocabulary.tokens if t.type == USER_DEFINED]
+    special = around(sorted(added_tokens.control_texts(job.checkpoint)))
+    texts = [*corpus(), *around(typed), *special]
+    with _explained(job):
+        expected = reference.token_ids(texts[: -len(special)])
+        # What is special to transformers no text of a user's can become here.
+        expected += reference.token_ids(special, plain=True)
+    ours = llama.tokenize(gguf, [job.model.prefixed(text) for text in texts])
+    wrong = [text for text, a, b in zip(texts, ours, expected, strict=True) if a != b]
+    stage = StageParity("tokens", "texts that differ", float(len(wrong)), 0.0)
+    if wrong:
+        raise ParityError(stage.stage, stage.worst, stage.tolerance, f"the first is {wrong[0]!r}")
+    return stage
 
 
 def compare(job: Job, ours: Arrays, source: Arrays) -> list[StageParity]:

@@ -7,7 +7,7 @@ byte-level BPE is byte_pairs.py's business. Does not know what any token is for.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,22 @@ from edgevlm.errors import EngineMissing, SourceError
 from edgevlm.export.added_tokens import CONFIG, ROLES, entries, role_texts, special_texts
 from edgevlm.export.byte_pairs import BytePairs, is_byte_level, read_byte_pairs
 from edgevlm.export.source import TOKENIZERS, Checkpoint, read_json
-from edgevlm.family import Model
+from edgevlm.export.token_checks import (
+    SPACE,
+    check_attributes,
+    check_merges,
+    check_overlaps,
+    untyped,
+)
+from edgevlm.family import Config, Model
 
 # SentencePiece's numbers, which are llama.cpp's as well.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-_SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # llama.cpp merges the pair of the highest score first; an unused row must never be one.
 _UNUSED_SCORE = -1e9
+_FIRST_SCORE = 1.0
 
 
 @dataclass
@@ -53,18 +60,25 @@ class Vocabulary:
 def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
     """The vocabulary in `model.decoder.n_vocab` rows; raises SourceError."""
     path = _file(checkpoint.folder)
+    added = entries(checkpoint)
     pairs = _byte_pairs(checkpoint, model.prefix) if is_byte_level(checkpoint.folder) else None
     if pairs:
         table = {i: Token(text, 0.0, NORMAL) for i, text in pairs.pieces.items()}
     else:
-        read = _sentencepiece if path.suffix == ".model" else _bpe
-        table = dict(enumerate(read(path, model.prefix)))
-    for i, (text, special) in _added(checkpoint).items():
-        _add(table, i, text, CONTROL if special else USER_DEFINED)
+        texts = {e.text for e in added.values()}
+        kind = path.suffix == ".model"
+        table = dict(enumerate(_sentencepiece(path, model) if kind else _bpe(path, model, texts)))
+    for i, e in added.items():
+        _add(table, i, e.text, CONTROL if e.special else USER_DEFINED)
     for i, text in model.markers.items():
         _add(table, i, text, CONTROL)
     _mark_specials(table, checkpoint)
     _mark_whole(table, model.whole_tokens, path)
+    typed = {i: t.text for i, t in table.items() if t.type == USER_DEFINED}
+    where = str(checkpoint.folder)
+    spaces = "" if pairs else "again" if model.prefix and not model.prefix_once else "kept"
+    check_attributes(added, typed, where, spaces=spaces)
+    check_overlaps(added, typed, where)
     rows = model.decoder.n_vocab
     if max(table) >= rows:
         raise SourceError(f"{path}: has {max(table) + 1} tokens, config.json says {rows}")
@@ -72,8 +86,9 @@ def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
     _refuse_twins(filled, path)
     specials = _specials(filled, checkpoint, path)
     if pairs:
-        return Vocabulary(tuple(filled), specials, pairs.merges, pairs.pre)
-    return Vocabulary(tuple(map(_spaces, filled)), specials)
+        tokens = _hidden(filled, path, merges=False)
+        return Vocabulary(tuple(tokens), specials, pairs.merges, pairs.pre)
+    return Vocabulary(tuple(map(_as_typed, _hidden(filled, path, merges=True))), specials)
 
 
 def _file(folder: Path) -> Path:
@@ -99,8 +114,10 @@ def _add(table: dict[int, Token], i: int, text: str, kind: int) -> None:
 
 
 def _mark_specials(table: dict[int, Token], checkpoint: Checkpoint) -> None:
-    """What the tokenizer's config gives a role is special in transformers, listed or not."""
-    special = special_texts(checkpoint)
+    """What the tokenizer's config gives a role is special in transformers, listed or not, and the
+    usual signs of roles are no text to SentencePiece.
+    """
+    special = special_texts(checkpoint).union(*ROLES.values())
     for token in table.values():
         if token.text in special and token.type in (NORMAL, USER_DEFINED):
             token.type = CONTROL
@@ -123,14 +140,28 @@ def _mark_whole(table: dict[int, Token], texts: tuple[str, ...], path: Path) -> 
         table[ids[text]].type = USER_DEFINED
 
 
-def _spaces(token: Token) -> Token:
-    """llama.cpp compares user-defined tokens with the text as it was typed."""
-    if token.type == USER_DEFINED:
-        return Token(token.text.replace(_SPACE, " "), token.score, token.type)
+def _as_typed(token: Token) -> Token:
+    """Runs of spaces are found both ways that transformers finds them: where SentencePiece's sign
+    itself is typed, as user-defined tokens, and of spaces as what is merged before all else.
+    """
+    if token.type == USER_DEFINED and not token.text.strip(SPACE):
+        return Token(token.text, _FIRST_SCORE, token.type)
     return token
 
 
-def _sentencepiece(path: Path, prefix: str) -> list[Token]:
+def _hidden(tokens: list[Token], path: Path, *, merges: bool) -> Iterator[Token]:
+    """The tokens, those of control with texts that no user's text can become."""
+    texts = {t.text for t in tokens}
+    for token in tokens:
+        text = token.text
+        if token.type in (CONTROL, UNKNOWN, UNUSED):
+            text = untyped(text, texts, merges=merges)
+        elif token.type == BYTE and untyped(text, texts, merges=merges) != text:
+            raise SourceError(f"{path}: llama.cpp would make the byte {text} of text that reads so")
+        yield Token(text, token.score, token.type)
+
+
+def _sentencepiece(path: Path, model: Model) -> list[Token]:
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
@@ -152,24 +183,31 @@ def _sentencepiece(path: Path, prefix: str) -> list[Token]:
     spec = proto.normalizer_spec
     adds_space = bool(spec.add_dummy_prefix)
     odd = spec.precompiled_charsmap or spec.remove_extra_whitespaces
-    if odd or adds_space != (prefix == " "):
+    if odd or adds_space != (model.prefix == " "):
         raise SourceError(f"{path}: normalises its text, which llama.cpp cannot do for this model")
     return [Token(p.piece, p.score, p.type) for p in proto.pieces]
 
 
-def _bpe(path: Path, prefix: str) -> list[Token]:
+def _bpe(path: Path, model: Model, added: Collection[str]) -> list[Token]:
     data = read_json(path)
-    model = data.get("model", {})
-    if model.get("type") != "BPE":
+    bpe = data.get("model", {})
+    if bpe.get("type") != "BPE":
         raise SourceError(f"{path}: is not a BPE tokenizer; add tokenizer.model")
-    if not _replaces_spaces(data, prefix):
+    if not _replaces_spaces(data, model):
         raise SourceError(f"{path}: has a normalizer that is not known; add tokenizer.model")
-    vocab = model["vocab"]
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if bpe.get(key):
+            raise SourceError(
+                f"{path}: its {key} is {bpe[key]!r}; only tokenizers without it are known"
+            )
+    vocab = bpe["vocab"]
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise SourceError(f"{path}: its token ids have gaps or repeat; add tokenizer.model")
-    scores = _merge_scores(model["merges"])
+    scores = _merge_scores(bpe["merges"])
+    apart = {*added, *model.whole_tokens, bpe.get("unk_token")}
+    check_merges({t: i for t, i in vocab.items() if t not in apart}, scores, str(path))
     # Any merged piece outranks one that no merge makes.
-    floor = -float(len(model["merges"]))
+    floor = -float(len(bpe["merges"]))
     tokens = [
         Token(text, scores.get(text, floor - i), BYTE if _BYTE.fullmatch(text) else NORMAL)
         for text, i in sorted(vocab.items(), key=lambda item: item[1])
@@ -178,22 +216,24 @@ def _bpe(path: Path, prefix: str) -> list[Token]:
         # transformers renames the byte of the tab so that runs of tabs can be merged.
         if text == "\t" and "<0x09>" not in vocab:
             tokens[i] = Token("<0x09>", tokens[i].score, BYTE)
-        elif text == model.get("unk_token"):
+        elif text == bpe.get("unk_token"):
             tokens[i].type = UNKNOWN
     return tokens
 
 
-def _replaces_spaces(data: dict[str, Any], prefix: str) -> bool:
-    """Whether spaces become the space piece, with one before every text where `prefix` says so."""
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    prepend = {"type": "Prepend", "prepend": _SPACE}
-    normalizer = data.get("normalizer")
-    if not prefix:
-        return bool(normalizer == replace)
-    first = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "first", "split": False}
-    return normalizer == {"type": "Sequence", "normalizers": [prepend, replace]} or (
-        normalizer is None and data.get("pre_tokenizer") == first
-    )
+def _replaces_spaces(data: Config, model: Model) -> bool:
+    """Whether spaces become the space piece, with one before texts where `model` says so."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    normalizer, cut = data.get("normalizer"), data.get("pre_tokenizer")
+    if not model.prefix:
+        # No space is left to cut at.
+        behind = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+        return bool(normalizer == replace) and cut in (None, behind | {"invert": False})
+    if model.prefix_once:
+        first = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first"}
+        return normalizer is None and bool(cut == first | {"split": False})
+    return cut is None and normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}
 
 
 def _merge_scores(merges: list[Any]) -> dict[str, float]:
@@ -203,14 +243,6 @@ def _merge_scores(merges: list[Any]) -> dict[str, float]:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         scores.setdefault("".join(pair), -float(rank))
     return scores
-
-
-def _added(checkpoint: Checkpoint) -> dict[int, tuple[str, bool]]:
-    """Tokens that the tokenizer's side files name: id -> (text, whether it is special)."""
-    found: dict[int, tuple[str, bool]] = {}
-    for e in entries(checkpoint):
-        found[e.id] = (e.text, e.special or found.get(e.id, (e.text, False))[1])
-    return found
 
 
 def _specials(tokens: list[Token], checkpoint: Checkpoint, path: Path) -> dict[str, int]:

@@ -147,8 +147,11 @@ class LlamaDecoder:
             buffer = ctypes.create_string_buffer(size)
             n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
             if n >= 0:
-                return buffer.raw[:n]
+                break
             size = -n
+        pieces = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_SPM
+        # llama.cpp leaves SentencePiece's sign for a space in user-defined tokens.
+        return buffer.raw[:n].replace("\u2581".encode(), b" ") if pieces else buffer.raw[:n]
 
     def embed(self, tokens: Sequence[int]) -> Float:
         """See TextDecoder."""

@@ -31,9 +31,10 @@ def ids_of_bundle(folder: Path, gguf: Path) -> list[list[int]]:
 
 
 def ids_of_transformers(folder: Path) -> list[list[int]]:
-    from edgevlm.export.references import paligemma as reference
+    from edgevlm.export.references import files, paligemma
 
-    return reference.token_ids(reference.load_processor(folder), corpus())
+    tokenizer = paligemma.load_processor(folder).tokenizer
+    return files.token_ids(tokenizer, corpus(), plain=False)
 
 
 @pytest.mark.parametrize("kind", ["model", "json", "both"])
@@ -56,7 +57,13 @@ def test_types_of_tokens(paligemma_checkpoint: Path) -> None:
     assert len(table.tokens) == len(types) == n_pieces() + 64
     assert types["<image>"] == types["<bos>"] == CONTROL
     assert table.tokens[n_pieces()].text == "<image>"
-    assert types["<loc0000>"] == types["<seg127>"] == types["\n"] == types["   "] == USER_DEFINED
+    assert (
+        types["<loc0000>"]
+        == types["<seg127>"]
+        == types["\n"]
+        == types["\u2581" * 3]
+        == USER_DEFINED
+    )
     assert {t.type for t in table.tokens[n_pieces() + 1 :]} == {UNUSED}
     assert table.specials == {"bos": 2, "eos": 1, "unk": 3, "pad": 0}
 

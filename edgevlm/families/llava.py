@@ -109,7 +109,7 @@ _OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral", "llava_phi",
 # OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
 _CLIP_HEAD = 64
 _TOKENIZER = "tokenizer_config.json"
-_FRAME = ("<im_start>", "<im_end>")
+_FRAME, _PATCH = ("<im_start>", "<im_end>"), "<im_patch>"
 _POOLED = 144  # rows that MobileVLM V2's connector leaves of any picture
 
 
@@ -316,9 +316,12 @@ def _spaces(source: Source, own: bool) -> Spaces:
     """LLaVA's own code uses the slow tokenizers where there are any, transformers the fast ones."""
     if source.tokenizer.bytes:
         return "none"
+    slow, said = own and source.tokenizer.slow, source.tokenizer.prepends
+    if said and not slow:
+        return said
     if source.files.get(_TOKENIZER, {}).get("legacy") is not False:
         return "every"
-    return "start" if own and source.tokenizer.slow else "first"
+    return "start" if slow else "first"
 
 
 def _around(config: Config, template: Template) -> tuple[str, str]:
@@ -350,12 +353,14 @@ def _markers(config: Config, tokenizer: Tokenizer, own: bool) -> dict[int, str]:
     """Tokens of the picture, which no text may become."""
     if not own:
         return {_image_token(config): IMAGE}
-    if not config.get("mm_use_im_start_end"):
-        return {}
-    lacking = [text for text in _FRAME if text not in tokenizer.added]
+    # LLaVA's code adds both as special tokens, whatever the files say.
+    patch = _PATCH if config.get("mm_use_im_patch_token", True) else ""
+    frame = _FRAME if config.get("mm_use_im_start_end") else ()
+    lacking = [text for text in frame if text not in tokenizer.added]
     if lacking:
         raise ValueError(f"mm_use_im_start_end is set, but the tokenizer lacks {lacking[0]}")
-    return {tokenizer.added[text].id: text for text in _FRAME}
+    known = [text for text in (*frame, patch) if text in tokenizer.added]
+    return {tokenizer.added[text].id: text for text in known}
 
 
 def _image_token(config: Config) -> int:

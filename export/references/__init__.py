@@ -29,8 +29,11 @@ class Request:
 class Source(Protocol):
     """A source model."""
 
-    def token_ids(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text by itself, without special tokens."""
+    def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
+        """The ids of each text by itself, without special tokens.
+
+        With `plain` what reads like a special token is text as any other.
+        """
 
     def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
         """Reads the request and then `tokens`, one at a time.

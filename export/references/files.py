@@ -11,6 +11,8 @@ from typing import Any
 
 import transformers
 
+from edgevlm.export.vision import quiet
+
 # transformers leaves its classes without types.
 _hf: Any = transformers
 
@@ -42,6 +44,13 @@ def tokenizer(folder: Path, kind: str = "AutoTokenizer", **options: Any) -> Any:
     if kind.startswith("Auto") and config.get("tokenizer_class") == "TokenizersBackend":
         kind = "PreTrainedTokenizerFast"
     return getattr(_hf, kind).from_pretrained(folder, **options)
+
+
+def token_ids(tokenizer: Any, texts: list[str], plain: bool) -> list[list[int]]:
+    """See references.Source."""
+    how = {"add_special_tokens": False, "split_special_tokens": plain}
+    with quiet():
+        return [tokenizer(text, **how)["input_ids"] for text in texts]
 
 
 def _json(path: Path) -> dict[str, Any]:

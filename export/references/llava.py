@@ -44,10 +44,9 @@ class Reference:
             kind = "LlamaTokenizer" if slow else "AutoTokenizer"
             self._tokenizer = files.tokenizer(folder, kind)
 
-    def token_ids(self, texts: list[str]) -> list[list[int]]:
+    def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         """See references.Source."""
-        with quiet():
-            return [self._tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+        return files.token_ids(self._tokenizer, texts, plain)
 
     def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
         """See references.Source."""

@@ -40,9 +40,9 @@ class Reference:
         self._folder = job.checkpoint.folder
         self._processor = load_processor(self._folder)
 
-    def token_ids(self, texts: list[str]) -> list[list[int]]:
+    def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         """See references.Source."""
-        return token_ids(self._processor, texts)
+        return files.token_ids(self._processor.tokenizer, texts, plain)
 
     def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
         """See references.Source."""
@@ -82,12 +82,6 @@ def load_processor(folder: Path) -> Any:
             # Older files leave it out, and the processor wants it.
             pictures.image_seq_length = (vision.image_size // vision.patch_size) ** 2
         return processors(pictures, files.tokenizer(folder, "GemmaTokenizerFast"))
-
-
-def token_ids(processor: Any, texts: list[str]) -> list[list[int]]:
-    """The ids of each text by itself, without special tokens."""
-    with quiet():
-        return [processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
 
 
 def _logits(model: Any, inputs: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -41,10 +41,9 @@ class Reference:
             slow = (folder / "vocab.json").is_file()
             self._tokenizer = files.tokenizer(folder, use_fast=not slow)
 
-    def token_ids(self, texts: list[str]) -> list[list[int]]:
+    def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         """See references.Source."""
-        with quiet():
-            return [self._tokenizer(t)["input_ids"] for t in texts]
+        return files.token_ids(self._tokenizer, texts, plain)
 
     def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
         """See references.Source."""
