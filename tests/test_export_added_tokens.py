@@ -153,7 +153,7 @@ def test_a_special_token_is_text_where_a_user_types_it(kind: str, tmp_path: Path
 def test_a_token_of_a_template_that_asks_for_its_surroundings(tmp_path: Path):
     source = write_llava(tmp_path / "source", layout="hf", vocabulary="phi3", layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        found = json.loads((source / name).read_text())
+        found = json.loads((source / name).read_text(encoding="utf-8"))
         added = found.get("added_tokens") or list(found["added_tokens_decoder"].values())
         next(t for t in added if t["content"] == "<|end|>")["lstrip"] = True
         write_json(source / name, found)
@@ -229,7 +229,7 @@ def test_a_control_token_that_merging_would_make_of_a_text(tmp_path: Path):
 def test_pieces_that_no_merge_makes_are_refused(tmp_path: Path):
     """As transformers 5 converts a tokenizer.model without a tokenizer.json beside it."""
     source = write_paligemma(tmp_path / "source", tokenizer="json", layers=1)
-    found = json.loads((source / "tokenizer.json").read_text())
+    found = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     merges = found["model"]["merges"]
     found["model"]["merges"] = [m for m in merges if "\t" not in "".join(m)]
     write_json(source / "tokenizer.json", found)
@@ -253,7 +253,7 @@ def cut_at_digits(data: dict[str, Any]) -> None:
 )
 def test_ways_of_cutting_that_llama_cpp_does_not_have(change, says: str, tmp_path: Path):
     source = write_paligemma(tmp_path / "source", tokenizer="json", layers=1)
-    found = json.loads((source / "tokenizer.json").read_text())
+    found = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     change(found)
     write_json(source / "tokenizer.json", found)
     with pytest.raises(SourceError, match=says):
@@ -274,7 +274,7 @@ def test_a_name_changes_no_token(name: str, tmp_path: Path):
 def test_where_spaces_go_is_read_where_the_tokenizer_is(tmp_path: Path):
     """tokenizer.json decides for transformers, whatever `legacy` says beside it."""
     source = write_llava(tmp_path / "source", layout="hf", layers=1)
-    config = json.loads((source / "tokenizer_config.json").read_text())
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     write_json(source / "tokenizer_config.json", config | {"legacy": False})
     job = prepared(source)
     assert job.model.prompt.template[-1].startswith(" \n") and not job.model.prefix_once
