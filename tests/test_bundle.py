@@ -306,9 +306,9 @@ def test_what_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
         assert str(caught.value).startswith(f"{out}: ") and problem in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "nowhere"]
 
-    def refuses(path, *_):
+    def refuses(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "mkdir", refuses)
+    monkeypatch.setattr(Path, "mkdir", refuses)
     with pytest.raises(BundleError, match="cannot be written .Permission denied."):
         writing(tmp_path / "out").__enter__()
