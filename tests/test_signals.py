@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 ROOT = Path(__file__).parent.parent
 # The command line, which says on stdout what it is about to do.
 ANNOUNCED = """
-import sys, time
+import hashlib, sys, threading
 from edgevlm import cli
 from edgevlm.export import components, progress
 
@@ -32,13 +32,13 @@ progress.Stage.reach = announced
 {more}
 cli.main()
 """
-# Code that nothing can stop, as a long native call is, and that drops every exception.
+# A native call of minutes, and code that drops every exception; it says so when the call runs.
 DEAF = """
 def deaf(*_):
     while True:
         try:
-            print("deaf", flush=True)
-            time.sleep(60)
+            threading.Timer(0.2, print, ["deaf"], {"flush": True}).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
         except BaseException:
             pass
 components._write_vision = deaf
@@ -51,13 +51,14 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
+def start(tmp_path: Path) -> Iterator[Start]:
     """Starts the command line in a group of its own, with its own folder for temporary files."""
     (tmp_path / "place").mkdir()
     (tmp_path / "temporary").mkdir()
+    processes: list[subprocess.Popen[str]] = []
 
     def started(*arguments: object, more: str = "") -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", ANNOUNCED.format(more=more), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -67,8 +68,12 @@ def start(tmp_path: Path) -> Start:
             env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
             start_new_session=True,
         )
+        processes.append(process)
+        return process
 
-    return started
+    yield started
+    for process in processes:
+        process.kill()
 
 
 def end(process: subprocess.Popen[str], moment: str, number: int, tmp_path: Path) -> int:
@@ -129,12 +134,12 @@ def test_a_second_ctrl_c_does_not_stop_the_cleaning(
     twice = (
         "import os, signal\n"
         "from edgevlm import cleanup\n"
-        "remove = cleanup._remove\n"
-        "def interrupted(*folder):\n"
+        "everything = cleanup.everything\n"
+        "def interrupted():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    remove(*folder)\n"
-        "cleanup._remove = interrupted\n"
+        "    everything()\n"
+        "cleanup.everything = interrupted\n"
     )
     process = start("export", paligemma_checkpoint, tmp_path / "place" / "out", more=DEAF + twice)
     assert end(process, "deaf", signal.SIGINT, tmp_path) == 130
