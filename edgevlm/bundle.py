@@ -323,6 +323,8 @@ def _is_there(destination: Path) -> bool:
         there = stat.S_ISDIR(destination.stat().st_mode)
         held = sorted(os.listdir(destination)) if there else []
     except FileNotFoundError:
+        if destination.name == "..":
+            raise
         if destination.is_symlink():
             raise BundleError(
                 f"{destination}: is a link to a folder that is not there; make the folder first"

@@ -89,7 +89,9 @@ def everything() -> None:
     lock.acquire()
     for child in tuple(_processes):
         child.kill()
-        child.wait()
+        # With a limit, since this may be the very thread that waits for it already.
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_TRIES * _PAUSE_S)
     for folder, made in tuple(_folders.items()):
         _remove(folder, made)
 

@@ -298,6 +298,7 @@ def test_what_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
         (file, "exists and is not a bundle"),
         (file / "below", "cannot be written (Not a directory)"),
         (tmp_path / "nowhere", "is a link to a folder that is not there"),
+        (tmp_path / "none" / "..", "cannot be written (No such file or directory)"),
         (tmp_path / ("n" * 300), "cannot be written (File name too long)"),
         (tmp_path / os.fsdecode(b"caf\xe9"), "is not UTF-8"),
     ):
