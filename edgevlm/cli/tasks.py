@@ -25,7 +25,7 @@ from edgevlm.cli.signals import Aside
 from edgevlm.sampling import task_options
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
     from edgevlm.types import Box
 
@@ -88,13 +88,13 @@ def detect(
         _check_sides(output, *picture.shape[:2])
     with run.load() as vlm:
         reply = vlm.ask(vlm.task("detect", objects), picture, **run.sampling)
-    if output:
-        _save(draw(picture, reply.boxes), output)
     if as_json:
         click.echo(json.dumps({"boxes": [], **as_dict(reply)}))
     else:
         _print_boxes(reply.boxes)
     print_notes(reply, vlm, stats=run.stats)
+    if output:
+        _save(draw(picture, reply.boxes), output)
 
 
 def _needed(images: tuple[str, ...]) -> list[str | bytes]:
@@ -141,18 +141,18 @@ def _check_sides(output: Path, height: int, width: int) -> None:
             ) from None
 
 
-def _encoded(picture: Image, output: Path) -> bytes:
+def _encoded(picture: Image.Image, output: Path) -> bytes:
     """The file's bytes in the format of its name; raises one of _REFUSALS, or KeyError for a name
     that belongs to none.
     """
-    from PIL import Image as images
+    from PIL import Image
 
     file = io.BytesIO()
-    picture.save(file, images.EXTENSION[output.suffix.lower()])
+    picture.save(file, Image.EXTENSION[output.suffix.lower()])
     return file.getvalue()
 
 
-def _save(picture: Image, output: Path) -> None:
+def _save(picture: Image.Image, output: Path) -> None:
     try:
         write_whole(output, _encoded(picture, output))
     except _REFUSALS as e:
