@@ -56,6 +56,7 @@ def export_bundle(
     parts: Mapping[str, str | os.PathLike[str]] | None = None,
     settings: Mapping[str, str] | None = None,
     imatrix: bool | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Converts a checkpoint into a bundle in the folder `out` and returns it.
@@ -72,8 +73,10 @@ def export_bundle(
     by part, where the source's folder is not enough, and `settings` what its files leave open or
     get wrong, such as {"stage": "4"}; a wrong name raises SourceError with those that there are.
     `imatrix` has the decoder's weights rounded by how much they matter to pictures and prompts;
-    None does so where llama.cpp's type needs it. `progress` is called with every step of a long
-    stage.
+    None does so where llama.cpp's type needs it. `adapter` is a folder or hub id with a LoRA as
+    peft saves it, or with what LLaVA's own code trained beside its base, that is merged into the
+    source; one in the source's own folder is merged unasked. `progress` is called with every step
+    of a long stage.
 
     Raises SourceError for a checkpoint that is incomplete or unknown, ParityError when the bundle
     does not answer like its source, ExportError or BundleError when there is no room, EngineMissing
@@ -94,6 +97,7 @@ def export_bundle(
         parts or {},
         settings or {},
         imatrix,
+        adapter,
     )
     return pipeline.run(source, Path(out), options, progress)
 
@@ -107,6 +111,7 @@ def inspect_source(
     image_fit: Fit | None = None,
     parts: Mapping[str, str | os.PathLike[str]] | None = None,
     settings: Mapping[str, str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Inspection:
     """Reads and checks a source as `export_bundle` does, whose words these are; writes nothing.
 
@@ -124,6 +129,7 @@ def inspect_source(
         fit=image_fit,
         parts=parts or {},
         settings=settings or {},
+        adapter=adapter,
     )
     job = pipeline.prepare(source, options, None)
     model = job.model
@@ -134,7 +140,7 @@ def inspect_source(
         model.prompt,
         model.decoder,
         job.placed.pieces,
-        model.notes,
+        (*model.notes, *job.placed.notes),
     )
 
 

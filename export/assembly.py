@@ -12,21 +12,33 @@ from pathlib import Path
 
 from edgevlm import family as families
 from edgevlm.errors import SourceError
+from edgevlm.export.adapters import Adapter
 from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint, read_file, read_json
 from edgevlm.family import Config, Family, Piece
 
 _SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
-def read_source(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
+def read_source(
+    folder: Path, given: Mapping[str, Path], adapter: Adapter | None = None
+) -> Checkpoint:
     """The checkpoint of a folder, with its pieces where its family is assembled from several.
+
+    An `adapter` that LLaVA's own code saved has the model's config.json with it.
 
     The main checkpoint lies in the folder or in one below it, the other pieces in either; `given`
     names files of pieces that lie elsewhere, or the one that is meant of several. Raises
     SourceError or UnknownFamily.
     """
     main = read_checkpoint(_main(folder))
+    if adapter and adapter.model_config and adapter.folder != main.folder:
+        config = read_json(adapter.model_config)
+        main = replace(main, configs={**main.configs, CONFIG: config}, config=adapter.model_config)
     family = family_of(main)
+    if adapter and family.pieces:
+        raise SourceError(
+            f"{adapter.folder}: a {family.name} has its adapters in a part of its own"
+        )
     names = [piece.name for piece in family.pieces]
     for name in given:
         if name not in names:
@@ -44,7 +56,7 @@ def read_source(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
 
 def family_of(checkpoint: Checkpoint) -> Family:
     """The family that config.json's model_type names; raises SourceError or UnknownFamily."""
-    path, config = checkpoint.folder / CONFIG, checkpoint.configs[CONFIG]
+    path, config = checkpoint.config_path, checkpoint.configs[CONFIG]
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise SourceError(f"{path}: has no 'model_type'; name the folder of a whole checkpoint")

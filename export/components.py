@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgevlm.bundle import Component, record, writing
 from edgevlm.errors import ExportError
 from edgevlm.export import decoder, images
+from edgevlm.export.adapters import Adapter
 from edgevlm.export.decoder import DecoderSource
 from edgevlm.export.parts import Part, patches
 from edgevlm.export.placing import Placed
@@ -37,7 +38,9 @@ _DEEP = ("qformer",)
 
 @dataclass(frozen=True)
 class Job:
-    """All that one export needs to know, checked; `fit` is the one that the user chose."""
+    """All that one export needs to know, checked; `fit` is the one that the user chose, `adapter`
+    what is merged into the checkpoint.
+    """
 
     checkpoint: Checkpoint
     family: Family
@@ -51,6 +54,7 @@ class Job:
     calibration: Path | None = None
     imatrix: bool = False
     fit: Fit | None = None
+    adapter: Adapter | None = None
 
     @property
     def parts(self) -> Mapping[str, Part]:

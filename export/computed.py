@@ -78,11 +78,14 @@ class _Adapted(_Computed):
     down: Tensor
     up: Tensor
     scale: float
+    turned: bool
 
     def raw(self) -> Raw:
-        return self.base.float32() + np.float32(self.scale) * (
-            self.up.float32() @ self.down.float32()
-        )
+        # A convolution's are those of its patches, laid out flat.
+        down = self.down.float32().reshape(self.down.shape[0], -1)
+        product = self.up.float32().reshape(self.up.shape[0], -1) @ down
+        more = product.T if self.turned else product
+        return self.base.float32() + np.float32(self.scale) * more.reshape(self.shape)
 
 
 def zeros(like: Tensor, name: str) -> Tensor:
@@ -107,6 +110,11 @@ def stacked(parts: tuple[Tensor, ...], name: str) -> Tensor:
     return _Stacked(name, parts[0].file, dtype, shape, parts)
 
 
-def adapted(base: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """base [n, m] + scale * up [n, r] @ down [r, m], float32: a low-rank adapter, merged."""
-    return _Adapted(base.name, base.file, "F32", base.shape, base, down, up, scale)
+def adapted(
+    base: Tensor, down: Tensor, up: Tensor, scale: float, *, turned: bool = False
+) -> Tensor:
+    """base [n, m] + scale * up [n, r] @ down [r, m], float32: a low-rank adapter, merged.
+
+    Of a table that is looked up row by row the product is `turned`: (up [m, r] @ down [r, n]).T.
+    """
+    return _Adapted(base.name, base.file, "F32", base.shape, base, down, up, scale, turned)

@@ -16,9 +16,17 @@ from edgevlm.errors import BundleError, SourceError
 from edgevlm.export.progress import Report, Stage
 
 # What an export reads; everything else of a repository stays where it is.
-PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "README.md"]
+PATTERNS = [
+    "*.json",
+    "*.safetensors",
+    "tokenizer.model",
+    "merges.txt",
+    "README.md",
+    "non_lora_trainables.bin",
+    "mm_projector.bin",
+]
 # Weights in torch's format, taken from a repository that has no others.
-PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin"]
+PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
 _REVISION = re.compile("[0-9a-f]{40}")
 # A full disk names no file.
 _FULL = (errno.ENOSPC, errno.EDQUOT)

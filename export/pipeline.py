@@ -18,6 +18,7 @@ from edgevlm.bundle import (
 )
 from edgevlm.errors import SourceError
 from edgevlm.export import (
+    adapters,
     added_tokens,
     components,
     decoder,
@@ -27,14 +28,17 @@ from edgevlm.export import (
     quantize,
     requantize,
 )
+from edgevlm.export.adapters import Adapter
 from edgevlm.export.assembly import family_of, read_source
 from edgevlm.export.components import Job, Written
 from edgevlm.export.placing import assign
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.source import (
     CONFIG,
+    TOKENIZERS,
     Checkpoint,
     read_checkpoint,
+    read_json,
     read_settings,
     stated_license,
 )
@@ -72,6 +76,7 @@ class Options:
     parts: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     imatrix: bool | None = None
+    adapter: str | os.PathLike[str] | None = None
 
 
 def run(
@@ -111,11 +116,18 @@ def prepare(source: str | os.PathLike[str], options: Options, report: Report | N
     calibration = Path(options.calibration) if options.calibration else None
     images.check_folder(calibration)
     folder, name = hub.locate(source, report)
+    folder, adapter = adapters.find(folder, options.adapter, report)
     given = {part: Path(path) for part, path in options.parts.items()}
-    checkpoint = with_tower(read_source(folder, given), options, report)
+    checkpoint = with_tower(read_source(folder, given, adapter), options, report)
     family, model = describe(checkpoint, options)
-    placed = assign(checkpoint, family, model)
+    if not family.pieces:
+        adapter = adapter or adapters.projector_beside(checkpoint, family.locate)
+        read = (*checkpoint.files, *(adapter.files if adapter else ()))
+        model = replace(model, notes=(*model.notes, *adapters.left_over(checkpoint.folder, read)))
+    placed = assign(checkpoint, family, model, adapter)
     vocabulary = read_vocabulary(checkpoint, model)
+    if adapter and adapter.folder != checkpoint.folder:
+        _check_beside(adapter, checkpoint, model, vocabulary, options)
     model = replace(model, answer=_resolved(model, vocabulary))
     name = _checked_name(options.name or name)
     return Job(
@@ -131,6 +143,7 @@ def prepare(source: str | os.PathLike[str], options: Options, report: Report | N
         calibration,
         imatrix,
         options.fit,
+        adapter,
     )
 
 
@@ -140,6 +153,29 @@ def _checked_name(name: str) -> str:
     except UnicodeEncodeError:
         raise SourceError(f"{name!r}: this name is not UTF-8; choose another (--name)") from None
     return name
+
+
+def _check_beside(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    model: Model,
+    vocabulary: Vocabulary,
+    options: Options,
+) -> None:
+    """Refuses an adapter's folder with a tokenizer or picture processor that is not its base's."""
+    folder = adapter.folder
+    other = {p.name: read_json(p) for p in folder.glob("*config.json") if p.name != CONFIG}
+    names = PROCESSORS if any(name in other for name in PROCESSORS) else ()
+    configs = {n: c for n, c in checkpoint.configs.items() if n not in names} | other
+    view = replace(checkpoint, configs=configs)
+    if any((folder / name).is_file() for name in TOKENIZERS):
+        view = replace(view, folder=folder)
+    found = describe(view, options)[1]
+    tokens = [(t.text, t.type) for t in read_vocabulary(view, found).tokens]
+    same = tokens == [(t.text, t.type) for t in vocabulary.tokens]
+    if found.image != model.image or not same:
+        what = "tokenizer" if found.image == model.image else "picture processor"
+        raise SourceError(f"{folder}: has a {what} that is not its base's; {adapters.CURE}")
 
 
 def _resolved(model: Model, vocabulary: Vocabulary) -> AnswerSpec:
@@ -204,7 +240,7 @@ def describe(checkpoint: Checkpoint, options: Options | None = None) -> tuple[Fa
     """The family of a checkpoint and what its config means; raises UnknownFamily, SourceError."""
     family = family_of(checkpoint)
     # Of a model in several files, not all errors are config.json's.
-    path = checkpoint.folder if family.pieces else checkpoint.folder / CONFIG
+    path = checkpoint.folder if family.pieces else checkpoint.config_path
     options = options or Options("f32", "fp32", False, None)
     for name in options.settings:
         if name not in family.settings:
@@ -243,7 +279,7 @@ def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
         source=_source_records(job),
         versions=_versions(),
         pieces=job.placed.pieces,
-        notes=job.model.notes,
+        notes=(*job.model.notes, *job.placed.notes),
     )
 
 
@@ -251,6 +287,10 @@ def _source_records(job: Job) -> tuple[FileRecord, ...]:
     files = [(f, f.name) for f in job.checkpoint.files]
     for piece, inside in job.checkpoint.pieces.items():
         files += [(f, f"{piece}/{f.name}") for f in inside.files]
+    if job.adapter:
+        apart = job.adapter.folder != job.checkpoint.folder
+        own = [(f, f"adapter/{f.name}" if apart else f.name) for f in job.adapter.files]
+        files += [(f, name) for f, name in own if f not in dict(files)]
     stage = Stage(job.report, "hash source", sum(f.stat().st_size for f, _ in files), "B")
     return tuple(record(f, name, progress=stage.advance) for f, name in files)
 

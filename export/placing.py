@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,7 +16,9 @@ import numpy as np
 
 from edgevlm.bundle import PieceRecord
 from edgevlm.errors import SourceError
+from edgevlm.export.adapters import Adapter
 from edgevlm.export.fused import APART
+from edgevlm.export.lora import merge
 from edgevlm.export.parts import EMBED, KINDS, LM_HEAD, Part
 from edgevlm.export.source import Checkpoint
 from edgevlm.export.tensors import DTYPES, SourceTensor, Tensor
@@ -26,11 +28,14 @@ from edgevlm.family import IGNORED, TOWER, Family, Model
 @dataclass(frozen=True)
 class Placed:
     """The tensors of "vision", "projector" and "decoder" by canonical name, and the record of an
-    assembled model's pieces; empty for a checkpoint that is whole.
+    assembled model's pieces; empty for a checkpoint that is whole. `plain` are the tensors that an
+    adapter was merged into, as they are without it; `notes` say what was done.
     """
 
     parts: Mapping[str, Part]
     pieces: tuple[PieceRecord, ...] = ()
+    plain: Mapping[str, Part] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,10 @@ class _Origin:
     name: str | None
 
 
-def assign(checkpoint: Checkpoint, family: Family, model: Model) -> Placed:
-    """Gives every tensor its place.
+def assign(
+    checkpoint: Checkpoint, family: Family, model: Model, adapter: Adapter | None = None
+) -> Placed:
+    """Gives every tensor its place, with an adapter merged.
 
     Raises SourceError when a tensor is missing, left over, or of another shape or type than the
     config says.
@@ -51,17 +58,27 @@ def assign(checkpoint: Checkpoint, family: Family, model: Model) -> Placed:
     configs = {"vision": model.vision, "projector": model.projector, "decoder": model.text}
     origins = _origins(checkpoint, family, model)
     chosen = _chosen(origins, family)
+    plain = {part: _part(chosen, part) for part in configs} if adapter else {}
+    notes: tuple[str, ...] = ()
+    if adapter:
+        tied = LM_HEAD not in KINDS[model.text["kind"]](model.text)
+        chosen, note = merge(chosen, adapter, family.locate, model.skipped, tied)
+        notes = (note,)
     parts: dict[str, Part] = {}
     for part, config in configs.items():
-        found = {
-            n.removeprefix(f"{part}."): t for n, t in chosen.items() if n.startswith(f"{part}.")
-        }
+        found = _part(chosen, part)
         if apart := APART.get(config["kind"]):
             for tensor in found.values():
                 _check_type(tensor)
             found = apart(found, config)
         parts[part] = _complete(found, part, KINDS[config["kind"]](config), checkpoint)
-    return Placed(parts, _records(checkpoint, family, origins) if family.pieces else ())
+    records = _records(checkpoint, family, origins) if family.pieces else ()
+    return Placed(parts, records, plain, notes)
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    start = f"{part}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 
 
 def _origins(checkpoint: Checkpoint, family: Family, model: Model) -> list[_Origin]:

@@ -38,7 +38,7 @@ class Checkpoint:
 
     `pieces` are what the model takes from elsewhere, by name: its vision tower, or the files that
     it is assembled from. A piece that is a single file has no JSON files; `said` is what it holds
-    beside its tensors.
+    beside its tensors. `config` is where its config.json lies, None for the folder.
     """
 
     folder: Path
@@ -48,6 +48,12 @@ class Checkpoint:
 
     pieces: Mapping[str, Checkpoint] = field(default_factory=dict)
     said: Config = field(default_factory=dict)
+    config: Path | None = None
+
+    @property
+    def config_path(self) -> Path:
+        """Its config.json, for messages."""
+        return self.config or self.folder / CONFIG
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -77,7 +83,7 @@ def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
     weight_map = _weight_map(folder, index)
     tensors: dict[str, SourceTensor] = {}
     for name in sorted(set(weight_map.values())) if weight_map else [single]:
-        for tensor in _read(folder / name):
+        for tensor in read_tensors(folder / name):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise SourceError(f"{folder / name}: {tensor.name} is also in {other}; remove one")
@@ -108,7 +114,8 @@ def read_file(path: Path) -> Checkpoint:
     return Checkpoint(path.parent, {}, {t.name: t for t in tensors}, (path,), said=said)
 
 
-def _read(path: Path) -> list[SourceTensor]:
+def read_tensors(path: Path) -> list[SourceTensor]:
+    """The tensors of a safetensors file or of a state dict that torch saved, none of their data."""
     if path.suffix == ".safetensors":
         return read_header(path)
     # Importing it loads torch, which takes seconds.

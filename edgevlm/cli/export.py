@@ -23,6 +23,7 @@ class _Choices(TypedDict):
 
     name: str | None
     vision_tower: str | None
+    adapter: str | None
     template: str | None
     image_fit: Literal["pad", "crop"] | None
 
@@ -59,6 +60,11 @@ class _Choices(TypedDict):
     "--vision-tower",
     metavar="SOURCE",
     help="Folder or hub id of the vision tower, for checkpoints without it.",
+)
+@click.option(
+    "--adapter",
+    metavar="SOURCE",
+    help="Folder or hub id of a LoRA adapter that is merged into SOURCE.",
 )
 @click.option(
     "--template",

@@ -65,7 +65,7 @@ def show(model: str) -> None:
         table.add_row(key, value)
     console.print(table)
     console.print(_files(bundle, lambda _: ""))
-    if manifest.pieces:
+    if manifest.pieces or manifest.notes:
         console.print(pieces_text(manifest.pieces, manifest.notes))
     if manifest.parity:
         console.print(parity_table(bundle))

@@ -21,6 +21,7 @@ from torch import Tensor
 from edgevlm.export.components import Job
 from edgevlm.export.parts import Part
 from edgevlm.export.references import Arrays, Request, files
+from edgevlm.export.references.adapters import Added
 from edgevlm.export.references.causal import Seen, stages, weights
 from edgevlm.export.vision import quiet
 from edgevlm.family import Config
@@ -28,6 +29,23 @@ from edgevlm.templates import IMAGE
 
 # transformers leaves its classes without types.
 _hf: Any = transformers
+
+
+# Names of an adapter's modules in LLaVA's own layout and in transformers', by the part here.
+_OWN_NAMES = (
+    (r"^model\.vision_tower\.vision_tower\.", "vision."),
+    (r"^model\.mm_projector$", "projector.linear"),
+    (r"^model\.mm_projector\.(weight|bias)$", r"projector.linear.\1"),
+    (r"^model\.mm_projector\.(?:model\.)?", "projector."),
+    (r"^", "decoder."),
+)
+_NAMES = (
+    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision.vision_model."),
+    (r"^(?:model\.)?multi_modal_projector\.linear_1", "projector.0"),
+    (r"^(?:model\.)?multi_modal_projector\.linear_2", "projector.2"),
+    (r"^(?:language_model\.model|model\.language_model)\.", "decoder.model."),
+    (r"^(?:language_model\.)?lm_head", "decoder.lm_head"),
+)
 
 
 class Reference:
@@ -52,13 +70,21 @@ class Reference:
         """See references.Source."""
         model = self._job.model
         with quiet(), torch.inference_mode():
+            added, parts = self._added()
             pixels = self._pixels(request.image)
-            features = _features(pixels, model.vision, self._job.parts["vision"])
-            projector = weights(self._job.parts["projector"])
+            features = _features(pixels, model.vision, parts["vision"], added)
+            projector = _projector(parts["projector"], added)
             rows = _CONNECTORS[model.projector["kind"]](features, projector)
-            decoder = _decoder(model.text, self._job.parts["decoder"])
+            decoder = _decoder(model.text, parts["decoder"], added)
             seen = Seen(pixels, features, rows)
             return stages(seen, decoder, self._pieces(request.prompt), tokens)
+
+    def _added(self) -> tuple[Added | None, Mapping[str, Part]]:
+        """The adapter, and the parts as they are without it."""
+        if not self._job.adapter:
+            return None, self._job.parts
+        names = _OWN_NAMES if self._alone else _NAMES
+        return Added(self._job.adapter.folder, names), self._job.placed.plain
 
     def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
         """The checkpoint's own processor on a picture, padded first where LLaVA's own code does."""
@@ -109,7 +135,7 @@ def _expand2square(picture: Image.Image, background: tuple[int, ...]) -> Image.I
     return square
 
 
-def _features(pixels: Tensor, config: Config, part: Part) -> Tensor:
+def _features(pixels: Tensor, config: Config, part: Part, added: Added | None) -> Tensor:
     keys = ("kind", "depth", "class_token")
     settings = {k: v for k, v in config.items() if k not in keys}
     tower = _hf.CLIPVisionModel(
@@ -117,12 +143,27 @@ def _features(pixels: Tensor, config: Config, part: Part) -> Tensor:
     ).eval()
     state = {f"vision_model.{name}": value for name, value in weights(part).items()}
     _load(tower, state, allowed="vision_model.post_layernorm.")
+    if added:
+        added.attach(tower, "vision.")
     states = tower(pixels, output_hidden_states=True).hidden_states[-1]
     features: Tensor = states if config["class_token"] else states[:, 1:]
     return features
 
 
-def _decoder(config: Config, part: Part) -> Any:
+def _projector(part: Part, added: Added | None) -> dict[str, Tensor]:
+    found = weights(part)
+    if added:
+        start = "projector."
+        whole = added.whole.items()
+        found |= {n.removeprefix(start): t for n, t in whole if n.startswith(start)}
+        for name in added.modules():
+            key = f"{name.removeprefix(start)}.weight"
+            if name.startswith(start) and (more := added.added(name)) is not None:
+                found[key] = found[key] + more.reshape(found[key].shape)
+    return found
+
+
+def _decoder(config: Config, part: Part, added: Added | None) -> Any:
     settings = {k: v for k, v in config.items() if k != "kind"}
     name = {"llama": "Llama", "phi3": "Phi3"}[config["kind"]]
     made = getattr(_hf, f"{name}Config")(**settings, pad_token_id=None, attn_implementation="eager")
@@ -130,10 +171,15 @@ def _decoder(config: Config, part: Part) -> Any:
         decoder = getattr(_hf, f"{name}ForCausalLM")(made)
     head = "lm_head.weight"
     state = {n if n == head else f"model.{n}": v for n, v in weights(part).items()}
+    for name, tensor in added.whole.items() if added else ():
+        if name.startswith("decoder."):
+            state[name.removeprefix("decoder.")] = tensor
     if config["tie_word_embeddings"]:
         state[head] = state["model.embed_tokens.weight"]
     decoder.load_state_dict(state, strict=True, assign=True)
     decoder.model.rotary_emb = type(decoder.model.rotary_emb)(made)
+    if added:
+        added.attach(decoder, "decoder.")
     return decoder.eval()
 
 

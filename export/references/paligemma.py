@@ -26,6 +26,7 @@ try:
     )
 
     from edgevlm.export.references import files
+    from edgevlm.export.references.adapters import Added
 except ImportError as e:
     raise EngineMissing(
         f"verification needs torch and transformers ({e.name or e} is not there)",
@@ -33,11 +34,21 @@ except ImportError as e:
     ) from None
 
 
+# Modules as releases of transformers called them when an adapter was trained, and as 4.57 does.
+_NAMES = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head", "lm_head"),
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower.vision_model."),
+    (r"^multi_modal_projector", "model.multi_modal_projector"),
+)
+
+
 class Reference:
     """See references.Source."""
 
     def __init__(self, job: Job) -> None:
         self._folder = job.checkpoint.folder
+        self._adapter = job.adapter.folder if job.adapter else None
         self._processor = load_processor(self._folder)
 
     def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
@@ -48,6 +59,8 @@ class Reference:
         """See references.Source."""
         with quiet(), _without_bars(), torch.inference_mode():
             model = _load(self._folder)
+            if self._adapter:
+                Added(self._adapter, _NAMES).attach(model)
             inputs = self._processor(
                 images=request.image, text="<image>" + request.prompt, return_tensors="pt"
             )
@@ -102,6 +115,21 @@ def _logits(model: Any, inputs: Any, tokens: NDArray[np.int32]) -> NDArray[np.fl
 
 
 @contextmanager
+def _without_adapters() -> Iterator[None]:
+    """With peft installed transformers would load an adapter's base from elsewhere and add it."""
+    from transformers import modeling_utils
+
+    # transformers leaves this name without a type.
+    module: Any = modeling_utils
+    found = module.is_peft_available
+    module.is_peft_available = lambda: False
+    try:
+        yield
+    finally:
+        module.is_peft_available = found
+
+
+@contextmanager
 def _without_bars() -> Iterator[None]:
     """transformers draws a bar on stderr while it loads shards."""
     from transformers import utils
@@ -137,14 +165,15 @@ def _load(folder: Path) -> Any:
     # Checkpoints saved by transformers 5 lack a level that 4.57's tower still has.
     mapping = dict(PaliGemmaForConditionalGeneration._checkpoint_conversion_mapping)
     mapping[r"^model\.vision_tower\.(?!vision_model)"] = "model.vision_tower.vision_model."
-    model, info = PaliGemmaForConditionalGeneration.from_pretrained(
-        folder,
-        config=_config(folder),
-        attn_implementation="eager",
-        dtype=torch.float32,
-        key_mapping=mapping,
-        output_loading_info=True,
-    )
+    with _without_adapters():
+        model, info = PaliGemmaForConditionalGeneration.from_pretrained(
+            folder,
+            config=_config(folder),
+            attn_implementation="eager",
+            dtype=torch.float32,
+            key_mapping=mapping,
+            output_loading_info=True,
+        )
     odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if odd:
         raise ExportError(
