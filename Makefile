@@ -17,7 +17,7 @@ check:
 	$(BIN)/python -m pytest -q tests/test_packaging.py tests/test_docs.py
 
 bench:
-	$(BIN)/python -m edgevlm.benchmarks.pico evaluate
+	$(BIN)/python -m workshop.pico evaluate
 
 docs:
 	$(BIN)/python docs/generate.py

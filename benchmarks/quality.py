@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgevlm.benchmarks.pico.evaluate import GENERATORS, TASKS, evaluate, held_out, questions_of
-from edgevlm.benchmarks.pico.scenes import Scene
+from edgevlm.benchmarks.scenes.evaluate import GENERATORS, TASKS, evaluate, held_out, questions_of
+from edgevlm.benchmarks.scenes.textured_scenes import Scene
 from edgevlm.bundle import Manifest, open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import child

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle
+from tests.checkpoints.paligemma import write_paligemma
 
 # A run in the background inherits an ignored Ctrl-C; the programs that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)

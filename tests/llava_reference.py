@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from edgevlm.benchmarks.llava_checkpoints import MEAN, STD, Tiny
-from edgevlm.benchmarks.llava_tensors import tensors
+from tests.checkpoints.llava import MEAN, STD, Tiny
+from tests.checkpoints.llava_tensors import tensors
 
 Float = npt.NDArray[np.float32]
 SYSTEM = (

@@ -5,10 +5,10 @@ import types
 
 import pytest
 
-from edgevlm.benchmarks.backends import compare, environment
 from edgevlm.benchmarks.latency.files import default_picture
 from edgevlm.errors import BenchError
 from edgevlm.models import built_in
+from workshop.backends import compare, environment
 
 
 @pytest.fixture

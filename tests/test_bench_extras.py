@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm.benchmarks import reports
 from edgevlm.benchmarks.latency import extras
 from edgevlm.benchmarks.latency.extras import Extras, with_extras
 from edgevlm.benchmarks.latency.gather import Configuration
@@ -16,6 +15,7 @@ from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError
 from edgevlm.models import built_in
 from tests.test_bench_reports import beside, report, result
+from workshop import reports
 
 QUALITY = Quality("pico", 0.9, 0.8, 0.1, 0.7, {})
 

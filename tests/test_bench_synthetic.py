@@ -12,20 +12,20 @@ import pytest
 from gguf import GGUFReader
 
 import edgevlm
-from edgevlm.benchmarks.checkpoints import write_paligemma
-from edgevlm.benchmarks.llava_checkpoints import write_llava
 from edgevlm.benchmarks.synthetic import make as synthetic
 from edgevlm.benchmarks.synthetic.connectors import write_projector
 from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes
 from edgevlm.benchmarks.synthetic.models import MODELS
 from edgevlm.benchmarks.synthetic.towers import write_encoder
 from edgevlm.benchmarks.synthetic.words import vocabulary
-from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import export_bundle, llama, pipeline, quantize
 from edgevlm.export.progress import Stage
 from edgevlm.family import TOWER, Source
+from tests.checkpoints.llava import write_llava
+from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.tinygptv import write_tinygptv
 
 VISION = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,

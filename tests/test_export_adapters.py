@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 import edgevlm
-from edgevlm.benchmarks.adapters import (
+from edgevlm.bundle import Bundle
+from edgevlm.errors import ParityError, SourceError
+from edgevlm.export import export_bundle, hub, lora
+from edgevlm.export.components import Job
+from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.source import read_tensors
+from tests.checkpoints.adapters import (
     PREFIX,
     shapes_of,
     write_adapter,
@@ -20,16 +26,10 @@ from edgevlm.benchmarks.adapters import (
     write_projector,
     write_state,
 )
-from edgevlm.benchmarks.checkpoints import write_paligemma
-from edgevlm.benchmarks.llava_checkpoints import write_llava
-from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
-from edgevlm.benchmarks.vocabulary import write_json
-from edgevlm.bundle import Bundle
-from edgevlm.errors import ParityError, SourceError
-from edgevlm.export import export_bundle, hub, lora
-from edgevlm.export.components import Job
-from edgevlm.export.pipeline import Options, prepare
-from edgevlm.export.source import read_tensors
+from tests.checkpoints.llava import write_llava
+from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.tinygptv import write_tinygptv
+from tests.checkpoints.vocabulary import write_json
 from tests.test_llava import PICTURE
 from tests.tinygptv_sources import SMALL
 

@@ -13,9 +13,6 @@ import pytest
 from transformers import AddedToken, AutoTokenizer, GemmaTokenizerFast
 
 import edgevlm
-from edgevlm.benchmarks.checkpoints import write_paligemma
-from edgevlm.benchmarks.llava_checkpoints import write_llava
-from edgevlm.benchmarks.vocabulary import n_pieces, write_json
 from edgevlm.bundle import Bundle
 from edgevlm.errors import ParityError, SourceError
 from edgevlm.export import export_bundle, parity, references, token_checks, tokenizer
@@ -24,6 +21,9 @@ from edgevlm.export.corpus import around, corpus
 from edgevlm.export.decoder import DecoderSource, write_gguf
 from edgevlm.export.pipeline import Options, prepare
 from edgevlm.export.tokenizer import CONTROL, USER_DEFINED
+from tests.checkpoints.llava import write_llava
+from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.vocabulary import n_pieces, write_json
 from tests.test_export_byte_pairs import ids
 
 WRITERS: dict[str, Any] = {

@@ -16,12 +16,12 @@ import numpy as np
 import psutil
 import pytest
 
-from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import BundleError, EdgeVLMError, ExportError, ParityError, SourceError
 from edgevlm.export import components, export_bundle, parity, pipeline, quantize
 from edgevlm.export.pipeline import Options, prepare
 from edgevlm.types import Progress
+from tests.checkpoints.paligemma import write_paligemma
 from tests.test_export_source import with_nan
 
 REFERENCE = "edgevlm.export.references.paligemma.Reference.run"

@@ -13,15 +13,15 @@ import gguf
 import pytest
 from transformers import AutoTokenizer, CodeGenTokenizerFast, GPT2TokenizerFast
 
-from edgevlm.benchmarks import byte_vocabulary
-from edgevlm.benchmarks.phi_vocabulary import END, write_gpt2_tokenizer
-from edgevlm.benchmarks.vocabulary import write_json
 from edgevlm.errors import SourceError
 from edgevlm.export import llama
 from edgevlm.export.corpus import corpus
 from edgevlm.export.decoder import DecoderSource, metadata
 from edgevlm.export.source import Checkpoint, read_json
 from edgevlm.export.tokenizer import CONTROL, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
+from tests.checkpoints import byte_vocabulary
+from tests.checkpoints.phi_vocabulary import END, write_gpt2_tokenizer
+from tests.checkpoints.vocabulary import write_json
 from tests.multilingual import PROMPTS
 
 TEXTS = [*corpus(), *(q for questions in PROMPTS.values() for q in questions), "I'LL we'Ve 12345"]

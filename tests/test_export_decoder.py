@@ -10,7 +10,6 @@ import gguf
 import numpy as np
 import pytest
 
-from edgevlm.benchmarks.checkpoints import LAYOUTS, write_paligemma
 from edgevlm.errors import ExportError, SourceError
 from edgevlm.export import decoder, quantize
 from edgevlm.export.decoder import DecoderSource, write_decoder
@@ -18,6 +17,7 @@ from edgevlm.export.pipeline import Options, prepare
 from edgevlm.export.tensors import SourceTensor, writable
 from edgevlm.export.tokenizer import read_vocabulary
 from edgevlm.gguf_file import opened
+from tests.checkpoints.paligemma import LAYOUTS, write_paligemma
 from tests.test_export_source import with_nan
 
 

@@ -18,12 +18,12 @@ import psutil
 import pytest
 import torch
 
-from edgevlm.benchmarks.checkpoints import write_paligemma
-from edgevlm.benchmarks.vocabulary import remove_tokenizer, write_json
 from edgevlm.errors import SourceError
 from edgevlm.export.pickles import read_pickle
 from edgevlm.export.source import read_checkpoint
 from edgevlm.export.tensors import SourceTensor
+from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.vocabulary import remove_tokenizer, write_json
 
 INDEX = "pytorch_model.bin.index.json"
 

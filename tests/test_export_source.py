@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgevlm.benchmarks.checkpoints import LAYOUTS, Tensors, write_paligemma
-from edgevlm.benchmarks.vocabulary import remove_tokenizer, write_json
 from edgevlm.errors import ExportError, SourceError, UnknownFamily
 from edgevlm.export.components import Job
 from edgevlm.export.pipeline import Options, prepare
 from edgevlm.export.source import stated_license
+from tests.checkpoints.paligemma import LAYOUTS, Tensors, write_paligemma
+from tests.checkpoints.vocabulary import remove_tokenizer, write_json
 
 OPTIONS = Options("f32", "fp32", False, None)
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from edgevlm.benchmarks.checkpoints import write_paligemma
-from edgevlm.benchmarks.vocabulary import n_pieces, write_json
 from edgevlm.errors import SourceError
 from edgevlm.export import llama
 from edgevlm.export.corpus import corpus
 from edgevlm.export.decoder import DecoderSource, write_gguf
 from edgevlm.export.pipeline import Options, prepare
 from edgevlm.export.tokenizer import CONTROL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
+from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.vocabulary import n_pieces, write_json
 
 
 def vocabulary(folder: Path) -> Vocabulary:

@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.errors import EngineMissing, ImageError
 from edgevlm.export import components, dynamic8, flow, images, onnx_files, precisions, quantize
 from edgevlm.export.metrics import distance
 from edgevlm.export.pipeline import Options, prepare
+from tests.checkpoints.paligemma import write_paligemma
 
 Array = NDArray[Any]
 

@@ -15,13 +15,13 @@ import pytest
 
 import edgevlm
 from edgevlm import family, schema
-from edgevlm.benchmarks.checkpoints import write_paligemma
-from edgevlm.benchmarks.llava_checkpoints import ORIGINALS, write_llava
-from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
 from edgevlm.bundle import Bundle, Manifest, open_bundle
 from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
 from edgevlm.runtimes.session import VLM
+from tests.checkpoints.llava import ORIGINALS, write_llava
+from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.tinygptv import write_tinygptv
 
 CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "paligemma-1": ("paligemma", lambda folder: write_paligemma(folder, version=1)),

@@ -8,12 +8,12 @@ import gguf
 import numpy as np
 import pytest
 
-from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle
 from edgevlm.errors import ExportError
 from edgevlm.export import QUANTS, decoder, export_bundle, importance, quantize, requantize_bundle
 from edgevlm.export.llama import Matrix
 from edgevlm.export.pipeline import Options, prepare
+from tests.checkpoints.paligemma import write_paligemma
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def values(path: Path, name: str) -> np.ndarray:
 
 
 # llama.cpp spends seconds on the tables of each other IQ type, however small the model;
-# `python -m edgevlm.benchmarks.precisions` makes them all.
+# `python -m workshop.precisions` makes them all.
 QUICK = [q for q in QUANTS if not q.startswith("iq") or q in ("iq2_xxs", "iq4_nl", "iq4_xs")]
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import edgevlm
-from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.errors import EngineError, PromptError
 from edgevlm.export import export_bundle
 from edgevlm.export.metrics import divergence
 from edgevlm.runtimes.session import VLM
+from tests.checkpoints.paligemma import write_paligemma
 
 SHAPES = Path(__file__).parent.parent / "examples" / "shapes.png"
 

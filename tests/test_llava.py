@@ -15,15 +15,15 @@ import sentencepiece
 from PIL import Image
 
 import edgevlm
-from edgevlm.benchmarks import byte_vocabulary
-from edgevlm.benchmarks.llava_checkpoints import ORIGINALS, Tiny, write_llava
-from edgevlm.benchmarks.vocabulary import llama_model, write_json
 from edgevlm.bundle import Bundle
 from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle
 from edgevlm.runtimes.request import input_rows, prefill, prepare
 from edgevlm.sampling import Sampling
 from tests import published
+from tests.checkpoints import byte_vocabulary
+from tests.checkpoints.llava import ORIGINALS, Tiny, write_llava
+from tests.checkpoints.vocabulary import llama_model, write_json
 from tests.multilingual import PROMPTS
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)

@@ -99,9 +99,10 @@ def test_every_file_of_data_is_in_setup_cfg():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     data = config["options.package_data"]
-    for package, folder in (("edgevlm", "edgevlm"), ("edgevlm.benchmarks.pico", "benchmarks/pico")):
-        listed = {p for glob in data[package].split() for p in (ROOT / folder).glob(glob)}
-        there = {p for p in (ROOT / folder / "assets").rglob("*") if p.is_file()}
+    for package in ("edgevlm", "edgevlm.benchmarks.scenes"):
+        folder = ROOT / package.removeprefix("edgevlm.").replace(".", "/")
+        listed = {p for glob in data[package].split() for p in folder.glob(glob)}
+        there = {p for p in (folder / "assets").rglob("*") if p.is_file()}
         assert there and there <= listed
     licences = config["metadata"]["license_files"].split()
     found = {p.name for glob in licences for p in ROOT.glob(glob)}
@@ -116,6 +117,12 @@ def test_modules_import_only_downwards(name):
             apart = {"edgevlm.export", "edgevlm.runtimes"}
             mine, theirs = ({p for p in apart if within(n, p)} for n in (name, imported))
             assert not (mine and theirs and mine != theirs), f"{name} imports {imported}"
+
+
+def test_nothing_shipped_imports_the_workshop_or_the_tests():
+    for name, path in modules().items():
+        outside = {i for i in imports(path) if i.split(".")[0] in ("tests", "workshop")}
+        assert not outside, f"{name} imports {outside}"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -11,17 +11,17 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edgevlm.benchmarks.llava_checkpoints import write_llava
 from edgevlm.benchmarks.peers import run
 from edgevlm.benchmarks.peers.__main__ import main
 from edgevlm.benchmarks.peers.run import Comparison, Peer, beside, known, own_pythons
 from edgevlm.benchmarks.synthetic import make as synthetic
-from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import BenchError
 from edgevlm.export import export_bundle
 from edgevlm.family import Source
 from edgevlm.models import built_in
+from tests.checkpoints.llava import write_llava
+from tests.checkpoints.tinygptv import write_tinygptv
 
 TIMES = {"encode_ms", "prefill_ms", "first_token_ms", "token_ms"}
 

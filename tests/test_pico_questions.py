@@ -4,9 +4,9 @@ from random import Random
 
 import pytest
 
-from edgevlm.benchmarks.pico.questions import contested_position, position
-from edgevlm.benchmarks.pico.scenes import Thing, make_scene
-from edgevlm.benchmarks.pico.sides import on_side
+from edgevlm.benchmarks.scenes.questions import contested_position, position
+from edgevlm.benchmarks.scenes.sides import on_side
+from edgevlm.benchmarks.scenes.textured_scenes import Thing, make_scene
 
 
 def at(kind: str, x: float, y: float) -> Thing:

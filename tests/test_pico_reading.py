@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgevlm.benchmarks.pico.batches import BatchPlan, build
-from edgevlm.benchmarks.pico.checkpoint import load_checkpoint
-from edgevlm.benchmarks.pico.initial import NEW_CHANNELS, NEW_LAYER
-from edgevlm.benchmarks.pico.letters import (
+from edgevlm.benchmarks.scenes.textured_scenes import Thing, Word
+from workshop.pico.batches import BatchPlan, build
+from workshop.pico.checkpoint import load_checkpoint
+from workshop.pico.initial import NEW_CHANNELS, NEW_LAYER
+from workshop.pico.letters import (
     CHANNELS,
     CODES,
     END,
@@ -22,18 +23,17 @@ from edgevlm.benchmarks.pico.letters import (
     Printed,
     word_rows,
 )
-from edgevlm.benchmarks.pico.model import Pico, PicoConfig, to_pixels
-from edgevlm.benchmarks.pico.optimiser import set_gradients
-from edgevlm.benchmarks.pico.pages import make_page, pages_path, read_words
-from edgevlm.benchmarks.pico.reading import LetterTraining, with_letters
-from edgevlm.benchmarks.pico.scenes import Thing, Word
-from edgevlm.benchmarks.pico.schedule import ReadingSchedule
-from edgevlm.benchmarks.pico.spelling import SpellingTraining, spare_units
-from edgevlm.benchmarks.pico.targets import LETTERS, Lexicon, letter_slots
-from edgevlm.benchmarks.pico.tokenizer import Tokenizer
-from edgevlm.benchmarks.pico.wider import QUIET, QUIET_FEATURES, older_state, widened
+from workshop.pico.model import Pico, PicoConfig, to_pixels
+from workshop.pico.optimiser import set_gradients
+from workshop.pico.pages import make_page, pages_path, read_words
+from workshop.pico.reading import LetterTraining, with_letters
+from workshop.pico.schedule import ReadingSchedule
+from workshop.pico.spelling import SpellingTraining, spare_units
+from workshop.pico.targets import LETTERS, Lexicon, letter_slots
+from workshop.pico.tokenizer import Tokenizer
+from workshop.pico.wider import QUIET, QUIET_FEATURES, older_state, widened
 
-TOKENIZER = Path(__file__).parent.parent / "benchmarks/pico/checkpoint/tokenizer.model"
+TOKENIZER = Path(__file__).parent.parent / "workshop/pico/checkpoint/tokenizer.model"
 SMALL = PicoConfig(vision_width=64, vision_heads=2, vision_ff=32, width=128, heads=1, ff=16)
 
 

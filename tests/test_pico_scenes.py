@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from edgevlm.benchmarks.pico.assets import ASSETS, FACE_NAMES, WORD_FACES, font, object_bitmaps
-from edgevlm.benchmarks.pico.evaluate import GENERATORS, held_out
-from edgevlm.benchmarks.pico.kinds import OBJECTS
+from edgevlm.benchmarks.scenes.assets import ASSETS, FACE_NAMES, WORD_FACES, font, object_bitmaps
+from edgevlm.benchmarks.scenes.evaluate import GENERATORS, held_out
+from edgevlm.benchmarks.scenes.kinds import OBJECTS
 
 
 def drawn(letters: ImageFont.FreeTypeFont, text: str) -> np.ndarray:

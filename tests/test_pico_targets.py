@@ -6,14 +6,14 @@ from random import Random
 import numpy as np
 import pytest
 
-from edgevlm.benchmarks.pico import questions
-from edgevlm.benchmarks.pico.kinds import COLOURS, KINDS
-from edgevlm.benchmarks.pico.phrasings import SIDES
-from edgevlm.benchmarks.pico.scenes import Thing
-from edgevlm.benchmarks.pico.targets import RELATIONS, Lexicon, flipped, patch_targets
-from edgevlm.benchmarks.pico.tokenizer import Tokenizer
+from edgevlm.benchmarks.scenes import questions
+from edgevlm.benchmarks.scenes.kinds import COLOURS, KINDS
+from edgevlm.benchmarks.scenes.phrasings import SIDES
+from edgevlm.benchmarks.scenes.textured_scenes import Thing
+from workshop.pico.targets import RELATIONS, Lexicon, flipped, patch_targets
+from workshop.pico.tokenizer import Tokenizer
 
-CHECKPOINT = Path(__file__).parent.parent / "benchmarks/pico/checkpoint"
+CHECKPOINT = Path(__file__).parent.parent / "workshop/pico/checkpoint"
 # In reading order: two red circles with a blue star between them.
 FIRST = Thing("circle", "red", (0.1, 0.1, 0.3, 0.3))
 STAR = Thing("star", "blue", (0.6, 0.2, 0.9, 0.5))

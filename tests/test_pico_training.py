@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from edgevlm.benchmarks.pico.batches import BatchPlan, Meant, Texts, build
-from edgevlm.benchmarks.pico.initial import NEW, NEW_CHANNELS, NEW_LAYER, grown
-from edgevlm.benchmarks.pico.kinds import KINDS
-from edgevlm.benchmarks.pico.model import Pico, PicoConfig, rotate
-from edgevlm.benchmarks.pico.neighbours import (
+from edgevlm.benchmarks.scenes.kinds import KINDS
+from edgevlm.benchmarks.scenes.textured_scenes import Thing
+from workshop.pico.batches import BatchPlan, Meant, Texts, build
+from workshop.pico.initial import NEW, NEW_CHANNELS, NEW_LAYER, grown
+from workshop.pico.model import Pico, PicoConfig, rotate
+from workshop.pico.neighbours import (
     Neighbours,
     beside_codes,
     fill_new_channels,
@@ -20,12 +21,11 @@ from edgevlm.benchmarks.pico.neighbours import (
     kinds_beside,
     noun_losses,
 )
-from edgevlm.benchmarks.pico.scenes import Thing
-from edgevlm.benchmarks.pico.schedule import CONTINUED
-from edgevlm.benchmarks.pico.targets import Lexicon
-from edgevlm.benchmarks.pico.train import Trainer
+from workshop.pico.schedule import CONTINUED
+from workshop.pico.targets import Lexicon
+from workshop.pico.train import Trainer
 
-CHECKPOINT = Path(__file__).parent.parent / "benchmarks/pico/checkpoint"
+CHECKPOINT = Path(__file__).parent.parent / "workshop/pico/checkpoint"
 
 # Patch 9 is a circle; on its left is patch 8, a square (kinds count from one).
 NEIGHBOURS = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm.benchmarks import precisions
 from edgevlm.benchmarks.quality import Quality
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import ExportError
 from edgevlm.models import resolve
+from workshop import precisions
 
 
 def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:

@@ -12,16 +12,16 @@ import pytest
 from PIL import Image
 
 from edgevlm import schema
-from edgevlm.benchmarks.checkpoints import write_paligemma
-from edgevlm.benchmarks.llava_checkpoints import write_llava
-from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
-from edgevlm.benchmarks.vocabulary import write_json
 from edgevlm.errors import ParityError, SourceError
 from edgevlm.export import export_bundle
 from edgevlm.export.pipeline import Options, prepare
 from edgevlm.families import llava, paligemma, tinygptv
 from edgevlm.image import preprocess
 from edgevlm.specs import ImageSpec
+from tests.checkpoints.llava import write_llava
+from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.tinygptv import write_tinygptv
+from tests.checkpoints.vocabulary import write_json
 from tests.tinygptv_sources import SMALL
 
 RNG = np.random.default_rng(3)

@@ -10,11 +10,11 @@ from pathlib import Path
 import click.testing
 import pytest
 
-from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cli import cli
 from edgevlm.errors import BundleError, ExportError, ParityError
 from edgevlm.export import child, export_bundle, parity, requantize, requantize_bundle
+from tests.checkpoints.paligemma import write_paligemma
 from tests.test_export_bundle import arrays
 
 

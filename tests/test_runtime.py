@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 import edgevlm
-from edgevlm.benchmarks.checkpoints import write_paligemma
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError, EngineMissing, PromptError
 from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
 from edgevlm.runtimes import ggml
 from edgevlm.runtimes.decoder import LlamaDecoder
 from edgevlm.sampling import Sampling
+from tests.checkpoints.paligemma import write_paligemma
 from tests.reference import Original
 
 PICTURE = np.random.default_rng(7).integers(0, 256, (70, 110, 3), np.uint8)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from edgevlm.benchmarks.checkpoints import write_paligemma
-from edgevlm.benchmarks.llava_checkpoints import write_llava
-from edgevlm.benchmarks.saved_by_5 import as_saved_by_5
-from edgevlm.benchmarks.vocabulary import write_json
 from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle
 from edgevlm.export.components import Job
 from edgevlm.export.pipeline import Options, prepare
+from tests.checkpoints.llava import write_llava
+from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.saved_by_5 import as_saved_by_5
+from tests.checkpoints.vocabulary import write_json
 
 LLAMA3 = {"vocabulary": "llama3", "kv_heads": 2, "text_config": {"rope_theta": 5e5}}
 WRITERS: dict[str, Callable[[Path], Path]] = {

@@ -135,8 +135,8 @@ def test_an_answer_that_the_encoding_lacks(encoding: str, random_words: Path) ->
 @pytest.fixture(scope="module")
 def random_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that answers in every script; its name is in none of the narrow encodings."""
-    from edgevlm.benchmarks.llava_checkpoints import write_llava
     from edgevlm.export import export_bundle
+    from tests.checkpoints.llava import write_llava
 
     folder = tmp_path_factory.mktemp("words")
     source = write_llava(folder / "source", layout="hf", projector="mlp2x_gelu")

@@ -15,7 +15,6 @@ from PIL import Image
 
 import edgevlm
 from edgevlm import cli
-from edgevlm.benchmarks.tinygptv_checkpoints import ORIGINALS, write_tinygptv
 from edgevlm.bundle import Bundle
 from edgevlm.export import export_bundle, llama
 from edgevlm.export.corpus import corpus
@@ -24,6 +23,7 @@ from edgevlm.image import preprocess
 from edgevlm.runtimes.request import input_rows, prefill, prepare
 from edgevlm.sampling import Sampling
 from tests import published
+from tests.checkpoints.tinygptv import ORIGINALS, write_tinygptv
 from tests.multilingual import PROMPTS
 from tests.tinygptv_reference import Original
 from tests.tinygptv_sources import SMALL, prepared

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from edgevlm.benchmarks.tinygptv_checkpoints import write_tinygptv
 from edgevlm.errors import SourceError
+from tests.checkpoints.tinygptv import write_tinygptv
 from tests.tinygptv_sources import SMALL, prepared
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.benchmarks.published import CLIP, MOBILEPALO, PALIGEMMA, TINY_LLAVA
+from edgevlm.benchmarks.synthetic.configs import CLIP, MOBILEPALO, PALIGEMMA, TINY_LLAVA
 from edgevlm.family import TOWER, Source
 
 # Begins the name of every synthetic model, in its manifest and so in every report.

@@ -1,0 +1,1 @@
+"""Drawn scenes, the questions that can be asked of them, and how right the answers are."""

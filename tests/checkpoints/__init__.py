@@ -1,0 +1,1 @@
+"""Writers of tiny checkpoints in the published layouts."""

@@ -1,0 +1,88 @@
+"""A tiny checkpoint's folder as transformers 5 saves it (5.24), rewritten from 4's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.checkpoints.vocabulary import write_json
+
+# Files of 4 that 5 does not write.
+_GONE = (
+    "preprocessor_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+def as_saved_by_5(folder: Path, **image_processor: Any) -> Path:
+    """Rewrites a PaliGemma's or a LLaVA's folder that has a tokenizer.json; returns it.
+
+    `image_processor` are settings of its picture processor other than the folder's.
+    """
+    write_json(folder / "config.json", config := _config(_read(folder / "config.json")))
+    write_json(folder / "processor_config.json", _processor(folder, config, image_processor))
+    write_json(folder / "tokenizer_config.json", _tokenizer(folder, config))
+    for name in _GONE:
+        (folder / name).unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text("{{ messages }}\n", encoding="utf-8")
+    return folder
+
+
+def _config(found: dict[str, Any]) -> dict[str, Any]:
+    config = {k: _config(v) if isinstance(v, dict) else v for k, v in found.items()}
+    if "torch_dtype" in config:
+        config["dtype"] = config.pop("torch_dtype")
+    if config.get("model_type") in ("gemma", "gemma2", "llama", "mistral", "phi3"):
+        theta = config.pop("rope_theta", 10000.0)
+        rope = {"rope_theta": theta, "rope_type": "default"}
+        if config["model_type"] == "phi3":
+            rope["partial_rotary_factor"] = config.pop("partial_rotary_factor", 1.0)
+        config.pop("rope_scaling", None)
+        config["rope_parameters"] = rope
+    if "transformers_version" in config:
+        config["transformers_version"] = "5.24.0"
+    return config
+
+
+def _processor(folder: Path, config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    pictures = _read(folder / "preprocessor_config.json")
+    for key in ("processor_class", "feature_extractor_type"):
+        pictures.pop(key, None)
+    for key in ("size", "crop_size"):
+        if isinstance(pictures.get(key), int):
+            side = pictures[key]
+            square = {"height": side, "width": side}
+            pictures[key] = {"shortest_edge": side} if key == "size" else square
+    pictures |= {"do_rescale": True, "rescale_factor": 1 / 255} | changes
+    if config["model_type"] == "paligemma":
+        return {"image_processor": pictures, "processor_class": "PaliGemmaProcessor"}
+    return {
+        "image_processor": pictures,
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,
+        "patch_size": config["vision_config"]["patch_size"],
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+    }
+
+
+def _tokenizer(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    found = _read(folder / "tokenizer_config.json")
+    for key in ("added_tokens_decoder", "additional_special_tokens", "add_bos_token"):
+        found.pop(key, None)
+    for key, value in found.items():
+        if key.endswith("_token") and isinstance(value, dict):
+            found[key] = value["content"]
+    if config["model_type"] == "paligemma":
+        found |= {"extra_special_tokens": ["<image>"], "mask_token": "<mask>"}
+    else:
+        found["tokenizer_class"] = "TokenizersBackend"
+    return found | {"backend": "tokenizers", "is_local": True, "local_files_only": False}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

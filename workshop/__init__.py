@@ -1,0 +1,1 @@
+"""What edgevlm is made and measured with; no part of the installed package."""
