@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgevlm.errors import EdgeVLMError, EngineError
-from edgevlm.runtimes.decoder import LlamaDecoder
+from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.runtimes.loading import Settings, load_bundle
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from edgevlm import family
 from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle
 from edgevlm.errors import EngineError
-from edgevlm.runtimes import backends, devices, ggml, providers, rules
-from edgevlm.runtimes.backends import ON_THE_CPU, LlamaDevice, Offload
-from edgevlm.runtimes.decoder import LlamaDecoder, cpu_features
-from edgevlm.runtimes.ort import Ort
-from edgevlm.runtimes.placing import Wish, open_encoder
+from edgevlm.runtimes import devices, rules
+from edgevlm.runtimes.llama import backends, ggml
+from edgevlm.runtimes.llama.backends import ON_THE_CPU, LlamaDevice, Offload
+from edgevlm.runtimes.llama.decoder import LlamaDecoder, cpu_features
 from edgevlm.runtimes.session import VLM
+from edgevlm.runtimes.vision import providers
+from edgevlm.runtimes.vision.choose import Wish, open_encoder
+from edgevlm.runtimes.vision.ort import Ort
 from edgevlm.specs import DecoderSpec
 from edgevlm.types import Devices, Placement
 

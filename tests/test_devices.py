@@ -13,10 +13,11 @@ import edgevlm
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import EngineError, EngineMissing
 from edgevlm.models import built_in
-from edgevlm.runtimes import devices, firstuse, providers
-from edgevlm.runtimes.ort import Ort, broken_plugins
-from edgevlm.runtimes.placing import Wish, open_encoder
-from edgevlm.runtimes.providers import PROVIDERS, Offer, candidates, label
+from edgevlm.runtimes import devices
+from edgevlm.runtimes.vision import first_use, providers
+from edgevlm.runtimes.vision.choose import Wish, open_encoder
+from edgevlm.runtimes.vision.ort import Ort, broken_plugins
+from edgevlm.runtimes.vision.providers import PROVIDERS, Offer, candidates, label
 from tests.devices import Behaviour, Device, FakeOnnxruntime
 
 CUDA, QNN, DML = "CUDAExecutionProvider", "QNNExecutionProvider", "DmlExecutionProvider"
@@ -34,7 +35,7 @@ def home(tmp_path, monkeypatch):
 def speeds(monkeypatch):
     """Milliseconds for a picture by provider; the CPU takes 10, all others 1."""
     found = {"CPUExecutionProvider": 10.0}
-    monkeypatch.setattr(firstuse, "encode_ms", lambda e, size: found.get(e.provider, 1.0))
+    monkeypatch.setattr(first_use, "encode_ms", lambda e, size: found.get(e.provider, 1.0))
     return found
 
 
@@ -130,7 +131,7 @@ def test_a_sound_provider_is_used_and_its_nodes_are_counted(pico):
     assert (placed.asked, placed.device, placed.engine) == ("auto", "cuda", CUDA)
     assert (placed.placed, placed.total) == (180, 200)
     assert str(placed) == "cuda, 180 of 200 nodes, 20 on the CPU, cosine with the CPU 1.0000"
-    assert encoder.features(firstuse.picture(112)).shape == (1, 64, 320)
+    assert encoder.features(first_use.picture(112)).shape == (1, 64, 320)
     assert encoder.features(np.zeros((2, 3, 112, 112), np.float32)).shape == (2, 64, 320)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from edgevlm.errors import BundleCorrupt, EngineError
-from edgevlm.runtimes.decoder import LlamaDecoder
-from edgevlm.runtimes.edits import ExtraNorms
 from edgevlm.runtimes.engines import Cancelled
+from edgevlm.runtimes.llama.decoder import LlamaDecoder
+from edgevlm.runtimes.llama.edits import ExtraNorms
 from edgevlm.sampling import Sampling
 from tests.phi_reference import NORMS, Tiny, forward, place, random_weights, spec, write_gguf
 

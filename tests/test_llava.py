@@ -247,8 +247,8 @@ def test_what_questions_share_is_read_once(tmp_path: Path):
 
 
 def test_state_of_a_cancelled_prefill_is_not_taken_for_another(tmp_path: Path, monkeypatch):
-    from edgevlm.runtimes.decoder import LlamaDecoder
     from edgevlm.runtimes.engines import Cancelled
+    from edgevlm.runtimes.llama.decoder import LlamaDecoder
 
     source = write_llava(tmp_path / "source")
     bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)

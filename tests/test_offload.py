@@ -8,8 +8,9 @@ import pytest
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import EngineError, EngineMissing
 from edgevlm.models import built_in
-from edgevlm.runtimes import ggml, loading, rules
-from edgevlm.runtimes.backends import (
+from edgevlm.runtimes import loading, rules
+from edgevlm.runtimes.llama import ggml
+from edgevlm.runtimes.llama.backends import (
     BACKENDS,
     ON_THE_CPU,
     LayerBytes,

@@ -41,12 +41,10 @@ LAYERS = (
 )
 # Engines belong to one module each; the exporter's own are imported where a checkpoint is read.
 ENGINES = {
-    "onnxruntime": ("edgevlm.runtimes.ort", "edgevlm.export"),
+    "onnxruntime": ("edgevlm.runtimes.vision.ort", "edgevlm.export"),
     "llama_cpp": (
         "edgevlm.gguf_file",
-        "edgevlm.runtimes.decoder",
-        "edgevlm.runtimes.ggml",
-        "edgevlm.runtimes.hooks",
+        "edgevlm.runtimes.llama",
         "edgevlm.export",
         "edgevlm.benchmarks.peers",
     ),

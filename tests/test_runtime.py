@@ -16,8 +16,8 @@ import edgevlm
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError, EngineMissing, PromptError
 from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
-from edgevlm.runtimes import ggml
-from edgevlm.runtimes.decoder import LlamaDecoder
+from edgevlm.runtimes.llama import ggml
+from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.sampling import Sampling
 from tests.checkpoints.paligemma import write_paligemma
 from tests.reference import Original
@@ -319,7 +319,7 @@ def test_the_command_line_on_real_engines_is_quiet(paligemma_bundle, tmp_path):
 ANNOUNCED = """
 import sys
 from edgevlm import cli
-from edgevlm.runtimes.decoder import LlamaDecoder
+from edgevlm.runtimes.llama.decoder import LlamaDecoder
 prefill = LlamaDecoder.prefill
 def announced(*arguments, **options):
     print("prefill", file=sys.stderr, flush=True)

@@ -16,7 +16,8 @@ import pytest
 import edgevlm
 from edgevlm.errors import BundleCorrupt, EdgeVLMError, ModelClosed, PromptError
 from edgevlm.models import built_in
-from edgevlm.runtimes import decoder, fakes, turns
+from edgevlm.runtimes import fakes, turns
+from edgevlm.runtimes.llama import decoder
 from edgevlm.runtimes.loading import open_bundle
 
 PICTURE = Path(__file__).parent.parent / "examples" / "shapes.png"

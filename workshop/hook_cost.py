@@ -18,7 +18,7 @@ import numpy as np
 
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.machine import physical_cores
-from edgevlm.runtimes import decoder, hooks
+from edgevlm.runtimes.llama import decoder, hooks
 from edgevlm.runtimes.loading import open_decoder
 
 Times = tuple[float, float]

@@ -21,7 +21,7 @@ from edgevlm.benchmarks.latency.memory import Memory
 from edgevlm.benchmarks.latency.sensors import Sensors
 from edgevlm.errors import EdgeVLMError
 from edgevlm.runtimes import rules
-from edgevlm.runtimes.decoder import cpu_features
+from edgevlm.runtimes.llama.decoder import cpu_features
 from edgevlm.runtimes.loading import Settings, load_bundle
 from edgevlm.runtimes.session import VLM
 

@@ -80,7 +80,7 @@ def _processor() -> str:
 
 
 def _vision() -> list[tuple[str, str]]:
-    from edgevlm.runtimes.ort import Ort
+    from edgevlm.runtimes.vision.ort import Ort
 
     return [
         (o.word, " ".join(filter(None, (o.provider.name, o.version, o.hardware))))
@@ -89,8 +89,8 @@ def _vision() -> list[tuple[str, str]]:
 
 
 def _vision_missing() -> list[tuple[str, str]]:
-    from edgevlm.runtimes import ort
-    from edgevlm.runtimes.providers import label, missing
+    from edgevlm.runtimes.vision import ort
+    from edgevlm.runtimes.vision.providers import label, missing
 
     offers, broken = ort.Ort().offers(), ort.broken_plugins()
     names: dict[str, list[str]] = {}
@@ -101,8 +101,8 @@ def _vision_missing() -> list[tuple[str, str]]:
 
 
 def _decoder() -> list[tuple[str, str]]:
-    from edgevlm.runtimes import ggml
-    from edgevlm.runtimes.decoder import cpu_features
+    from edgevlm.runtimes.llama import ggml
+    from edgevlm.runtimes.llama.decoder import cpu_features
 
     version = importlib.metadata.version("llama-cpp-python")
     rows = [("cpu", f"llama-cpp-python {version}: {' '.join(cpu_features())}")]
@@ -113,7 +113,7 @@ def _decoder() -> list[tuple[str, str]]:
 
 
 def _decoder_missing() -> list[tuple[str, str]]:
-    from edgevlm.runtimes import backends, ggml
+    from edgevlm.runtimes.llama import backends, ggml
 
     there = {d.backend for d in ggml.devices()}
     lacking = [b for b in backends.BACKENDS if b not in there and sys.platform in b.systems]
@@ -125,7 +125,7 @@ def _decoder_missing() -> list[tuple[str, str]]:
 
 def _settings() -> list[tuple[str, str]]:
     from edgevlm.runtimes import rules
-    from edgevlm.runtimes.decoder import cpu_features
+    from edgevlm.runtimes.llama.decoder import cpu_features
 
     facts = rules.this_machine(cpu_features(), "q4_k_m")
     rows = []

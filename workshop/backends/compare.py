@@ -16,13 +16,13 @@ import numpy.typing as npt
 import edgevlm
 from edgevlm.errors import EngineMissing
 from edgevlm.image import preprocess, read_image
-from edgevlm.runtimes import providers
 from edgevlm.runtimes.engines import Float
-from edgevlm.runtimes.firstuse import worst_cosine
-from edgevlm.runtimes.ort import Ort
-from edgevlm.runtimes.providers import Offer
 from edgevlm.runtimes.request import input_rows, prefill, prepare
 from edgevlm.runtimes.session import VLM
+from edgevlm.runtimes.vision import providers
+from edgevlm.runtimes.vision.first_use import worst_cosine
+from edgevlm.runtimes.vision.ort import Ort
+from edgevlm.runtimes.vision.providers import Offer
 from edgevlm.sampling import Sampling
 
 _ROUNDS = 3

@@ -1,6 +1,6 @@
 """onnxruntime's execution providers as a table, and which of them a word chooses.
 
-Only data and pure functions: `ort.py` asks onnxruntime what it offers, `placing.py` tries the
+Only data and pure functions: `ort.py` asks onnxruntime what it offers, `choose.py` tries the
 choices in turn. onnxruntime's own selection policies (PREFER_NPU and so on) are not used: they do
 not say what was passed over. The order of this table is the preference of `auto`, `gpu` and `npu`.
 """

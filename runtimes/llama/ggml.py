@@ -12,7 +12,7 @@ from llama_cpp._ctypes_extensions import load_shared_library
 
 from edgevlm.errors import EngineError
 from edgevlm.gguf_file import BASE, declare, opened
-from edgevlm.runtimes.backends import LayerBytes, LlamaDevice, backend
+from edgevlm.runtimes.llama.backends import LayerBytes, LlamaDevice, backend
 from edgevlm.specs import DecoderSpec
 
 # enum ggml_backend_dev_type; accelerators such as BLAS (3) work on the CPU's tensors.

@@ -16,7 +16,7 @@ from typing import Any
 import onnxruntime
 
 from edgevlm.errors import BundleCorrupt
-from edgevlm.runtimes.providers import CPU, PROVIDERS, Offer, Provider, rows
+from edgevlm.runtimes.vision.providers import CPU, PROVIDERS, Offer, Provider, rows
 
 # A library registered under a name with this end may offer virtual devices (onnxruntime 1.24).
 _VIRTUAL = ".virtual"

@@ -16,12 +16,12 @@ from edgevlm import cleanup
 from edgevlm.bundle import Bundle, Component
 from edgevlm.errors import EngineError
 from edgevlm.models import cache_directory
-from edgevlm.runtimes import firstuse
-from edgevlm.runtimes.encoder import OrtEncoder
-from edgevlm.runtimes.firstuse import BOUND, Memory, Verdict
 from edgevlm.runtimes.interrupt import interruptible
-from edgevlm.runtimes.ort import Counts, Ort, Unfit, counts
-from edgevlm.runtimes.providers import CPU, Offer, candidates, pick
+from edgevlm.runtimes.vision import first_use
+from edgevlm.runtimes.vision.encoder import OrtEncoder
+from edgevlm.runtimes.vision.first_use import BOUND, Memory, Verdict
+from edgevlm.runtimes.vision.ort import Counts, Ort, Unfit, counts
+from edgevlm.runtimes.vision.providers import CPU, Offer, candidates, pick
 from edgevlm.types import Placement
 
 _FALLBACK = Offer(CPU, "")
@@ -78,7 +78,7 @@ class _Opener:
             return encoder, self._placed(offer, precision, notes=notes)
         precision = pick(offer.provider.precisions, there)
         files = self._files(precision)
-        key = firstuse.key(*files, offer.provider.name, offer.word, offer.version, offer.hardware)
+        key = first_use.key(*files, offer.provider.name, offer.word, offer.version, offer.hardware)
         verdict = self._memory.recall(key)
         if verdict is not None:
             self._judge(verdict)
@@ -121,9 +121,9 @@ class _Opener:
 
         def measure() -> Verdict:
             return Verdict(
-                firstuse.compare(encoder, same, size),
-                firstuse.encode_ms(encoder, size),
-                firstuse.encode_ms(fastest, size),
+                first_use.compare(encoder, same, size),
+                first_use.encode_ms(encoder, size),
+                first_use.encode_ms(fastest, size),
                 self._files(precision),
                 offer.word,
                 offer.version,

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgevlm.errors import EngineError, ModelClosed
 from edgevlm.runtimes.engines import Cancelled, Float
-from edgevlm.runtimes.ort import Ort, first_line
+from edgevlm.runtimes.vision.ort import Ort, first_line
 
 
 class OrtEncoder:

@@ -18,13 +18,13 @@ import llama_cpp as llama
 import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
-from edgevlm.runtimes import ggml
-from edgevlm.runtimes.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.engines import Cancelled, Float
-from edgevlm.runtimes.hooks import GraphHook, Importance, graph_hook
 from edgevlm.runtimes.interrupt import interruptible
+from edgevlm.runtimes.llama import ggml
+from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
+from edgevlm.runtimes.llama.embedding_rows import EmbeddingRows
+from edgevlm.runtimes.llama.hooks import GraphHook, Importance, graph_hook
 from edgevlm.runtimes.native import Handle
-from edgevlm.runtimes.rows import EmbeddingRows
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec, TensorPlace
 

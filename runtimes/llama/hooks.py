@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.gguf_file import BASE, declare, opened
-from edgevlm.runtimes.edits import ATTENTION, Edit, ExactGelu, ExtraNorms, Float, Visit
+from edgevlm.runtimes.llama.edits import ATTENTION, Edit, ExactGelu, ExtraNorms, Float, Visit
 from edgevlm.specs import DecoderSpec
 
 
