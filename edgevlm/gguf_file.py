@@ -1,59 +1,91 @@
 """What a decoder's GGUF file holds, read by ggml: gguf-py makes objects of every token, which takes
-9 seconds for Phi-2's vocabulary, ggml 18 milliseconds.
+9 seconds for Phi-2's vocabulary, ggml 18 milliseconds. Neither ggml nor llama_cpp is loaded before
+the first file is opened.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
-from llama_cpp._ctypes_extensions import load_shared_library
 
-from edgevlm.errors import BundleCorrupt
+from edgevlm.errors import BundleCorrupt, EngineMissing
 from edgevlm.specs import DecoderSpec
 
-BASE = load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")
+
+class Library:
+    """A library of llama-cpp-python's wheel, loaded when the first of its functions is called.
+
+    `functions` are its C functions by name: the type of the result, then those of the arguments.
+    They are called as methods. Raises EngineMissing where the wheel or the library is not there.
+    """
+
+    def __init__(self, name: str, **functions: tuple[Any, ...]) -> None:
+        self._name, self._functions = name, functions
+        self._loaded: ctypes.CDLL | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._functions:
+            raise AttributeError(f"{name} is not declared of {self._name}")
+        self._loaded = self._loaded or ctypes.CDLL(str(_path(self._name)))
+        function = getattr(self._loaded, name)
+        function.restype, *function.argtypes = self._functions[name]
+        setattr(self, name, function)  # from now on it is found without this method
+        return function
+
+
+def _path(name: str) -> Path:
+    """The file of a library; it lies beside llama_cpp's Python, which is found without an import:
+    llama_cpp's own loader is private, and libllama's handle finds ggml's functions on POSIX alone.
+    """
+    spec = find_spec("llama_cpp")
+    folder = Path(spec.origin).parent / "lib" if spec and spec.origin else Path()
+    names = {
+        "win32": (f"{name}.dll", f"lib{name}.dll"),
+        "darwin": (f"lib{name}.dylib", f"lib{name}.so"),
+    }.get(sys.platform, (f"lib{name}.so",))
+    found = next((path for n in names if (path := folder / n).is_file()), None)
+    if not spec or not found:
+        raise EngineMissing(f"{names[0]} of llama.cpp is missing", "pip install llama-cpp-python")
+    return found
 
 
 class _Params(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("shapes", ctypes.POINTER(c_void_p))]
 
 
-def declare(library: Any, name: str, result: Any, *arguments: Any) -> Any:
-    """A C function of a library, with the types of its result and arguments."""
-    function = getattr(library, name)
-    function.restype, function.argtypes = result, list(arguments)
-    return function
-
-
-_open = declare(BASE, "gguf_init_from_file", c_void_p, c_char_p, _Params)
-_free = declare(BASE, "gguf_free", None, c_void_p)
-_n_tensors = declare(BASE, "gguf_get_n_tensors", c_int64, c_void_p)
-_tensor_name = declare(BASE, "gguf_get_tensor_name", c_char_p, c_void_p, c_int64)
-_tensor_type = declare(BASE, "gguf_get_tensor_type", c_int, c_void_p, c_int64)
-_tensor_size = declare(BASE, "gguf_get_tensor_size", c_size_t, c_void_p, c_int64)
-_tensor_offset = declare(BASE, "gguf_get_tensor_offset", c_size_t, c_void_p, c_int64)
-_data_offset = declare(BASE, "gguf_get_data_offset", c_size_t, c_void_p)
-_find = declare(BASE, "gguf_find_key", c_int64, c_void_p, c_char_p)
-_kv_type = declare(BASE, "gguf_get_kv_type", c_int, c_void_p, c_int64)
-_u32 = declare(BASE, "gguf_get_val_u32", c_uint32, c_void_p, c_int64)
-_f32 = declare(BASE, "gguf_get_val_f32", c_float, c_void_p, c_int64)
-_array_type = declare(BASE, "gguf_get_arr_type", c_int, c_void_p, c_int64)
-_array_size = declare(BASE, "gguf_get_arr_n", c_size_t, c_void_p, c_int64)
-_array_data = declare(BASE, "gguf_get_arr_data", c_void_p, c_void_p, c_int64)
-# The shapes are in tensors without data, in a context of ggml's own.
-_shape = declare(BASE, "ggml_get_tensor", c_void_p, c_void_p, c_char_p)
-_rows = declare(BASE, "ggml_nrows", c_int64, c_void_p)
-_elements = declare(BASE, "ggml_nelements", c_int64, c_void_p)
-_forget = declare(BASE, "ggml_free", None, c_void_p)
+_ggml = Library(
+    "ggml-base",
+    gguf_init_from_file=(c_void_p, c_char_p, _Params),
+    gguf_free=(None, c_void_p),
+    gguf_get_n_tensors=(c_int64, c_void_p),
+    gguf_get_tensor_name=(c_char_p, c_void_p, c_int64),
+    gguf_get_tensor_type=(c_int, c_void_p, c_int64),
+    gguf_get_tensor_size=(c_size_t, c_void_p, c_int64),
+    gguf_get_tensor_offset=(c_size_t, c_void_p, c_int64),
+    gguf_get_data_offset=(c_size_t, c_void_p),
+    gguf_find_key=(c_int64, c_void_p, c_char_p),
+    gguf_get_kv_type=(c_int, c_void_p, c_int64),
+    gguf_get_val_u32=(c_uint32, c_void_p, c_int64),
+    gguf_get_val_f32=(c_float, c_void_p, c_int64),
+    gguf_get_arr_type=(c_int, c_void_p, c_int64),
+    gguf_get_arr_n=(c_size_t, c_void_p, c_int64),
+    gguf_get_arr_data=(c_void_p, c_void_p, c_int64),
+    # The shapes are in tensors without data, in a context of ggml's own.
+    ggml_get_tensor=(c_void_p, c_void_p, c_char_p),
+    ggml_nrows=(c_int64, c_void_p),
+    ggml_nelements=(c_int64, c_void_p),
+    ggml_free=(None, c_void_p),
+)
 _UINT32, _FLOAT32, _ARRAY = 4, 6, 9
 
 
@@ -91,25 +123,25 @@ class GGUFFile:
 
     def tensors(self) -> dict[str, StoredTensor]:
         """All of them by name, in the order of the file."""
-        return dict(self._tensor(i) for i in range(_n_tensors(self._file)))
+        return dict(self._tensor(i) for i in range(_ggml.gguf_get_n_tensors(self._file)))
 
     def _tensor(self, i: int) -> tuple[str, StoredTensor]:
-        file, name = self._file, _tensor_name(self._file, i)
-        shape = _shape(self._shapes, name)
-        rows = max(1, int(_rows(shape)))
+        file, name = self._file, _ggml.gguf_get_tensor_name(self._file, i)
+        shape = _ggml.ggml_get_tensor(self._shapes, name)
+        rows = max(1, int(_ggml.ggml_nrows(shape)))
         return name.decode(), StoredTensor(
-            GGMLQuantizationType(_tensor_type(file, i)).name,
+            GGMLQuantizationType(_ggml.gguf_get_tensor_type(file, i)).name,
             rows,
-            int(_elements(shape)) // rows,
-            int(_tensor_size(file, i)),
-            int(_data_offset(file) + _tensor_offset(file, i)),
+            int(_ggml.ggml_nelements(shape)) // rows,
+            int(_ggml.gguf_get_tensor_size(file, i)),
+            int(_ggml.gguf_get_data_offset(file) + _ggml.gguf_get_tensor_offset(file, i)),
         )
 
     def number(self, key: str, default: int) -> int:
         """A whole number; the default where it is absent or of another type."""
-        i = _find(self._file, key.encode())
-        known = i >= 0 and _kv_type(self._file, i) == _UINT32
-        return int(_u32(self._file, i)) if known else default
+        i = _ggml.gguf_find_key(self._file, key.encode())
+        known = i >= 0 and _ggml.gguf_get_kv_type(self._file, i) == _UINT32
+        return int(_ggml.gguf_get_val_u32(self._file, i)) if known else default
 
     def heads(self, spec: DecoderSpec) -> Heads:
         """What a file leaves out follows from the width, as in llama.cpp."""
@@ -127,14 +159,19 @@ class GGUFFile:
 
         Raises BundleCorrupt for a value of another type.
         """
-        i = _find(self._file, key.encode())
+        i = _ggml.gguf_find_key(self._file, key.encode())
         if i < 0:
             return None
-        if _kv_type(self._file, i) == _FLOAT32:
-            return np.array([_f32(self._file, i)], np.float32)
-        if _kv_type(self._file, i) != _ARRAY or _array_type(self._file, i) != _FLOAT32:
+        if _ggml.gguf_get_kv_type(self._file, i) == _FLOAT32:
+            return np.array([_ggml.gguf_get_val_f32(self._file, i)], np.float32)
+        if (
+            _ggml.gguf_get_kv_type(self._file, i) != _ARRAY
+            or _ggml.gguf_get_arr_type(self._file, i) != _FLOAT32
+        ):
             raise BundleCorrupt(self._path, f"{key!r} is not of float32 numbers")
-        memory = (c_float * _array_size(self._file, i)).from_address(_array_data(self._file, i))
+        memory = (c_float * _ggml.gguf_get_arr_n(self._file, i)).from_address(
+            _ggml.gguf_get_arr_data(self._file, i)
+        )
         return np.frombuffer(memory, np.float32).copy()
 
 
@@ -142,11 +179,11 @@ class GGUFFile:
 def opened(path: Path) -> Iterator[GGUFFile]:
     """Opens a GGUF file; raises BundleCorrupt if it is none."""
     shapes = c_void_p()
-    file = _open(str(path).encode(), _Params(True, ctypes.pointer(shapes)))
+    file = _ggml.gguf_init_from_file(str(path).encode(), _Params(True, ctypes.pointer(shapes)))
     if not file:
         raise BundleCorrupt(path, "is no GGUF file that llama.cpp can read")
     try:
         yield GGUFFile(path, file, shapes)
     finally:
-        _free(file)
-        _forget(shapes)
+        _ggml.gguf_free(file)
+        _ggml.ggml_free(shapes)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import edgevlm
+from edgevlm.errors import EngineMissing
+from edgevlm.gguf_file import Library
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {
@@ -43,7 +45,6 @@ LAYERS = (
 ENGINES = {
     "onnxruntime": ("edgevlm.runtimes.vision.ort", "edgevlm.export"),
     "llama_cpp": (
-        "edgevlm.gguf_file",
         "edgevlm.runtimes.llama",
         "edgevlm.export",
         "edgevlm.benchmarks.peers",
@@ -151,7 +152,7 @@ def test_text_is_utf8_whatever_the_locale(folder):
 
 
 def loaded_after(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*sys.modules)"
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(out.stdout.split())
 
@@ -160,6 +161,18 @@ def test_import_edgevlm_loads_nothing_heavy():
     heavy = {"onnxruntime", "llama_cpp", "torch", "transformers", "onnx", "numpy", "PIL", "rich"}
     assert not heavy & loaded_after("import edgevlm")
     assert not (heavy | {"gguf"}) & loaded_after("import edgevlm.cli, edgevlm.export")
+
+
+def test_reading_a_gguf_loads_ggml_alone():
+    read = """
+from edgevlm.gguf_file import opened
+from edgevlm.models import built_in
+with opened(built_in() / "decoder.gguf") as file:
+    assert file.tensors()
+"""
+    assert "llama_cpp" not in loaded_after(read)
+    with pytest.raises(EngineMissing, match="nothing.* is missing; pip install llama-cpp-python"):
+        Library("nothing", ggml_free=(None,)).ggml_free()
 
 
 def test_public_names_are_sorted_and_there():

@@ -8,10 +8,9 @@ from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 
 import llama_cpp
-from llama_cpp._ctypes_extensions import load_shared_library
 
 from edgevlm.errors import EngineError
-from edgevlm.gguf_file import BASE, declare, opened
+from edgevlm.gguf_file import Library, opened
 from edgevlm.runtimes.llama.backends import LayerBytes, LlamaDevice, backend
 from edgevlm.specs import DecoderSpec
 
@@ -23,16 +22,21 @@ _WARN = 3
 _BATCH_ROWS = 512
 _SCORED_ROWS = 16
 
-_registry = load_shared_library("ggml", Path(llama_cpp.__file__).parent / "lib")
-_count = declare(_registry, "ggml_backend_dev_count", c_size_t)
-_get = declare(_registry, "ggml_backend_dev_get", c_void_p, c_size_t)
-_name = declare(BASE, "ggml_backend_dev_name", c_char_p, c_void_p)
-_description = declare(BASE, "ggml_backend_dev_description", c_char_p, c_void_p)
-_type = declare(BASE, "ggml_backend_dev_type", c_int, c_void_p)
+_registry = Library(
+    "ggml",
+    ggml_backend_dev_count=(c_size_t,),
+    ggml_backend_dev_get=(c_void_p, c_size_t),
+)
 _size = ctypes.POINTER(c_size_t)
-_memory = declare(BASE, "ggml_backend_dev_memory", None, c_void_p, _size, _size)
-_reg = declare(BASE, "ggml_backend_dev_backend_reg", c_void_p, c_void_p)
-_reg_name = declare(BASE, "ggml_backend_reg_name", c_char_p, c_void_p)
+_base = Library(
+    "ggml-base",
+    ggml_backend_dev_name=(c_char_p, c_void_p),
+    ggml_backend_dev_description=(c_char_p, c_void_p),
+    ggml_backend_dev_type=(c_int, c_void_p),
+    ggml_backend_dev_memory=(None, c_void_p, _size, _size),
+    ggml_backend_dev_backend_reg=(c_void_p, c_void_p),
+    ggml_backend_reg_name=(c_char_p, c_void_p),
+)
 # Values of a block of q8_0, which share a scale.
 _Q8_BLOCK = 32
 
@@ -73,14 +77,15 @@ def devices() -> list[LlamaDevice]:
     """The devices beside the CPU that this build of llama.cpp offers here."""
     quiet()
     found = []
-    for i in range(_count()):
-        handle = _get(i)
-        if _type(handle) not in (_GPU, _IGPU):
+    for i in range(_registry.ggml_backend_dev_count()):
+        handle = _registry.ggml_backend_dev_get(i)
+        if _base.ggml_backend_dev_type(handle) not in (_GPU, _IGPU):
             continue
-        registry = _reg_name(_reg(handle)).decode()
+        registry = _base.ggml_backend_reg_name(_base.ggml_backend_dev_backend_reg(handle)).decode()
         free, total = c_size_t(), c_size_t()
-        _memory(handle, free, total)
-        name, description = _name(handle).decode(), _description(handle).decode()
+        _base.ggml_backend_dev_memory(handle, free, total)
+        name = _base.ggml_backend_dev_name(handle).decode()
+        description = _base.ggml_backend_dev_description(handle).decode()
         found.append(
             LlamaDevice(name, description, backend(registry), free.value, total.value, handle)
         )

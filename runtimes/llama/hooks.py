@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import BundleCorrupt, EngineError
-from edgevlm.gguf_file import BASE, declare, opened
+from edgevlm.gguf_file import Library, opened
 from edgevlm.runtimes.llama.edits import ATTENTION, Edit, ExactGelu, ExtraNorms, Float, Visit
 from edgevlm.specs import DecoderSpec
 
@@ -44,14 +44,17 @@ class _Tensor(ctypes.Structure):
     )
 
 
-_get_name = declare(BASE, "ggml_get_name", c_char_p, c_void_p)
-_operation = declare(BASE, "ggml_op_desc", c_char_p, c_void_p)
-_elements = declare(BASE, "ggml_nelements", c_int64, c_void_p)
-_data = declare(BASE, "ggml_get_data", c_void_p, c_void_p)
-_is_host = declare(BASE, "ggml_backend_buffer_is_host", c_bool, c_void_p)
-_transfer = (c_void_p, c_void_p, c_size_t, c_size_t)
-_get = declare(BASE, "ggml_backend_tensor_get", None, *_transfer)
-_set = declare(BASE, "ggml_backend_tensor_set", None, *_transfer)
+_transfer = (None, c_void_p, c_void_p, c_size_t, c_size_t)
+_ggml = Library(
+    "ggml-base",
+    ggml_get_name=(c_char_p, c_void_p),
+    ggml_op_desc=(c_char_p, c_void_p),
+    ggml_nelements=(c_int64, c_void_p),
+    ggml_get_data=(c_void_p, c_void_p),
+    ggml_backend_buffer_is_host=(c_bool, c_void_p),
+    ggml_backend_tensor_get=_transfer,
+    ggml_backend_tensor_set=_transfer,
+)
 
 _REMEMBERED = 256
 
@@ -107,8 +110,8 @@ class GraphHook:
 
     def _wants(self, tensor: int) -> bool:
         """Whether a node is to be visited, once it is computed."""
-        name = _get_name(tensor)
-        if self._next and _operation(tensor) == b"ADD":
+        name = _ggml.ggml_get_name(tensor)
+        if self._next and _ggml.ggml_op_desc(tensor) == b"ADD":
             # ggml names it by its number; an ADD with a name is one further on, of another kind.
             self._visit = self._next if name.startswith(b"node_") else None
             self._next = None
@@ -119,17 +122,19 @@ class GraphHook:
 
     def _apply(self, tensor: int) -> None:
         assert self._visit
-        place = (_data(tensor), _elements(tensor))
+        place = (_ggml.ggml_get_data(tensor), _ggml.ggml_nelements(tensor))
         values = self._memory.get(place)
-        if values is None and _is_host(_TensorHead.from_address(tensor).buffer):
+        if values is None and _ggml.ggml_backend_buffer_is_host(
+            _TensorHead.from_address(tensor).buffer
+        ):
             values = self._memory[place] = _array(*place)
         if values is not None:
             self._visit(values)
         else:
             values = np.empty(place[1], np.float32)
-            _get(tensor, values.ctypes.data, 0, values.nbytes)
+            _ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
             self._visit(values)
-            _set(tensor, values.ctypes.data, 0, values.nbytes)
+            _ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
         self._visited += 1
 
     def start(self) -> None:
@@ -188,7 +193,7 @@ class Importance(GraphHook):
                 raise EngineError(f"the input of {name} is not rows of float32")
             values = np.empty((rows, columns), np.float32)
             address = _Tensor.from_address(tensor).src[1]
-            _get(address, values.ctypes.data, 0, values.nbytes)
+            _ggml.ggml_backend_tensor_get(address, values.ctypes.data, 0, values.nbytes)
             sums, n = self._sums.get(name, (np.zeros(columns), 0))
             self._sums[name] = (sums + np.square(values, dtype=np.float64).sum(0), n + rows)
 
@@ -207,9 +212,9 @@ class Importance(GraphHook):
 
 def _multiplied(tensor: int) -> str | None:
     """The name of the layer's matrix that a node multiplies by, if it is such a node."""
-    if _operation(tensor) != b"MUL_MAT":
+    if _ggml.ggml_op_desc(tensor) != b"MUL_MAT":
         return None
-    name = str(_get_name(_Tensor.from_address(tensor).src[0]).decode())
+    name = str(_ggml.ggml_get_name(_Tensor.from_address(tensor).src[0]).decode())
     return name if name.startswith("blk.") and name.endswith(".weight") else None
 
 
