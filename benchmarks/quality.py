@@ -26,12 +26,11 @@ from edgevlm.bundle import Manifest, open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import child
 from edgevlm.export.metrics import divergence
-from edgevlm.image import preprocess
 from edgevlm.models import BUILT_IN
 from edgevlm.prompt import task_prompt
 
 if TYPE_CHECKING:
-    from edgevlm.runtimes.loading import Settings
+    from edgevlm.runtimes.loading import LoadOptions
     from edgevlm.runtimes.session import VLM
 
 # Scenes whose answers are followed token by token, and tokens of each answer at most: a row of
@@ -129,11 +128,11 @@ def _cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(((x * y).sum(-1) / np.maximum(norms, 1e-30)).mean())
 
 
-def _watch(bundle: Path, settings: Settings, scenes: int, follow: Path | None) -> dict[str, Any]:
+def _watch(bundle: Path, options: LoadOptions, scenes: int, follow: Path | None) -> dict[str, Any]:
     """What `observe` writes, with the engines in this process."""
     from edgevlm.runtimes.loading import load_bundle
 
-    with load_bundle(bundle, settings) as vlm:
+    with load_bundle(bundle, options) as vlm:
         found = _follow(vlm, scenes, np.load(follow) if follow else None)
         tasks = _accuracy(vlm, scenes) if vlm.manifest.name == BUILT_IN else {}
     return found | {"tasks": np.array(list(tasks), str), "shares": np.array(list(tasks.values()))}
@@ -141,15 +140,18 @@ def _watch(bundle: Path, settings: Settings, scenes: int, follow: Path | None) -
 
 def _follow(vlm: VLM, scenes: int, other: Arrays | None) -> dict[str, NDArray[Any]]:
     """Every stage of an answer about each of the first scenes."""
+    from edgevlm.runtimes.stages import stages
+
     features, embeddings, logits, answers = [], [], [], []
+    stop = vlm.manifest.answer.stop_tokens
     for i, (scene, prompt) in enumerate(_requests(vlm.manifest, min(scenes, _FOLLOWED))):
         known = None if other is None else [int(t) for t in other["answers"][i] if t >= 0]
-        seen, rows = _read(vlm, scene, prompt)
-        found, tokens = _answer(vlm, known)
-        features.append(seen)
-        embeddings.append(rows)
-        logits += found
-        answers.append(tokens + [-1] * (_TOKENS - len(tokens)))
+        picture = np.asarray(scene.picture)
+        made = stages(vlm.engines, prompt, picture, _TOKENS, follow=known, stop=stop)
+        features.append(made.features[0])
+        embeddings.append(made.embeddings[0])
+        logits += list(made.logits)
+        answers.append([*made.tokens, *[-1] * (_TOKENS - len(made.tokens))])
         vlm.forget()
     return {
         "features": np.stack(features),
@@ -157,38 +159,6 @@ def _follow(vlm: VLM, scenes: int, other: Arrays | None) -> dict[str, NDArray[An
         "logits": np.stack(logits),
         "answers": np.array(answers),
     }
-
-
-def _read(vlm: VLM, scene: Scene, prompt: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lets the decoder read a request; the picture's features and embeddings."""
-    from edgevlm.runtimes.request import prefill, prepare
-    from edgevlm.sampling import Sampling
-
-    model = vlm.parts
-    request = prepare(model, prompt, [np.asarray(scene.picture)], Sampling(max_tokens=_TOKENS))
-    features = model.encoder.features(
-        preprocess(request.pictures[0].rgb, model.manifest.image)[None]
-    )
-    rows = model.encoder.project(features)[0]
-    blocks = [rows if isinstance(p, int) else model.decoder.embed(p) for p in request.parts]
-    prefill(model, request, np.concatenate(blocks), _TOKENS)
-    return features[0], rows
-
-
-def _answer(vlm: VLM, known: list[int] | None) -> tuple[list[NDArray[Any]], list[int]]:
-    """The logits before every token of an answer and after the last, and its tokens: the known
-    ones, or up to _TOKENS greedy ones before the end.
-    """
-    decoder, stop = vlm.parts.decoder, set(vlm.manifest.answer.stop_tokens)
-    logits, tokens = [decoder.logits()], list[int]()
-    while len(tokens) < (_TOKENS if known is None else len(known)):
-        token = int(logits[-1].argmax()) if known is None else known[len(tokens)]
-        if known is None and token in stop:
-            break
-        decoder.step(token)
-        tokens.append(token)
-        logits.append(decoder.logits())
-    return logits, tokens
 
 
 def _requests(manifest: Manifest, n: int) -> Iterator[tuple[Scene, str]]:
@@ -228,11 +198,11 @@ def _accuracy(vlm: VLM, scenes: int) -> dict[str, float]:
 
 
 def _main(bundle: str, target: str, *words: str) -> None:
-    from edgevlm.runtimes.loading import Settings
+    from edgevlm.runtimes.loading import LoadOptions
 
     scenes, threads, kv, *follow = words
-    settings = Settings(threads=int(threads) or None, kv=kv or None)
-    found = _watch(Path(bundle), settings, int(scenes), Path(follow[0]) if follow else None)
+    options = LoadOptions(threads=int(threads) or None, kv=kv or None)
+    found = _watch(Path(bundle), options, int(scenes), Path(follow[0]) if follow else None)
     np.savez(target, **found)
 
 

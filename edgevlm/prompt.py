@@ -1,4 +1,4 @@
-"""A question -> the parts of the decoder's input, in order.
+"""Questions and answers -> typed segments of the decoder's input, in order.
 
 The template belongs to the model, the words to the user: they are joined here as data, part by
 part, so that no text a user types can become a picture or a control token.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgevlm.errors import PromptError
 from edgevlm.specs import PromptSpec
+from edgevlm.types import Reply
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """The rows of the picture with this index."""
+class Image:
+    """The embeddings of the picture with this index."""
 
     index: int
 
@@ -34,50 +36,84 @@ class Begin:
 
 
 @dataclass(frozen=True)
-class Token:
-    """The token with this id."""
+class Tokens:
+    """Tokens with these ids."""
 
-    id: int
+    ids: tuple[int, ...]
 
 
-Segment = Text | Picture | Begin | Token
+Segment = Text | Image | Begin | Tokens
 _ID = re.compile(r"\{id:(\d+)\}")
 
 
-def segments(spec: PromptSpec, prompt: str, n_pictures: int) -> list[Segment]:
-    """Fills the template: `{image}` once for each of `n_pictures` pictures, `{prompt}` once."""
-    own = spec.text_template if spec.text_template and not n_pictures else spec.template
-    return _filled(own, prompt, n_pictures)
+@dataclass(frozen=True)
+class Exchange:
+    """A question, how many pictures come with it, and its answer: a reply of the model's, a text,
+    or None where it is to be answered.
+    """
+
+    question: str
+    n_pictures: int = 0
+    answer: Reply | str | None = None
 
 
-def turn(spec: PromptSpec, prompt: str) -> list[Segment]:
-    """What comes between an answer and the next one."""
-    return _filled(spec.turn, prompt, 0)
+def conversation(spec: PromptSpec, exchanges: Sequence[Exchange]) -> list[Segment]:
+    """Fills the model's templates; pictures are counted through all questions.
+
+    The tokens of a reply are those that the model said. Raises PromptError for a second question,
+    or for a picture that comes with it, where the model's template has none.
+    """
+    segments: list[Segment] = []
+    seen = 0
+    for i, exchange in enumerate(exchanges):
+        template = spec.turn if i else spec.template
+        if not i and not exchange.n_pictures and spec.text_template:
+            template = spec.text_template
+        if not template:
+            raise PromptError(
+                "this model answers single questions, it was not trained on conversations; "
+                "ask the last question alone"
+            )
+        if exchange.n_pictures and "{image}" not in template:
+            raise PromptError(
+                f"question {i + 1} comes with a picture and this model takes pictures with the "
+                "first question only; begin a new conversation for another picture"
+            )
+        pictures = [Image(seen + j) for j in range(exchange.n_pictures)]
+        segments += _filled(template, check_text(exchange.question), pictures)
+        seen += exchange.n_pictures
+        if isinstance(exchange.answer, Reply) and not spec.joined:
+            segments.append(Tokens(exchange.answer.token_ids))
+        elif isinstance(exchange.answer, Reply):
+            segments.append(Text(exchange.answer.text))
+        elif exchange.answer is not None:
+            segments.append(Text(check_text(exchange.answer)))
+    return _joined(segments) if spec.joined else segments
 
 
-def joined(parts: list[Segment]) -> list[Segment]:
+def _joined(segments: list[Segment]) -> list[Segment]:
     """The same with neighbouring texts as one."""
     out: list[Segment] = []
-    for part in parts:
-        if isinstance(part, Text) and out and isinstance(out[-1], Text):
-            out[-1] = Text(out[-1].text + part.text)
+    for segment in segments:
+        if isinstance(segment, Text) and out and isinstance(out[-1], Text):
+            out[-1] = Text(out[-1].text + segment.text)
         else:
-            out.append(part)
+            out.append(segment)
     return out
 
 
-def _filled(template: tuple[str, ...], prompt: str, n_pictures: int) -> list[Segment]:
-    parts: list[Segment] = []
+def _filled(template: tuple[str, ...], question: str, pictures: list[Image]) -> list[Segment]:
+    segments: list[Segment] = []
     for part in template:
         if part == "{image}":
-            parts += [Picture(i) for i in range(n_pictures)]
+            segments += pictures
         elif part == "{bos}":
-            parts.append(Begin())
+            segments.append(Begin())
         elif token := _ID.fullmatch(part):
-            parts.append(Token(int(token[1])))
+            segments.append(Tokens((int(token[1]),)))
         else:
-            parts.append(Text(part.replace("{prompt}", prompt, 1)))
-    return parts
+            segments.append(Text(part.replace("{prompt}", question, 1)))
+    return segments
 
 
 def task_prompt(spec: PromptSpec, task: str, prompt: str = "", language: str = "en") -> str:

@@ -19,7 +19,7 @@ Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"
 class ImageSpec:
     """How a picture becomes pixels float32 [3, size, size].
 
-    `size` is the side in pixels, `tokens` the rows that one picture takes in the decoder. `rescale`
+    `size` is the side in pixels, `tokens` the image embeddings of one such square. `rescale`
     is what bytes are multiplied by; `mean` and `std` are per channel on the scale that comes of it.
     `max_pictures` bounds one request. `fit` says how it becomes a square: `stretch` does not keep
     the aspect ratio, `pad` puts it in the middle of a square of the colour `fill` (of `mean` where
@@ -43,14 +43,15 @@ class ImageSpec:
 class PromptSpec:
     """How a question becomes the decoder's input.
 
-    `template` lists the parts in order. A part is `{image}` (the rows of every picture), `{bos}`
-    (the begin token) or text, in which `{prompt}` stands for the user's words; every text part is
-    tokenized by itself. `tasks` maps a task (caption, answer, detect, ocr) to its prompt, in which
-    `{language}` and `{prompt}` are filled in. A part may also be `{id:N}`, the token with that id.
-    `text_template` is the template of a request without pictures, where it is another. `turn`
-    holds the parts between an answer and the end of the next question, for models that were trained
-    on conversations. With `joined` the texts of a conversation that follow one another are
-    tokenized as one, answers included, where the original code does that.
+    `template` lists the parts in order. A part is `{image}` (the embeddings of every picture),
+    `{bos}` (the begin token), `{id:N}` (the token with that id) or text, in which `{prompt}` stands
+    for the user's words; every text part is tokenized by itself. `tasks` maps a task (caption,
+    answer, detect, ocr) to its prompt, in which `{language}` and `{prompt}` are filled in.
+    `text_template` is the template of a request without pictures, where it is another. `turn` holds
+    the parts between an answer and the end of the next question, for models that were trained on
+    conversations; without `{image}` in it pictures come with the first question only. With `joined`
+    the texts of a conversation that follow one another are tokenized as one, answers included,
+    where the original code does that.
     """
 
     template: tuple[str, ...]

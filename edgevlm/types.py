@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
+FlashAttention = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,8 @@ class TokenCounts:
     """Where the tokens of one answer went.
 
     `image` and `text` are the positions of the prompt; `cached` says how many of them did not
-    have to be computed again (picture rows whose embeddings were known, or decoder state that was
-    kept); `kept` says how many of those the decoder did not read again; `generated` counts the
+    have to be computed again (image embeddings that were known, or a KV cache that was kept);
+    `kept` says how many of those the decoder did not read again; `generated` counts the
     answer without its end token.
     """
 
@@ -81,6 +82,11 @@ class Piece:
 class Reply:
     """A whole answer. Prints as its text.
 
+    >>> with edgevlm.load() as vlm:
+    ...     reply = vlm.ask("answer en what shape is red?", "photo.png")
+    >>> print(reply, reply.finish_reason, reply.tokens.image)
+    circle stop 64
+
     `token_ids` lack the end token. `boxes` are the objects that the text locates, where the family
     has a notation for them and there was one picture.
     """
@@ -110,7 +116,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one half of a model runs: what was asked for, what really runs it, and why.
+    """Where a part of a model runs: what was asked for, what really runs it, and why.
 
     `asked` is the caller's word ("auto", "gpu"), `device` the word of what runs ("cpu",
     "openvino:npu"), `engine` the engine's own name for it, `hardware` the device's name where the
@@ -145,10 +151,29 @@ class Placement:
 
 @dataclass(frozen=True)
 class Devices:
-    """Where the two halves of a loaded model run."""
+    """Where encoder and decoder of a loaded model run."""
 
     vision: Placement
     decoder: Placement
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a loaded model really runs with.
+
+    `threads` are those of both engines; `repacking` says whether llama.cpp re-orders quantized
+    weights at load. `kv` is the type of the KV cache ("f32", "f16", "q8_0"). `flash_attention` is
+    "on", "off" or, before the first question where llama.cpp chooses, "auto". `batch` is how many
+    rows the decoder reads at once and `context` how many fit its KV cache; both are 0 before the
+    first question and grow with what is asked.
+    """
+
+    threads: int
+    repacking: bool
+    kv: str
+    flash_attention: FlashAttention
+    batch: int = 0
+    context: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The bundle against its source, stage by stage.
 
 The two sides never share a process: their thread pools would fight, and this package does not
-know the runtime. The bundle answers through `python -m edgevlm.runtimes.probe`.
+know the runtime. The bundle answers through `python -m edgevlm.runtimes.stages`.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def probe(
         follow: Any = {} if tokens is None else {"tokens": tokens}
         n = np.array(n_tokens)
         np.savez(given, image=image, prompt=np.array(prompt), n_tokens=n, **follow)
-        done = child.run(child.command("edgevlm.runtimes.probe", folder, given, got))
+        done = child.run(child.command("edgevlm.runtimes.stages", folder, given, got))
         if done.returncode or not got.exists():
             lines = done.stderr.strip().splitlines()
             raise ExportError(

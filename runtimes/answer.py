@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 
 from edgevlm.runtimes.engines import Cancelled
-from edgevlm.runtimes.request import Parts, Request, input_rows, prefill
+from edgevlm.runtimes.request import Engines, Request, input_blocks, prefill
 from edgevlm.runtimes.text import TextStream
 from edgevlm.runtimes.turns import Turn, Turns
 from edgevlm.types import FinishReason, Piece, Reply, Timings, TokenCounts
@@ -19,9 +19,17 @@ class Answer:
     A cancelled answer ends early with finish_reason "cancelled". Breaking out of the loop is fine.
     The first piece waits until answers that other threads draw have ended, see VLM. Raises
     ModelClosed where the model was closed meanwhile, PromptError where it was asked something else.
+
+    >>> with edgevlm.load() as vlm:
+    ...     answer = vlm.stream("caption en", "photo.png")
+    ...     for piece in answer:
+    ...         if "blue" in answer.reply.text:
+    ...             answer.cancel()
+    ...     print(answer.reply.finish_reason)
+    cancelled
     """
 
-    def __init__(self, model: Parts, request: Request, turns: Turns, *, load_ms: float) -> None:
+    def __init__(self, model: Engines, request: Request, turns: Turns, *, load_ms: float) -> None:
         self._turns, self._turn = turns, Turn(cancellable=True)
         self._draft = _Draft(model, request, self._turn, load_ms)
         # None of these knows the answer, so that it goes, and its turn with it, with the last
@@ -70,7 +78,7 @@ class Answer:
 class _Draft:
     """What there is of an answer so far."""
 
-    def __init__(self, model: Parts, request: Request, turn: Turn, load_ms: float) -> None:
+    def __init__(self, model: Engines, request: Request, turn: Turn, load_ms: float) -> None:
         self._family = model.family
         self._request, self._turn = request, turn
         spec = model.manifest.answer
@@ -99,7 +107,7 @@ class _Draft:
             self._text.text, tuple(self._tokens), self._reason, counts, self._timings, tuple(boxes)
         )
 
-    def write(self, model: Parts) -> Generator[Piece, None, None]:
+    def write(self, model: Engines) -> Generator[Piece, None, None]:
         """The pieces of the answer, from the first stage on."""
         watch = self._request.watch
         try:
@@ -113,14 +121,14 @@ class _Draft:
         if tail := self._text.push(b"", end=True):
             yield Piece(tail, (), watch.elapsed_ms)
 
-    def _prefill(self, model: Parts) -> None:
+    def _prefill(self, model: Engines) -> None:
         request = self._request
-        prefix = input_rows(model, request)
+        blocks = input_blocks(model, request)
         self._stop_if_cancelled()
         with request.watch.timed("prefill_ms"):
-            prefill(model, request, prefix, request.max_tokens)
+            prefill(model, request, blocks, request.max_tokens)
 
-    def _draw(self, model: Parts) -> Generator[Piece, None, None]:
+    def _draw(self, model: Engines) -> Generator[Piece, None, None]:
         request, decoder, watch = self._request, model.decoder, self._request.watch
         stop_tokens = set(model.manifest.answer.stop_tokens)
         sampler = decoder.sampler(request.sampling, model.manifest.answer.penalized)

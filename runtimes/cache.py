@@ -1,4 +1,4 @@
-"""Rows of pictures seen lately, by what the pictures hold."""
+"""Image embeddings of pictures seen lately, by what the pictures hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fingerprint(rgb: npt.NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
-class RowCache:
+class EmbeddingCache:
     """Least recently used embeddings float32 [tokens, n_embd], up to `max_bytes`."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -29,7 +29,7 @@ class RowCache:
         self._rows: OrderedDict[str, Float] = OrderedDict()
 
     def get(self, key: str) -> Float | None:
-        """The rows of a picture, or None."""
+        """The embeddings of a picture, or None."""
         if key in self._rows:
             self._rows.move_to_end(key)
         return self._rows.get(key)
@@ -39,7 +39,7 @@ class RowCache:
         self._rows.clear()
 
     def put(self, key: str, rows: Float) -> None:
-        """Keeps the rows of a picture; the oldest ones go when there is no room."""
+        """Keeps the embeddings of a picture; the oldest ones go when there is no room."""
         self._rows[key] = rows
         while len(self._rows) > 1 and sum(r.nbytes for r in self._rows.values()) > self._max_bytes:
             self._rows.popitem(last=False)

@@ -1,4 +1,4 @@
-"""The words by which devices are asked for, the same for both halves of a model.
+"""The words by which devices are asked for, the same for encoder and decoder.
 
 `auto` takes the best that is there, `cpu`, `gpu` and `npu` name a kind; any other word is a
 provider of onnxruntime or a back end of llama.cpp, and `provider:kind` one of a provider's devices.

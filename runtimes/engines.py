@@ -1,24 +1,68 @@
-"""What the runtime asks of its engines: three protocols, nothing of onnxruntime or llama.cpp."""
+"""What the runtime asks of its engines: protocols, nothing of onnxruntime or llama.cpp."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.errors import EngineError
 from edgevlm.sampling import Sampling
+from edgevlm.types import RunSettings
 
 Float = npt.NDArray[np.float32]
+BlockAttention = Literal["causal", "bidirectional"]
 
 
 class Cancelled(Exception):
     """A native call ended early because `cancel` was called."""
 
 
+@dataclass(frozen=True)
+class Block:
+    """Embeddings that the decoder reads in batches of their own.
+
+    `rows` are float32 [n, n_embd], one position int32 [n] each. A row sees every block before its
+    own and of that the rows up to itself or, where `attention` is bidirectional, all of them.
+    """
+
+    rows: Float
+    attention: BlockAttention
+    positions: npt.NDArray[np.int32]
+
+    def same(self, other: Block) -> bool:
+        """Whether the decoder computes the same from it after the same blocks."""
+        return (
+            self.attention == other.attention
+            and np.array_equal(self.positions, other.positions)
+            and np.array_equal(self.rows, other.rows)
+        )
+
+
+def sequential(rows: Float, attention: BlockAttention, start: int = 0) -> Block:
+    """A block whose rows stand at one position after the other, from `start` on."""
+    return Block(rows, attention, np.arange(start, start + len(rows), dtype=np.int32))
+
+
+def count_rows(blocks: Sequence[Block], n_embd: int) -> int:
+    """The rows of all blocks; raises EngineError for blocks that a decoder cannot read in turn."""
+    n = 0
+    for block in blocks:
+        if len(block.rows) < 1 or block.rows.shape[1:] != (n_embd,):
+            raise EngineError(f"rows {block.rows.shape} are not [n, {n_embd}]")
+        if not np.array_equal(block.positions, np.arange(n, n + len(block.rows))):
+            raise EngineError(f"positions from row {n} on do not follow those before them")
+        n += len(block.rows)
+    if n == 0:
+        raise EngineError("there are no rows to read")
+    return n
+
+
 class VisionEncoder(Protocol):
-    """Turns pixels into rows that the decoder reads beside its token embeddings."""
+    """Turns pixels into image embeddings, which the decoder reads beside its token embeddings."""
 
     @property
     def provider(self) -> str:
@@ -48,7 +92,11 @@ class TokenSampler(Protocol):
 
 
 class TextDecoder(Protocol):
-    """A language decoder with one sequence of positions."""
+    """A language decoder with one KV cache, for one sequence."""
+
+    @property
+    def settings(self) -> RunSettings:
+        """What it really runs with."""
 
     @property
     def bos(self) -> int:
@@ -61,16 +109,14 @@ class TextDecoder(Protocol):
         """The bytes a token stands for; control tokens stand for none."""
 
     def embed(self, tokens: Sequence[int]) -> Float:
-        """Token ids -> rows float32 [n, n_embd]."""
+        """Token ids -> token embeddings float32 [n, n_embd]."""
 
-    def prefill(
-        self, rows: Float, *, bidirectional: bool, room: int, shared: Sequence[int] = ()
-    ) -> int:
-        """Reads rows float32 [n, n_embd] from position 0 on, leaving `room` positions after them.
+    def prefill(self, blocks: Sequence[Block], *, room: int) -> int:
+        """Reads blocks from position 0 on, leaving `room` positions after them.
 
-        `shared` are ends, ascending and below n, of blocks that other prompts begin with as well:
-        the state of the longest that the last call had too is kept. Returns the rows kept; whether
-        any are makes no difference to the logits.
+        The KV cache of all blocks but the last is there for the next call, which reads only what
+        follows the first blocks that are the same. Returns the rows it did not read again; whether
+        there are any makes no difference to the logits. The blocks' arrays may not change later.
         """
 
     def clear(self) -> None:
@@ -86,7 +132,7 @@ class TextDecoder(Protocol):
         """Logits after the last position read, float32 [n_vocab]."""
 
     def rollback(self, n: int) -> None:
-        """Forgets all but the first n positions."""
+        """Forgets all but the first n rows."""
 
     def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> TokenSampler:
         """A sampler on this decoder's logits, whose repetition penalty counts `penalized` tokens

@@ -16,9 +16,11 @@ import numpy.typing as npt
 from edgevlm.boxes import parse_loc
 from edgevlm.bundle import FORMAT, Manifest
 from edgevlm.family import Family, Model
+from edgevlm.runtimes.engines import Block
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorPlace
+from edgevlm.types import RunSettings
 
 Float = npt.NDArray[np.float32]
 
@@ -28,7 +30,7 @@ _N_EMBD = 4
 
 
 class FakeEncoder:
-    """VisionEncoder whose rows all hold the mean of the pixels; `calls` counts pictures seen."""
+    """VisionEncoder whose embeddings all hold the mean of the pixels; `calls` counts pictures."""
 
     provider = "fake"
 
@@ -57,10 +59,11 @@ class FakeDecoder:
     """TextDecoder over bytes that says the given answers in turn, the last one again and again.
 
     An answer may be bytes, to test text that is not whole characters. `prefills` keeps the rows of
-    every prompt it has read.
+    all blocks of every prompt it has read.
     """
 
     bos = _BOS
+    settings = RunSettings(1, False, "f32", "off")
 
     def __init__(self, answers: Iterable[str | bytes]) -> None:
         self._answers = [a.encode() if isinstance(a, str) else a for a in answers]
@@ -81,14 +84,12 @@ class FakeDecoder:
         """Rows [n, 4] that hold the token id."""
         return np.repeat(np.array(tokens, np.float32)[:, None], _N_EMBD, 1)
 
-    def prefill(
-        self, rows: Float, *, bidirectional: bool, room: int, shared: Sequence[int] = ()
-    ) -> int:
+    def prefill(self, blocks: Sequence[Block], *, room: int) -> int:
         """Starts the next answer; keeps nothing."""
-        self.prefills.append(rows)
+        self.prefills.append(np.concatenate([block.rows for block in blocks]))
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         self._script = [_FIRST_BYTE + b for b in answer] + [_END]
-        self._past = self._start = len(rows)
+        self._past = self._start = len(self.prefills[-1])
         return 0
 
     def clear(self) -> None:

@@ -1,7 +1,7 @@
 """`python -m edgevlm.runtimes.importance BUNDLE IN.npz OUT.npz`: which weights matter to a model.
 
-The decoder reads the model's own prefixes, rows of pictures and words as in every answer, and
-answers a little; what flows into each of its matrices is summed up. For the exporter, as probe.py.
+The decoder reads the model's own prefixes, pictures and words as in every answer, and
+answers a little; what flows into each of its matrices is summed up. For the exporter, as stages.py.
 
 IN: `image0`, `image1`, ...: pictures uint8 [h, w, 3]; `prompts` (str), one for each of them;
 `n_tokens` (int), the length of each answer.
@@ -18,14 +18,14 @@ import numpy as np
 
 from edgevlm.errors import EdgeVLMError, EngineError
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
-from edgevlm.runtimes.loading import Settings, load_bundle
+from edgevlm.runtimes.loading import LoadOptions, load_bundle
 
 
 def importance(folder: Path, source: Path, target: Path) -> None:
     """Asks the bundle what is in `source` and writes what its decoder's matrices were fed."""
     given = np.load(source)
-    with load_bundle(folder, Settings(device="cpu")) as vlm:
-        decoder = vlm.parts.decoder
+    with load_bundle(folder, LoadOptions(device="cpu")) as vlm:
+        decoder = vlm.engines.decoder
         if not isinstance(decoder, LlamaDecoder):
             raise EngineError("only llama.cpp's decoder has an importance matrix")
         heard = decoder.listen()

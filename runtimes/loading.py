@@ -1,4 +1,4 @@
-"""A bundle -> a VLM: devices and settings chosen, files checked, load time measured."""
+"""A bundle -> a VLM: devices and options chosen, files checked, load time measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgevlm.errors import EngineError
 from edgevlm.runtimes import devices, rules
 from edgevlm.runtimes.llama import backends, ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, LlamaDevice, Offload
-from edgevlm.runtimes.llama.decoder import LlamaDecoder, cpu_features
+from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.runtimes.session import VLM
 from edgevlm.runtimes.vision import providers
 from edgevlm.runtimes.vision.choose import Wish, open_encoder
@@ -24,12 +24,12 @@ from edgevlm.types import Devices, Placement
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a model runs here; None follows the measured rules (`rules.py`).
+class LoadOptions:
+    """How a model is wanted to run; None follows the measured rules (`rules.py`).
 
-    threads: of both engines. device: what both halves run on; vision_device and decoder_device
+    threads: of both engines. device: what both parts run on; vision_device and decoder_device
     override it for one. repack: whether llama.cpp re-orders quantized weights at load. kv: type of
-    what the decoder keeps of each position, "f16" or "q8_0".
+    the KV cache, "f16" or "q8_0".
     """
 
     threads: int | None = None
@@ -41,22 +41,24 @@ class Settings:
 
 
 def load_bundle(
-    folder: Path, settings: Settings, loaded: Callable[[str], None] = lambda _: None
+    folder: Path, options: LoadOptions, loaded: Callable[[str], None] = lambda _: None
 ) -> VLM:
     """Opens, checks and loads a bundle; `loaded` is told "vision" and "decoder" as each stands.
 
-    Raises BundleError, EngineMissing for a device that is not installed and EngineError for one
-    that cannot run its half.
+    A bundle without a decoder makes a VLM that can only embed pictures. Raises BundleError,
+    EngineMissing for a device that is not installed and EngineError for one that cannot run its
+    part.
     """
     start = time.perf_counter()
     check_path(folder)
     bundle = open_bundle(folder)
     manifest = bundle.manifest
     kind = family.by_name(manifest.family, str(folder / MANIFEST))
-    facts = rules.this_machine(cpu_features(), manifest.components["decoder"].precision)
-    threads = settings.threads or rules.decide("threads", facts)
+    text = manifest.components.get("decoder")
+    facts = rules.this_machine(ggml.cpu_features(), text.precision if text else "")
+    threads = options.threads or rules.decide("threads", facts)
     ort, offered = Ort(), ggml.devices()
-    for_vision, for_decoder = words(settings, ort, offered)
+    for_vision, for_decoder = words(options, ort, offered)
     wish = Wish(
         for_vision,
         threads,
@@ -65,21 +67,23 @@ def load_bundle(
     )
     encoder, vision = open_encoder(bundle, wish, ort)
     loaded("vision")
-    repack = rules.decide("repacking", facts) if settings.repack is None else settings.repack
-    decoder, placed = open_decoder(
-        bundle, for_decoder, offered, threads=threads, repack=repack, kv=settings.kv
-    )
-    loaded("decoder")
+    repack = rules.decide("repacking", facts) if options.repack is None else options.repack
+    decoder, placed = None, Placement(for_decoder, "none", "no decoder")
+    if text:
+        decoder, placed = open_decoder(
+            bundle, for_decoder, offered, threads=threads, repack=repack, kv=options.kv
+        )
+        loaded("decoder")
     load_ms = (time.perf_counter() - start) * 1e3
     return VLM(manifest, kind, encoder, decoder, load_ms=load_ms, devices=Devices(vision, placed))
 
 
-def words(settings: Settings, ort: Ort, offered: Sequence[LlamaDevice]) -> tuple[str, str]:
+def words(options: LoadOptions, ort: Ort, offered: Sequence[LlamaDevice]) -> tuple[str, str]:
     """The words for the encoder and the decoder; raises EngineMissing for one nobody knows."""
     return devices.split(
-        settings.device,
-        settings.vision_device,
-        settings.decoder_device,
+        options.device,
+        options.vision_device,
+        options.decoder_device,
         vision_words={*providers.WORDS, *(o.provider.word for o in ort.offers())},
         decoder_words={*backends.WORDS, *(d.backend.word for d in offered)},
     )

@@ -1,7 +1,7 @@
-"""From a question and pictures to the decoder's rows, every stage timed.
+"""From exchanges and pictures to the blocks that the decoder reads, every stage timed.
 
-Pictures become rows (encoder, projector, cache), the prompt becomes rows (tokenizer, embedding
-table); both are joined in the order of the model's template.
+Pictures become image embeddings (encoder, projector, cache), texts token embeddings (tokenizer,
+embedding table); both are joined in the order of the model's template.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -20,25 +21,16 @@ from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
 from edgevlm.image import RGB, ImageSource, preprocess, read_image
-from edgevlm.prompt import (
-    Begin,
-    Picture,
-    Segment,
-    Text,
-    Token,
-    check_text,
-    joined,
-    segments,
-    turn,
-)
-from edgevlm.runtimes.cache import RowCache, fingerprint
-from edgevlm.runtimes.engines import TextDecoder, VisionEncoder
+from edgevlm.image.plan import Plan, plan
+from edgevlm.prompt import Begin, Exchange, Image, Segment, Tokens, conversation
+from edgevlm.runtimes.cache import EmbeddingCache, fingerprint
+from edgevlm.runtimes.engines import Block, TextDecoder, VisionEncoder, sequential
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.sampling import Sampling
+from edgevlm.specs import ImageSpec
 from edgevlm.types import Reply
 
 Float = npt.NDArray[np.float32]
-History = Sequence[tuple[str, Reply]]
 
 
 @dataclass(frozen=True)
@@ -52,29 +44,49 @@ class Bitmap:
         """What its embeddings are kept by; hashed when it is first needed."""
         return fingerprint(self.rgb)
 
-
-Image = ImageSource | Bitmap
+    def plan(self, spec: ImageSpec) -> Plan:
+        """Its way to the encoder; raises ImageError where there is none."""
+        return plan(self.rgb.shape[1], self.rgb.shape[0], spec)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What answers are made with: the model's manifest, its engines and the rows it remembers."""
+class Engines:
+    """A loaded model: its manifest, its encoder and decoder, and the embeddings it remembers.
+
+    `text` is the decoder, None in a bundle that has none.
+    """
 
     manifest: Manifest
     family: Family
     encoder: VisionEncoder
-    decoder: TextDecoder
-    cache: RowCache = field(default_factory=RowCache)
+    text: TextDecoder | None
+    cache: EmbeddingCache = field(default_factory=EmbeddingCache)
+
+    @property
+    def decoder(self) -> TextDecoder:
+        """The decoder; raises PromptError where there is none."""
+        if self.text is None:
+            raise PromptError("this bundle has no decoder: it can embed pictures, not answer")
+        return self.text
 
     def stop(self) -> None:
         """Ends the engines' running calls, from another thread; those raise Cancelled."""
         self.encoder.cancel()
-        self.decoder.cancel()
+        if self.text:
+            self.text.cancel()
+
+    def forget(self) -> None:
+        """Forgets every picture and question."""
+        self.cache.clear()
+        if self.text:
+            self.text.clear()
 
     def close(self) -> None:
         """Frees the engines."""
+        self.cache.clear()
         self.encoder.close()
-        self.decoder.close()
+        if self.text:
+            self.text.close()
 
 
 class Stopwatch:
@@ -101,15 +113,15 @@ class Stopwatch:
 
 @dataclass
 class Request:
-    """A checked request. `parts` are, in order, token ids or the index of a picture.
+    """A checked request: the segments of its input in order.
 
     `pictures` are there until they are embeddings, `sizes` are their heights and widths. `n_image`
-    and `n_text` count positions; `max_tokens` is what the context leaves for the answer or less;
-    `n_cached` and `n_kept` are counted when the rows are made and read.
+    and `n_text` count rows; `max_tokens` is what the context leaves for the answer or less;
+    `n_cached` and `n_kept` are counted when the input is made and read.
     """
 
     pictures: list[Bitmap]
-    parts: list[list[int] | int]
+    segments: list[Image | Tokens]
     sampling: Sampling
     watch: Stopwatch
     n_image: int
@@ -122,76 +134,48 @@ class Request:
     def __post_init__(self) -> None:
         self.sizes = tuple((p.rgb.shape[0], p.rgb.shape[1]) for p in self.pictures)
 
-    def shared(self, model: Parts) -> tuple[int, ...]:
-        """Where blocks end that other questions begin with: the words before the first picture,
-        and the last picture. None of a prefix whose rows all see the question.
-        """
-        if not self.sizes or model.manifest.decoder.attention == "prefix":
-            return ()
-        sizes = [
-            model.manifest.image.tokens if isinstance(part, int) else len(part)
-            for part in self.parts
-        ]
-        pictures = [i for i, part in enumerate(self.parts) if isinstance(part, int)]
-        ends = (sum(sizes[: pictures[0]]), sum(sizes[: pictures[-1] + 1]))
-        return tuple(end for end in ends if end)
-
-
-def prefill(model: Parts, request: Request, rows: Float, room: int) -> None:
-    """The decoder reads the input's rows; state that it kept counts as cached."""
-    request.n_kept = interruptible(
-        lambda: model.decoder.prefill(
-            rows,
-            bidirectional=model.manifest.decoder.attention == "prefix",
-            room=room,
-            shared=request.shared(model),
-        ),
-        model.decoder.cancel,
-    )
-    request.n_cached = max(request.n_cached, request.n_kept)
-
 
 def prepare(
-    model: Parts,
-    prompt: str,
-    images: Sequence[Image],
+    model: Engines,
+    exchanges: Sequence[Exchange],
+    images: Sequence[ImageSource | Bitmap],
     sampling: Sampling,
-    history: History = (),
 ) -> Request:
-    """Reads the pictures, tokenizes the prompt and checks that all of it fits.
+    """Reads the pictures, tokenizes the texts and checks that all of it fits.
 
-    `history` holds the questions before it with their answers. Raises ImageError,
-    PromptError or ContextOverflow.
+    `images` are those of all exchanges in order, the last exchange has no answer yet. Raises
+    ImageError, PromptError or ContextOverflow.
     """
     watch = Stopwatch()
-    spec = model.manifest
-    check_text(prompt)
+    spec, decoder = model.manifest, model.decoder
+    filled = conversation(spec.prompt, exchanges)
     if len(images) > spec.image.max_pictures:
         raise PromptError(
             f"{len(images)} pictures in one request; this model takes {spec.image.max_pictures}"
         )
     with watch.timed("image_decode_ms"):
         pictures = read(images)
-    parts = _conversation(model, prompt, history, len(pictures))
-    n_image = len(pictures) * spec.image.tokens
-    n_text = sum(len(p) for p in parts if isinstance(p, list))
+    tokenized = [_tokenized(decoder, segment) for segment in filled]
+    segments = [segment for segment in tokenized if segment != Tokens(())]
+    n_image = sum(picture.plan(spec.image).rows for picture in pictures)
+    n_text = sum(len(s.ids) for s in segments if isinstance(s, Tokens))
     context = spec.decoder.context_length
     if n_image + n_text + 1 > context:
         raise ContextOverflow(n_image, n_text, 1, context)
     wanted = sampling.max_tokens or spec.answer.max_tokens
     room = min(wanted, context - n_image - n_text)
-    return Request(pictures, parts, sampling, watch, n_image, n_text, room)
+    return Request(pictures, segments, sampling, watch, n_image, n_text, room)
 
 
 def prepare_last(
-    model: Parts,
+    model: Engines,
     prompt: str,
-    images: Sequence[Image],
+    images: Sequence[ImageSource | Bitmap],
     sampling: Sampling,
-    history: History,
+    history: Sequence[tuple[str, Reply]],
 ) -> tuple[Request, int]:
-    """The last question of a conversation, with as much before it as fits, and how many of the
-    oldest questions were left out.
+    """The last question of a conversation about the same pictures, with as much before it as fits,
+    and how many of the oldest questions were left out.
 
     None are as long as the answer has room for the tokens it may have, or for a quarter of the
     context. Where it has not, so many go that half the context is free: each time some go the
@@ -201,63 +185,70 @@ def prepare_last(
     room = min(sampling.max_tokens or model.manifest.answer.max_tokens, context // 4)
     pictures = read(images)
     for left_out in range(len(history)):
+        asked = [Exchange(question, 0, answer) for question, answer in history[left_out:]]
+        asked[0] = replace(asked[0], n_pictures=len(pictures))
         try:
-            request = prepare(model, prompt, pictures, sampling, history[left_out:])
+            request = prepare(model, [*asked, Exchange(prompt)], pictures, sampling)
         except ContextOverflow:
             pass
         else:
             if context - request.n_image - request.n_text >= room:
                 return request, left_out
         room = context // 2
-    return prepare(model, prompt, pictures, sampling), len(history)
+    return prepare(model, [Exchange(prompt, len(pictures))], pictures, sampling), len(history)
 
 
-def read(images: Sequence[Image]) -> list[Bitmap]:
+def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
     """The pictures, each read if it was not; raises ImageError."""
     return [i if isinstance(i, Bitmap) else Bitmap(read_image(i)) for i in images]
 
 
-def _conversation(
-    model: Parts, prompt: str, history: History, n_pictures: int
-) -> list[list[int] | int]:
-    spec, decoder = model.manifest.prompt, model.decoder
-    prompts = [*(question for question, _ in history), prompt]
-    said = segments(spec, prompts[0], n_pictures)
-    following = [turn(spec, question) for question in prompts[1:]]
-    if spec.joined:
-        for (_, answer), words in zip(history, following, strict=True):
-            said += [Text(answer.text), *words]
-        return [_part(decoder, s) for s in joined(said)]
-    parts = [_part(decoder, s) for s in said]
-    for (_, answer), words in zip(history, following, strict=True):
-        parts += [list(answer.token_ids), *(_part(decoder, s) for s in words)]
-    return parts
+def _tokenized(decoder: TextDecoder, segment: Segment) -> Image | Tokens:
+    if isinstance(segment, Image | Tokens):
+        return segment
+    ids = [decoder.bos] if isinstance(segment, Begin) else decoder.tokenize(segment.text)
+    return Tokens(tuple(ids))
 
 
-def _part(decoder: TextDecoder, segment: Segment) -> list[int] | int:
-    if isinstance(segment, Picture):
-        return segment.index
-    if isinstance(segment, Token):
-        return [segment.id]
-    return [decoder.bos] if isinstance(segment, Begin) else decoder.tokenize(segment.text)
+def prefill(model: Engines, request: Request, blocks: Sequence[Block], room: int) -> None:
+    """The decoder reads the input; rows that it did not read again count as cached."""
+    request.n_kept = interruptible(
+        lambda: model.decoder.prefill(blocks, room=room), model.decoder.cancel
+    )
+    request.n_cached = max(request.n_cached, request.n_kept)
 
 
-def input_rows(model: Parts, request: Request) -> Float:
-    """The decoder's input, float32 [n_image + n_text, n_embd]. Runs the encoder where needed, and
-    lets the pictures go.
-    """
-    blocks = []
-    for part in request.parts:
-        if isinstance(part, int):
-            blocks.append(_picture_rows(model, request, request.pictures[part]))
-        elif part:
-            with request.watch.timed("prefill_ms"):
-                blocks.append(model.decoder.embed(part))
+def input_blocks(model: Engines, request: Request) -> list[Block]:
+    """The decoder's input. Runs the encoder where needed, and lets the pictures go."""
+    embeddings = [_embedded(model, request, picture) for picture in request.pictures]
     request.pictures.clear()
-    return np.concatenate(blocks)
+    return joined(model, request, embeddings)
 
 
-def _picture_rows(model: Parts, request: Request, picture: Bitmap) -> Float:
+def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> list[Block]:
+    """The input with the embeddings float32 [rows, n_embd] of each picture in their places.
+
+    All of it is one bidirectional block in a prefix-LM. Elsewhere it is causal and cut around the
+    pictures: other questions begin with the same words, and with the same pictures after them.
+    """
+    with request.watch.timed("prefill_ms"):
+        rows = [
+            embeddings[s.index] if isinstance(s, Image) else model.decoder.embed(s.ids)
+            for s in request.segments
+        ]
+    pictures = [i for i, s in enumerate(request.segments) if isinstance(s, Image)]
+    prefix = model.manifest.decoder.attention == "prefix"
+    cuts = [] if prefix or not pictures else [pictures[0], pictures[-1] + 1]
+    blocks: list[Block] = []
+    for begin, end in pairwise([0, *cuts, len(rows)]):
+        start = sum(len(block.rows) for block in blocks)
+        if begin < end:
+            together = np.concatenate(rows[begin:end])
+            blocks.append(sequential(together, "bidirectional" if prefix else "causal", start))
+    return blocks
+
+
+def _embedded(model: Engines, request: Request, picture: Bitmap) -> Float:
     with request.watch.timed("preprocess_ms"):
         key = picture.key
     cached = model.cache.get(key)
@@ -269,8 +260,8 @@ def _picture_rows(model: Parts, request: Request, picture: Bitmap) -> Float:
     return embedded
 
 
-def encode(model: Parts, picture: RGB, watch: Stopwatch) -> Float:
-    """RGB uint8 [h, w, 3] -> embeddings float32 [tokens, n_embd]."""
+def encode(model: Engines, picture: RGB, watch: Stopwatch) -> Float:
+    """RGB uint8 [h, w, 3] -> image embeddings float32 [rows, n_embd]."""
     with watch.timed("preprocess_ms"):
         pixels = preprocess(picture, model.manifest.image)[None]
     stop = model.encoder.cancel

@@ -1,4 +1,4 @@
-"""VLM and Chat: a question and a picture in, an answer out. Knows no engine."""
+"""VLM and Chat: messages and pictures in, an answer out. Knows no engine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from edgevlm.bundle import Manifest
 from edgevlm.errors import PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource
-from edgevlm.prompt import task_prompt
+from edgevlm.prompt import Exchange, task_prompt
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.engines import Cancelled, TextDecoder, VisionEncoder
+from edgevlm.runtimes.messages import Message, exchanges
 from edgevlm.runtimes.request import (
-    Parts,
+    Engines,
     Request,
     Stopwatch,
     encode,
-    input_rows,
+    input_blocks,
     prefill,
     prepare,
     prepare_last,
@@ -28,7 +29,7 @@ from edgevlm.runtimes.request import (
 )
 from edgevlm.runtimes.turns import Turns
 from edgevlm.sampling import Sampling, SamplingOptions, task_options
-from edgevlm.types import Box, Devices, Placement, Reply
+from edgevlm.types import Box, Devices, Placement, Reply, RunSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -41,7 +42,11 @@ class VLM:
 
     `image` is a path, URL, bytes, PIL image or array uint8 [h, w, 3], a list of those where the
     model takes several, or None. Options are those of `edgevlm.sampling.Sampling`; without any the
-    answer is greedy. `devices` says where the two halves run.
+    answer is greedy. `devices` says where encoder and decoder run, `settings` how.
+
+    >>> with edgevlm.load() as vlm:
+    ...     print(vlm.caption("photo.png"), vlm.devices.decoder.device)
+    a red circle, a blue square, a yellow triangle and a green star cpu
 
     Threads may share a VLM, which answers one request at a time: another thread's waits until the
     running one has ended, in the order in which they came. An answer that is being streamed keeps
@@ -57,7 +62,7 @@ class VLM:
         manifest: Manifest,
         family: Family,
         encoder: VisionEncoder,
-        decoder: TextDecoder,
+        decoder: TextDecoder | None,
         *,
         load_ms: float = 0.0,
         devices: Devices | None = None,
@@ -65,41 +70,83 @@ class VLM:
         self.manifest = manifest
         self.load_ms = load_ms
         self.devices = devices or _only("cpu", encoder.provider)
-        self.parts = Parts(manifest, family, encoder, decoder)
+        self.engines = Engines(manifest, family, encoder, decoder)
         self._turns = Turns()
 
+    @property
+    def settings(self) -> RunSettings:
+        """What the engines really run with."""
+        return self.engines.decoder.settings
+
     def stream(
-        self, prompt: str, image: Images = None, **options: Unpack[SamplingOptions]
+        self,
+        messages: str | Sequence[Message],
+        image: Images = None,
+        **options: Unpack[SamplingOptions],
     ) -> Answer:
         """Starts an answer; iterate over it for its pieces. Pictures are read now.
 
-        Raises ImageError, PromptError or ContextOverflow before anything is computed.
+        `messages` are a conversation that ends with a question, or that question alone, about
+        `image`. Raises ImageError, PromptError or ContextOverflow before anything is computed.
+
+        >>> with edgevlm.load() as vlm:
+        ...     for piece in vlm.stream("caption en", "photo.png"):
+        ...         print(piece.text, end="")
+        a red circle, a blue square, a yellow triangle and a green star
         """
         sampling = Sampling.of(options)
         with self._turns.using():
-            request = prepare(self.parts, prompt, _several(image), sampling)
+            asked, images = _conversation(messages, image)
+            request = prepare(self.engines, asked, images, sampling)
         return self._answer(request)
 
     def _answer(self, request: Request) -> Answer:
-        return Answer(self.parts, request, self._turns, load_ms=self.load_ms)
+        return Answer(self.engines, request, self._turns, load_ms=self.load_ms)
 
-    def ask(self, prompt: str, image: Images = None, **options: Unpack[SamplingOptions]) -> Reply:
-        """The whole answer to a prompt about a picture."""
-        return self.stream(prompt, image, **options).finish()
+    def ask(
+        self,
+        messages: str | Sequence[Message],
+        image: Images = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Reply:
+        """The whole answer; see `stream`.
+
+        >>> with edgevlm.load() as vlm:
+        ...     print(vlm.ask("answer en what shape is red?", "photo.png"))
+        circle
+        """
+        return self.stream(messages, image, **options).finish()
 
     def chat(self, image: Images = None) -> Chat:
-        """A conversation about a picture, which is read now; raises ImageError."""
+        """A conversation about a picture, which is read now; raises ImageError.
+
+        >>> with edgevlm.load() as vlm, vlm.chat("photo.png") as chat:
+        ...     print(chat.ask("answer en what shape is red?"))
+        ...     print(chat.ask("answer en what shape is blue?"))
+        circle
+        square
+        """
         self._turns.check()
         return Chat(self, image)
 
     def caption(
         self, image: Images, language: str = "en", **options: Unpack[SamplingOptions]
     ) -> Reply:
-        """Describes the picture in a language given by its code. PromptError if it cannot."""
+        """Describes the picture in a language given by its code. PromptError if it cannot.
+
+        >>> with edgevlm.load() as vlm:
+        ...     print(vlm.caption("photo.png"))
+        a red circle, a blue square, a yellow triangle and a green star
+        """
         return self.ask(self.task("caption", language=language), image, **options)
 
     def ocr(self, image: Images, **options: Unpack[SamplingOptions]) -> Reply:
-        """Reads the text in the picture. PromptError if the model cannot."""
+        """Reads the text in the picture. PromptError if the model cannot.
+
+        >>> with edgevlm.load() as vlm:
+        ...     print(vlm.ocr("sign.png"))
+        OPEN
+        """
         options = task_options("ocr", self.manifest.answer) | options
         return self.ask(self.task("ocr"), image, **options)
 
@@ -108,6 +155,10 @@ class VLM:
     ) -> list[Box]:
         """Finds objects by name; boxes in pixels of the upright picture. PromptError if the model
         cannot.
+
+        >>> with edgevlm.load() as vlm:
+        ...     print([box.label for box in vlm.detect(["circle", "star"], "photo.png")])
+        ['circle', 'star']
         """
         return list(self.ask(self.task("detect", objects), image, **options).boxes)
 
@@ -128,6 +179,11 @@ class VLM:
 
         The sum over the continuation's tokens, computed from the full softmax in float64;
         `with_end` adds the end token, which makes answers of different length comparable.
+
+        >>> with edgevlm.load() as vlm:
+        ...     shapes = vlm.score("answer en what shape is red?", ["circle", "star"], "photo.png")
+        ...     print(shapes.argmax())
+        0
         """
         with self._turns.whole():
             return self._score(prompt, continuations, image, with_end)
@@ -135,16 +191,16 @@ class VLM:
     def _score(
         self, prompt: str, continuations: Sequence[str], image: Images, with_end: bool
     ) -> npt.NDArray[np.float64]:
-        model, end = self.parts, list(self.manifest.answer.stop_tokens[:1])
+        model, end = self.engines, list(self.manifest.answer.stop_tokens[:1])
         ids = [model.decoder.tokenize(c) + (end if with_end else []) for c in continuations]
         if not all(ids):
             raise PromptError("a continuation is empty; there is nothing to score")
         longest = max(map(len, ids), default=1)
-        request = prepare(model, prompt, _several(image), Sampling(max_tokens=longest))
+        asked, images = _conversation(prompt, image)
+        request = prepare(model, asked, images, Sampling(max_tokens=longest))
         if request.max_tokens < longest:
             raise PromptError(f"a continuation of {longest} tokens does not fit the context")
-        prefix = input_rows(model, request)
-        prefill(model, request, prefix, longest)
+        prefill(model, request, input_blocks(model, request), longest)
         first = model.decoder.logits()[None]
         scores = np.zeros(len(ids))
         for i, tokens in enumerate(ids):
@@ -152,38 +208,38 @@ class VLM:
             scores[i] = _log_softmax(np.concatenate([first, after]))[
                 range(len(tokens)), tokens
             ].sum()
-            model.decoder.rollback(len(prefix))
+            model.decoder.rollback(request.n_image + request.n_text)
         return scores
 
     def embed_image(self, image: ImageSource) -> npt.NDArray[np.float32]:
-        """The picture's embeddings in the decoder, float32 [tokens, n_embd]."""
+        """The picture's embeddings in the decoder, float32 [tokens, n_embd].
+
+        >>> with edgevlm.load() as vlm:
+        ...     print(vlm.embed_image("photo.png").shape)
+        (64, 256)
+        """
         with self._turns.using():
             (picture,) = read([image])
             while True:
                 try:
-                    return encode(self.parts, picture.rgb, Stopwatch())
+                    return encode(self.engines, picture.rgb, Stopwatch())
                 except Cancelled:
                     self._turns.check()  # otherwise an answer of another thread was meant
 
     def forget(self) -> None:
         """Drops what is remembered of pictures: the next answer computes everything anew."""
         with self._turns.whole():
-            self.parts.cache.clear()
-            self.parts.decoder.clear()
+            self.engines.forget()
 
     def cancel(self) -> None:
         """Ends the running answer within one token; may be called from any thread. Where none
         runs, or after `close`, nothing happens.
         """
-        self._turns.cancel(self.parts.stop)
+        self._turns.cancel(self.engines.stop)
 
     def close(self) -> None:
         """Ends running answers and frees the engines; a second call does nothing."""
-        self._turns.close(self.parts.stop, self._free)
-
-    def _free(self) -> None:
-        self.parts.cache.clear()
-        self.parts.close()
+        self._turns.close(self.engines.stop, self.engines.close)
 
     def __enter__(self) -> Self:
         self._turns.check()
@@ -200,6 +256,12 @@ class Chat:
     as fits their context: the oldest questions are left out first, `left_out` counts them. The
     others answer each question on its own. `turns` keeps all of them for the reader. `image` may be
     set to another picture at any time, which is read then; the model starts afresh.
+
+    >>> with edgevlm.load() as vlm, vlm.chat("photo.png") as chat:
+    ...     for question in ("answer en what shape is red?", "answer en what shape is blue?"):
+    ...         print(chat.ask(question), chat.reply.tokens.cached)
+    circle 0
+    square 64
     """
 
     def __init__(self, vlm: VLM, image: Images = None) -> None:
@@ -211,7 +273,7 @@ class Chat:
 
     @property
     def devices(self) -> Devices:
-        """Where the two halves of the model run."""
+        """Where encoder and decoder run."""
         return self._vlm.devices
 
     @property
@@ -230,7 +292,7 @@ class Chat:
         turns = self.turns[self._first :] if vlm.manifest.prompt.turn else []
         history = [(question, answer.reply) for question, answer in turns]
         with vlm._turns.using():
-            request, n = prepare_last(vlm.parts, prompt, self._pictures, sampling, history)
+            request, n = prepare_last(vlm.engines, prompt, self._pictures, sampling, history)
         self._first, self.left_out = self._first + n, self.left_out + n
         answer = vlm._answer(request)
         self.turns.append((prompt, answer))
@@ -262,6 +324,17 @@ class Chat:
 
 def _only(device: str, engine: str) -> Devices:
     return Devices(Placement("auto", device, engine), Placement("auto", device, engine))
+
+
+def _conversation(
+    messages: str | Sequence[Message], image: Images
+) -> tuple[Sequence[Exchange], Sequence[ImageSource]]:
+    if isinstance(messages, str):
+        images = _several(image)
+        return [Exchange(messages, len(images))], images
+    if image is not None:
+        raise PromptError("pictures stand in the messages; `image` goes with a question alone")
+    return exchanges(messages)
 
 
 def _several(image: Images) -> Sequence[ImageSource]:

@@ -175,7 +175,7 @@ def test_every_name_has_a_family_that_reads_its_config(name):
 def test_words_of_the_models_own_prompts_are_one_token_each(tmp_path):
     synthetic.make(tmp_path / "made", "synthetic-small", MODEL, "q8_0")
     with edgevlm.load(tmp_path / "made") as vlm:
-        decoder = vlm.parts.decoder
+        decoder = vlm.engines.decoder
         assert (
             len(decoder.tokenize(" A chat between a curious user and an assistant. USER: ")) <= 14
         )

@@ -3,12 +3,13 @@ whatever was asked before, and no answer at all where the norms cannot be added.
 """
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from edgevlm.errors import BundleCorrupt, EngineError
-from edgevlm.runtimes.engines import Cancelled
+from edgevlm.runtimes.engines import Cancelled, sequential
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.runtimes.llama.edits import ExtraNorms
 from edgevlm.sampling import Sampling
@@ -50,8 +51,12 @@ def decoder(path):
     opened.close()
 
 
-def read(decoder, tokens, room=STEPS + 1, **options):
-    return decoder.prefill(decoder.embed(tokens), bidirectional=False, room=room, **options)
+def read(decoder, tokens, room=STEPS + 1, shared=0):
+    """Reads tokens, the first `shared` as a block of their own."""
+    rows = decoder.embed(tokens)
+    cuts = (0, shared, len(rows)) if shared else (0, len(rows))
+    blocks = [sequential(rows[a:b], "causal", a) for a, b in pairwise(cuts)]
+    return decoder.prefill(blocks, room=room)
 
 
 def greedy(decoder):
@@ -129,13 +134,13 @@ def test_a_prompt_of_several_batches_and_every_row_of_an_extension(decoder):
 
 
 def test_a_second_question_on_kept_state_is_the_first_to_the_bit(path, decoder):
-    assert read(decoder, PROMPT, shared=(30,)) == 0
+    assert read(decoder, PROMPT, shared=30) == 0
     greedy(decoder)
     other = [*PROMPT[:30], 7, 8, 9]
-    assert read(decoder, other, shared=(30,)) == 30
+    assert read(decoder, other, shared=30) == 30
     _, kept = greedy(decoder)
     fresh = open_decoder(path)
-    read(fresh, other, shared=(30,))
+    read(fresh, other, shared=30)
     np.testing.assert_array_equal(greedy(fresh)[1], kept)
     fresh.close()
 
@@ -163,6 +168,19 @@ def test_cancelled_in_the_middle_it_answers_the_next_question_rightly(path, monk
     traps.clear()
     read(decoder, PROMPT)
     assert np.abs(decoder.logits() - expected(PROMPT)[-1]).max() < BOUNDS["F32"]
+    decoder.close()
+
+
+def test_cancelled_behind_kept_blocks_it_reads_on_from_them(path, monkeypatch):
+    decoder, traps = armed(path, monkeypatch)
+    read(decoder, PROMPT, shared=30)
+    traps.append(decoder.cancel)
+    other = [*PROMPT[:30], 7, 8, 9]
+    with pytest.raises(Cancelled):
+        read(decoder, other, shared=30)
+    traps.clear()
+    assert read(decoder, other, shared=30) == 30
+    assert np.abs(decoder.logits() - expected(other)[-1]).max() < BOUNDS["F32"]
     decoder.close()
 
 

@@ -108,13 +108,13 @@ def test_embedding_rows_are_the_tables(vlm: VLM):
         vlm.manifest.decoder.n_vocab,
         vlm.manifest.decoder.n_embd,
     )
-    rows = vlm.parts.decoder.embed([0, place.rows - 1])
+    rows = vlm.engines.decoder.embed([0, place.rows - 1])
     assert rows.shape == (2, place.width) and np.isfinite(rows).all()
 
 
 @pytest.mark.parametrize("text", ["<image>", "<bos><eos>", "<pad>", "<|end|></s><|eot_id|>"])
 def test_user_text_never_becomes_a_marker(vlm: VLM, text: str):
-    decoder = vlm.parts.decoder
+    decoder = vlm.engines.decoder
     tokens = decoder.tokenize(text)
     assert not {decoder.bos, *vlm.manifest.answer.stop_tokens} & set(tokens)
     assert b"".join(map(decoder.piece, tokens)).decode() == text

@@ -11,6 +11,7 @@ from PIL import Image
 
 from edgevlm.errors import ImageError
 from edgevlm.image import MAX_PIXELS, pixels, preprocess, read, read_image
+from edgevlm.image.plan import plan
 from edgevlm.specs import ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
@@ -281,3 +282,24 @@ def test_pictures_from_a_server():
         with pytest.raises(ImageError, match="answered 404"):
             read_image(f"{base}/other.png")
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("fit", "size", "canvas", "tile"),
+    [
+        ("stretch", (90, 50), (28, 28), (0, 0, 28, 28)),
+        ("pad", (90, 50), (28, 28), (0, 0, 28, 28)),
+        ("crop", (90, 50), (50, 28), (11, 0, 39, 28)),
+        ("crop", (50, 90), (28, 50), (0, 11, 28, 39)),
+        ("crop", (1, 1), (28, 28), (0, 0, 28, 28)),
+    ],
+)
+def test_a_plan_is_the_canvas_its_middle_and_the_rows(fit, size, canvas, tile):
+    found = plan(*size, clip_spec(fit, 28))
+    assert (found.canvas, found.tiles, found.overview) == (canvas, (tile,), False)
+    assert found.rows == 576
+    # Resized to more than is seen of it.
+    larger = plan(*size, clip_spec(fit, 28, resize=32))
+    assert min(larger.canvas) == 32
+    left, top, right, bottom = larger.tiles[0]
+    assert (right - left, bottom - top) == (28, 28) and left + top >= 4

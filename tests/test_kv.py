@@ -20,7 +20,7 @@ SHAPES = Path(__file__).parent.parent / "examples" / "shapes.png"
 def logits(vlm: VLM) -> np.ndarray:
     """After a prefix of picture and question, and after each of three tokens; [4, n_vocab]."""
     vlm.ask("answer en what shape is red?", SHAPES, max_tokens=1)
-    decoder = vlm.parts.decoder
+    decoder = vlm.engines.decoder
     return np.concatenate([decoder.logits()[None], decoder.extend([5, 6, 7])])
 
 

@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import sentencepiece
-from PIL import Image
 
 import edgevlm
 from edgevlm.bundle import Bundle
 from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle
-from edgevlm.runtimes.request import input_rows, prefill, prepare
+from edgevlm.prompt import Exchange, Image, Tokens
+from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.sampling import Sampling
 from tests import published
 from tests.checkpoints import byte_vocabulary
@@ -38,13 +39,13 @@ VICUNA_PIECES = (
 
 def greedy(vlm: edgevlm.VLM, picture: np.ndarray, prompt: str, n: int) -> tuple[np.ndarray, list]:
     """Logits [1 + n, n_vocab] after the prompt and after each of the n likeliest tokens."""
-    request = prepare(vlm.parts, prompt, [picture], Sampling(max_tokens=n))
-    prefill(vlm.parts, request, input_rows(vlm.parts, request), n)
-    logits, tokens = [vlm.parts.decoder.logits()], []
+    request = prepare(vlm.engines, [Exchange(prompt, 1)], [picture], Sampling(max_tokens=n))
+    prefill(vlm.engines, request, input_blocks(vlm.engines, request), n)
+    logits, tokens = [vlm.engines.decoder.logits()], []
     for _ in range(n):
         tokens.append(int(logits[-1].argmax()))
-        vlm.parts.decoder.step(tokens[-1])
-        logits.append(vlm.parts.decoder.logits())
+        vlm.engines.decoder.step(tokens[-1])
+        logits.append(vlm.engines.decoder.logits())
     return np.stack(logits), tokens
 
 
@@ -66,7 +67,7 @@ def test_it_answers_like_the_original(name: str, tmp_path: Path):
 
 def ask_and_chat(bundle: Bundle, folder: Path) -> None:
     """The command line answers about the picture, and goes on about it in a chat."""
-    Image.fromarray(PICTURE).save(folder / "picture.png")
+    PIL.Image.fromarray(PICTURE).save(folder / "picture.png")
     about = ["-m", str(bundle.folder), "-i", str(folder / "picture.png"), "--max-tokens", "3"]
     edgevlm = [sys.executable, "-m", "edgevlm"]
     utf8 = os.environ | {"PYTHONUTF8": "1"}  # as the prompt is, whatever the locale
@@ -176,14 +177,14 @@ def test_token_ids_where_templates_have_tokens_of_their_own(
     special = [t for t in original.tokenizer.get_vocab() if re.fullmatch(r"<\|?\w+\|?>", t)]
     with edgevlm.load(bundle.folder) as vlm:
         for question in [q for questions in PROMPTS.values() for q in questions]:
-            parts = prepare(vlm.parts, question, [PICTURE], Sampling()).parts
-            ids = [i for part in parts for i in (part if isinstance(part, list) else [-200])]
+            request = prepare(vlm.engines, [Exchange(question, 1)], [PICTURE], Sampling())
+            ids = [i for s in request.segments for i in (getattr(s, "ids", None) or [-200])]
             before, after = original.ids(question)
             assert ids == [*before, -200, *after]
         # What a user types is never one of them.
-        typed = vlm.parts.decoder.tokenize("".join(special))
+        typed = vlm.engines.decoder.tokenize("".join(special))
         assert not set(typed) & {*original.tokenizer.added_tokens_decoder}
-        assert b"".join(map(vlm.parts.decoder.piece, typed)).decode() == "".join(special)
+        assert b"".join(map(vlm.engines.decoder.piece, typed)).decode() == "".join(special)
         assert set(vlm.manifest.answer.stop_tokens) >= {
             original.tokenizer.convert_tokens_to_ids(AGAIN[original.tiny.vocabulary][0]),
             original.tokenizer.eos_token_id,
@@ -212,9 +213,10 @@ def test_token_ids_in_ten_languages(vocabulary: str, tmp_path: Path):
     before, after = VICUNA_PIECES
     with edgevlm.load(export_bundle(source, tmp_path / "out", **how).folder) as vlm:
         for question in questions:
-            request = prepare(vlm.parts, question, [PICTURE], Sampling())
-            ids = map(processor.encode, (before, after.format(question)))
-            assert request.parts == [[1], next(ids), 0, next(ids)], question
+            request = prepare(vlm.engines, [Exchange(question, 1)], [PICTURE], Sampling())
+            ids = [processor.encode(text) for text in (before, after.format(question))]
+            first, last = (Tokens(tuple(i)) for i in ids)
+            assert request.segments == [Tokens((1,)), first, Image(0), last], question
 
 
 def test_what_questions_share_is_read_once(tmp_path: Path):
@@ -257,11 +259,11 @@ def test_state_of_a_cancelled_prefill_is_not_taken_for_another(tmp_path: Path, m
         fresh, _ = greedy(vlm, PICTURE, PROMPT, 4)
         read = []
 
-        def cancelled_in_the_question(decoder, rows):
+        def cancelled_in_the_question(decoder, rows, positions):
             if read:
                 raise Cancelled
             read.append(len(rows))
-            decode_rows(decoder, rows)
+            decode_rows(decoder, rows, positions)
 
         monkeypatch.setattr(LlamaDecoder, "_decode_rows", cancelled_in_the_question)
         vlm.ask(PROMPT, PICTURE[:, ::-1], max_tokens=1)

@@ -16,9 +16,11 @@ import edgevlm
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError, EngineMissing, PromptError
 from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
+from edgevlm.runtimes.engines import Block, sequential
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.sampling import Sampling
+from edgevlm.types import RunSettings
 from tests.checkpoints.paligemma import write_paligemma
 from tests.reference import Original
 
@@ -50,7 +52,7 @@ def pixels(vlm, *pictures):
 
 
 def prompt_ids(vlm, prompt):
-    decoder = vlm.parts.decoder
+    decoder = vlm.engines.decoder
     return [decoder.bos, *decoder.tokenize(prompt + "\n")]
 
 
@@ -62,9 +64,9 @@ def test_logits_and_greedy_tokens_equal_the_originals(pair, prompt):
     expected = original.logits(pixels(vlm, PICTURE), ids, answer)
     assert 3 < expected.std() < 8
     assert answer == expected[: len(answer)].argmax(1).tolist()
-    decoder = vlm.parts.decoder
+    decoder = vlm.engines.decoder
     rows = np.concatenate([vlm.embed_image(PICTURE), decoder.embed(ids)])
-    decoder.prefill(rows, bidirectional=True, room=16)
+    decoder.prefill([sequential(rows, "bidirectional")], room=16)
     found = [decoder.logits()]
     for token in answer:
         decoder.step(token)
@@ -97,7 +99,7 @@ def test_configs_that_llama_cpp_would_compute_otherwise(text_config, tmp_path):
         ids = prompt_ids(vlm, "caption en")
         expected = original.logits(pixels(vlm, PICTURE), ids, answer)
         assert answer == expected[: len(answer)].argmax(1).tolist()
-        score = vlm.score("caption en", [vlm.parts.decoder.piece(answer[0]).decode()], PICTURE)
+        score = vlm.score("caption en", [vlm.engines.decoder.piece(answer[0]).decode()], PICTURE)
         z = expected[0].astype(np.float64)
         assert score == pytest.approx(z[answer[0]] - np.log(np.exp(z).sum()), abs=EXACT)
 
@@ -116,7 +118,7 @@ def test_score_is_the_originals_log_probability(pair):
     texts = ["a red circle", "yes", "<loc0001> x"]
     found = vlm.score("caption en", texts, PICTURE)
     for text, score in zip(texts, found, strict=True):
-        tokens = vlm.parts.decoder.tokenize(text)
+        tokens = vlm.engines.decoder.tokenize(text)
         logits = original.logits(pixels(vlm, PICTURE), prompt_ids(vlm, "caption en"), tokens)
         z = logits[:-1].astype(np.float64)
         log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
@@ -142,7 +144,7 @@ def test_prefixes_around_the_limits_of_batch_and_context(pair, n):
     reply = vlm.ask(prompt, PICTURE, max_tokens=2)
     assert reply.tokens.prompt == n
     expected = original.logits(pixels(vlm, PICTURE), prompt_ids(vlm, prompt), list(reply.token_ids))
-    assert np.abs(vlm.parts.decoder.logits() - expected[len(reply.token_ids) - 1]).max() < EXACT
+    assert np.abs(vlm.engines.decoder.logits() - expected[len(reply.token_ids) - 1]).max() < EXACT
 
 
 def test_a_longer_request_after_a_shorter_one_and_back(vlm):
@@ -174,7 +176,7 @@ def test_a_second_question_reuses_the_pictures_rows(vlm):
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused(vlm):
-    decoder = vlm.parts.decoder
+    decoder = vlm.engines.decoder
     for token in (-1, vlm.manifest.decoder.n_vocab):
         with pytest.raises(EngineError, match="outside the vocabulary"):
             decoder.embed([token])
@@ -184,25 +186,25 @@ def test_token_ids_beyond_the_vocabulary_are_refused(vlm):
 
 
 def test_what_llama_cpp_would_abort_on_is_refused(vlm):
-    decoder, width = vlm.parts.decoder, vlm.manifest.decoder.n_embd
+    decoder, width = vlm.engines.decoder, vlm.manifest.decoder.n_embd
     for rows in (np.zeros((0, width), np.float32), np.zeros((3, width - 1), np.float32)):
         with pytest.raises(EngineError, match="rows"):
-            decoder.prefill(rows, bidirectional=True, room=1)
+            decoder.prefill([sequential(rows, "bidirectional")], room=1)
     with pytest.raises(ContextOverflow):
-        decoder.prefill(np.zeros((5, width), np.float32), bidirectional=True, room=10**6)
-    decoder.prefill(np.zeros((5, width), np.float32), bidirectional=True, room=1)
+        decoder.prefill([sequential(np.zeros((5, width), np.float32), "bidirectional")], room=10**6)
+    decoder.prefill([sequential(np.zeros((5, width), np.float32), "bidirectional")], room=1)
     for n in (0, 6, -1):
         with pytest.raises(EngineError, match="cannot go back"):
             decoder.rollback(n)
 
 
 def test_causal_rows_equal_causal_tokens(vlm):
-    decoder = vlm.parts.decoder
+    decoder = vlm.engines.decoder
     tokens = decoder.tokenize("the quick brown fox jumps over the lazy dog " * 80)
     assert len(tokens) > 600  # more than one batch
-    decoder.prefill(decoder.embed(tokens), bidirectional=False, room=1)
+    decoder.prefill([sequential(decoder.embed(tokens), "causal")], room=1)
     at_once = decoder.logits()
-    decoder.prefill(decoder.embed(tokens[:1]), bidirectional=False, room=len(tokens))
+    decoder.prefill([sequential(decoder.embed(tokens[:1]), "causal")], room=len(tokens))
     assert np.abs(decoder.extend(tokens[1:])[-1] - at_once).max() < EXACT
 
 
@@ -219,9 +221,9 @@ def test_sampling_is_repeatable_by_its_seed_and_free_without(vlm):
 def test_repetition_penalty_counts_the_answer_alone(vlm):
     sampler = Sampling(repetition_penalty=1e6)
     ids = prompt_ids(vlm, "caption en")
-    rows = np.concatenate([vlm.embed_image(PICTURE), vlm.parts.decoder.embed(ids)])
-    decoder = vlm.parts.decoder
-    decoder.prefill(rows, bidirectional=True, room=20)
+    rows = np.concatenate([vlm.embed_image(PICTURE), vlm.engines.decoder.embed(ids)])
+    decoder = vlm.engines.decoder
+    decoder.prefill([sequential(rows, "bidirectional")], room=20)
     drawn = []
     chain = decoder.sampler(sampler)
     for _ in range(20):
@@ -235,7 +237,7 @@ def test_repetition_penalty_counts_the_answer_alone(vlm):
 
 
 def test_pieces_are_the_tokenizers_own_text(vlm):
-    decoder = vlm.parts.decoder
+    decoder = vlm.engines.decoder
     for text in ("a  b\n\tc", "<loc0012><seg003> cat ; dog", "ζωή 日本語 🙂 नमस्ते", "x" * 300):
         assert b"".join(map(decoder.piece, decoder.tokenize(text))).decode() == text
     assert decoder.piece(decoder.bos) == b""
@@ -355,3 +357,75 @@ def test_ctrl_c_while_a_model_is_loaded_is_heard(paligemma_bundle, monkeypatch):
         )
     monkeypatch.undo()
     ggml.quiet()
+
+
+def blocks_of(decoder, *parts):
+    """Blocks one after the other: (tokens, attention)."""
+    blocks = []
+    for tokens, attention in parts:
+        start = sum(len(block.rows) for block in blocks)
+        blocks.append(sequential(decoder.embed(tokens), attention, start))
+    return blocks
+
+
+def test_blocks_see_what_comes_before_them_and_their_own_rows(vlm):
+    decoder = vlm.engines.decoder
+    before, picture, after = (decoder.tokenize(t) for t in ("a b c", "the quick fox", "and now"))
+    both_ways = blocks_of(
+        decoder, (before, "causal"), (picture, "bidirectional"), (after, "causal")
+    )
+    decoder.prefill(both_ways, room=1)
+    mixed = decoder.logits()
+    # One token after the other is causal, whatever came before.
+    decoder.prefill(both_ways[:2], room=len(after))
+    assert np.abs(decoder.extend(after)[-1] - mixed).max() < EXACT
+    causal = blocks_of(decoder, (before + picture + after, "causal"))
+    decoder.prefill(causal, room=1)
+    one_way = decoder.logits()
+    assert np.abs(one_way - mixed).max() > 100 * EXACT
+    # A block of one row sees the same both ways.
+    single = [(before, "causal"), (picture[:1], "bidirectional"), (picture[1:] + after, "causal")]
+    decoder.prefill(blocks_of(decoder, *single), room=1)
+    assert np.abs(decoder.logits() - one_way).max() < EXACT
+
+
+def test_the_kv_cache_of_equal_leading_blocks_is_kept(vlm):
+    decoder = vlm.engines.decoder
+    words = [decoder.tokenize(t) for t in ("a b c", "the quick fox", "and now", "or then")]
+
+    def read(*parts):
+        kept = decoder.prefill(blocks_of(decoder, *parts), room=1)
+        return kept, decoder.logits()
+
+    start, seen = (words[0], "causal"), (words[1], "bidirectional")
+    decoder.clear()
+    assert read(start, seen, (words[2], "causal"))[0] == 0
+    kept, again = read(start, seen, (words[3], "causal"))
+    assert kept == len(words[0]) + len(words[1])
+    # The same rows, read otherwise, are others.
+    assert read(start, (words[1], "causal"), (words[3], "causal"))[0] == len(words[0])
+    decoder.clear()
+    assert np.array_equal(read(start, seen, (words[3], "causal"))[1], again)
+
+
+def test_positions_that_do_not_follow_are_refused(vlm):
+    decoder = vlm.engines.decoder
+    rows = decoder.embed(decoder.tokenize("a b c d"))
+    for positions in ([0, 1, 3, 4], [1, 2, 3, 4], [0, 1, 1, 2], [0, 1]):
+        block = Block(rows[:4], "causal", np.array(positions, np.int32))
+        with pytest.raises(EngineError, match="positions"):
+            decoder.prefill([block], room=1)
+    with pytest.raises(EngineError, match="no rows"):
+        decoder.prefill([], room=1)
+
+
+def test_settings_say_what_runs(paligemma_bundle):
+    with edgevlm.load(paligemma_bundle.folder, threads=1, repack=False) as loaded:
+        assert loaded.settings == RunSettings(1, False, "f32", "off")
+        loaded.ask("caption en", PICTURE, max_tokens=2)
+        ran = loaded.settings
+    assert ran.context >= ran.batch >= loaded.manifest.image.tokens
+    for kv, flash in (("f16", {"on", "off"}), ("q8_0", {"on"})):
+        with edgevlm.load(kv=kv) as pico:
+            pico.ask("caption en", max_tokens=1)
+            assert pico.settings.kv == kv and pico.settings.flash_attention in flash

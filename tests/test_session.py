@@ -53,9 +53,9 @@ def test_stages_are_timed():
 def test_rows_follow_the_template():
     vlm = fakes.vlm()
     vlm.ask("hi", image=RED)
-    (rows,) = vlm.parts.decoder.prefills
+    (rows,) = vlm.engines.decoder.prefills
     assert rows[:4].tolist() == [[1, -1, -1, 0]] * 4  # red, as pixels in -1..1
-    assert rows[4:, 0].tolist() == [vlm.parts.decoder.bos, *vlm.parts.decoder.tokenize("hi\n")]
+    assert rows[4:, 0].tolist() == [vlm.engines.decoder.bos, *vlm.engines.decoder.tokenize("hi\n")]
 
 
 def test_user_text_never_becomes_a_picture():
@@ -74,7 +74,7 @@ def test_the_same_picture_is_encoded_once():
     assert (first.tokens.cached, second.tokens.cached) == (0, 4)
     assert second.timings.vision_ms == 0
     vlm.ask("c", image=BLUE)
-    assert vlm.parts.encoder.calls == 2
+    assert vlm.engines.encoder.calls == 2
 
 
 def test_several_pictures_where_the_model_takes_them():
@@ -141,7 +141,7 @@ def test_a_role_and_blanks_around_an_answer_are_never_shown(said):
         fake.manifest.answer, stop_strings=("###",), strip=True, role="Assistant:"
     )
     manifest = dataclasses.replace(fake.manifest, answer=spec)
-    vlm = VLM(manifest, fake.parts.family, fake.parts.encoder, fake.parts.decoder)
+    vlm = VLM(manifest, fake.engines.family, fake.engines.encoder, fake.engines.decoder)
     answer = vlm.stream("x")
     shown = ""
     for piece in answer:
@@ -200,7 +200,7 @@ def test_a_chat_reads_its_picture_once(monkeypatch):
     next(chat.stream("is it red?"))
     chat.ask("is it?")
     assert len(reads) == 2
-    assert vlm.parts.encoder.calls == 2
+    assert vlm.engines.encoder.calls == 2
 
 
 def test_answers_of_a_chat_hold_no_pictures():
@@ -224,7 +224,7 @@ def test_a_picture_is_what_it_was_when_it_was_given():
     frame[:] = 0
     answer.finish()
     chat.ask("x")
-    assert all((rows[:4] == [1, -1, -1, 0]).all() for rows in vlm.parts.decoder.prefills)
+    assert all((rows[:4] == [1, -1, -1, 0]).all() for rows in vlm.engines.decoder.prefills)
 
 
 def test_a_bad_picture_is_refused_when_it_is_given():
@@ -245,12 +245,12 @@ def test_the_oldest_questions_make_room_for_the_next(picture, max_tokens):
         reply = chat.ask(f"question {i}", **({"max_tokens": max_tokens} if max_tokens else {}))
         assert (reply.text, reply.finish_reason) == ("abc", "stop")
     assert len(chat.turns) == 30
-    rows = vlm.parts.decoder.prefills[-1][4 if picture is not None else 0 :, 0]
-    read = b"".join(vlm.parts.decoder.piece(int(t)) for t in rows).decode()
+    rows = vlm.engines.decoder.prefills[-1][4 if picture is not None else 0 :, 0]
+    read = b"".join(vlm.engines.decoder.piece(int(t)) for t in rows).decode()
     kept = range(chat.left_out, 30)
     assert read == "abc".join(f"question {i}\n" for i in kept)
     # Once it was full, half of the context became free, and then not at every question again.
-    lengths = [len(rows) for rows in vlm.parts.decoder.prefills]
+    lengths = [len(rows) for rows in vlm.engines.decoder.prefills]
     shrunk = [i for i in range(1, 30) if lengths[i] < lengths[i - 1]]
     assert 0 < len(shrunk) < 12
     assert all(lengths[i] <= 100 for i in shrunk)
@@ -281,8 +281,8 @@ def test_detect_gives_boxes_in_pixels():
     cat, dog = vlm.detect(["cat", "dog"], image=Image.new("RGB", (200, 100)))
     assert (cat.label, dog.label) == ("cat", "dog")
     assert (cat.x0, cat.y0, cat.x1, cat.y1) == pytest.approx((200 * 512 / 1023, 0, 200, 100))
-    (rows,) = vlm.parts.decoder.prefills
-    assert rows[5:, 0].tolist() == vlm.parts.decoder.tokenize("detect cat ; dog\n")
+    (rows,) = vlm.engines.decoder.prefills
+    assert rows[5:, 0].tolist() == vlm.engines.decoder.tokenize("detect cat ; dog\n")
 
 
 @pytest.mark.parametrize(
@@ -362,4 +362,117 @@ def test_errors_come_before_anything_is_computed():
     vlm = fakes.vlm()
     with pytest.raises(ImageError):
         vlm.stream("x", image="no such picture.png")
-    assert vlm.parts.encoder.calls == 0
+    assert vlm.engines.encoder.calls == 0
+
+
+def user(*content):
+    """A message of the user's: texts, and pictures as arrays."""
+    kinds = {True: "text", False: "image"}
+    parts = [{"type": (kind := kinds[isinstance(c, str)]), kind: c} for c in content]
+    return {"role": "user", "content": parts}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def read_by(vlm):
+    """What the decoder of a fake read last: a picture's rows as #, tokens as their text."""
+    decoder = vlm.engines.decoder
+    rows = decoder.prefills[-1]
+    return "".join("#" if r[3] == 0 else decoder.piece(int(r[0])).decode() for r in rows)
+
+
+def test_a_message_is_what_ask_says_in_short():
+    vlm = fakes.vlm("yes")
+    short = vlm.ask("is it red?", RED)
+    for message in (user(RED, "is it red?"), user("is it ", RED, "red?")):
+        long = vlm.ask([message])
+        assert (long.text, long.token_ids) == (short.text, short.token_ids)
+        assert long.tokens.prompt == short.tokens.prompt
+        assert np.array_equal(*vlm.engines.decoder.prefills[-2:])
+    assert vlm.ask([{"role": "user", "content": "hi"}]).tokens.image == 0
+
+
+def test_messages_are_a_chat_written_out():
+    vlm = fakes.vlm(["one", "two"], conversational=True)
+    with vlm.chat(RED) as chat:
+        first = chat.ask("a")
+        chat.ask("b")
+    said = [user(RED, "a"), assistant(first), user("b")]
+    vlm.ask(said)
+    assert np.array_equal(*vlm.engines.decoder.prefills[-2:])
+    assert read_by(vlm) == "####a\noneb\n"
+    # What somebody else has said, too.
+    vlm.ask([user(RED, "a"), assistant("uno"), user("b")])
+    assert read_by(vlm) == "####a\nunob\n"
+
+
+def test_a_picture_in_a_later_turn_needs_a_place_in_the_template():
+    vlm = fakes.vlm(conversational=True)
+    talk = [user(RED, "a"), assistant("x"), user(BLUE, "b")]
+    with pytest.raises(PromptError, match="question 2 comes with a picture.*first question only"):
+        vlm.stream(talk)
+    prompt = dataclasses.replace(vlm.manifest.prompt, turn=("{image}", "{prompt}\n"))
+    manifest = dataclasses.replace(vlm.manifest, prompt=prompt)
+    engines = vlm.engines
+    able = VLM(manifest, engines.family, engines.encoder, engines.decoder)
+    able.ask(talk)
+    assert read_by(able) == "####a\nx####b\n"
+    rows = engines.decoder.prefills[-1]
+    assert rows[0].tolist() == [1, -1, -1, 0] and rows[-3].tolist() == [-1, -1, 1, 0]
+    with pytest.raises(PromptError, match="3 pictures.*takes 2"):
+        able.stream([*talk, assistant("y"), user(RED, "c")])
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "the last message must be the user's"),
+        ([user("a"), assistant("b")], "the last message must be the user's"),
+        ([{"role": "system", "content": "be brief"}, user("a")], "message 1 has the role 'system'"),
+        ([user("a"), user("b")], "message 2 has the role 'user' where 'assistant'"),
+        ([{"role": "user", "content": "a", "name": "me"}], r"message 1 must have the keys \['cont"),
+        (["a"], "message 1 must have the keys .* not str"),
+        ([user("a"), assistant([{"type": "image", "image": RED}]), user("b")], "message 2 is the"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "message 1 has a part of .* 'audio'"),
+        ([{"role": "user", "content": [{"type": "text", "image": 1}]}], "must have the keys"),
+        ([user("a\0b")], "NUL character"),
+        ([user("a"), assistant("\ud800"), user("b")], "lone surrogate"),
+    ],
+)
+def test_messages_that_are_no_conversation_are_refused_in_one_line(messages, problem):
+    vlm = fakes.vlm(conversational=True)
+    with pytest.raises(PromptError, match=problem) as caught:
+        vlm.stream(messages)
+    assert "\n" not in str(caught.value)
+    assert vlm.engines.decoder.prefills == []
+
+
+def test_a_model_without_conversations_says_so():
+    with pytest.raises(PromptError, match="not trained on conversations; ask the last question"):
+        fakes.vlm().stream([user("a"), assistant("b"), user("c")])
+    with pytest.raises(PromptError, match="pictures stand in the messages"):
+        fakes.vlm().stream([user("a")], RED)
+
+
+def test_a_picture_that_cannot_be_planned_is_refused_before_anything_is_computed():
+    vlm = fakes.vlm()
+    image = dataclasses.replace(vlm.manifest.image, fit="pad")
+    manifest = dataclasses.replace(vlm.manifest, image=image)
+    padding = VLM(manifest, vlm.engines.family, vlm.engines.encoder, vlm.engines.decoder)
+    with pytest.raises(ImageError, match="too long and narrow"):
+        padding.stream("x", np.zeros((30_000, 1, 3), np.uint8))
+
+
+def test_a_bundle_without_a_decoder_embeds_and_says_that_it_cannot_answer():
+    whole = fakes.vlm()
+    vlm = VLM(whole.manifest, whole.engines.family, whole.engines.encoder, None)
+    assert np.array_equal(vlm.embed_image(RED), whole.embed_image(RED))
+    calls = [lambda: vlm.ask("x"), lambda: vlm.chat(RED).ask("x"), lambda: vlm.score("x", ["y"])]
+    for call in calls:
+        with pytest.raises(PromptError, match="no decoder: it can embed pictures, not answer"):
+            call()
+    vlm.cancel()
+    vlm.forget()
+    vlm.close()

@@ -57,13 +57,13 @@ USES = {
     "embed_image": lambda v, c: v.embed_image(PICTURE),
     "forget": lambda v, c: v.forget(),
     "with": lambda v, c: v.__enter__(),
-    "tokenize": lambda v, c: v.parts.decoder.tokenize("a"),
-    "piece": lambda v, c: v.parts.decoder.piece(5),
-    "step": lambda v, c: v.parts.decoder.step(5),
-    "logits": lambda v, c: v.parts.decoder.logits(),
-    "clear": lambda v, c: v.parts.decoder.clear(),
-    "rollback": lambda v, c: v.parts.decoder.rollback(1),
-    "features": lambda v, c: v.parts.encoder.features(np.zeros((1, 3, 192, 192), np.float32)),
+    "tokenize": lambda v, c: v.engines.decoder.tokenize("a"),
+    "piece": lambda v, c: v.engines.decoder.piece(5),
+    "step": lambda v, c: v.engines.decoder.step(5),
+    "logits": lambda v, c: v.engines.decoder.logits(),
+    "clear": lambda v, c: v.engines.decoder.clear(),
+    "rollback": lambda v, c: v.engines.decoder.rollback(1),
+    "features": lambda v, c: v.engines.encoder.features(np.zeros((1, 3, 192, 192), np.float32)),
 }
 
 
@@ -302,11 +302,11 @@ def test_a_signal_handler_may_close_the_model_and_not_ask_it():
                 print(type(error).__name__)
             vlm.close()
         signal.signal(signal.SIGUSR1, handle)
-        step = vlm.parts.decoder.step
+        step = vlm.engines.decoder.step
         def signalled(token):
             os.kill(os.getpid(), signal.SIGUSR1)
             step(token)
-        vlm.parts.decoder.step = signalled
+        vlm.engines.decoder.step = signalled
         try:
             vlm.ask("caption en", picture)
         except edgevlm.EdgeVLMError as error:

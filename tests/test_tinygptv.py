@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
-from PIL import Image
 
 import edgevlm
 from edgevlm import cli
@@ -20,7 +20,8 @@ from edgevlm.export import export_bundle, llama
 from edgevlm.export.corpus import corpus
 from edgevlm.export.decoder import DecoderSource, write_gguf
 from edgevlm.image import preprocess
-from edgevlm.runtimes.request import input_rows, prefill, prepare
+from edgevlm.prompt import Exchange, Image, Tokens
+from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.sampling import Sampling
 from tests import published
 from tests.checkpoints.tinygptv import ORIGINALS, write_tinygptv
@@ -61,15 +62,15 @@ def tokenizer(folder: Path):
 
 
 def greedy(vlm: edgevlm.VLM, prompt: str, n: int) -> tuple[np.ndarray, list[int], list]:
-    """Logits [1 + n, n_vocab], the n likeliest tokens in turn, and the prompt's parts."""
-    request = prepare(vlm.parts, prompt, [PICTURE], Sampling(max_tokens=n))
-    prefill(vlm.parts, request, input_rows(vlm.parts, request), n)
-    logits, tokens = [vlm.parts.decoder.logits()], []
+    """Logits [1 + n, n_vocab], the n likeliest tokens in turn, and the prompt's segments."""
+    request = prepare(vlm.engines, [Exchange(prompt, 1)], [PICTURE], Sampling(max_tokens=n))
+    prefill(vlm.engines, request, input_blocks(vlm.engines, request), n)
+    logits, tokens = [vlm.engines.decoder.logits()], []
     for _ in range(n):
         tokens.append(int(logits[-1].argmax()))
-        vlm.parts.decoder.step(tokens[-1])
-        logits.append(vlm.parts.decoder.logits())
-    return np.stack(logits), tokens, request.parts
+        vlm.engines.decoder.step(tokens[-1])
+        logits.append(vlm.engines.decoder.logits())
+    return np.stack(logits), tokens, request.segments
 
 
 @pytest.fixture(scope="module", params=ORIGINALS)
@@ -89,15 +90,16 @@ def test_every_stage_answers_like_the_original(made):
     pixels = reference.pixels(PICTURE)
     assert np.array_equal(preprocess(PICTURE, bundle.manifest.image), pixels[0].numpy())
     with edgevlm.load(bundle.folder) as vlm:
-        features = vlm.parts.encoder.features(pixels.numpy())
+        features = vlm.engines.encoder.features(pixels.numpy())
         assert np.abs(features - reference.features(pixels).numpy()).max() < 1e-4
         rows = vlm.embed_image(PICTURE)
         assert np.abs(rows - reference.rows(PICTURE)[0].numpy()).max() < 1e-4
-        ours, tokens, parts = greedy(vlm, PROMPT, 16)
+        ours, tokens, segments = greedy(vlm, PROMPT, 16)
     before, after = SIDES["demo_v2" if options["stage"] == 4 else "vicuna0"]
     ids = tokenizer(source)
     expected = ids(before)["input_ids"], ids(after.format(PROMPT))["input_ids"]
-    assert parts == [expected[0], 0, expected[1]]
+    before, after = (Tokens(tuple(ids)) for ids in expected)
+    assert segments == [before, Image(0), after]
     theirs = reference.logits(PICTURE, expected, tokens)
     assert np.abs(ours - theirs).max() < 5e-3
     assert theirs[:-1].argmax(1).tolist() == tokens
@@ -105,7 +107,7 @@ def test_every_stage_answers_like_the_original(made):
 
 def test_the_command_line_answers_chats_and_detects(made, tmp_path: Path, terminal):
     _, bundle, _ = made
-    Image.fromarray(PICTURE).save(tmp_path / "picture.png")
+    PIL.Image.fromarray(PICTURE).save(tmp_path / "picture.png")
     about = ["-m", bundle.folder, "-i", tmp_path / "picture.png", "--max-tokens", "3"]
     asked, _ = terminal("ask", PROMPT, "--json", *about)
     reply = json.loads(asked.splitlines()[-1])
@@ -115,7 +117,7 @@ def test_the_command_line_answers_chats_and_detects(made, tmp_path: Path, termin
     told = re.search(r"text (\d+), cached (\d+)", notes)
     assert int(told[1]) > reply["tokens"]["text"] + 3 and int(told[2]) > 8
     terminal("detect", "a cat", "-o", tmp_path / "boxes.png", *about)
-    with Image.open(tmp_path / "boxes.png") as drawn:
+    with PIL.Image.open(tmp_path / "boxes.png") as drawn:
         assert drawn.size == (90, 50)
 
 

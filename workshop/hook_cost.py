@@ -18,6 +18,7 @@ import numpy as np
 
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.machine import physical_cores
+from edgevlm.runtimes.engines import sequential
 from edgevlm.runtimes.llama import decoder, hooks
 from edgevlm.runtimes.loading import open_decoder
 
@@ -53,7 +54,7 @@ def measure(bundle: Bundle, hooked: bool, rows: int, tokens: int) -> Times:
     with mock.patch.object(decoder, "graph_hook", hook):
         text, _ = open_decoder(bundle, "cpu", [], threads=physical_cores(), repack=True)
     start = time.perf_counter()
-    text.prefill(data, bidirectional=False, room=tokens + 2)
+    text.prefill([sequential(data, "causal")], room=tokens + 2)
     prefill = time.perf_counter() - start
     steps = []
     for token in range(tokens + 2):

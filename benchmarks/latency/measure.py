@@ -18,8 +18,8 @@ from typing import Any
 from edgevlm.benchmarks.latency.memory import Memory
 from edgevlm.benchmarks.latency.sensors import Sensors
 from edgevlm.errors import PromptError
-from edgevlm.runtimes.engines import Float, VisionEncoder
-from edgevlm.runtimes.request import Parts, Stopwatch
+from edgevlm.runtimes.engines import Float, VisionEncoder, sequential
+from edgevlm.runtimes.request import Engines, Stopwatch
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 from edgevlm.types import Reply
@@ -78,7 +78,7 @@ def measure(job: Job, open_model: Open, memory: Memory, sensors: Sensors, emit: 
         _answers(_Round(job, prompt, sensors, emit), vlm, memory)
         facts = {"energy": sensors.energy}
         emit(Event(memory.samples(), facts, sensors.unavailable()))
-        emit(_bare_decode(vlm.parts, job.tokens))
+        emit(_bare_decode(vlm.engines, job.tokens))
     gc.collect()
     with open_model(lambda _: None) as again:
         emit(Event({"load_warm_ms": (again.load_ms,)}))
@@ -95,12 +95,12 @@ class _Round:
 
 
 def _answers(shared: _Round, vlm: VLM, memory: Memory) -> None:
-    encoder = _Marking(vlm.parts.encoder, memory)
+    encoder = _Marking(vlm.engines.encoder, memory)
     reply = _ask(shared, endless(vlm, encoder), warm=False)[0]
     memory.mark("answered")
     cold = {"first_token_cold_ms": (reply.timings.first_token_ms,)}
     shared.emit(Event(cold, {"vision_positions": encoder.positions}))
-    start, asked = time.perf_counter(), endless(vlm, vlm.parts.encoder)
+    start, asked = time.perf_counter(), endless(vlm, vlm.engines.encoder)
     for _ in range(shared.job.pairs):
         asked.forget()
         reply, samples = _ask(shared, asked, warm=True)
@@ -116,7 +116,7 @@ def endless(vlm: VLM, encoder: VisionEncoder) -> VLM:
     manifest = vlm.manifest
     answer = replace(manifest.answer, stop_tokens=(), stop_strings=())
     return VLM(
-        replace(manifest, answer=answer), vlm.parts.family, encoder, vlm.parts.decoder,
+        replace(manifest, answer=answer), vlm.engines.family, encoder, vlm.engines.decoder,
         load_ms=vlm.load_ms,
     )  # fmt: skip
 
@@ -167,22 +167,23 @@ def _workload(shared: _Round, reply: Reply, again: Reply) -> dict[str, Any]:
     }
 
 
-def _bare_decode(parts: Parts, tokens: int) -> Event:
+def _bare_decode(engines: Engines, tokens: int) -> Event:
     """The decoder alone, behind one position and behind a long context."""
-    deep = min(LONG_CONTEXT, parts.manifest.decoder.context_length - tokens)
+    deep = min(LONG_CONTEXT, engines.manifest.decoder.context_length - tokens)
     return Event(
         {
-            "decode_empty_tokens_per_s": (_decode_rate(parts, 1, tokens),),
-            "decode_long_tokens_per_s": (_decode_rate(parts, deep, tokens),),
+            "decode_empty_tokens_per_s": (_decode_rate(engines, 1, tokens),),
+            "decode_long_tokens_per_s": (_decode_rate(engines, deep, tokens),),
         },
         {"long_context": deep},
     )
 
 
-def _decode_rate(parts: Parts, depth: int, tokens: int) -> float:
+def _decode_rate(engines: Engines, depth: int, tokens: int) -> float:
     """Tokens per second of `tokens` greedy steps behind `depth` begin tokens."""
-    decoder = parts.decoder
-    decoder.prefill(decoder.embed([decoder.bos] * depth), bidirectional=False, room=tokens)
+    decoder = engines.decoder
+    rows = decoder.embed([decoder.bos] * depth)
+    decoder.prefill([sequential(rows, "causal")], room=tokens)
     sampler = decoder.sampler(Sampling())
     try:
         token = sampler.sample()

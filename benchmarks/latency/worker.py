@@ -20,9 +20,8 @@ from edgevlm.benchmarks.latency.measure import Event, Job, measure, overhead_ms
 from edgevlm.benchmarks.latency.memory import Memory
 from edgevlm.benchmarks.latency.sensors import Sensors
 from edgevlm.errors import EdgeVLMError
-from edgevlm.runtimes import rules
-from edgevlm.runtimes.llama.decoder import cpu_features
-from edgevlm.runtimes.loading import Settings, load_bundle
+from edgevlm.runtimes.llama.ggml import cpu_features
+from edgevlm.runtimes.loading import LoadOptions, load_bundle
 from edgevlm.runtimes.session import VLM
 
 
@@ -31,18 +30,16 @@ def run(job: Job, send: Callable[[dict[str, Any]], None]) -> None:
     overhead = overhead_ms()
 
     def open_model(loaded: Callable[[str], None]) -> VLM:
-        vlm = load_bundle(Path(job.folder), Settings(job.threads, job.device), loaded)
-        decoder = vlm.manifest.components["decoder"].precision
-        machine = rules.this_machine(cpu_features(), decoder)
+        vlm = load_bundle(Path(job.folder), LoadOptions(job.threads, job.device), loaded)
         facts = {
-            "threads": job.threads or rules.decide("threads", machine),
-            "repack": rules.decide("repacking", machine),
+            "threads": vlm.settings.threads,
+            "repack": vlm.settings.repacking,
             "llama_cpp": cpu_features(),
             "overhead_ms": overhead,
             "provider": vlm.devices.vision.engine,
             "vision_precision": vlm.devices.vision.precision,
             "decoder": vlm.devices.decoder.engine,
-            "kv": "f32" if decoder == "f32" else "f16",
+            "kv": vlm.settings.kv,
         }
         send({"facts": facts})
         return vlm

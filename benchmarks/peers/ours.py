@@ -13,10 +13,10 @@ INSTALL = "pip install edgevlm"
 def answer(task: dict[str, Any]) -> dict[str, Any]:
     """No picture is remembered from the first question to the second."""
     from edgevlm.benchmarks.latency.measure import endless
-    from edgevlm.runtimes.loading import Settings, load_bundle
+    from edgevlm.runtimes.loading import LoadOptions, load_bundle
 
-    with load_bundle(Path(task["bundle"]), Settings(task["threads"])) as vlm:
-        asked = endless(vlm, vlm.parts.encoder)
+    with load_bundle(Path(task["bundle"]), LoadOptions(task["threads"])) as vlm:
+        asked = endless(vlm, vlm.engines.encoder)
         for n_tokens in (2, task["n_tokens"] + 1):
             asked.forget()
             reply = asked.ask(task["words"], task["image"], max_tokens=n_tokens)
@@ -40,13 +40,13 @@ def _tokens(vlm: Any, words: str) -> tuple[list[int], list[int]]:
     """Token ids in front of the picture and behind it."""
     import numpy as np
 
+    from edgevlm.prompt import Exchange, Image, Tokens
     from edgevlm.runtimes.request import prepare
     from edgevlm.sampling import Sampling
 
     picture = np.zeros((8, 8, 3), np.uint8)
-    parts = prepare(vlm.parts, words, [picture], Sampling()).parts
-    at = next(i for i, part in enumerate(parts) if isinstance(part, int))
-    around = (parts[:at], parts[at + 1 :])
-    before, after = ([t for part in side if not isinstance(part, int) for t in part]
-                     for side in around)  # fmt: skip
+    segments = prepare(vlm.engines, [Exchange(words, 1)], [picture], Sampling()).segments
+    at = segments.index(Image(0))
+    before, after = ([i for s in side if isinstance(s, Tokens) for i in s.ids]
+                     for side in (segments[:at], segments[at:]))  # fmt: skip
     return before, after

@@ -102,10 +102,9 @@ def _vision_missing() -> list[tuple[str, str]]:
 
 def _decoder() -> list[tuple[str, str]]:
     from edgevlm.runtimes.llama import ggml
-    from edgevlm.runtimes.llama.decoder import cpu_features
 
     version = importlib.metadata.version("llama-cpp-python")
-    rows = [("cpu", f"llama-cpp-python {version}: {' '.join(cpu_features())}")]
+    rows = [("cpu", f"llama-cpp-python {version}: {' '.join(ggml.cpu_features())}")]
     for d in ggml.devices():
         memory = f"{d.free_bytes / 2**30:.1f} of {d.total_bytes / 2**30:.1f} GiB free"
         rows.append((d.backend.word, f"{d.name}: {d.description}, {memory}"))
@@ -125,9 +124,9 @@ def _decoder_missing() -> list[tuple[str, str]]:
 
 def _settings() -> list[tuple[str, str]]:
     from edgevlm.runtimes import rules
-    from edgevlm.runtimes.llama.decoder import cpu_features
+    from edgevlm.runtimes.llama import ggml
 
-    facts = rules.this_machine(cpu_features(), "q4_k_m")
+    facts = rules.this_machine(ggml.cpu_features(), "q4_k_m")
     rows = []
     for name, what in (
         ("threads", "of both engines"),

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgevlm.errors import ImageError
+from edgevlm.image.plan import plan
 from edgevlm.image.read import RGB
-from edgevlm.specs import Fit, ImageSpec
+from edgevlm.specs import ImageSpec
 
 Pixels = npt.NDArray[np.float32]
 
-# What a long and narrow picture may become on the way to a square: half a gigabyte, enough for one
-# of 1 x 1000 pixels whose short side becomes 336.
-MAX_RESIZED = 1 << 27
 _STRIP_PIXELS = 1 << 22
 
 _RESAMPLE = {
@@ -34,54 +29,19 @@ def preprocess(rgb: RGB, spec: ImageSpec) -> Pixels:
     processors (4.57: SiglipImageProcessor, CLIPImageProcessor, LlavaImageProcessor): resized as
     8-bit, then scaled in float64, normalised in float32.
 
-    Raises ImageError for a picture so long and narrow that "pad" or "crop" would swell it.
+    Raises ImageError for a picture that cannot be planned.
     """
-    side = spec.resize or spec.size
-    _check_fit(rgb.shape[1], rgb.shape[0], spec.fit, side)
-    picture = _middle(_FIT[spec.fit](Image.fromarray(rgb), spec, side), spec.size)
-    scaled = (np.asarray(picture).astype(np.float64) * spec.rescale).astype(np.float32)
+    planned, picture = plan(rgb.shape[1], rgb.shape[0], spec), Image.fromarray(rgb)
+    if spec.fit == "pad":
+        canvas = _pad(picture, spec, planned.canvas[0])
+    else:
+        # Resizing only the tile of a crop (Pillow's `box`) rounds its weights otherwise: not the
+        # same pixels.
+        canvas = picture.resize(planned.canvas, _RESAMPLE[spec.resample])
+    (tile,) = planned.tiles
+    scaled = (np.asarray(canvas.crop(tile)).astype(np.float64) * spec.rescale).astype(np.float32)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
-
-
-def _check_fit(width: int, height: int, fit: Fit, side: int) -> None:
-    long = max(width, height)
-    # Pillow holds 4 bytes a pixel. A pad has only strips of its square in memory, but goes through
-    # every row at full width.
-    swollen = {
-        "stretch": 0,
-        "crop": math.prod(_covering(width, height, side)),
-        "pad": max(long * side, long * height // 4),
-    }
-    if swollen[fit] > MAX_RESIZED:
-        raise ImageError(
-            f"the picture of {width} x {height} pixels",
-            "is too long and narrow for this model; cut out a part of it",
-        )
-
-
-def _stretch(picture: Image.Image, spec: ImageSpec, side: int) -> Image.Image:
-    return picture.resize((side, side), _RESAMPLE[spec.resample])
-
-
-def _cover(picture: Image.Image, spec: ImageSpec, side: int) -> Image.Image:
-    """The picture with a short side of `side`.
-
-    Resizing only its middle (Pillow's `box`) rounds its weights otherwise: not the same pixels.
-    """
-    return picture.resize(_covering(*picture.size, side), _RESAMPLE[spec.resample])
-
-
-def _covering(width: int, height: int, side: int) -> tuple[int, int]:
-    if width <= height:
-        return side, int(side * height / width)
-    return int(side * width / height), side
-
-
-def _middle(picture: Image.Image, size: int) -> Image.Image:
-    """The middle of a picture, as CLIPImageProcessor cuts it out."""
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
 
 
 def _pad(picture: Image.Image, spec: ImageSpec, side: int) -> Image.Image:
@@ -102,6 +62,3 @@ def _pad(picture: Image.Image, spec: ImageSpec, side: int) -> Image.Image:
         strip.paste(picture.crop((0, y, width, y + n)), (left, 0))
         narrow.paste(strip.resize((side, n), resample), (0, top + y))
     return narrow.resize((side, side), resample)
-
-
-_FIT = {"stretch": _stretch, "pad": _pad, "crop": _cover}

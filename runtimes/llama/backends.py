@@ -16,7 +16,7 @@ from edgevlm.types import Placement
 _MIB = 1 << 20
 # Left free on a device: its driver's own needs and the pictures' encoder.
 _SPARE_BYTES = 256 * _MIB
-# Positions that the state is planned for; a longer request may not fit a small device.
+# Positions that the KV cache is planned for; a longer request may not fit a small device.
 _PLANNED_POSITIONS = 4096
 
 
@@ -70,7 +70,7 @@ class LayerBytes:
     """What a decoder's parts need on a device, in bytes.
 
     layers: the weights of each layer. output: those of the last projection and norm. position: the
-    state of one position in one layer. work: the largest intermediate results of one batch.
+    KV cache of one position in one layer. work: the largest intermediate results of one batch.
     """
 
     layers: tuple[int, ...]

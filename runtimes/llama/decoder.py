@@ -1,16 +1,14 @@
-"""The words' half: rows and tokens -> logits -> tokens. The only user of llama_cpp.
+"""The language decoder on llama.cpp: blocks of embeddings and tokens -> logits.
 
-llama.cpp aborts the whole process on a prefix larger than its batch, a full context or a bad token
-id; every such request is refused here first.
+llama.cpp aborts the whole process on a bidirectional block larger than its batch, a full context or
+a bad token id; every such request is refused here first.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
 import threading
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,17 @@ import llama_cpp as llama
 import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
-from edgevlm.runtimes.engines import Cancelled, Float
+from edgevlm.runtimes.engines import Block, Cancelled, Float, count_rows
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.llama.embedding_rows import EmbeddingRows
-from edgevlm.runtimes.llama.hooks import GraphHook, Importance, graph_hook
+from edgevlm.runtimes.llama.hooks import Importance, graph_hook
+from edgevlm.runtimes.llama.sampler import LlamaSampler
 from edgevlm.runtimes.native import Handle
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec, TensorPlace
+from edgevlm.types import FlashAttention, RunSettings
 
 # Rows of logits that `extend` computes at once; each costs 4 bytes times the vocabulary.
 _SCORE_ROWS = 16
@@ -34,12 +34,13 @@ _SCORE_ROWS = 16
 _CTX_STEP = 256
 _BATCH_STEP = 64
 _CAUSAL_BATCH = 512
-# ggml's type of the state kept of each position, by name. Float32 is for exact decoders alone.
+# ggml's type of the KV cache by name. Float32 is for exact decoders alone.
 _KV_TYPES = {
     "f32": llama.GGML_TYPE_F32,
     "f16": llama.GGML_TYPE_F16,
     "q8_0": llama.GGML_TYPE_Q8_0,
 }
+_FLASH_ATTENTION: dict[str, FlashAttention] = {"f32": "off", "f16": "auto", "q8_0": "on"}
 
 
 class LlamaDecoder:
@@ -92,15 +93,17 @@ class LlamaDecoder:
         found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
         if found != (spec.n_embd, spec.n_layer, spec.n_vocab):
             raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
-        self._spec, self._threads = spec, threads
+        self._spec, self._threads, self._repack = spec, threads, repack
         self._kv = kv or ("f32" if exact else "f16")
+        self._flash_attention = _FLASH_ATTENTION[self._kv]
         self._hook = graph_hook(path, spec, exact=exact)
-        self._shared = np.empty((0, spec.n_embd), np.float32)
-        self._ends: tuple[int, ...] = ()
+        # The blocks that the KV cache begins with, and the position of each of its rows.
+        self._blocks: tuple[Block, ...] = ()
+        self._positions: list[int] = []
         self._rows = EmbeddingRows(path, place)
         self._context: Handle | None = None
         self._batch: Handle | None = None
-        self._n_ctx = self._n_batch = self._past = 0
+        self._n_ctx = self._n_batch = 0
         self._cancelled = cancelled = threading.Event()
         self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
 
@@ -121,6 +124,12 @@ class LlamaDecoder:
         if self._context is None:
             raise EngineError("the decoder has read nothing yet")
         return self._context.pointer
+
+    @property
+    def settings(self) -> RunSettings:
+        """See TextDecoder."""
+        sizes = (self._n_batch, self._n_ctx)
+        return RunSettings(self._threads, self._repack, self._kv, self._flash_attention, *sizes)
 
     @property
     def bos(self) -> int:
@@ -159,63 +168,63 @@ class LlamaDecoder:
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
         return self._rows(tokens)
 
-    def prefill(
-        self, rows: Float, *, bidirectional: bool, room: int, shared: Sequence[int] = ()
-    ) -> int:
-        """See TextDecoder. A bidirectional prefix is one batch: every row sees every other."""
-        n = len(rows)
-        if n < 1 or rows.shape[1:] != (self._spec.n_embd,):
-            raise EngineError(f"rows {rows.shape} are not [n, {self._spec.n_embd}]")
+    def prefill(self, blocks: Sequence[Block], *, room: int) -> int:
+        """See TextDecoder. A bidirectional block is one batch: every row sees every other."""
+        n = count_rows(blocks, self._spec.n_embd)
         if n + room > self._spec.context_length:
             raise ContextOverflow(0, n, room, self._spec.context_length)
-        # The same for every causal prompt: a longer one does not cost the state of the last.
-        self._reserve(n + room, n if bidirectional else _CAUSAL_BATCH)
+        # The same for every causal prompt: a longer one does not cost the cache of the last.
+        self._reserve(n + room, max(map(_batch, blocks)))
         self._cancelled.clear()
-        kept = self._keep(rows, tuple(shared))
-        llama.llama_set_causal_attn(self._ctx, not bidirectional)
+        same = self._keep(blocks)
+        kept = len(self._positions)
         llama.llama_set_abort_callback(self._ctx, self._abort, None)
         try:
-            # Shared rows end a batch whether they are kept or not, so that what follows them is
-            # computed in the same batches, to the same bits.
-            for begin, end in pairwise((kept, *(end for end in shared if end > kept), n)):
-                for start in range(begin, end, self._n_batch):
-                    self._decode_rows(rows[start : min(start + self._n_batch, end)])
-            self._shared, self._ends = rows[: max(shared, default=0)].copy(), tuple(shared)
+            # A block ends a batch whether it is kept or not, so that what follows it is computed in
+            # the same batches, to the same bits.
+            for block in blocks[same:]:
+                llama.llama_set_causal_attn(self._ctx, block.attention == "causal")
+                for start in range(0, len(block.rows), _batch(block)):
+                    end = start + _batch(block)
+                    self._decode_rows(block.rows[start:end], block.positions[start:end].tolist())
+            self._blocks = tuple(blocks[:-1])
         finally:
             # A Python callback at every graph node would slow the single steps of decoding.
             llama.llama_set_abort_callback(self._ctx, llama.ggml_abort_callback(), None)
             llama.llama_set_causal_attn(self._ctx, True)
         return kept
 
-    def _keep(self, rows: Float, ends: tuple[int, ...]) -> int:
-        """Forgets everything but the state of the most shared rows that are there; returns their
-        number. Blocks with other ends were read in other batches.
+    def _keep(self, blocks: Sequence[Block]) -> int:
+        """Forgets everything but the leading blocks that are there, the last one never; returns
+        their number.
         """
-        for n in range(len(ends), 0, -1):
-            end, known = ends[n - 1], self._shared[: ends[n - 1]]
-            same = ends[:n] == self._ends[:n] and np.array_equal(rows[:end], known)
-            if same and 0 < end <= self._past:
-                self.rollback(end)
-                # What is read from now on may end half-way.
-                self._shared, self._ends = known, ends[:n]
-                return end
-        self.clear()
-        return 0
+        same = n = 0
+        for block, known in zip(blocks[:-1], self._blocks, strict=False):
+            if n + len(block.rows) > len(self._positions) or not block.same(known):
+                break
+            same, n = same + 1, n + len(block.rows)
+        if n:
+            self.rollback(n)
+            # What is read from now on may end half-way.
+            self._blocks = self._blocks[:same]
+        else:
+            self.clear()
+        return same
 
     def clear(self) -> None:
         """See TextDecoder."""
         _ = self._model.pointer
         if self._context is not None:
             llama.llama_memory_clear(llama.llama_get_memory(self._ctx), True)
-        self._past = 0
-        self._shared, self._ends = self._shared[:0], ()
+        self._positions.clear()
+        self._blocks = ()
 
-    def _decode_rows(self, rows: Float) -> None:
+    def _decode_rows(self, rows: Float, positions: Sequence[int]) -> None:
         data = np.ascontiguousarray(rows, np.float32)
         batch = llama.llama_batch_init(len(data), self._spec.n_embd, 1)
         try:
             ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
-            self._decode(batch, len(data), len(data) - 1)
+            self._decode(batch, positions, len(data) - 1)
         finally:
             llama.llama_batch_free(batch)
 
@@ -236,21 +245,23 @@ class LlamaDecoder:
 
     def _decode_tokens(self, tokens: Sequence[int]) -> None:
         _ = self._ctx
-        if self._past == 0 or self._past + len(tokens) > self._n_ctx:
-            raise EngineError(f"no room for {len(tokens)} tokens after {self._past} positions")
+        n = len(self._positions)
+        if n == 0 or n + len(tokens) > self._n_ctx:
+            raise EngineError(f"no room for {len(tokens)} tokens after {n} rows")
         if any(not 0 <= t < self._spec.n_vocab for t in tokens):
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
         assert self._batch
         batch = self._batch.pointer
         for i, token in enumerate(tokens):
             batch.token[i] = token
-        self._decode(batch, len(tokens), 0)
+        following = self._positions[-1] + 1
+        self._decode(batch, range(following, following + len(tokens)), 0)
 
-    def _decode(self, batch: Any, n: int, first_logits: int) -> None:
-        """Decodes n filled entries at the next positions, with logits from `first_logits` on."""
-        batch.n_tokens = n
-        for i in range(n):
-            batch.pos[i] = self._past + i
+    def _decode(self, batch: Any, positions: Sequence[int], first_logits: int) -> None:
+        """Decodes filled entries at these positions, with logits from `first_logits` on."""
+        batch.n_tokens = len(positions)
+        for i, position in enumerate(positions):
+            batch.pos[i] = position
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = i >= first_logits
@@ -264,16 +275,13 @@ class LlamaDecoder:
         if status != 0:
             raise EngineError(f"llama.cpp could not decode, status {status} ({ggml.last_log()})")
         if self._hook:
-            self._check(self._hook)
-        self._past += n
-
-    def _check(self, hook: GraphHook) -> None:
-        try:
-            hook.check()
-        except EngineError:
-            # The state of these positions is not what was asked for; nothing may build on it.
-            self.clear()
-            raise
+            try:
+                self._hook.check()
+            except EngineError:
+                # The cache of these rows is not what was asked for; nothing may build on it.
+                self.clear()
+                raise
+        self._positions += positions
 
     def logits(self) -> Float:
         """See TextDecoder."""
@@ -285,12 +293,14 @@ class LlamaDecoder:
 
     def rollback(self, n: int) -> None:
         """See TextDecoder."""
-        memory = llama.llama_get_memory(self._ctx)
-        if not 0 < n <= self._past:
-            raise EngineError(f"cannot go back to {n} of {self._past} positions")
-        if not llama.llama_memory_seq_rm(memory, 0, n, -1):
-            raise EngineError(f"llama.cpp could not go back to {n} of {self._past} positions")
-        self._past = n
+        memory, past = llama.llama_get_memory(self._ctx), len(self._positions)
+        if not 0 < n <= past:
+            raise EngineError(f"cannot go back to {n} of {past} rows")
+        # Also what a batch that was cancelled may have left behind the last row.
+        first = self._positions[n - 1] + 1
+        if not llama.llama_memory_seq_rm(memory, 0, first, -1):
+            raise EngineError(f"llama.cpp could not go back to {n} of {past} rows")
+        del self._positions[n:]
 
     def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> LlamaSampler:
         """See TextDecoder."""
@@ -319,10 +329,11 @@ class LlamaDecoder:
         if self._hook:
             params.cb_eval = self._hook.callback
         params.type_k = params.type_v = _KV_TYPES[self._kv]
-        if self._kv == "f32":
-            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        elif self._kv == "q8_0":
-            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = {
+            "auto": llama.LLAMA_FLASH_ATTN_TYPE_AUTO,
+            "off": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+            "on": llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+        }[_FLASH_ATTENTION[self._kv]]
         ggml.log.clear()
         context = llama.llama_init_from_model(self._model.pointer, params)
         if not context:
@@ -331,7 +342,10 @@ class LlamaDecoder:
                 "free some memory or shorten the request"
             )
         self._context = Handle("the decoder", context, llama.llama_free, self._model)
-        self._n_ctx, self._n_batch, self._past = params.n_ctx, n_batch, 0
+        if self._kv == "f16":
+            self._flash_attention = ggml.flash_attention()
+        self._n_ctx, self._n_batch = params.n_ctx, n_batch
+        self._positions.clear()
         batch = llama.llama_batch_init(_SCORE_ROWS, 0, 1)
         self._batch = Handle("the decoder", batch, llama.llama_batch_free)
 
@@ -347,54 +361,6 @@ class LlamaDecoder:
         self._model.close()
 
 
-class LlamaSampler:
-    """llama.cpp's sampler chain: penalty, top-k, top-p, min-p, temperature, draw; or greedy."""
-
-    def __init__(
-        self,
-        decoder: LlamaDecoder,
-        sampling: Sampling,
-        spec: DecoderSpec,
-        penalized: Sequence[int] = (),
-    ) -> None:
-        self._decoder = decoder
-        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        self._chain = Handle("the sampler", chain, llama.llama_sampler_free)
-        for sampler in _chain(sampling, spec.n_vocab, spec.context_length):
-            llama.llama_sampler_chain_add(chain, sampler)
-        for token in penalized:
-            llama.llama_sampler_accept(chain, token)
-
-    def sample(self) -> int:
-        """See TokenSampler."""
-        return self._decoder.sample(self._chain.pointer)
-
-    def close(self) -> None:
-        """See TokenSampler."""
-        self._chain.close()
-
-
-def _chain(s: Sampling, n_vocab: int, window: int) -> list[llama.llama_sampler_p]:
-    chain = []
-    if s.repetition_penalty != 1.0:
-        # Over the whole answer, and not the prompt, as transformers counts with inputs_embeds.
-        penalty = s.repetition_penalty
-        chain.append(llama.llama_sampler_init_penalties(n_vocab, window, penalty, 0.0, 0.0))
-    if s.temperature == 0.0:
-        return [*chain, llama.llama_sampler_init_greedy()]
-    seed = llama.LLAMA_DEFAULT_SEED if s.seed is None else s.seed
-    return [
-        *chain,
-        llama.llama_sampler_init_top_k(s.top_k),
-        llama.llama_sampler_init_top_p(s.top_p, 1),
-        llama.llama_sampler_init_min_p(s.min_p, 1),
-        llama.llama_sampler_init_temp(s.temperature),
-        llama.llama_sampler_init_dist(seed),
-    ]
-
-
-def cpu_features() -> list[str]:
-    """What this build of llama.cpp uses of the processor, such as AVX2."""
-    ggml.quiet()
-    found: list[bytes] = re.findall(rb"(\w+) = 1", llama.llama_print_system_info())
-    return [name.decode() for name in found]
+def _batch(block: Block) -> int:
+    """How many rows of a block are read at once."""
+    return _CAUSAL_BATCH if block.attention == "causal" else len(block.rows)

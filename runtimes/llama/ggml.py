@@ -13,6 +13,7 @@ from edgevlm.errors import EngineError
 from edgevlm.gguf_file import Library, opened
 from edgevlm.runtimes.llama.backends import LayerBytes, LlamaDevice, backend
 from edgevlm.specs import DecoderSpec
+from edgevlm.types import FlashAttention
 
 # enum ggml_backend_dev_type; accelerators such as BLAS (3) work on the CPU's tensors.
 _GPU, _IGPU = 1, 2
@@ -43,8 +44,10 @@ _Q8_BLOCK = 32
 
 # The last warnings and errors, for the message of the next error; never printed.
 log: list[str] = []
-# Layers that the last model loaded has on a device, of how many: llama.cpp says so in its log only.
+# Layers that the last model loaded has on a device, of how many, and whether the last context has
+# flash attention: llama.cpp says so in its log only.
 _layers = [0, 0]
+_flash_attention = [b""]
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -54,6 +57,8 @@ def _collect(level: int, text: bytes, _: object) -> None:
         del log[:-20]
     elif match := re.search(rb"offloaded (\d+)/(\d+) layers", text):
         _layers[:] = map(int, match.groups())
+    elif match := re.search(rb"Flash Attention.* (enabled|disabled)", text):
+        _flash_attention[0] = match[1]
 
 
 def quiet() -> None:
@@ -71,6 +76,19 @@ def last_log() -> str:
 def offloaded() -> tuple[int, int]:
     """Layers that the last model loaded since `quiet` has on a device, and of how many."""
     return _layers[0], _layers[1]
+
+
+def flash_attention() -> FlashAttention:
+    """What llama.cpp chose for the last context that it could; "auto" if it did not say."""
+    found: dict[bytes, FlashAttention] = {b"enabled": "on", b"disabled": "off"}
+    return found.get(_flash_attention[0], "auto")
+
+
+def cpu_features() -> list[str]:
+    """What this build of llama.cpp uses of the processor, such as AVX2."""
+    quiet()
+    found: list[bytes] = re.findall(rb"(\w+) = 1", llama_cpp.llama_print_system_info())
+    return [name.decode() for name in found]
 
 
 def devices() -> list[LlamaDevice]:
@@ -109,7 +127,7 @@ def check_heads(path: Path, spec: DecoderSpec) -> None:
 def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
     """What the parts of the decoder in a GGUF file need on a device.
 
-    `exact` keeps the state in float32, otherwise float16. Raises BundleCorrupt if it is no GGUF.
+    `exact` keeps the KV cache in float32, otherwise float16. Raises BundleCorrupt if it is no GGUF.
     """
     with opened(path) as file:
         sizes = {name: tensor.n_bytes for name, tensor in file.tensors().items()}

@@ -1,4 +1,4 @@
-"""The picture's half: pixels -> features -> rows for the decoder, on two graphs."""
+"""The vision encoder and projector: pixels -> features -> image embeddings, on two graphs."""
 
 from __future__ import annotations
 

@@ -16,9 +16,11 @@ import numpy.typing as npt
 import edgevlm
 from edgevlm.errors import EngineMissing
 from edgevlm.image import preprocess, read_image
+from edgevlm.prompt import Exchange
 from edgevlm.runtimes.engines import Float
-from edgevlm.runtimes.request import input_rows, prefill, prepare
+from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.runtimes.session import VLM
+from edgevlm.runtimes.stages import stages
 from edgevlm.runtimes.vision import providers
 from edgevlm.runtimes.vision.first_use import worst_cosine
 from edgevlm.runtimes.vision.ort import Ort
@@ -49,10 +51,11 @@ def vision(folder: Path, word: str, picture: Path) -> tuple[str, ...]:
         edgevlm.load(folder, device="cpu") as cpu,
     ):
         pixels = preprocess(read_image(picture), cpu.manifest.image)[None]
-        features = [m.parts.encoder.features(pixels) for m in (other, cpu)]
-        embeddings = [m.parts.encoder.project(features[1]) for m in (other, cpu)]
+        features = [m.engines.encoder.features(pixels) for m in (other, cpu)]
+        embeddings = [m.engines.encoder.project(features[1]) for m in (other, cpu)]
         times = _in_turn(
-            lambda: other.parts.encoder.features(pixels), lambda: cpu.parts.encoder.features(pixels)
+            lambda: other.engines.encoder.features(pixels),
+            lambda: cpu.engines.encoder.features(pixels),
         )
         return (
             f"{cpu.manifest.name}, {cpu.devices.vision.precision}",
@@ -74,8 +77,9 @@ def decoder(folder: Path, word: str, picture: Path) -> tuple[str, ...]:
         edgevlm.load(folder, vision_device="cpu", decoder_device=word) as other,
         edgevlm.load(folder, device="cpu") as cpu,
     ):
-        right, tokens = _answer(cpu, picture, None)
-        found, _ = _answer(other, picture, tokens)
+        greedy = stages(cpu.engines, _PROMPT, picture, _TOKENS)
+        right, tokens = greedy.logits, greedy.tokens.tolist()
+        found = stages(other.engines, _PROMPT, picture, _TOKENS, follow=tokens).logits
         apart = np.abs(found - right).max() / right.std()
         divergence = _divergence(right, found)
         same = (found.argmax(1) == right.argmax(1)).mean()
@@ -121,38 +125,27 @@ def _allowed(word: str, offers: Sequence[Offer]) -> list[Offer]:
 
 
 def _prefill(vlm: VLM, picture: Path) -> Callable[[], object]:
-    model = vlm.parts
-    request = prepare(model, _PROMPT, [picture], Sampling(max_tokens=_TOKENS))
-    rows = input_rows(model, request)
+    model = vlm.engines
+    options = Sampling(max_tokens=_TOKENS)
+    request = prepare(model, [Exchange(_PROMPT, 1)], [picture], options)
+    blocks = input_blocks(model, request)
 
     def run() -> None:
         model.decoder.clear()
-        prefill(model, request, rows, _TOKENS)
+        prefill(model, request, blocks, _TOKENS)
         model.decoder.logits()
 
     return run
 
 
 def _step(vlm: VLM, token: int) -> Callable[[], object]:
-    decoder = vlm.parts.decoder
+    decoder = vlm.engines.decoder
 
     def run() -> None:
         decoder.step(token)
         decoder.logits()
 
     return run
-
-
-def _answer(vlm: VLM, picture: Path, tokens: list[int] | None) -> tuple[Float, list[int]]:
-    """Logits [1 + n, n_vocab] after the prefix and each token; greedy where none are given."""
-    model = vlm.parts
-    _prefill(vlm, picture)()
-    logits, read = [model.decoder.logits().copy()], []
-    for i in range(_TOKENS):
-        read.append(int(logits[-1].argmax()) if tokens is None else tokens[i])
-        model.decoder.step(read[-1])
-        logits.append(model.decoder.logits().copy())
-    return np.stack(logits), read
 
 
 def _divergence(right: Float, found: Float) -> float:
