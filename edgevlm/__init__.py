@@ -1,14 +1,18 @@
 """edgevlm runs vision-language models on the device in front of you.
 
-    import edgevlm
+>>> import edgevlm
+>>> vlm = edgevlm.load()
+>>> print(vlm.ask("answer en what shape is red?", image="photo.png"))
+circle
+>>> vlm.close()
 
-    vlm = edgevlm.load()
-    print(vlm.ask("answer en what colour is the circle?", image="photo.jpg"))
-
-Importing this package loads no engine; `load` does.
+Importing this package loads no engine; the first use of `load`, or of another name that needs one,
+does.
 """
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from edgevlm.api import load
 from edgevlm.errors import (
@@ -29,7 +33,23 @@ from edgevlm.errors import (
     SourceError,
     UnknownFamily,
 )
-from edgevlm.types import Box, Devices, Piece, Placement, Progress, Reply, Timings, TokenCounts
+from edgevlm.types import (
+    Box,
+    Devices,
+    Piece,
+    Placement,
+    Progress,
+    Reply,
+    RunSettings,
+    Timings,
+    TokenCounts,
+)
+
+if TYPE_CHECKING:
+    from edgevlm.export import export_bundle
+    from edgevlm.runtimes.answer import Answer
+    from edgevlm.runtimes.messages import Message
+    from edgevlm.runtimes.session import VLM, Chat
 
 __version__ = "0.1.0"
 
@@ -39,12 +59,14 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
+    "Answer",
     "BenchError",
     "Box",
     "BundleCorrupt",
     "BundleError",
     "BundleNotFound",
     "BundleTooNew",
+    "Chat",
     "ContextOverflow",
     "Devices",
     "EdgeVLMError",
@@ -52,6 +74,7 @@ __all__ = [
     "EngineMissing",
     "ExportError",
     "ImageError",
+    "Message",
     "ModelClosed",
     "ParityError",
     "Piece",
@@ -59,10 +82,31 @@ __all__ = [
     "Progress",
     "PromptError",
     "Reply",
+    "RunSettings",
     "SourceError",
     "Timings",
     "TokenCounts",
     "UnknownFamily",
+    "VLM",
     "__version__",
+    "export_bundle",
     "load",
 ]
+
+_LAZY = {
+    "Answer": "edgevlm.runtimes.answer",
+    "Chat": "edgevlm.runtimes.session",
+    "Message": "edgevlm.runtimes.messages",
+    "VLM": "edgevlm.runtimes.session",
+    "export_bundle": "edgevlm.export",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]

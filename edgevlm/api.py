@@ -27,18 +27,23 @@ def load(
 
     device: what it runs on, "auto", "cpu", "gpu", "npu" or a name such as "cuda", "openvino",
     "vulkan" (docs/devices.md lists them); vision_device and decoder_device override it for one
-    half. threads: None for the physical cores. repack: llama.cpp's weight re-ordering at load; None
-    follows what was measured. kv: how the decoder keeps the positions it has read, "f16" or "q8_0",
-    half as large; None is f16, and float32 for decoders in f32. `VLM.devices` says what runs where,
-    and why.
+    part. threads: None for the physical cores. repack: llama.cpp's weight re-ordering at load; None
+    follows what was measured. kv: type of the KV cache, "f16" or "q8_0", half as large; None is
+    f16, and float32 for decoders in f32. `VLM.devices` says what runs where, and why,
+    `VLM.settings` how.
+
+    >>> with edgevlm.load(device="cpu", threads=2) as vlm:
+    ...     print(vlm.devices.vision.device, vlm.settings.threads)
+    cpu 2
+
     Raises BundleError for a folder that is no sound bundle, EngineMissing for a device that is not
-    installed, EngineError for one that cannot run its half; "auto" falls back instead.
+    installed, EngineError for one that cannot run its part; "auto" falls back instead.
     """
-    from edgevlm.runtimes.loading import Settings, load_bundle
+    from edgevlm.runtimes.loading import LoadOptions, load_bundle
 
     if threads is not None and threads < 1:
         raise PromptError("threads must be at least 1")
     if kv not in (None, "f16", "q8_0"):
         raise PromptError(f"kv {kv!r} is not known; choose f16 or q8_0")
-    settings = Settings(threads, device, repack, vision_device, decoder_device, kv)
-    return load_bundle(resolve(model), settings)
+    options = LoadOptions(threads, device, repack, vision_device, decoder_device, kv)
+    return load_bundle(resolve(model), options)

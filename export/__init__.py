@@ -78,6 +78,10 @@ def export_bundle(
     source; one in the source's own folder is merged unasked. `progress` is called with every step
     of a long stage.
 
+    >>> bundle = edgevlm.export_bundle("checkpoint", "bundle", target="laptop", verify=False)
+    >>> bundle.manifest.components["decoder"].precision
+    'q4_k_m'
+
     Raises SourceError for a checkpoint that is incomplete or unknown, ParityError when the bundle
     does not answer like its source, ExportError or BundleError when there is no room, EngineMissing
     without the packages of edgevlm[export]. Whatever happens, `out` is whole or untouched.

@@ -1,6 +1,9 @@
-"""The example programs run; here on fakes, so that they cannot rot."""
+"""The example programs run, on fakes, and the examples in docstrings, on pico: they cannot rot."""
 
+import doctest
+import inspect
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +42,35 @@ def test_example(example, arguments, expected, picture, tmp_path, monkeypatch, c
 def test_every_example_is_short():
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) < 30, path
+
+
+def documented():
+    """What a user may call: public functions and classes, and their methods."""
+    for thing in [edgevlm, *(getattr(edgevlm, name) for name in edgevlm.__all__)]:
+        if isinstance(thing, type) and not issubclass(thing, Exception):
+            methods = [m for n, m in vars(thing).items() if inspect.isfunction(m) and n[0] != "_"]
+            yield from [thing, *methods]
+        elif inspect.isfunction(thing) or inspect.ismodule(thing):
+            yield thing
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch, paligemma_checkpoint):
+    """The files that examples name, in the working directory."""
+    shutil.copyfile(EXAMPLES / "shapes.png", tmp_path / "photo.png")
+    shutil.copyfile(EXAMPLES / "sign.png", tmp_path / "sign.png")
+    (tmp_path / "checkpoint").symlink_to(paligemma_checkpoint)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_examples_in_docstrings(files):
+    runner = doctest.DocTestRunner()
+    finder = doctest.DocTestFinder(recurse=False)
+    found = [t for thing in documented() for t in finder.find(thing, globs={"edgevlm": edgevlm})]
+    tried = {test.name for test in found if test.examples}
+    for test in found:
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+    wanted = {"load", "export_bundle", "VLM", "Chat", "Answer", "Message", "Reply", "edgevlm"}
+    wanted |= {"stream", "ask", "chat", "caption", "ocr", "detect", "score", "embed_image"}
+    assert wanted <= tried
