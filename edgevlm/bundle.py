@@ -5,7 +5,9 @@
     projector.onnx   features -> embeddings float32 [n, tokens, n_embd]
     decoder.gguf     the language decoder with its tokenizer
 
-A bundle may hold the vision encoder at further precisions, as vision.PRECISION.onnx. Large ONNX
+Each component has a role; which of them there are is the family's to say, and a bundle without a
+decoder can only embed pictures. Format 1 had all three of the above, and says the same of them. A
+bundle may hold the vision encoder at further precisions, as vision.PRECISION.onnx. Large ONNX
 weights lie beside the graph in files named in the manifest. This module knows files, hashes and the
 manifest; it does not know what an engine makes of them.
 """
@@ -28,9 +30,11 @@ from edgevlm.errors import BundleCorrupt, BundleError, BundleNotFound, BundleToo
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorPlace
 from edgevlm.types import Progress
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "edgevlm.json"
-COMPONENTS = ("vision", "projector", "decoder")
+ROLES = ("vision", "projector", "decoder", "text")
+# What a manifest states beside a decoder.
+_DECODING = ("prompt", "decoder", "answer", "token_embedding")
 
 # Files up to this size are hashed whole on every load; of larger ones the cheap check reads
 # SAMPLES blocks, evenly spread, so that a bundle of gigabytes opens in milliseconds.
@@ -94,7 +98,9 @@ class PieceRecord:
 class Manifest:
     """Everything a runtime needs to know about a bundle; stored as edgevlm.json.
 
-    `alternatives` are further vision encoders by precision; the main one is in `components`.
+    `components` go by their role. `alternatives` are further vision encoders by precision; the main
+    one is in `components`. Without a decoder `prompt`, `decoder`, `answer` and `token_embedding`
+    are empty.
     `pieces` say what came from where in a model that was assembled from several files, `notes` what
     those left open and how it was settled.
     """
@@ -105,10 +111,10 @@ class Manifest:
     license: str
     components: Mapping[str, Component]
     image: ImageSpec
-    prompt: PromptSpec
-    decoder: DecoderSpec
-    answer: AnswerSpec
-    token_embedding: TensorPlace
+    prompt: PromptSpec = PromptSpec(())
+    decoder: DecoderSpec = DecoderSpec("", "causal", 0, 0, 0, 0)
+    answer: AnswerSpec = AnswerSpec(())
+    token_embedding: TensorPlace = TensorPlace(0, "", 0, 0)
     source: tuple[FileRecord, ...] = ()
     parity: tuple[StageParity, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -130,13 +136,14 @@ class Bundle:
     manifest: Manifest
 
     def path(self, component: str) -> Path:
-        """The main file of a component ("vision", "projector" or "decoder")."""
+        """The main file of a component, by its role."""
         return self.folder / self.manifest.components[component].files[0].file
 
     @property
     def vision_precisions(self) -> tuple[str, ...]:
         """The precisions at which the vision encoder is there, the main one first."""
-        return (self.manifest.components["vision"].precision, *self.manifest.alternatives)
+        main = self.manifest.components.get("vision")
+        return (main.precision, *self.manifest.alternatives) if main else ()
 
     def vision(self, precision: str) -> Path:
         """The vision encoder at one of `vision_precisions`; raises BundleError for another."""
@@ -222,22 +229,30 @@ def _read_manifest(root: Path) -> Manifest:
         raise BundleTooNew(path, found, FORMAT)
     try:
         manifest = schema.read(Manifest, data)
+        if "decoder" in manifest.components and (missing := {*_DECODING} - {*data}):
+            raise schema.SchemaError(f"missing key {min(missing)!r}")
     except schema.SchemaError as e:
         raise BundleCorrupt(path, str(e)) from None
-    if manifest.format != FORMAT:
+    if manifest.format < 1:
         raise BundleCorrupt(path, f"format {manifest.format} was never released")
     _check_components(path, manifest)
-    return manifest
+    return dataclasses.replace(manifest, format=FORMAT)  # format 1 says nothing that 2 does not
 
 
 def _check_components(path: Path, manifest: Manifest) -> None:
-    if set(manifest.components) != set(COMPONENTS) or not all(
-        c.files for c in manifest.components.values()
-    ):
-        raise BundleCorrupt(path, f"'components' must be {', '.join(COMPONENTS)}, each with files")
-    main = manifest.components["vision"].precision
+    roles = {*manifest.components}
+    known = {*ROLES[:3]} == roles if manifest.format == 1 else roles and roles <= {*ROLES}
+    apart = ("vision" in roles) != ("projector" in roles)
+    if not known or apart or not all(c.files for c in manifest.components.values()):
+        raise BundleCorrupt(
+            path,
+            f"'components' must be of {', '.join(ROLES)}, each with files, and a projector with a "
+            "vision encoder",
+        )
+    main = manifest.components.get("vision")
     for name, component in manifest.alternatives.items():
-        if name != component.precision or name == main or not component.files:
+        taken = not main or name == main.precision
+        if name != component.precision or taken or not component.files:
             raise BundleCorrupt(
                 path, f"'alternatives.{name}' must be another {name} vision encoder with files"
             )

@@ -168,6 +168,7 @@ class Family:
         order in which the original project loads them: of two tensors with one canonical name the
         later wins. Empty where a checkpoint is whole.
     settings: what users may state that checkpoints leave open, by name, with a line of explanation.
+    needs: roles of the components that a bundle of the family must have.
     """
 
     name: str
@@ -180,6 +181,7 @@ class Family:
     processor: Callable[[Source], str | None] | None = None
     pieces: tuple[Piece, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ("vision", "projector", "decoder")
 
 
 def place(

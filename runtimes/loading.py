@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgevlm import family
 from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle
-from edgevlm.errors import EngineError
+from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.runtimes import devices, rules
 from edgevlm.runtimes.llama import backends, ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, LlamaDevice, Offload
@@ -54,6 +54,8 @@ def load_bundle(
     bundle = open_bundle(folder)
     manifest = bundle.manifest
     kind = family.by_name(manifest.family, str(folder / MANIFEST))
+    if lacking := [role for role in kind.needs if role not in manifest.components]:
+        raise BundleCorrupt(folder / MANIFEST, f"has no {lacking[0]}, which {kind.name} needs")
     text = manifest.components.get("decoder")
     facts = rules.this_machine(ggml.cpu_features(), text.precision if text else "")
     threads = options.threads or rules.decide("threads", facts)

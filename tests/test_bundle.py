@@ -3,13 +3,24 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import edgevlm
 from edgevlm import bundle as bundles
+from edgevlm import family
 from edgevlm.bundle import MANIFEST, Component, Manifest, open_bundle, record, writing
-from edgevlm.errors import BundleCorrupt, BundleError, BundleNotFound, BundleTooNew
+from edgevlm.errors import (
+    BundleCorrupt,
+    BundleError,
+    BundleNotFound,
+    BundleTooNew,
+    PromptError,
+)
+from edgevlm.models import built_in
 from edgevlm.runtimes import fakes
 
 FILES = {"vision": "vision.onnx", "projector": "projector.onnx", "decoder": "decoder.gguf"}
@@ -191,7 +202,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(folder, text):
 
 def test_a_newer_format_asks_for_an_upgrade(folder):
     edit(folder, lambda m: m.update(format=99, invention=True))
-    with pytest.raises(BundleTooNew, match="format 99 is newer than 1.*upgrade"):
+    with pytest.raises(BundleTooNew, match="format 99 is newer than 2.*upgrade"):
         open_bundle(folder)
 
 
@@ -313,3 +324,67 @@ def test_what_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuses)
     with pytest.raises(BundleError, match="cannot be written .Permission denied."):
         writing(tmp_path / "out").__enter__()
+
+
+def test_format_1_is_read_and_becomes_the_newest_when_it_is_written(folder):
+    edit(folder, lambda m: m.update(format=1))
+    manifest = open_bundle(folder).manifest
+    assert manifest == open_bundle(folder).manifest
+    bundles.write_manifest(folder, manifest)
+    assert json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["format"] == 2
+    assert open_bundle(folder).manifest == manifest
+    # All three components were compulsory.
+    edit(folder, lambda m: (m.update(format=1), m["components"].pop("decoder")))
+    with pytest.raises(BundleCorrupt, match="'components' must be of vision, projector, decoder"):
+        open_bundle(folder)
+
+
+def test_picos_manifest_is_of_format_1():
+    assert json.loads((built_in() / MANIFEST).read_text(encoding="utf-8"))["format"] == 1
+    assert {*open_bundle(built_in()).manifest.components} == {"vision", "projector", "decoder"}
+
+
+DECODING = ("prompt", "decoder", "answer", "token_embedding")
+
+
+def without_decoder(manifest):
+    del manifest["components"]["decoder"]
+    for key in DECODING:
+        del manifest[key]
+
+
+def test_a_bundle_may_have_no_decoder(folder):
+    edit(folder, without_decoder)
+    manifest = open_bundle(folder).manifest
+    assert {*manifest.components} == {"vision", "projector"}
+    bundles.write_manifest(folder, manifest)
+    assert open_bundle(folder).manifest == manifest
+
+
+@pytest.mark.parametrize("key", DECODING)
+def test_a_decoder_is_described_whole(folder, key):
+    edit(folder, lambda m: m.pop(key))
+    with pytest.raises(BundleCorrupt, match=f"missing key '{key}'"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize("roles", [(), ("projector",), ("decoder", "projector"), ("vision",)])
+def test_a_projector_and_a_vision_encoder_go_together(folder, roles):
+    edit(folder, lambda m: [m["components"].pop(r) for r in FILES if r not in roles])
+    with pytest.raises(BundleCorrupt, match="'components' must be of"):
+        open_bundle(folder)
+
+
+def test_a_family_says_which_components_it_needs(tmp_path, monkeypatch):
+    shutil.copytree(built_in(), tmp_path / "eyes")
+    edit(tmp_path / "eyes", lambda m: (m.update(format=2), without_decoder(m)))
+    with pytest.raises(BundleCorrupt, match="has no decoder, which paligemma needs"):
+        edgevlm.load(tmp_path / "eyes")
+    able = dataclasses.replace(family.by_name("paligemma", ""), needs=("vision", "projector"))
+    monkeypatch.setattr(family, "by_name", lambda *_: able)
+    picture = np.full((10, 20, 3), (255, 0, 0), np.uint8)
+    with edgevlm.load(tmp_path / "eyes", device="cpu") as eyes, edgevlm.load(device="cpu") as pico:
+        assert np.array_equal(eyes.embed_image(picture), pico.embed_image(picture))
+        assert eyes.devices.decoder.device == "none"
+        with pytest.raises(PromptError, match="no decoder: it can embed pictures, not answer"):
+            eyes.ask("caption en", picture)
