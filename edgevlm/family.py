@@ -10,14 +10,18 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
+from edgevlm import schema
 from edgevlm.errors import UnknownFamily
+from edgevlm.parts import Connector, Decoder, VisionTower
 from edgevlm.specs import AnswerSpec, DecoderSpec, Fit, ImageSpec, PromptSpec
 from edgevlm.types import Box
 
+T = TypeVar("T")
 Config = Mapping[str, Any]
 
 # What Family.locate says of a tensor that checkpoints carry and the model never reads.
@@ -111,12 +115,10 @@ class Source:
 class Model:
     """A checkpoint's config in edgevlm's words.
 
-    `vision`, `projector` and `text` are the sub-configs that the exporter's builders take; they
-    name the kind of each part (`vision["kind"] == "siglip"`). `markers` are tokens, by id, that
-    user text can never become; `whole_tokens` are pieces of text that are always one token.
-    `prefix` is what the tokenizer puts before every text, " " for LLaMA's; the template holds it.
-    With `prefix_once` it does so only before a whole prompt that has none of its own.
-    `skipped` are beginnings of canonical names of tensors that the model carries and never reads.
+    `vision`, `projector` and `text` are its parts. `markers` are tokens, by id, that user text can
+    never become; `whole_tokens` are pieces of text that are always one token. `prefix` is what the
+    tokenizer puts before every text, " " for LLaMA's; the template holds it. With `prefix_once` it
+    does so only before a whole prompt that has none of its own.
     `original` is the prompt as the original's code writes it: one text, `<image>` and `{prompt}` in
     it.
     `stop_pieces` are texts that end an answer, `penalized_pieces` such that count as part of it for
@@ -128,18 +130,22 @@ class Model:
     prompt: PromptSpec
     decoder: DecoderSpec
     answer: AnswerSpec
-    vision: Config
-    projector: Config
-    text: Config
+    vision: VisionTower
+    projector: Connector
+    text: Decoder
     markers: Mapping[int, str] = field(default_factory=dict)
     whole_tokens: tuple[str, ...] = ()
     prefix: str = ""
     prefix_once: bool = False
-    skipped: tuple[str, ...] = ()
     original: str = ""
     stop_pieces: tuple[str, ...] = ()
     penalized_pieces: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Beginnings of canonical names of tensors that the model carries and never reads."""
+        return tuple(f"vision.{start}" for start in self.vision.unread)
 
     def prefixed(self, text: str) -> str:
         """What the tokenizer makes of a text given to it alone, before it cuts it up."""
@@ -196,13 +202,48 @@ def place(
     return None
 
 
-def stop_tokens(files: Mapping[str, Config], default: int | list[int]) -> tuple[int, ...]:
-    """The end tokens; generation_config.json wins over config.json, that over the decoder's."""
-    eos = default
-    for name in ("config.json", "generation_config.json"):
-        found = files.get(name, {}).get("eos_token_id")
-        eos = eos if found is None else found
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+def read_config(defaults: T, config: Config, where: str = "") -> T:
+    """`defaults` with what a config states for any of its fields.
+
+    Raises ValueError for a value of another type, or below 1 where the field is a plain int;
+    `where` stands before the key in the message.
+    """
+    hints = typing.get_type_hints(type(defaults))
+    found = {}
+    for key in (f.name for f in fields(defaults) if f.name in config):  # type: ignore[arg-type]
+        found[key] = schema.typed(hints[key], config[key], where + key)
+        if hints[key] is int and found[key] < 1:
+            raise ValueError(f"{where}{key} is {found[key]}; it must be at least 1")
+    return replace(defaults, **found)  # type: ignore[type-var]
+
+
+def setting(config: Config, key: str, default: T) -> T:
+    """The value of a config's key, of the default's type; raises ValueError for another."""
+    value: T = schema.typed(type(default), config[key], key) if key in config else default
+    return value
+
+
+def section(config: Config, key: str) -> Config:
+    """The object inside a config, empty for null and none; raises ValueError for another type."""
+    found: Config | None = config.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"{key} is {found!r}, not an object")
+    return found or {}
+
+
+def stop_tokens(files: Mapping[str, Config], decoder: Config, default: int) -> tuple[int, ...]:
+    """The end tokens; generation_config.json wins over config.json, that over the decoder's own
+    config and that class's default. Raises ValueError for what is no id.
+    """
+    found = [c.get("eos_token_id") for c in (decoder, *map(files.get, _ENDS)) if c]
+    eos = next((e for e in reversed(found) if e is not None), default)
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id is {eos!r}, neither an id nor a list of them")
+    return ids
+
+
+_ENDS = ("config.json", "generation_config.json")
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
@@ -210,7 +251,7 @@ def rope_parameters(config: Config) -> dict[str, Any]:
 
     Transformers 5 may say it for every kind of layer; raises ValueError where they differ.
     """
-    found: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = section(config, "rope_parameters") or section(config, "rope_scaling")
     kinds = list(found.values())
     if kinds and all(isinstance(kind, Mapping) for kind in kinds):
         if any(kind != kinds[0] for kind in kinds):
@@ -218,7 +259,7 @@ def rope_parameters(config: Config) -> dict[str, Any]:
                 f"rope_parameters differ by layer ({', '.join(found)}); only the same are known"
             )
         found = kinds[0]
-    rope = {"rope_type": found.get("type", "default")} | dict(found)
+    rope: dict[str, Any] = {"rope_type": found.get("type", "default")} | dict(found)
     for key in ("rope_theta", "partial_rotary_factor"):
         above = config.get(key)
         if above is not None and rope.setdefault(key, above) != above:

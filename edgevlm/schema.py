@@ -30,7 +30,7 @@ def read(cls: type[T], data: Any, where: str = "") -> T:
     values = {}
     for name, spec in fields.items():
         if name in data:
-            values[name] = _value(hints[name], data[name], _join(where, name))
+            values[name] = typed(hints[name], data[name], _join(where, name))
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise SchemaError(f"missing key {_join(where, name)!r}")
     return cls(**values)
@@ -40,7 +40,10 @@ def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def typed(hint: Any, value: Any, where: str) -> Any:
+    """A value of parsed JSON as a field of that type has it; raises SchemaError, in which `where`
+    is the key's name.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return read(typing.cast(type, hint), value, where)
@@ -49,12 +52,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return value
     elif origin in (typing.Union, types.UnionType):
         rest = [a for a in args if a is not type(None)]
-        return None if value is None and len(rest) < len(args) else _value(rest[0], value, where)
+        return None if value is None and len(rest) < len(args) else typed(rest[0], value, where)
     elif origin is tuple:
         return _tuple(args, value, where)
     elif origin is dict or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if isinstance(value, dict):
-            return {k: _value(args[1], v, _join(where, k)) for k, v in value.items()}
+            return {k: typed(args[1], v, _join(where, k)) for k, v in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
@@ -72,5 +75,5 @@ def _tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     else:
         raise SchemaError(f"{where!r} must have {len(args)} items")
     return tuple(
-        _value(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True))
+        typed(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True))
     )

@@ -20,20 +20,17 @@ from edgevlm.errors import ExportError
 from edgevlm.export import decoder, images
 from edgevlm.export.adapters import Adapter
 from edgevlm.export.decoder import DecoderSource
-from edgevlm.export.parts import Part, patches
 from edgevlm.export.placing import Placed
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant, VisionPrecision
 from edgevlm.export.source import Checkpoint
-from edgevlm.export.tensors import DTYPES
+from edgevlm.export.tensors import DTYPES, Weights
 from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Family, Model
 from edgevlm.specs import Fit
 
 # Room for what the estimate does not count: headers, the tokenizer, rounding to blocks.
 _SPARE_BYTES = 64 << 20
-# Projectors of a hundred million weights, which have the main vision encoder's precision.
-_DEEP = ("qformer",)
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,12 @@ class Job:
     adapter: Adapter | None = None
 
     @property
-    def parts(self) -> Mapping[str, Part]:
+    def parts(self) -> Mapping[str, Weights]:
         """The tensors of "vision", "projector" and "decoder" by canonical name."""
         return self.placed.parts
 
 
-def elements(part: Part) -> int:
+def elements(part: Weights) -> int:
     """Number of weights of a part."""
     return sum(t.elements for t in part.values())
 
@@ -164,7 +161,9 @@ def _write_vision(job: Job, folder: Path, work: Path) -> dict[str, list[Path]]:
     traced = work / "vision.onnx"
     n_steps = len(job.parts["vision"]) + 1 + len(job.vision)
     stage = Stage(job.report, "vision", n_steps, "tensors")
-    vision.trace_encoder(vision.build_encoder(job.model.vision, job.parts["vision"], stage), traced)
+    config = job.model.vision
+    tower = vision.build(config, job.parts["vision"], stage)
+    vision.trace(tower, (config.num_channels, config.image_size, config.image_size), traced)
     stage.advance(1)
     pixels = images.calibration(job.model.image, job.calibration)
     return _write_precisions(traced, folder, job.vision, pixels, stage)
@@ -199,15 +198,15 @@ def _write_projector(job: Job, folder: Path, work: Path) -> tuple[str, list[Path
     from edgevlm.export import onnx_files, precisions, vision
 
     target, traced = folder / "projector.onnx", work / "projector.onnx"
-    config, precision = job.model.projector, job.vision[0]
+    model, precision = job.model, job.vision[0]
     stage = Stage(job.report, "projector", len(job.parts["projector"]) + 1, "tensors")
-    projector = vision.build_projector(config, job.parts["projector"], stage)
-    vision.trace_projector(projector, config, patches(job.model.vision), traced)
-    if config["kind"] in _DEEP:
-        pixels = images.calibration(job.model.image, job.calibration)
+    module = vision.build(model.projector, job.parts["projector"], stage)
+    vision.trace(module, (model.vision.rows, model.projector.in_features), traced)
+    if module.quantized:
+        pixels = images.calibration(model.image, job.calibration)
         features = onnx_files.run(folder / "vision.onnx", "pixels", pixels)
         precisions.convert(traced, target, precision, features)
     else:
         onnx_files.store(traced, target)
     stage.advance(1)
-    return precision.name if config["kind"] in _DEEP else "fp32", onnx_files.files(target)
+    return precision.name if module.quantized else "fp32", onnx_files.files(target)

@@ -1,12 +1,11 @@
 """The language decoder: safetensors -> GGUF, one tensor in memory at a time.
 
-The only module that imports gguf for writing. Knows llama.cpp's names for each architecture and
-what its graphs expect of the weights.
+What llama.cpp's graph of an architecture expects of the weights stands in the decoder's room
+(export/parts/).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,14 @@ from edgevlm.errors import ExportError
 from edgevlm.export import llama
 from edgevlm.export.computed import stacked
 from edgevlm.export.llama import Matrix
-from edgevlm.export.parts import Part
+from edgevlm.export.parts import graph
 from edgevlm.export.progress import Report, Stage
 from edgevlm.export.quantize import Quant
-from edgevlm.export.tensors import Tensor, to_float32, writable
+from edgevlm.export.tensors import Tensor, Weights, to_float32, writable
 from edgevlm.export.token_checks import is_misread
 from edgevlm.export.tokenizer import Vocabulary
-from edgevlm.family import Config
 from edgevlm.gguf_file import opened
+from edgevlm.parts import Decoder
 from edgevlm.specs import TensorPlace
 
 if TYPE_CHECKING:
@@ -35,72 +34,20 @@ if TYPE_CHECKING:
 TOKEN_EMBEDDING = "token_embd.weight"
 FILE = "decoder.gguf"
 
-# Three of a layer's matrices that some architectures want as one.
-_QKV = "self_attn.qkv"
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_LAYER = {
-    "llama": _LAYER_NAMES | {"post_attention_layernorm": "ffn_norm"},
-    "phi3": {
-        "input_layernorm": "attn_norm",
-        "self_attn.qkv_proj": "attn_qkv",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    },
-    "gemma": _LAYER_NAMES | {"post_attention_layernorm": "ffn_norm"},
-    "gemma2": _LAYER_NAMES
-    | {
-        "post_attention_layernorm": "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-    },
-    "phi2": {
-        "input_layernorm": "attn_norm",
-        _QKV: "attn_qkv",
-        "self_attn.dense": "attn_output",
-        "mlp.fc1": "ffn_up",
-        "mlp.fc2": "ffn_down",
-    },
-}
 _TOP = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "final_layernorm": "output_norm",
-    "lm_head": "output",
+    "token_embd": ("embed_tokens",),
+    "output_norm": ("norm", "final_layernorm"),
+    "output": ("lm_head",),
 }
-# Norms that llama.cpp's graph of an architecture lacks, kept in the metadata for the runtime; an
-# unknown tensor llama.cpp would refuse.
-_EXTRA_NORMS = {
-    "self_attn.q_layernorm.weight": "attn_q_norm.weight",
-    "self_attn.q_layernorm.bias": "attn_q_norm.bias",
-    "self_attn.k_layernorm.weight": "attn_k_norm.weight",
-    "self_attn.k_layernorm.bias": "attn_k_norm.bias",
-    "post_layernorm.weight": "post_attention_norm.weight",
-}
-# Gemma's norms scale by 1 + weight; llama.cpp's by the weight.
-_NORM_OFFSET = {"gemma": 1, "gemma2": 1}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-# llama.cpp divides by the final cap and would assume 30 without the key. PaliGemma 2 was trained
-# without one, and transformers applies none; at this value tanh(x / cap) * cap is x in float32.
-_NO_SOFTCAP = 1e5
 
 
 @dataclass(frozen=True)
 class DecoderSource:
     """What a GGUF is made of: tensors by canonical name, config, vocabulary, the model's name."""
 
-    tensors: Part
-    config: Config
+    tensors: Weights
+    config: Decoder
     vocabulary: Vocabulary
     name: str
 
@@ -145,7 +92,7 @@ def write_gguf(source: DecoderSource, path: Path, type: str | None, report: Repo
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, source.config["kind"])
+    writer = gguf.GGUFWriter(path, source.config.architecture)
     try:
         metadata(writer, source)
         writer.add_file_type({"F16": 1, "BF16": 32}.get(type or "", 0))
@@ -167,42 +114,26 @@ def write_gguf(source: DecoderSource, path: Path, type: str | None, report: Repo
 def layout(source: DecoderSource, type: str | None) -> Iterator[tuple[str, Tensor, str]]:
     """(GGUF name, source tensor, stored type) in the order of the layers."""
     names = dict(_TOP)
-    for i in range(source.config["num_hidden_layers"]):
-        for name, target in _LAYER[source.config["kind"]].items():
-            names[f"layers.{i}.{name}"] = f"blk.{i}.{target}"
-    for name, target in names.items():
+    for i in range(source.config.num_hidden_layers):
+        for target, stems in graph(source.config).layer.items():
+            stacks = (stems,) if isinstance(stems, str) else stems
+            names[f"blk.{i}.{target}"] = tuple(f"layers.{i}.{stem}" for stem in stacks)
+    for target, stems in names.items():
         for kind in ("weight", "bias"):
-            if tensor := _tensor(source.tensors, f"{name}.{kind}"):
+            found = [t for stem in stems if (t := source.tensors.get(f"{stem}.{kind}"))]
+            if found:
+                tensor = found[0] if len(found) == 1 else stacked(tuple(found), target)
                 stored = "F32" if len(tensor.shape) == 1 else type or tensor.dtype
                 yield f"{target}.{kind}", tensor, stored
 
 
-def _tensor(tensors: Part, name: str) -> Tensor | None:
-    """The tensor of that name; queries, keys and values as one where they go into one."""
-    stem, kind = name.rsplit(".", 1)
-    if not stem.endswith(_QKV):
-        return tensors.get(name)
-    layer = stem.removesuffix("qkv")
-    return stacked(tuple(tensors[f"{layer}{x}_proj.{kind}"] for x in "qkv"), name)
-
-
-def _gain(name: str, config: Config) -> float:
-    """What a matrix is multiplied by so that llama.cpp's graph computes what the source does.
-
-    Gemma 2 scales its scores by query_pre_attn_scalar ** -0.5, llama.cpp by head_dim ** -0.5. The
-    two are equal in every published checkpoint.
-    """
-    if config["kind"] == "gemma2" and ".attn_q." in name:
-        return math.sqrt(config["head_dim"] / config["query_pre_attn_scalar"])
-    return 1.0
-
-
-def _values(name: str, tensor: Tensor, stored: str, config: Config) -> NDArray[Any]:
-    raw, gain = tensor.raw(), _gain(name, config)
+def _values(name: str, tensor: Tensor, stored: str, config: Decoder) -> NDArray[Any]:
+    expected, raw = graph(config), tensor.raw()
+    gain = expected.gain(name, config)
     if len(tensor.shape) == 1:
-        return to_float32(raw, tensor.dtype) + np.float32(_NORM_OFFSET.get(config["kind"], 0))
-    if config["kind"] == "llama":
-        raw = _interleaved(name, raw, config)
+        return to_float32(raw, tensor.dtype) + np.float32(expected.norm_offset)
+    if expected.permuted:
+        raw = _permuted(name, raw, config)
     if stored == tensor.dtype and gain == 1.0:
         return raw
     values = to_float32(raw, tensor.dtype) * np.float32(gain)
@@ -217,14 +148,12 @@ def _values(name: str, tensor: Tensor, stored: str, config: Config) -> NDArray[A
     return values
 
 
-def _interleaved(name: str, raw: NDArray[Any], config: Config) -> NDArray[Any]:
-    """Queries and keys in the order of llama.cpp's "llama" graph, whose rotary positions turn
-    neighbouring rows; transformers' turn rows that lie half a head apart.
-    """
-    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-    for part, key in heads.items():
+def _permuted(name: str, raw: NDArray[Any], config: Decoder) -> NDArray[Any]:
+    """Rows of queries and keys, neighbours where half a head lay between them."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for part, n in heads.items():
         if f".{part}." in name:
-            halves = raw.reshape(config[key], 2, config["head_dim"] // 2, raw.shape[1])
+            halves = raw.reshape(n, 2, config.head_dim // 2, raw.shape[1])
             return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(raw.shape))
     return raw
 
@@ -241,38 +170,18 @@ def metadata(writer: gguf.GGUFWriter, source: DecoderSource) -> None:
     c = source.config
     if not is_misread(source.name):
         writer.add_name(source.name)
-    writer.add_context_length(c["max_position_embeddings"])
-    writer.add_embedding_length(c["hidden_size"])
-    writer.add_block_count(c["num_hidden_layers"])
-    writer.add_feed_forward_length(c["intermediate_size"])
-    writer.add_head_count(c["num_attention_heads"])
-    writer.add_head_count_kv(c["num_key_value_heads"])
-    writer.add_key_length(c["head_dim"])
-    writer.add_value_length(c["head_dim"])
-    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
-    writer.add_rope_freq_base(c["rope_theta"])
-    if c["kind"] in ("llama", "phi3"):
-        writer.add_rope_dimension_count(c["head_dim"])
-        writer.add_vocab_size(c["vocab_size"])
-    if c["kind"] == "phi2":
-        writer.add_layer_norm_eps(c["layer_norm_eps"])
-        writer.add_rope_dimension_count(c["rotary_dim"])
-        writer.add_vocab_size(c["vocab_size"])
-        if c["extra_norms"]:
-            _extra_norms(writer, source)
-    if c["kind"] == "gemma2":
-        writer.add_attn_logit_softcapping(c["attn_logit_softcapping"] or _NO_SOFTCAP)
-        writer.add_final_logit_softcapping(_NO_SOFTCAP)
-        # PaliGemma's prefix has no window; llama.cpp would cut one longer than this.
-        writer.add_sliding_window(c["max_position_embeddings"])
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
+    graph(c).metadata(writer, c, source.tensors)
     _vocabulary(writer, source.vocabulary)
-
-
-def _extra_norms(writer: gguf.GGUFWriter, source: DecoderSource) -> None:
-    layers = range(source.config["num_hidden_layers"])
-    for name, target in _EXTRA_NORMS.items():
-        values = np.concatenate([source.tensors[f"layers.{i}.{name}"].float32() for i in layers])
-        writer.add_array(f"tinygptv.{target}", values.tolist())
 
 
 def _vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:

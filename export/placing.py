@@ -17,12 +17,12 @@ import numpy as np
 from edgevlm.bundle import PieceRecord
 from edgevlm.errors import SourceError
 from edgevlm.export.adapters import Adapter
-from edgevlm.export.fused import APART
 from edgevlm.export.lora import merge
-from edgevlm.export.parts import EMBED, KINDS, LM_HEAD, Part
+from edgevlm.export.parts import room
 from edgevlm.export.source import Checkpoint
-from edgevlm.export.tensors import DTYPES, SourceTensor, Tensor
+from edgevlm.export.tensors import DTYPES, SourceTensor, Tensor, Weights
 from edgevlm.family import IGNORED, TOWER, Family, Model
+from edgevlm.parts import EMBED, LM_HEAD, Decoder, Part, Shapes
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Placed:
     adapter was merged into, as they are without it; `notes` say what was done.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Weights]
     pieces: tuple[PieceRecord, ...] = ()
-    plain: Mapping[str, Part] = field(default_factory=dict)
+    plain: Mapping[str, Weights] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -55,23 +55,24 @@ def assign(
     Raises SourceError when a tensor is missing, left over, or of another shape or type than the
     config says.
     """
-    configs = {"vision": model.vision, "projector": model.projector, "decoder": model.text}
+    configs: dict[str, Part] = {
+        "vision": model.vision,
+        "projector": model.projector,
+        "decoder": model.text,
+    }
     origins = _origins(checkpoint, family, model)
     chosen = _chosen(origins, family)
     plain = {part: _part(chosen, part) for part in configs} if adapter else {}
     notes: tuple[str, ...] = ()
     if adapter:
-        tied = LM_HEAD not in KINDS[model.text["kind"]](model.text)
+        tied = LM_HEAD not in model.text.tensors()
         chosen, note = merge(chosen, adapter, family.locate, model.skipped, tied)
         notes = (note,)
-    parts: dict[str, Part] = {}
+    parts: dict[str, Weights] = {}
     for part, config in configs.items():
-        found = _part(chosen, part)
-        if apart := APART.get(config["kind"]):
-            for tensor in found.values():
-                _check_type(tensor)
-            found = apart(found, config)
-        parts[part] = _complete(found, part, KINDS[config["kind"]](config), checkpoint)
+        expected = config.tensors()
+        found = _canonical(_part(chosen, part), config, expected)
+        parts[part] = _complete(found, part, expected, checkpoint)
     records = _records(checkpoint, family, origins) if family.pieces else ()
     return Placed(parts, records, plain, notes)
 
@@ -79,6 +80,18 @@ def assign(
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     start = f"{part}."
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def _canonical(found: Weights, config: Part, expected: Shapes) -> dict[str, Tensor]:
+    """A part's tensors in the canonical layout."""
+    # Rooms of decoders alone do without torch, which takes seconds to import.
+    if isinstance(config, Decoder) or found.keys() - expected.keys():
+        canonical = getattr(room(config), "canonical", None)
+        if canonical:
+            for tensor in found.values():
+                _check_type(tensor)
+            found = canonical(found, config)
+    return dict(found)
 
 
 def _origins(checkpoint: Checkpoint, family: Family, model: Model) -> list[_Origin]:
@@ -117,9 +130,7 @@ def _chosen(origins: Iterable[_Origin], family: Family) -> dict[str, Tensor]:
     return {name: origin.tensor for name, origin in found.items()}
 
 
-def _complete(
-    found: dict[str, Tensor], part: str, expected: Mapping[str, tuple[int, ...]], where: Checkpoint
-) -> Part:
+def _complete(found: dict[str, Tensor], part: str, expected: Shapes, where: Checkpoint) -> Weights:
     head = found.pop(LM_HEAD, None) if LM_HEAD not in expected else None
     for name, tensor in found.items():
         if name not in expected:

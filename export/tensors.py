@@ -6,7 +6,7 @@ Knows neither the format of the file nor what the tensor means.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +61,10 @@ class Tensor(Protocol):
 
     def blocks(self) -> Iterator[Raw]:
         """See SourceTensor."""
+
+
+# The tensors of a part by canonical name.
+Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The vision encoder and the projector: safetensors -> torch modules -> ONNX.
+"""The vision tower and the connector: tensors -> torch modules -> ONNX.
 
-The only module that imports optimum. The modules themselves are in towers.py and connectors.py;
+The only module that imports optimum. What a part computes stands in its room (export/parts/);
 what a file on disk becomes afterwards is onnx_files.py's business.
 """
 
@@ -14,24 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edgevlm.errors import EngineMissing
-from edgevlm.export.parts import Part
+from edgevlm.export.parts import room
 from edgevlm.export.progress import Stage
-from edgevlm.family import Config
+from edgevlm.export.tensors import Weights
+from edgevlm.parts import Connector, VisionTower
 
 try:
     import torch
     from optimum.exporters.onnx import OnnxConfig, export
     from optimum.utils import NormalizedConfig
-    from torch import nn
-    from transformers import PretrainedConfig
 
-    from edgevlm.export.connectors import CONNECTORS, Linear
-    from edgevlm.export.qformer import QFormer
-    from edgevlm.export.towers import TOWERS, Tower
+    from edgevlm.export.modules import PartModule
 except ImportError as e:
     raise EngineMissing(
         f"export needs torch, transformers and optimum-onnx ({e.name or e} is not there)",
@@ -42,47 +36,33 @@ except ImportError as e:
 # that edgevlm accepts has all of it.
 OPSET = 18
 
-Array = NDArray[np.float32]
 
-
-def build_encoder(config: Config, part: Part, stage: Stage) -> Tower:
-    """The encoder with the checkpoint's weights, float32."""
+def build(config: VisionTower | Connector, weights: Weights, stage: Stage) -> PartModule:
+    """The module of a part with a checkpoint's weights, float32."""
+    make = room(config).build
     with torch.device("meta"):
-        encoder = TOWERS[config["kind"]](config)
-    _load(encoder.tower, part, stage)
-    encoder.loaded()
-    return encoder.eval()
-
-
-def build_projector(config: Config, part: Part, stage: Stage) -> nn.Module:
-    """The projector with the checkpoint's weights, float32."""
-    with torch.device("meta"):
-        projector = CONNECTORS[config["kind"]](config)
-    _load(projector, part, stage)
-    if isinstance(projector, (Linear, QFormer)):
-        projector.loaded()
-    return projector.eval()
-
-
-def _load(module: nn.Module, part: Part, stage: Stage) -> None:
+        module: PartModule = make(config)
     state = {}
-    for name, tensor in part.items():
+    for name, tensor in weights.items():
         values = tensor.float32()
         state[name] = torch.from_numpy(values if values.flags.writeable else values.copy())
         stage.advance(1)
-    module.load_state_dict(state, strict=True, assign=True)
+    module.holder.load_state_dict(state, strict=True, assign=True)
+    module.loaded()
+    return module.eval()
 
 
 class _PartOnnxConfig(OnnxConfig):  # type: ignore[misc]
-    """optimum's description of a module with one input and one output, batch axis dynamic."""
+    """optimum's description of a module with one input of that shape behind the batch, whose axis
+    is dynamic.
+    """
 
     DEFAULT_ONNX_OPSET = OPSET
     NORMALIZED_CONFIG_CLASS = NormalizedConfig
-    names: tuple[str, str]
 
-    def __init__(self, config: Any, shape: tuple[int, ...]) -> None:
-        super().__init__(config, task="feature-extraction")
-        self.shape = shape
+    def __init__(self, module: PartModule, shape: tuple[int, ...]) -> None:
+        super().__init__(module.config, task="feature-extraction")
+        self.names, self.shape = module.names, shape
 
     @property
     def inputs(self) -> dict[str, dict[int, str]]:
@@ -99,35 +79,10 @@ class _PartOnnxConfig(OnnxConfig):  # type: ignore[misc]
         return {self.names[0]: values if framework == "pt" else values.numpy()}
 
 
-class EncoderOnnxConfig(_PartOnnxConfig):
-    """pixels -> features."""
-
-    names = ("pixels", "features")
-
-
-class ProjectorOnnxConfig(_PartOnnxConfig):
-    """features -> embeddings."""
-
-    names = ("features", "embeddings")
-
-
-def trace_encoder(encoder: Tower, path: Path) -> None:
-    """Writes the encoder as float32 ONNX."""
-    c = encoder.config
-    shape = (c.num_channels, c.image_size, c.image_size)
+def trace(module: PartModule, shape: tuple[int, ...], path: Path) -> None:
+    """Writes a part as float32 ONNX for an input of that shape, without the batch."""
     with quiet():
-        export(encoder, EncoderOnnxConfig(c, shape), path, opset=OPSET)
-
-
-def trace_projector(projector: nn.Module, config: Config, patches: int, path: Path) -> None:
-    """Writes the projector as float32 ONNX for features of that many patches."""
-    # optimum reads a config of transformers from the module and sets flags on it.
-    made: Any = projector
-    made.config = PretrainedConfig()
-    with quiet():
-        export(
-            projector, ProjectorOnnxConfig(made.config, (patches, config["in"])), path, opset=OPSET
-        )
+        export(module, _PartOnnxConfig(module, shape), path, opset=OPSET)
 
 
 @contextlib.contextmanager

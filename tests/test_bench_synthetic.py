@@ -166,7 +166,7 @@ def test_graphs_do_what_exported_ones_do(name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_name_has_a_family_that_reads_its_config(name):
     _, model = synthetic.describe(MODELS[name], name)
-    side = model.vision["image_size"]
+    side = model.vision.image_size
     assert f"-{side}" in name or side in (336, 448)
     assert 1e9 < decoder_bytes(model, "f16") < 2e10
     assert len(vocabulary(model).tokens) == model.decoder.n_vocab

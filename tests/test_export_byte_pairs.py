@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from edgevlm.export.corpus import corpus
 from edgevlm.export.decoder import DecoderSource, metadata
 from edgevlm.export.source import Checkpoint, read_json
 from edgevlm.export.tokenizer import CONTROL, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
+from edgevlm.parts.llama import Llama
 from tests.checkpoints import byte_vocabulary
 from tests.checkpoints.phi_vocabulary import END, write_gpt2_tokenizer
 from tests.checkpoints.vocabulary import write_json
@@ -26,18 +28,18 @@ from tests.multilingual import PROMPTS
 
 TEXTS = [*corpus(), *(q for questions in PROMPTS.values() for q in questions), "I'LL we'Ve 12345"]
 # What a decoder's metadata says beside the vocabulary; nothing of it matters to tokens.
-SIZES = dict.fromkeys(
-    (
-        "max_position_embeddings",
-        "hidden_size",
-        "num_hidden_layers",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    ),
-    32,
-) | {"kind": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4}
+DECODER = Llama(
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=32,
+    vocab_size=32,
+    max_position_embeddings=32,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+)
 
 
 def vocabulary(folder: Path, rows: int) -> Vocabulary:
@@ -51,7 +53,8 @@ def vocabulary(folder: Path, rows: int) -> Vocabulary:
 def ids(table: Vocabulary, texts: list[str], path: Path) -> list[list[int]]:
     """What llama.cpp makes of the texts with a file of nothing but the vocabulary."""
     writer = gguf.GGUFWriter(path, "llama")
-    metadata(writer, DecoderSource({}, SIZES | {"vocab_size": len(table.tokens)}, table, "x"))
+    decoder = replace(DECODER, vocab_size=len(table.tokens))
+    metadata(writer, DecoderSource({}, decoder, table, "x"))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

@@ -24,7 +24,7 @@ FOLDERS = {
 LAYERS = (
     ("edgevlm.errors", "edgevlm.cleanup"),
     ("edgevlm.types",),
-    ("edgevlm.specs", "edgevlm.schema", "edgevlm.machine"),
+    ("edgevlm.specs", "edgevlm.schema", "edgevlm.machine", "edgevlm.parts"),
     (
         "edgevlm.image",
         "edgevlm.prompt",

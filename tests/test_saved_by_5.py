@@ -81,7 +81,7 @@ def test_rotary_positions_by_kind_of_layer(tmp_path: Path):
     config(source, rope_parameters={"full_attention": one, "sliding_attention": one})
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
     assert all(stage.ok for stage in bundle.manifest.parity)
-    assert prepared(source).model.text["rope_theta"] == 2e4
+    assert prepared(source).model.text.rope_theta == 2e4
     other = {"full_attention": one, "sliding_attention": one | {"rope_theta": 1e6}}
     with pytest.raises(SourceError, match="rope_parameters differ by layer"):
         prepared(config(source, rope_parameters=other))

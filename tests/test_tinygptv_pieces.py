@@ -147,8 +147,8 @@ def test_what_files_leave_open_can_be_stated(tmp_path: Path):
     edited(source / PHI, set_to(partial_rotary_factor=0.5))
     stated = {"stage": "1", "partial_rotary_factor": "0.5", "lora_alpha": "8", "vision_heads": "4"}
     model = prepared(source, settings=stated).model
-    assert (model.text["rotary_dim"], model.text["lora_alpha"]) == (16, 8)
-    assert model.vision["num_attention_heads"] == 4
+    assert (model.text.rotary_dim, model.text.lora_alpha) == (16, 8)
+    assert model.vision.num_attention_heads == 4
     for name, value, words in (
         ("stage", "5", "stage '5' is not one of"),
         ("partial_rotary_factor", "x", "'x' is no number"),
@@ -164,7 +164,7 @@ def test_only_39_blocks_of_the_tower_are_run(tmp_path: Path):
         tmp_path / "source", vision_layers=39, vision_width=88, vision_mlp=16, q_layers=1
     )
     job = prepared(source)
-    assert job.model.vision["num_hidden_layers"] == 39
+    assert job.model.vision.num_hidden_layers == 39
     assert any("39 of 40 blocks" in note for note in job.model.notes)
     (eva,) = (r for r in job.placed.pieces if r.piece == "eva")
     assert "blocks.*.mlp.fc1.weight" in eva.unused and "blocks.*.mlp.fc1.weight x39" in eva.used
@@ -184,8 +184,8 @@ def test_a_later_piece_wins(tmp_path: Path):
 
 def test_heads_of_the_qformer_are_berts_where_its_config_is_there(tmp_path: Path):
     source = write_tinygptv(tmp_path / "source", **SMALL)
-    assert prepared(source).model.projector["num_attention_heads"] == 2
+    assert prepared(source).model.projector.num_attention_heads == 2
     (source / "bert-base-uncased").mkdir()
     bert = {"model_type": "bert", "num_attention_heads": 4}
     (source / "bert-base-uncased/config.json").write_text(json.dumps(bert), encoding="utf-8")
-    assert prepared(source).model.projector["num_attention_heads"] == 4
+    assert prepared(source).model.projector.num_attention_heads == 4

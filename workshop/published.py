@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgevlm.benchmarks.synthetic.configs import CLIP, MOBILEPALO, PALIGEMMA, PIECES, TINY_LLAVA
-from edgevlm.family import Config, Source, by_name
+from edgevlm.family import Source, by_name
+from edgevlm.parts import Part, Shapes
 from tests.checkpoints.llava import preprocessor as clip_preprocessor
 from tests.checkpoints.paligemma import encode, header, preprocessor
 from tests.checkpoints.vocabulary import write_json
@@ -22,8 +24,6 @@ from tests.checkpoints.vocabulary import write_json
 SHARD_BYTES = 4_000_000_000
 _PICKLED_BYTES = 1_000_000_000
 _BLOCK = 1 << 22
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def write(name: str, folder: Path) -> list[str]:
@@ -50,12 +50,12 @@ def write_paligemma(folder: Path) -> None:
     specials = ("<pad>", "<eos>", "<bos>", "<unk>")
     (folder / "tokenizer.model").write_bytes(_tokenizer(PIECES, specials, tail, prefix=False))
     model = by_name("paligemma", "published").describe(Source({"config.json": PALIGEMMA}))
-    parts = {
+    parts: dict[str, Part] = {
         "vision_tower.vision_model.": model.vision,
         "multi_modal_projector.": model.projector,
         "language_model.model.": model.text,
     }
-    tensors = {p + n: s for p, config in parts.items() for n, s in _shapes(config).items()}
+    tensors = {p + n: s for p, config in parts.items() for n, s in config.tensors().items()}
     _write_safetensors(folder, tensors)
 
 
@@ -72,10 +72,10 @@ def write_mobilepalo(folder: Path) -> None:
     write_json(tower / "preprocessor_config.json", clip_preprocessor(336))
     files = {"config.json": MOBILEPALO, "tower/config.json": CLIP}
     model = by_name("llava", "published").describe(Source(files))
-    whole = dict(model.vision) | {"num_hidden_layers": CLIP["num_hidden_layers"]}
-    _write_safetensors(tower, {f"vision_model.{n}": s for n, s in _shapes(whole).items()})
-    tensors = {f"model.mm_projector.model.{n}": s for n, s in _shapes(model.projector).items()}
-    for name, shape in _shapes(model.text).items():
+    whole = replace(model.vision, num_hidden_layers=CLIP["num_hidden_layers"])
+    _write_safetensors(tower, {f"vision_model.{n}": s for n, s in whole.tensors().items()})
+    tensors = {f"model.mm_projector.model.{n}": s for n, s in model.projector.tensors().items()}
+    for name, shape in model.text.tensors().items():
         tensors[name if name == "lm_head.weight" else f"model.{name}"] = shape
     _write_pickles(folder, tensors)
 
@@ -92,12 +92,12 @@ def write_tiny_llava(folder: Path) -> None:
     config = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": added, "legacy": True}
     write_json(folder / "tokenizer_config.json", config | {"pad_token": "<pad>"})
     model = by_name("llava", "published").describe(Source({"config.json": TINY_LLAVA}))
-    tower = dict(model.vision) | {"num_hidden_layers": CLIP["num_hidden_layers"]}
-    tensors = {f"vision_tower.vision_model.{n}": s for n, s in _shapes(tower).items()}
-    for name, shape in _shapes(model.projector).items():
+    tower = replace(model.vision, num_hidden_layers=CLIP["num_hidden_layers"])
+    tensors = {f"vision_tower.vision_model.{n}": s for n, s in tower.tensors().items()}
+    for name, shape in model.projector.tensors().items():
         at, kind = name.split(".")
         tensors[f"multi_modal_projector.linear_{1 + int(at) // 2}.{kind}"] = shape
-    for name, shape in _shapes(model.text).items():
+    for name, shape in model.text.tensors().items():
         part = "language_model." if name == "lm_head.weight" else "language_model.model."
         tensors[part + name] = shape
     _write_safetensors(folder, tensors)
@@ -116,12 +116,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "tiny-llava-v1": write_tiny_llava,
     "tinygptv": write_tinygptv,
 }
-
-
-def _shapes(config: Config) -> Shapes:
-    from edgevlm.export.parts import KINDS
-
-    return KINDS[config["kind"]](config)
 
 
 def _bytes(shape: tuple[int, ...]) -> int:

@@ -11,8 +11,8 @@ from edgevlm.benchmarks.synthetic.models import MODELS, PREFIX
 from edgevlm.benchmarks.synthetic.tensors import random_part
 from edgevlm.bundle import Bundle
 from edgevlm.errors import EdgeVLMError
-from edgevlm.export.parts import Part
 from edgevlm.export.source import CONFIG
+from edgevlm.export.tensors import Weights
 from edgevlm.family import Config, Model
 
 _NO_CHECKPOINT = "needs the checkpoint; name it with --checkpoint"
@@ -46,7 +46,7 @@ def material(
 
 def _origin(
     bundle: Bundle, checkpoint: Path | None, tower: Path | None
-) -> tuple[Config | None, Model | None, Mapping[str, Part]]:
+) -> tuple[Config | None, Model | None, Mapping[str, Weights]]:
     if checkpoint:
         from edgevlm.export import pipeline
 
@@ -62,7 +62,7 @@ def _origin(
     return source.files[CONFIG], model, parts
 
 
-def _mmproj(model: Model, parts: Mapping[str, Part], work: Path) -> tuple[str | None, str]:
+def _mmproj(model: Model, parts: Mapping[str, Weights], work: Path) -> tuple[str | None, str]:
     from edgevlm.benchmarks.peers.mmproj import write_mmproj
 
     path = work / "mmproj.gguf"

@@ -9,9 +9,13 @@ import gguf
 import numpy as np
 
 from edgevlm.errors import BenchError
-from edgevlm.export.parts import Part
-from edgevlm.export.tensors import Tensor, writable
+from edgevlm.export.tensors import Tensor, Weights, writable
 from edgevlm.family import Model
+from edgevlm.parts import Connector
+from edgevlm.parts.clip import ClipTower
+from edgevlm.parts.ldp import Ldp
+from edgevlm.parts.ldpv2 import LdpV2
+from edgevlm.parts.mlp import Mlp
 
 _LAYER = {
     "self_attn.q_proj": "attn_q",
@@ -30,33 +34,38 @@ _TOP = {
     "pre_layrnorm.weight": "v.pre_ln.weight",
     "pre_layrnorm.bias": "v.pre_ln.bias",
 }
-# edgevlm's kinds -> llama.cpp's types, and what its tensors begin with.
-_PROJECTORS = {"mlp": ("mlp", "mm."), "ldp": ("ldp", "mm.model."), "ldpv2": ("ldpv2", "mm.model.")}
+# llama.cpp's types, and what their tensors begin with.
+_PROJECTORS: dict[type[Connector], tuple[str, str]] = {
+    Mlp: ("mlp", "mm."),
+    Ldp: ("ldp", "mm.model."),
+    LdpV2: ("ldpv2", "mm.model."),
+}
 
 
-def write_mmproj(model: Model, parts: Mapping[str, Part], path: Path) -> None:
+def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None:
     """Writes a tower and a projector; raises BenchError for one that llama.cpp does not know."""
     vision, image = model.vision, model.image
-    if vision["kind"] != "clip" or model.projector["kind"] not in _PROJECTORS:
+    projector = type(model.projector)
+    if not isinstance(vision, ClipTower) or projector not in _PROJECTORS:
         raise BenchError(
-            f"llama.cpp's multimodal library has no {vision['kind']} tower with a projector of the "
-            f"kind {model.projector['kind']!r}"
+            f"llama.cpp's multimodal library has no {type(vision).__name__} with a connector of "
+            f"the kind {projector.__name__}"
         )
-    kind, prefix = _PROJECTORS[model.projector["kind"]]
+    kind, prefix = _PROJECTORS[projector]
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", kind)
     for key, value in (
-        ("image_size", vision["image_size"]),
-        ("patch_size", vision["patch_size"]),
-        ("embedding_length", vision["hidden_size"]),
-        ("feed_forward_length", vision["intermediate_size"]),
+        ("image_size", vision.image_size),
+        ("patch_size", vision.patch_size),
+        ("embedding_length", vision.hidden_size),
+        ("feed_forward_length", vision.intermediate_size),
         ("projection_dim", model.decoder.n_embd),
-        ("block_count", vision["num_hidden_layers"]),
-        ("attention.head_count", vision["num_attention_heads"]),
+        ("block_count", vision.num_hidden_layers),
+        ("attention.head_count", vision.num_attention_heads),
     ):
         writer.add_uint32(f"clip.vision.{key}", value)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision["layer_norm_eps"])
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision.layer_norm_eps)
     writer.add_array("clip.vision.image_mean", list(image.mean))
     writer.add_array("clip.vision.image_std", list(image.std))
     # Neither GELU nor SiLU: CLIP's own x * sigmoid(1.702 x).
@@ -73,7 +82,7 @@ def write_mmproj(model: Model, parts: Mapping[str, Part], path: Path) -> None:
     writer.close()
 
 
-def _tensors(parts: Mapping[str, Part], prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(parts: Mapping[str, Weights], prefix: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in parts["vision"].items():
         if name in _TOP:
             yield _TOP[name], tensor

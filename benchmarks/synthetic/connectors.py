@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgevlm.benchmarks.synthetic.graph import Graph
-from edgevlm.export.parts import ldp_squeezed, patches
-from edgevlm.family import Config, Model
+from edgevlm.family import Model
+from edgevlm.parts.ldp import Ldp
+from edgevlm.parts.qformer import QFormer
 
 _EPSILON = 1e-5
 _POOLED = 12
@@ -21,39 +23,42 @@ _POOLED = 12
 
 def write_projector(path: Path, model: Model) -> None:
     """features float32 [n, patches, in] -> embeddings float32 [n, tokens, n_embd]."""
-    config, rows = model.projector, patches(model.vision)
+    config, rows = model.projector, model.vision.rows
     graph = Graph()
-    CONNECTORS[config["kind"]](graph, config, rows)
-    inside, outside = ["n", rows, config["in"]], ["n", model.image.tokens, model.decoder.n_embd]
+    CONNECTORS[type(config).__name__.lower().removesuffix("tower")](graph, config, rows)
+    inside, outside = (
+        ["n", rows, config.in_features],
+        ["n", model.image.tokens, model.decoder.n_embd],
+    )
     graph.save(path, ("features", inside), ("embeddings", outside))
 
 
-def precision(config: Config) -> str:
+def precision(config: Any) -> str:
     """What a manifest says of such a projector."""
-    return "int8" if config["kind"] == "qformer" else "fp32"
+    return "int8" if isinstance(config, QFormer) else "fp32"
 
 
-def linear(graph: Graph, config: Config, rows: int) -> None:
+def linear(graph: Graph, config: Any, rows: int) -> None:
     """One linear map."""
-    graph.linear("features", config["in"], config["out"])
+    graph.linear("features", config.in_features, config.out_features)
 
 
-def mlp(graph: Graph, config: Config, rows: int) -> None:
+def mlp(graph: Graph, config: Any, rows: int) -> None:
     """Linear maps with GELU between them."""
-    _mlp(graph, config, config["depth"])
+    _mlp(graph, config, config.depth)
 
 
-def ldp(graph: Graph, config: Config, rows: int) -> None:
+def ldp(graph: Graph, config: Any, rows: int) -> None:
     """MobileVLM's: two linear maps, two inverted residual blocks, a quarter of the patches."""
-    d = config["out"]
+    d = config.out_features
     grid = _grid(graph, _mlp(graph, config, 2), d, math.isqrt(rows))
     grid = graph.node("Add", grid, _inverted_residual(graph, grid, d, stride=1))
     _rows(graph, _inverted_residual(graph, grid, d, stride=2), d)
 
 
-def ldpv2(graph: Graph, config: Config, rows: int) -> None:
+def ldpv2(graph: Graph, config: Any, rows: int) -> None:
     """MobileVLM V2's: two linear maps, pooling, one depthwise convolution."""
-    d, side = config["out"], math.isqrt(rows)
+    d, side = config.out_features, math.isqrt(rows)
     grid = _grid(graph, _mlp(graph, config, 2), d, side)
     pool = np.full((_POOLED, side), 1 / side, np.float32)
     grid = graph.node("MatMul", graph.constant(pool), grid)
@@ -63,23 +68,23 @@ def ldpv2(graph: Graph, config: Config, rows: int) -> None:
     _rows(graph, graph.node("Add", place, grid), d)
 
 
-def qformer(graph: Graph, config: Config, rows: int) -> None:
+def qformer(graph: Graph, config: Any, rows: int) -> None:
     """BLIP-2's: learned queries attend to one another and, in some layers, to the features."""
-    d, queries, eps = config["hidden_size"], config["queries"], config["layer_norm_eps"]
-    seen, mlp_width = graph.quantized("features"), config["intermediate_size"]
+    d, queries, eps = config.hidden_size, config.queries, config.layer_norm_eps
+    seen, mlp_width = graph.quantized("features"), config.intermediate_size
     x = graph.norm(graph.random(1, queries, d), d, eps)
-    for i in range(config["num_hidden_layers"]):
+    for i in range(config.num_hidden_layers):
         own = graph.quantized(x)
         x = _attended(graph, config, x, own, (own, queries, d))
-        if i % config["cross_attention_frequency"] == 0:
-            x = _attended(graph, config, x, graph.quantized(x), (seen, rows, config["in"]))
+        if i % config.cross_attention_frequency == 0:
+            x = _attended(graph, config, x, graph.quantized(x), (seen, rows, config.in_features))
         wide = graph.gelu(graph.linear8(graph.quantized(x), d, mlp_width))
         narrow = graph.linear8(graph.quantized(wide), mlp_width, d)
         x = graph.norm(graph.node("Add", narrow, x), d, eps)
-    graph.linear8(graph.quantized(x), d, config["widths"][-1])
+    graph.linear8(graph.quantized(x), d, config.widths[-1])
 
 
-CONNECTORS: dict[str, Callable[[Graph, Config, int], None]] = {
+CONNECTORS: dict[str, Callable[[Graph, Any, int], None]] = {
     "linear": linear,
     "mlp": mlp,
     "ldp": ldp,
@@ -88,20 +93,20 @@ CONNECTORS: dict[str, Callable[[Graph, Config, int], None]] = {
 }
 
 
-def _mlp(graph: Graph, config: Config, depth: int) -> str:
-    x = graph.linear("features", config["in"], config["out"])
+def _mlp(graph: Graph, config: Any, depth: int) -> str:
+    x = graph.linear("features", config.in_features, config.out_features)
     for _ in range(1, depth):
-        x = graph.linear(graph.gelu(x), config["out"], config["out"])
+        x = graph.linear(graph.gelu(x), config.out_features, config.out_features)
     return x
 
 
 def _attended(
-    graph: Graph, config: Config, x: str, own: list[str], source: tuple[list[str], int, int]
+    graph: Graph, config: Any, x: str, own: list[str], source: tuple[list[str], int, int]
 ) -> str:
     """Queries x, in 8 bits `own`, that read `source` (its 8-bit values, rows and width), added to
     themselves and normed.
     """
-    d, heads, queries = config["hidden_size"], config["num_attention_heads"], config["queries"]
+    d, heads, queries = config.hidden_size, config.num_attention_heads, config.queries
     (seen, rows, width), each = source, d // heads
     q = graph.reshape(graph.linear8(own, d, d), -1, queries, heads, each)
     k, v = (graph.reshape(graph.linear8(seen, width, d), -1, rows, heads, each) for _ in range(2))
@@ -111,7 +116,7 @@ def _attended(
     read = graph.node("MatMul", read, graph.transpose(v, 0, 2, 1, 3))
     read = graph.reshape(graph.transpose(read, 0, 2, 1, 3), -1, queries, d)
     read = graph.linear8(graph.quantized(read), d, d)
-    return graph.norm(graph.node("Add", read, x), d, config["layer_norm_eps"])
+    return graph.norm(graph.node("Add", read, x), d, config.layer_norm_eps)
 
 
 def _grid(graph: Graph, rows: str, d: int, side: int) -> str:
@@ -133,7 +138,7 @@ def _inverted_residual(graph: Graph, x: str, d: int, stride: int) -> str:
 
 def _gates(graph: Graph, x: str, d: int) -> str:
     """Squeeze and excitation."""
-    inner = ldp_squeezed(d)
+    inner = Ldp(in_features=d, out_features=d).squeezed
     mean = graph.node("ReduceMean", x, graph.constant([2, 3], np.int64), keepdims=1)
     few = graph.node("Conv", mean, graph.random(inner, d, 1, 1), graph.constant(np.zeros(inner)))
     all_ = graph.node("Conv", graph.node("Relu", few), graph.random(d, inner, 1, 1),

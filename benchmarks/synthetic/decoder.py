@@ -16,7 +16,8 @@ from edgevlm.export import quantize
 from edgevlm.export.decoder import TOKEN_EMBEDDING, DecoderSource, layout, metadata
 from edgevlm.export.tensors import writable
 from edgevlm.export.tokenizer import Vocabulary
-from edgevlm.family import Config, Model
+from edgevlm.family import Model
+from edgevlm.parts import Decoder
 
 Bytes = npt.NDArray[np.uint8]
 Shape = tuple[int, ...]
@@ -68,7 +69,7 @@ def write_decoder(path: Path, name: str, model: Model, quant: str) -> None:
     """Writes a decoder of random weights at one of QUANTS."""
     source = DecoderSource(random_part(model.text), model.text, vocabulary(model), name)
     plan = _plan(source, quant)
-    writer = GGUFWriter(path, source.config["kind"])
+    writer = GGUFWriter(path, source.config.architecture)
     try:
         metadata(writer, source)
         writer.add_file_type(quantize.quant(quant).ftype)
@@ -101,16 +102,16 @@ def _plan(source: DecoderSource, quant: str) -> list[tuple[str, Shape, str]]:
     ]
 
 
-def _type(name: str, quant: str, config: Config, output: str) -> str:
+def _type(name: str, quant: str, config: Decoder, output: str) -> str:
     mix = _MIXES[quant]
     if name == output:
         return mix.output
     values = ".attn_v." in name or ".attn_qkv." in name
     if not values and ".ffn_down." not in name:
         return mix.most
-    layer, n = int(name.split(".")[1]), config["num_hidden_layers"]
+    layer, n = int(name.split(".")[1]), config.num_hidden_layers
     if quant == "iq4_xs":
-        shared = config["num_attention_heads"] // config["num_key_value_heads"] >= _SHARED
+        shared = config.num_attention_heads // config.num_key_value_heads >= _SHARED
         more = shared if values else layer < n // 8
         return _IQ4_MORE if more else mix.most
     # llama.cpp's use_more_bits: the first and last eighth of the layers, a third of the rest.

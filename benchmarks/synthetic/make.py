@@ -22,9 +22,9 @@ from edgevlm.bundle import (
 )
 from edgevlm.errors import BenchError
 from edgevlm.export.decoder import FILE, embedding_place
-from edgevlm.export.parts import KINDS
 from edgevlm.family import Family, Model, Source, by_model_type
 from edgevlm.models import directory
+from edgevlm.parts import Part
 
 # Room for headers and the tokenizer.
 _SPARE_BYTES = 64 << 20
@@ -92,10 +92,10 @@ def make(destination: Path, name: str, source: Source, quant: str) -> None:
 
 
 def _check_disk(destination: Path, model: Model, quant: str) -> None:
-    weights = {"vision": model.vision, "projector": model.projector}
+    weights: dict[str, Part] = {"vision": model.vision, "projector": model.projector}
     need = decoder_bytes(model, quant) + _SPARE_BYTES
     for part, width in (("vision", 1), ("projector", 4)):
-        shapes = KINDS[weights[part]["kind"]](weights[part]).values()
+        shapes = weights[part].tensors().values()
         need += width * sum(math.prod(shape) for shape in shapes)
     place = destination.absolute()
     while not place.exists():

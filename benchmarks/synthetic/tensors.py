@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.export.parts import KINDS
 from edgevlm.export.tensors import SourceTensor
-from edgevlm.family import Config
+from edgevlm.parts import Part
 
 DEVIATION = 0.02
 
@@ -29,7 +28,9 @@ class RandomTensor(SourceTensor):
         return rng.standard_normal(self.shape, np.float32) * np.float32(DEVIATION)
 
 
-def random_part(config: Config) -> Mapping[str, RandomTensor]:
+def random_part(config: Part) -> Mapping[str, RandomTensor]:
     """The tensors of a part by canonical name."""
-    shapes = KINDS[config["kind"]](config)
-    return {name: RandomTensor(name, Path(), "F32", shape, 0) for name, shape in shapes.items()}
+    return {
+        name: RandomTensor(name, Path(), "F32", shape, 0)
+        for name, shape in config.tensors().items()
+    }

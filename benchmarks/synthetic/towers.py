@@ -4,58 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgevlm.benchmarks.synthetic.graph import Graph
-from edgevlm.export.parts import patches
-from edgevlm.family import Config
+from edgevlm.parts.eva import EvaTower
 
 
-def write_encoder(path: Path, config: Config) -> None:
+def write_encoder(path: Path, config: Any) -> None:
     """pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]."""
-    graph, size = Graph(), config["image_size"]
-    TOWERS[config["kind"]](graph, config)
-    features = ["n", patches(config), config["hidden_size"]]
+    graph, size = Graph(), config.image_size
+    TOWERS[type(config).__name__.lower().removesuffix("tower")](graph, config)
+    features = ["n", config.rows, config.hidden_size]
     graph.save(path, ("pixels", ["n", 3, size, size]), ("features", features))
 
 
-def siglip(graph: Graph, config: Config) -> None:
+def siglip(graph: Graph, config: Any) -> None:
     """SigLIP: every patch after the last norm."""
-    width, rows = config["hidden_size"], patches(config)
+    width, rows = config.hidden_size, config.rows
     x = _embedded(graph, config, graph.constant(np.zeros(width)))
     x = graph.node("Add", x, graph.random(1, rows, width))
     x = _layers(graph, x, config, rows, graph.gelu_tanh)
-    graph.norm(x, width, config["layer_norm_eps"])
+    graph.norm(x, width, config.layer_norm_eps)
 
 
-def clip(graph: Graph, config: Config) -> None:
+def clip(graph: Graph, config: Any) -> None:
     """CLIP up to the layer that is read: a class token in front, which most models do not read."""
-    width, rows = config["hidden_size"], (config["image_size"] // config["patch_size"]) ** 2 + 1
+    width, rows = config.hidden_size, (config.image_size // config.patch_size) ** 2 + 1
     x = _with_class(graph, _embedded(graph, config), width)
     x = graph.node("Add", x, graph.random(1, rows, width))
-    x = graph.norm(x, width, config["layer_norm_eps"])
-    bend = {"quick_gelu": graph.quick_gelu, "gelu": graph.gelu}[config["hidden_act"]]
+    x = graph.norm(x, width, config.layer_norm_eps)
+    bend = {"quick_gelu": graph.quick_gelu, "gelu": graph.gelu}[config.hidden_act]
     x = _layers(graph, x, config, rows, bend)
-    start = graph.constant([0 if config["class_token"] else 1], np.int64)
+    start = graph.constant([0 if config.class_token else 1], np.int64)
     graph.node("Slice", x, start, graph.constant([rows], np.int64), graph.constant([1], np.int64))
 
 
-def eva(graph: Graph, config: Config) -> None:
+def eva(graph: Graph, config: Any) -> None:
     """EVA: a class token in front, queries, keys and values from one map, a norm at the end."""
-    width, rows = config["hidden_size"], patches(config)
+    width, rows = config.hidden_size, config.rows
     x = _with_class(graph, _embedded(graph, config, graph.constant(np.zeros(width))), width)
     x = graph.node("Add", x, graph.random(1, rows, width))
     x = _layers(graph, x, config, rows, graph.gelu)
-    graph.norm(x, width, config["final_norm_eps"])
+    graph.norm(x, width, config.final_norm_eps)
 
 
-TOWERS: dict[str, Callable[[Graph, Config], None]] = {"siglip": siglip, "clip": clip, "eva": eva}
+TOWERS: dict[str, Callable[[Graph, Any], None]] = {"siglip": siglip, "clip": clip, "eva": eva}
 
 
-def _embedded(graph: Graph, config: Config, *bias: str) -> str:
+def _embedded(graph: Graph, config: Any, *bias: str) -> str:
     """The patches as rows."""
-    width, patch = config["hidden_size"], config["patch_size"]
+    width, patch = config.hidden_size, config.patch_size
     kernel = graph.random(width, 3, patch, patch)
     x = graph.node("Conv", "pixels", kernel, *bias, strides=[patch, patch])
     return graph.transpose(graph.reshape(x, 0, width, -1), 0, 2, 1)
@@ -68,18 +68,18 @@ def _with_class(graph: Graph, x: str, width: int) -> str:
     return graph.node("Concat", graph.node("Expand", graph.random(width), shape), x, axis=1)
 
 
-def _layers(graph: Graph, x: str, config: Config, rows: int, bend: Callable[[str], str]) -> str:
-    for _ in range(config["num_hidden_layers"]):
+def _layers(graph: Graph, x: str, config: Any, rows: int, bend: Callable[[str], str]) -> str:
+    for _ in range(config.num_hidden_layers):
         x = graph.node("Add", x, _attention(graph, x, config, rows))
         x = graph.node("Add", x, _mlp(graph, x, config, bend))
     return x
 
 
-def _attention(graph: Graph, x: str, config: Config, rows: int) -> str:
-    width, heads = config["hidden_size"], config["num_attention_heads"]
+def _attention(graph: Graph, x: str, config: Any, rows: int) -> str:
+    width, heads = config.hidden_size, config.num_attention_heads
     each = width // heads
-    inside = graph.quantized(graph.norm(x, width, config["layer_norm_eps"]))
-    if config["kind"] == "eva":
+    inside = graph.quantized(graph.norm(x, width, config.layer_norm_eps))
+    if isinstance(config, EvaTower):
         parts = graph.split(graph.linear8(inside, width, 3 * width), 3)
     else:
         parts = [graph.linear8(inside, width, width) for _ in range(3)]
@@ -92,8 +92,8 @@ def _attention(graph: Graph, x: str, config: Config, rows: int) -> str:
     return graph.linear8(graph.quantized(mixed), width, width)
 
 
-def _mlp(graph: Graph, x: str, config: Config, bend: Callable[[str], str]) -> str:
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    inside = graph.quantized(graph.norm(x, width, config["layer_norm_eps"]))
+def _mlp(graph: Graph, x: str, config: Any, bend: Callable[[str], str]) -> str:
+    width, inner = config.hidden_size, config.intermediate_size
+    inside = graph.quantized(graph.norm(x, width, config.layer_norm_eps))
     bent = bend(graph.linear8(inside, width, inner))
     return graph.linear8(graph.quantized(bent), inner, width)

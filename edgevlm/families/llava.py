@@ -21,9 +21,20 @@ from edgevlm.family import (
     Source,
     Tokenizer,
     place,
+    read_config,
     rope_parameters,
+    section,
+    setting,
     stop_tokens,
 )
+from edgevlm.parts import Connector
+from edgevlm.parts.clip import ClipTower
+from edgevlm.parts.ldp import Ldp
+from edgevlm.parts.ldpv2 import LdpV2
+from edgevlm.parts.linear import Linear
+from edgevlm.parts.llama import Llama
+from edgevlm.parts.mlp import Mlp
+from edgevlm.parts.phi3 import Phi3
 from edgevlm.processors import (
     CLIP,
     LLAVA,
@@ -36,120 +47,106 @@ from edgevlm.processors import (
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
 from edgevlm.templates import BEGIN_3, IMAGE, TEMPLATES, Cutter, Spaces, Template
 
-# transformers' defaults (CLIPVisionConfig, LlamaConfig, MistralConfig), which a config.json omits.
-_VISION: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
+# transformers' defaults (CLIPVisionConfig, LlamaConfig, MistralConfig, Phi3Config), which a
+# config.json omits; 0 where the class derives one number from others.
+_VISION = ClipTower(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_channels=3,
+    image_size=224,
+    patch_size=32,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+)
+_DERIVED = ("num_key_value_heads", "head_dim")
+_LLAMA = Llama(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=0,
+    head_dim=0,
+    vocab_size=32000,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+)
+_MISTRAL = replace(
+    _LLAMA, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072
+)
+_PHI3 = Phi3(
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=0,
+    head_dim=0,
+    vocab_size=32064,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+)
+# The decoder by `model_type`, of config.json itself or of its text_config.
+_DECODERS = {
+    "palo": _LLAMA,
+    "mobilevlm": _LLAMA,
+    "llava": _LLAMA,
+    "llava_llama": _LLAMA,
+    "llama": _LLAMA,
+    "llava_mistral": _MISTRAL,
+    "mistral": _MISTRAL,
+    "llava_phi": _PHI3,
+    "llava_phi3": _PHI3,
+    "phi3": _PHI3,
 }
-_LLAMA: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "vocab_size": 32000,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
+_WINDOWS = {"llava_mistral": 4096, "mistral": 4096}
+_EOS = {"llama": 2, "phi3": 32000}
+# What a decoder's config may say of no other value.
+_ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "sliding_window": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_MISTRAL: dict[str, Any] = _LLAMA | {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
-_PHI3: dict[str, Any] = _LLAMA | {
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "vocab_size": 32064,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "eos_token_id": 32000,
-}
-# The decoder by `model_type`, of config.json itself or of its text_config: (kind, defaults).
-_DECODERS = {
-    "palo": ("llama", _LLAMA),
-    "mobilevlm": ("llama", _LLAMA),
-    "llava": ("llama", _LLAMA),
-    "llava_llama": ("llama", _LLAMA),
-    "llama": ("llama", _LLAMA),
-    "llava_mistral": ("llama", _MISTRAL),
-    "mistral": ("llama", _MISTRAL),
-    "llava_phi": ("phi3", _PHI3),
-    "llava_phi3": ("phi3", _PHI3),
-    "phi3": ("phi3", _PHI3),
-}
-# What a decoder's config may say of no other value.
-_ONLY: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "partial_rotary_factor": 1.0,
-    },
-    "phi3": {"hidden_act": "silu", "attention_bias": False, "partial_rotary_factor": 1.0},
+    "partial_rotary_factor": 1.0,
 }
 _OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral", "llava_phi", "llava_phi3")
 # OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
 _CLIP_HEAD = 64
 _TOKENIZER = "tokenizer_config.json"
 _FRAME, _PATCH = ("<im_start>", "<im_end>"), "<im_patch>"
-_POOLED = 144  # rows that MobileVLM V2's connector leaves of any picture
 
 
 def _describe(source: Source) -> Model:
     config, own = source.files["config.json"], _is_own(source.files["config.json"])
-    text = _text(config if own else config.get("text_config", {}), config["model_type"])
+    decoder = config if own else section(config, "text_config")
+    text = _text(decoder, config["model_type"])
     vision = _vision(source, config)
     projector = _projector(config, vision, text, own)
-    grid = vision["image_size"] // vision["patch_size"]
-    tokens = {"ldp": ((grid + 1) // 2) ** 2, "ldpv2": _POOLED}.get(
-        projector["kind"], grid * grid + vision["class_token"]
-    )
     template = _template(source, own)
-    stops = stop_tokens(source.files, text["eos_token_id"])
+    stops = stop_tokens(source.files, decoder, _EOS[text.architecture])
     cutter = Cutter(source.tokenizer, _spaces(source, own), stops[0])
     ends = dict.fromkeys((cutter.end(template), *stops))
-    image, notes = _image(source, vision, tokens, own)
+    image, notes = _image(source, vision, projector.tokens(vision.rows), own)
     return Model(
         image=image,
         prompt=_prompt(config, template, cutter, own),
         decoder=DecoderSpec(
-            architecture=text["kind"],
+            architecture=text.architecture,
             attention="causal",
-            n_embd=text["hidden_size"],
-            n_layer=text["num_hidden_layers"],
-            n_vocab=text["vocab_size"],
-            context_length=text["max_position_embeddings"],
+            n_embd=text.hidden_size,
+            n_layer=text.num_hidden_layers,
+            n_vocab=text.vocab_size,
+            context_length=text.max_position_embeddings,
         ),
         # The originals answer until their chat ends a turn, at most 1024 tokens (llava/serve).
         answer=AnswerSpec(stop_tokens=tuple(ends), max_tokens=512),
-        vision={"kind": "clip", **vision},
+        vision=vision,
         projector=projector,
         text=text,
         markers=_markers(config, source.tokenizer, own),
         prefix="" if source.tokenizer.bytes else " ",
         prefix_once=cutter.spaces == "first",
-        skipped=tuple(
-            f"vision.encoder.layers.{i}."
-            for i in range(vision["num_hidden_layers"], vision["depth"])
-        ),
         original=IMAGE.join(_around(config, template)),
         notes=notes,
     )
@@ -162,65 +159,63 @@ def _is_own(config: Config) -> bool:
     return first or kind in _OWN_LAYOUT
 
 
-def _text(config: Config, model_type: str) -> dict[str, Any]:
-    name = config.get("model_type", model_type)
+def _text(config: Config, model_type: str) -> Llama:
+    name = setting(config, "model_type", model_type)
     if name not in _DECODERS:
         raise ValueError(f"text_config.model_type {name!r} is not one of {', '.join(_DECODERS)}")
-    kind, defaults = _DECODERS[name]
-    text = {"kind": kind} | {key: config.get(key, value) for key, value in defaults.items()}
-    text["num_key_value_heads"] = text["num_key_value_heads"] or text["num_attention_heads"]
-    text["head_dim"] = text["head_dim"] or text["hidden_size"] // text["num_attention_heads"]
+    given = {k: v for k, v in config.items() if v is not None or k not in _DERIVED}
+    text = read_config(_DECODERS[name], given)
     rope = rope_parameters(config)
     if rope["rope_type"] != "default":
         raise ValueError(
             f"the decoder scales its positions ({rope['rope_type']!r}); only 'default' is known"
         )
-    text["rope_theta"] = float(rope.get("rope_theta") or text["rope_theta"])
-    text["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
+    for key, known in _ONLY.items():
+        if (value := setting({**config, **rope}, key, known)) != known:
+            raise ValueError(f"{key} is {value!r}; only {known!r} is known")
+    heads = text.num_attention_heads
+    head_dim = text.head_dim or text.hidden_size // heads
+    if isinstance(text, Phi3) and head_dim * heads != text.hidden_size:
+        raise ValueError(f"head_dim is {head_dim}; Phi-3 divides hidden_size by its heads")
     # llama.cpp's graphs have no window: up to its length the answers are the same.
-    window = text.pop("sliding_window")
-    if window:
-        text["max_position_embeddings"] = min(window, text["max_position_embeddings"])
-    for key, known in _ONLY[kind].items():
-        if text[key] != known:
-            raise ValueError(f"{key} is {text[key]!r}; only {known!r} is known")
-    if kind == "phi3" and text["head_dim"] * text["num_attention_heads"] != text["hidden_size"]:
-        raise ValueError(f"head_dim is {text['head_dim']}; Phi-3 divides hidden_size by its heads")
-    return text
+    longest, window = text.max_position_embeddings, config.get("sliding_window", _WINDOWS.get(name))
+    return replace(
+        text,
+        # Null, where Mistral's default is 8, says as many as queries.
+        num_key_value_heads=config.get("num_key_value_heads", text.num_key_value_heads) or heads,
+        head_dim=head_dim,
+        rope_theta=setting(rope, "rope_theta", text.rope_theta),
+        max_position_embeddings=min(window, longest) if window else longest,
+    )
 
 
-def _vision(source: Source, config: Config) -> dict[str, Any]:
+def _vision(source: Source, config: Config) -> ClipTower:
     """The tower as far as its features are read: from its own config, or else from its tensors."""
     given = source.files.get(f"{TOWER}config.json")
-    found = dict(given.get("vision_config", given) if given else config.get("vision_config", {}))
+    found = section(given or config, "vision_config") or given or {}
     kind = found.get("model_type", "clip_vision_model")
     if kind not in ("clip_vision_model", "clip"):
         raise ValueError(f"the vision tower is a {kind!r}; only clip_vision_model is known")
-    if not found:
-        found = _from_shapes(source)
-    vision = {key: found.get(key, value) for key, value in _VISION.items()}
+    vision = read_config(_VISION, found) if found else _from_shapes(source)
     layer = config.get("mm_vision_select_layer", config.get("vision_feature_layer", -2))
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer is {layer!r}; only one layer can be read")
-    depth = vision["num_hidden_layers"]
-    vision["depth"] = depth
-    vision["num_hidden_layers"] = layer if layer >= 0 else depth + 1 + layer
-    if not 0 < vision["num_hidden_layers"] <= depth:
+    depth = vision.num_hidden_layers
+    read = layer if layer >= 0 else depth + 1 + layer
+    if not 0 < read <= depth:
         raise ValueError(f"vision layer {layer} is not one of a tower of {depth}")
-    select = config.get(
-        "mm_vision_select_feature", config.get("vision_feature_select_strategy", "patch")
-    )
+    select = setting(config, "vision_feature_select_strategy", "patch")
+    select = setting(config, "mm_vision_select_feature", select)
     if select not in _SELECT:
         raise ValueError(f"the feature selection {select!r} is not one of {', '.join(_SELECT)}")
-    vision["class_token"] = _SELECT[select]
-    return vision
+    return replace(vision, num_hidden_layers=read, depth=depth, class_token=_SELECT[select])
 
 
 # Whether the class token's row is read with the patches'.
 _SELECT = {"patch": False, "default": False, "cls_patch": True, "full": True}
 
 
-def _from_shapes(source: Source) -> dict[str, Any]:
+def _from_shapes(source: Source) -> ClipTower:
     shapes = {
         name.removeprefix("vision."): shape
         for raw, shape in source.shapes.items()
@@ -233,43 +228,50 @@ def _from_shapes(source: Source) -> dict[str, Any]:
     except (KeyError, ValueError):
         raise ValueError("it holds no vision tower; name one (--vision-tower)") from None
     layers = [int(m[1]) for n in shapes if (m := re.match(r"encoder\.layers\.(\d+)\.", n))]
-    return {
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": max(layers) + 1,
-        "num_attention_heads": width // _CLIP_HEAD,
-        "num_channels": channels,
-        "image_size": round((positions - 1) ** 0.5) * patch,
-        "patch_size": patch,
-    }
+    return replace(
+        _VISION,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=max(layers) + 1,
+        num_attention_heads=width // _CLIP_HEAD,
+        num_channels=channels,
+        image_size=round((positions - 1) ** 0.5) * patch,
+        patch_size=patch,
+    )
 
 
-def _projector(config: Config, vision: Config, text: Config, own: bool) -> dict[str, Any]:
+def _projector(config: Config, vision: ClipTower, text: Llama, own: bool) -> Connector:
     for key in ("s2", "mm_resampler_type"):
         if config.get(key):
             raise ValueError(f"{key} is {config[key]!r}; only models without it are known")
-    sizes = {"in": vision["hidden_size"], "out": text["hidden_size"]}
+    inside, outside = vision.hidden_size, text.hidden_size
     if not own:
         act, bias = config.get("projector_hidden_act", "gelu"), "multimodal_projector_bias"
         if act != "gelu" or not config.get(bias, True):
             raise ValueError(f"projector_hidden_act {act!r} or {bias} is not known; LLaVA has gelu")
-        return {"kind": "mlp", "depth": 2, **sizes}
+        return Mlp(in_features=inside, out_features=outside, depth=2)
     name = str(config.get("mm_projector_type", "linear"))
     if depth := re.fullmatch(r"mlp(\d+)x_gelu", name):
-        return {"kind": "mlp", "depth": int(depth[1]), **sizes}
-    known = {"linear": "linear", "ldpnet": "ldp", "ldpnetv2": "ldpv2"}
-    if name not in known:
+        return Mlp(in_features=inside, out_features=outside, depth=int(depth[1]))
+    if name not in _CONNECTORS:
         raise ValueError(
-            f"mm_projector_type {name!r} is not one of {', '.join(known)}, mlp<N>x_gelu"
+            f"mm_projector_type {name!r} is not one of {', '.join(_CONNECTORS)}, mlp<N>x_gelu"
         )
-    return {"kind": known[name], **sizes}
+    return _CONNECTORS[name](in_features=inside, out_features=outside)
+
+
+_CONNECTORS: dict[str, type[Linear | Ldp | LdpV2]] = {
+    "linear": Linear,
+    "ldpnet": Ldp,
+    "ldpnetv2": LdpV2,
+}
 
 
 def _image(
-    source: Source, vision: Config, tokens: int, own: bool
+    source: Source, vision: ClipTower, tokens: int, own: bool
 ) -> tuple[ImageSpec, tuple[str, ...]]:
     """How pictures are read, and a note where no file of the checkpoint says it."""
-    side, ratio = vision["image_size"], source.files["config.json"].get("image_aspect_ratio")
+    side, ratio = vision.image_size, source.files["config.json"].get("image_aspect_ratio")
     if ratio not in (None, "square", "pad"):
         raise ValueError(f"image_aspect_ratio {ratio!r} is not known; LLaVA-1.5 has pad or square")
     notes: tuple[str, ...] = ()
@@ -364,7 +366,7 @@ def _markers(config: Config, tokenizer: Tokenizer, own: bool) -> dict[int, str]:
 
 
 def _image_token(config: Config) -> int:
-    return int(config.get("image_token_index", config.get("image_token_id", 32000)))
+    return setting(config, "image_token_index", setting(config, "image_token_id", 32000))
 
 
 # LLaVA's own layout, then transformers' up to 4.51 and from 4.52, then a tower of its own.

@@ -10,14 +10,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
 
 from edgevlm.boxes import parse_percent
-from edgevlm.family import IGNORED, Config, Family, Model, Piece, Source, rope_parameters
+from edgevlm.family import (
+    IGNORED,
+    Config,
+    Family,
+    Model,
+    Piece,
+    Source,
+    read_config,
+    rope_parameters,
+    section,
+    setting,
+)
+from edgevlm.parts import Shapes
+from edgevlm.parts.eva import EvaTower
+from edgevlm.parts.phi2 import Phi2
+from edgevlm.parts.qformer import QFormer
 from edgevlm.processors import CLIP_MEAN, CLIP_STD
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
 
-Shapes = dict[str, tuple[int, ...]]
 _EVA, _BLIP2, _STAGE = "eva", "blip2", "stage"
 
 # create_eva_vit_g, where the file does not say: blocks that are run, and the width of a head.
@@ -44,19 +58,23 @@ _MICROSOFT = {
     "layer_norm_epsilon": "layer_norm_eps",
     "activation_function": "hidden_act",
 }
-_PHI: dict[str, Any] = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "intermediate_size": 8192,
-    "vocab_size": 51200,
-    "max_position_embeddings": 2048,
-    "layer_norm_eps": 1e-5,
-    "hidden_act": "gelu_new",
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
+# PhiConfig's defaults; 0 where the class derives one number from others.
+_PHI = Phi2(
+    hidden_size=2048,
+    num_hidden_layers=24,
+    num_attention_heads=32,
+    num_key_value_heads=0,
+    head_dim=0,
+    intermediate_size=8192,
+    vocab_size=51200,
+    max_position_embeddings=2048,
+    layer_norm_eps=1e-5,
+    rms_norm_eps=1e-6,  # LlamaRMSNorm's default in modeling_phi.py
+    rope_theta=10000.0,
+    rotary_dim=0,
+    extra_norms=True,
+    lora_alpha=_LORA_ALPHA,
+)
 
 _VICUNA0 = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I "
@@ -94,21 +112,21 @@ def _describe(source: Source) -> Model:
     shapes = {name: shape for raw, shape in source.shapes.items() if (name := _locate(raw))}
     arch, stage = _arch(source)
     run = _run(source)
-    size = run.get("image_size") if run.get("arch", arch) == arch else None
-    vision = _vision(source, shapes, int(size or _SIDES[arch]))
+    size = setting(run, "image_size", 0) if run.get("arch", arch) == arch else 0
+    vision = _vision(source, shapes, size or _SIDES[arch])
     text, rotary = _text(source, source.files["config.json"])
     projector = _projector(source, shapes, text)
     return Model(
-        image=_image(source, vision["image_size"], projector["queries"]),
+        image=_image(source, vision.image_size, projector.tokens(vision.rows)),
         prompt=_prompt(source, arch),
         decoder=DecoderSpec(
-            architecture="phi2",
+            architecture=text.architecture,
             attention="causal",
-            n_embd=text["hidden_size"],
-            n_layer=text["num_hidden_layers"],
-            n_vocab=text["vocab_size"],
-            context_length=text["max_position_embeddings"],
-            extra_norms=True,
+            n_embd=text.hidden_size,
+            n_layer=text.num_hidden_layers,
+            n_vocab=text.vocab_size,
+            context_length=text.max_position_embeddings,
+            extra_norms=text.extra_norms,
         ),
         # conversation.py: how an answer ends, what is cut off it, and the length demo.py allows.
         answer=AnswerSpec(
@@ -124,10 +142,6 @@ def _describe(source: Source) -> Model:
         stop_pieces=("###",),
         # transformers 4.36 begins to count with the begin token where it is given embeddings.
         penalized_pieces=("<|endoftext|>",),
-        skipped=tuple(
-            f"vision.encoder.layers.{i}."
-            for i in range(vision["num_hidden_layers"], vision["depth"])
-        ),
         notes=(stage, rotary, *_notes(source, vision)),
     )
 
@@ -161,31 +175,41 @@ def _run(source: Source) -> Config:
     return found if isinstance(found, Mapping) else {}
 
 
+@dataclass(frozen=True)
+class _Train:
+    """How a dataset of the run reads pictures."""
+
+    image_size: int
+    name: str = _PROCESSORS[0]
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
 def _image(source: Source, size: int, tokens: int) -> ImageSpec:
     """Pictures as the run that saved the stage read them: OpenAI's normalisation unless it says."""
     mean, std = CLIP_MEAN, CLIP_STD
-    datasets = source.files.get(f"{_STAGE}/config.json", {}).get("datasets") or {}
-    stated = [d.get("vis_processor", {}).get("train", {}) for d in datasets.values()]
-    for key, usual in (("mean", mean), ("std", std)):
-        if len({tuple(one.get(key) or usual) for one in stated}) > 1:
+    datasets = section(source.files.get(f"{_STAGE}/config.json", {}), "datasets")
+    processors = (section(section(datasets, name), "vis_processor") for name in datasets)
+    trains = [read_config(_Train(size), section(p, "train")) for p in processors]
+    for key, default in (("mean", mean), ("std", std)):
+        if len({getattr(one, key) or default for one in trains}) > 1:
             raise ValueError(f"{source.origins[_STAGE]}: its datasets differ in {key}")
-    for one in stated:
-        name, side = one.get("name", _PROCESSORS[0]), one.get("image_size", size)
-        if name not in _PROCESSORS or side != size:
+    for one in trains:
+        if one.name not in _PROCESSORS or one.image_size != size:
             raise ValueError(
-                f"{source.origins[_STAGE]}: vis_processor is {name!r} at {side!r} pixels; only "
-                f"{' or '.join(_PROCESSORS)} at {size} is known"
+                f"{source.origins[_STAGE]}: vis_processor is {one.name!r} at {one.image_size!r} "
+                f"pixels; only {' or '.join(_PROCESSORS)} at {size} is known"
             )
-        mean, std = one.get("mean") or mean, one.get("std") or std
+        mean, std = one.mean or mean, one.std or std
     return ImageSpec(
         size=size,
         tokens=tokens,
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
+        mean=mean,
+        std=std,
     )
 
 
-def _text(source: Source, config: Config) -> tuple[dict[str, Any], str]:
+def _text(source: Source, config: Config) -> tuple[Phi2, str]:
     """Phi-2's config, and where its rotary share comes from."""
     own = any(key in config for key in _MICROSOFT)
     if own != any(name.startswith("transformer.h.") for name in source.shapes):
@@ -194,15 +218,13 @@ def _text(source: Source, config: Config) -> tuple[dict[str, Any], str]:
             "the same revision"
         )
     given = {_MICROSOFT.get(key, key): value for key, value in config.items()}
-    text = {key: given.get(key, value) for key, value in _PHI.items()}
-    d, heads = text["hidden_size"], text["num_attention_heads"]
-    text["intermediate_size"] = text["intermediate_size"] or 4 * d
-    text["num_key_value_heads"] = text["num_key_value_heads"] or heads
+    text = read_config(_PHI, {key: value for key, value in given.items() if value is not None})
+    d, heads = text.hidden_size, text.num_attention_heads
     rope = rope_parameters(given)
     known = {
-        "hidden_act": (text["hidden_act"], "gelu_new"),
-        "tie_word_embeddings": (text["tie_word_embeddings"], False),
-        "num_key_value_heads": (text["num_key_value_heads"], heads),
+        "hidden_act": (given.get("hidden_act", "gelu_new"), "gelu_new"),
+        "tie_word_embeddings": (given.get("tie_word_embeddings", False), False),
+        "num_key_value_heads": (text.num_key_value_heads or heads, heads),
         "rope_type": (rope["rope_type"], "default"),
         "hidden_size % num_attention_heads": (d % heads, 0),
     }
@@ -210,16 +232,17 @@ def _text(source: Source, config: Config) -> tuple[dict[str, Any], str]:
         if value != only:
             raise ValueError(f"config.json: {key} is {value!r}; only {only!r} is known")
     rotary, note = _rotary(source, {**given, **rope}, d // heads)
-    alpha = _number(source, "lora_alpha", float(_run(source).get("lora_alpha", _LORA_ALPHA)))
-    return text | {
-        "kind": "phi2",
-        "head_dim": d // heads,
-        "rope_theta": float(rope.get("rope_theta", text["rope_theta"])),
-        "rotary_dim": rotary,
-        "rms_norm_eps": 1e-6,  # LlamaRMSNorm's default in modeling_phi.py
-        "extra_norms": True,
-        "lora_alpha": alpha,
-    }, note
+    alpha = setting(_run(source), "lora_alpha", _LORA_ALPHA)
+    return replace(
+        text,
+        # Microsoft's n_inner is null.
+        intermediate_size=text.intermediate_size if given.get("intermediate_size", 1) else 4 * d,
+        num_key_value_heads=heads,
+        head_dim=d // heads,
+        rope_theta=setting(rope, "rope_theta", text.rope_theta),
+        rotary_dim=rotary,
+        lora_alpha=_number(source, "lora_alpha", alpha),
+    ), note
 
 
 def _rotary(source: Source, config: Config, head: int) -> tuple[int, str]:
@@ -228,9 +251,9 @@ def _rotary(source: Source, config: Config, head: int) -> tuple[int, str]:
         factor, who = _number(source, "partial_rotary_factor", _ROTARY), "as stated"
     else:
         # transformers assumes 0.5 where its config has no such key.
-        factor, who = config.get("partial_rotary_factor", 0.5), "says config.json"
+        factor, who = setting(config, "partial_rotary_factor", 0.5), "says config.json"
         if "rotary_dim" in config and "partial_rotary_factor" not in config:
-            factor = config["rotary_dim"] / head
+            factor = setting(config, "rotary_dim", 0) / head
         if abs(factor - _ROTARY) > 1 / head:
             raise ValueError(
                 f"config.json: partial_rotary_factor is {factor:g}, but TinyGPT-V's Phi-2 has "
@@ -251,7 +274,7 @@ def _number(source: Source, name: str, default: float) -> float:
         raise ValueError(f"{name} {source.settings[name]!r} is no number") from None
 
 
-def _vision(source: Source, shapes: Shapes, size: int) -> dict[str, Any]:
+def _vision(source: Source, shapes: Shapes, size: int) -> EvaTower:
     width, channels, patch, _ = _shape(shapes, "vision.embeddings.patch_embedding.weight", 4)
     _, positions, _ = _shape(shapes, "vision.embeddings.position_embedding", 3)
     mlp, _ = _shape(shapes, "vision.encoder.layers.0.mlp.fc1.weight", 2)
@@ -267,44 +290,40 @@ def _vision(source: Source, shapes: Shapes, size: int) -> dict[str, Any]:
             f"the tower has patches of {patch} and {positions - 1} positions, which no square of "
             f"{size} pixels can be cut into"
         )
-    return {
-        "kind": "eva",
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": min(_EVA_DEPTH, depth),
-        "num_attention_heads": int(heads),
-        "num_channels": channels,
-        "image_size": size,
-        "patch_size": patch,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "final_norm_eps": 1e-5,  # torch's default, which ln_vision has
-        "class_token": True,
-        "positions": grid,
-        "depth": depth,
-    }
+    return EvaTower(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=min(_EVA_DEPTH, depth),
+        num_attention_heads=int(heads),
+        num_channels=channels,
+        image_size=size,
+        patch_size=patch,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        final_norm_eps=1e-5,  # torch's default, which ln_vision has
+        positions=grid,
+        depth=depth,
+    )
 
 
-def _projector(source: Source, shapes: Shapes, text: Config) -> dict[str, Any]:
+def _projector(source: Source, shapes: Shapes, text: Phi2) -> QFormer:
     _, queries, width = _shape(shapes, "projector.query_tokens", 3)
     layer = "projector.encoder.layer."
     mlp, _ = _shape(shapes, f"{layer}0.intermediate_query.dense.weight", 2)
     _, encoder = _shape(shapes, f"{layer}0.crossattention.attention.key.weight", 2)
     middle, _ = _shape(shapes, "projector.maps.0.weight", 2)
     bert: Config = next((c for c in source.files.values() if c.get("model_type") == "bert"), {})
-    return {
-        "kind": "qformer",
-        "in": encoder,
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": _layers(shapes, layer),
-        "num_attention_heads": bert.get("num_attention_heads", width // _QFORMER_HEAD),
-        "cross_attention_frequency": 2,
-        "layer_norm_eps": 1e-12,
-        "hidden_act": "gelu",
-        "queries": queries,
-        "widths": (middle, text["hidden_size"]),
-    }
+    return QFormer(
+        in_features=encoder,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=_layers(shapes, layer),
+        num_attention_heads=setting(bert, "num_attention_heads", width // _QFORMER_HEAD),
+        cross_attention_frequency=2,
+        layer_norm_eps=1e-12,
+        queries=queries,
+        widths=(middle, text.hidden_size),
+    )
 
 
 def _shape(shapes: Shapes, name: str, sides: int) -> tuple[int, ...]:
@@ -317,7 +336,7 @@ def _layers(shapes: Shapes, start: str) -> int:
     return 1 + max(int(n[len(start) :].split(".")[0]) for n in shapes if n.startswith(start))
 
 
-def _notes(source: Source, vision: Config) -> Iterator[str]:
+def _notes(source: Source, vision: EvaTower) -> Iterator[str]:
     """What the pieces left open; raises ValueError for a stage's file without TinyGPT-V's norms."""
     file, names = source.origins[_STAGE], [n for n in source.shapes if n.startswith(f"{_STAGE}/")]
     for norm in ("q_layernorm", "k_layernorm", "post_layernorm"):
@@ -332,11 +351,11 @@ def _notes(source: Source, vision: Config) -> Iterator[str]:
     for part in ("Qformer.bert.encoder", "query_tokens", "ln_vision"):
         own = any(n.startswith(f"{_STAGE}/{part}") for n in names)
         yield f"{part.partition('.')[0]} from {file if own else source.origins[_BLIP2]}"
-    side, stored = vision["image_size"] // vision["patch_size"], vision["positions"]
+    side, stored = vision.grid, vision.positions
     if side != stored:
         yield f"position grid {stored} x {stored} -> {side} x {side}, bicubic"
-    if vision["depth"] > vision["num_hidden_layers"]:
-        yield f"{vision['num_hidden_layers']} of {vision['depth']} blocks of the tower are run"
+    if vision.unread:
+        yield f"{vision.num_hidden_layers} of {vision.depth} blocks of the tower are run"
 
 
 def _prompt(source: Source, arch: str) -> PromptSpec:

@@ -10,8 +10,8 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgevlm.export.parts import Part
 from edgevlm.export.references import Arrays
+from edgevlm.export.tensors import Weights
 
 # transformers leaves its classes without types.
 _hf: Any = transformers
@@ -27,7 +27,7 @@ class Seen(NamedTuple):
     embeddings: Tensor
 
 
-def weights(part: Part) -> dict[str, Tensor]:
+def weights(part: Weights) -> dict[str, Tensor]:
     """A part's tensors in float32, by canonical name."""
     return {name: torch.from_numpy(t.float32().copy()) for name, t in part.items()}
 

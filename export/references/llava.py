@@ -7,7 +7,8 @@ one by one; nothing here uses the modules that were exported.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,19 @@ from PIL import Image
 from torch import Tensor
 
 from edgevlm.export.components import Job
-from edgevlm.export.parts import Part
 from edgevlm.export.references import Arrays, Request, files
 from edgevlm.export.references.adapters import Added
 from edgevlm.export.references.causal import Seen, stages, weights
+from edgevlm.export.tensors import Weights
 from edgevlm.export.vision import quiet
-from edgevlm.family import Config
+from edgevlm.parts import Connector, Decoder, VisionTower
+from edgevlm.parts.clip import ClipTower
+from edgevlm.parts.ldp import Ldp
+from edgevlm.parts.ldpv2 import LdpV2
+from edgevlm.parts.linear import Linear
+from edgevlm.parts.llama import Llama
+from edgevlm.parts.mlp import Mlp
+from edgevlm.parts.phi3 import Phi3
 from edgevlm.templates import IMAGE
 
 # transformers leaves its classes without types.
@@ -74,12 +82,12 @@ class Reference:
             pixels = self._pixels(request.image)
             features = _features(pixels, model.vision, parts["vision"], added)
             projector = _projector(parts["projector"], added)
-            rows = _CONNECTORS[model.projector["kind"]](features, projector)
+            rows = _CONNECTORS[type(model.projector)](features, projector)
             decoder = _decoder(model.text, parts["decoder"], added)
             seen = Seen(pixels, features, rows)
             return stages(seen, decoder, self._pieces(request.prompt), tokens)
 
-    def _added(self) -> tuple[Added | None, Mapping[str, Part]]:
+    def _added(self) -> tuple[Added | None, Mapping[str, Weights]]:
         """The adapter, and the parts as they are without it."""
         if not self._job.adapter:
             return None, self._job.parts
@@ -112,7 +120,7 @@ class Reference:
         for folder in places:
             if files.has_processor(folder):
                 return files.picture_processor(folder, kind)
-        side = self._job.model.vision["image_size"]
+        side = self._job.model.vision.image_size
         return _hf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
 
     def _pieces(self, prompt: str) -> tuple[list[int], list[int]]:
@@ -135,9 +143,9 @@ def _expand2square(picture: Image.Image, background: tuple[int, ...]) -> Image.I
     return square
 
 
-def _features(pixels: Tensor, config: Config, part: Part, added: Added | None) -> Tensor:
-    keys = ("kind", "depth", "class_token")
-    settings = {k: v for k, v in config.items() if k not in keys}
+def _features(pixels: Tensor, config: VisionTower, part: Weights, added: Added | None) -> Tensor:
+    assert isinstance(config, ClipTower)
+    settings = {k: v for k, v in asdict(config).items() if k not in ("depth", "class_token")}
     tower = _hf.CLIPVisionModel(
         _hf.CLIPVisionConfig(**settings, attn_implementation="eager")
     ).eval()
@@ -146,11 +154,11 @@ def _features(pixels: Tensor, config: Config, part: Part, added: Added | None) -
     if added:
         added.attach(tower, "vision.")
     states = tower(pixels, output_hidden_states=True).hidden_states[-1]
-    features: Tensor = states if config["class_token"] else states[:, 1:]
+    features: Tensor = states if config.class_token else states[:, 1:]
     return features
 
 
-def _projector(part: Part, added: Added | None) -> dict[str, Tensor]:
+def _projector(part: Weights, added: Added | None) -> dict[str, Tensor]:
     found = weights(part)
     if added:
         start = "projector."
@@ -163,10 +171,12 @@ def _projector(part: Part, added: Added | None) -> dict[str, Tensor]:
     return found
 
 
-def _decoder(config: Config, part: Part, added: Added | None) -> Any:
-    settings = {k: v for k, v in config.items() if k != "kind"}
-    name = {"llama": "Llama", "phi3": "Phi3"}[config["kind"]]
-    made = getattr(_hf, f"{name}Config")(**settings, pad_token_id=None, attn_implementation="eager")
+def _decoder(config: Decoder, part: Weights, added: Added | None) -> Any:
+    assert isinstance(config, Llama)
+    name = {Llama: "Llama", Phi3: "Phi3"}[type(config)]
+    made = getattr(_hf, f"{name}Config")(
+        **asdict(config), pad_token_id=None, attn_implementation="eager"
+    )
     with torch.device("meta"):
         decoder = getattr(_hf, f"{name}ForCausalLM")(made)
     head = "lm_head.weight"
@@ -174,7 +184,7 @@ def _decoder(config: Config, part: Part, added: Added | None) -> Any:
     for name, tensor in added.whole.items() if added else ():
         if name.startswith("decoder."):
             state[name.removeprefix("decoder.")] = tensor
-    if config["tie_word_embeddings"]:
+    if config.tie_word_embeddings:
         state[head] = state["model.embed_tokens.weight"]
     decoder.load_state_dict(state, strict=True, assign=True)
     decoder.model.rotary_emb = type(decoder.model.rotary_emb)(made)
@@ -235,4 +245,9 @@ def _grid(x: Tensor) -> Tensor:
     return x.permute(0, 2, 1).reshape(x.shape[0], x.shape[2], side, side)
 
 
-_CONNECTORS = {"linear": _linear, "mlp": _mlp, "ldp": _ldp, "ldpv2": _ldpv2}
+_CONNECTORS: dict[type[Connector], Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
+    Linear: _linear,
+    Mlp: _mlp,
+    Ldp: _ldp,
+    LdpV2: _ldpv2,
+}

@@ -20,11 +20,13 @@ from transformers import image_utils
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
 from edgevlm.export.components import Job
-from edgevlm.export.parts import Part
 from edgevlm.export.references import Arrays, Request, files
 from edgevlm.export.references.causal import Seen, stages, weights
+from edgevlm.export.tensors import Weights
 from edgevlm.export.vision import quiet
-from edgevlm.family import Config
+from edgevlm.parts import Connector, Decoder, VisionTower
+from edgevlm.parts.phi2 import Phi2
+from edgevlm.parts.qformer import QFormer
 
 # transformers leaves its classes without types.
 _hf: Any = transformers
@@ -67,7 +69,7 @@ class Reference:
 
 def preprocessed(image: NDArray[np.uint8], job: Job) -> Tensor:
     """torchvision's Resize, ToTensor and Normalize of a PIL image, as the stage's run had them."""
-    side = job.model.vision["image_size"]
+    side = job.model.vision.image_size
     datasets = job.checkpoint.pieces["stage"].said.get("datasets") or {}
     said: Any = next((d["vis_processor"]["train"] for d in datasets.values()), {})
     # transformers exports these without saying so to type checkers.
@@ -79,13 +81,13 @@ def preprocessed(image: NDArray[np.uint8], job: Job) -> Tensor:
     return scaled.sub(mean).div(std)[None]
 
 
-def tower(pixels: Tensor, config: Config, w: dict[str, Tensor]) -> Tensor:
+def tower(pixels: Tensor, config: VisionTower, w: dict[str, Tensor]) -> Tensor:
     """EVA (eva_vit.py), positions fitted to the picture's grid, and ln_vision."""
-    patch, heads = w["embeddings.patch_embedding.weight"], config["num_attention_heads"]
+    patch, heads = w["embeddings.patch_embedding.weight"], config.num_attention_heads
     grid = F.conv2d(pixels, patch, w["embeddings.patch_embedding.bias"], stride=patch.shape[-1])
     x = torch.cat([w["embeddings.class_embedding"], grid.flatten(2).mT], 1)
     x = x + _positions(w["embeddings.position_embedding"], grid.shape[-1])
-    for i in range(config["num_hidden_layers"]):
+    for i in range(config.num_hidden_layers):
         p = f"encoder.layers.{i}."
         y = _norm(x, w, f"{p}layer_norm1", 1e-6)
         qkv = torch.unflatten(_linear(y, w, f"{p}self_attn.qkv"), -1, (3, heads, -1))
@@ -116,15 +118,16 @@ def _norm(x: Tensor, w: dict[str, Tensor], name: str, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
 
 
-def queries(config: Config, w: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def queries(config: Connector, w: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """The Q-Former and the linear maps behind it: features -> the decoder's rows."""
+    assert isinstance(config, QFormer)
     made = _hf.Blip2QFormerConfig(
-        hidden_size=config["hidden_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        intermediate_size=config["intermediate_size"],
-        encoder_hidden_size=config["in"],
-        cross_attention_frequency=config["cross_attention_frequency"],
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        encoder_hidden_size=config.in_features,
+        cross_attention_frequency=config.cross_attention_frequency,
     )
     # transformers leaves its models without types.
     former: Any = Blip2QFormerModel(made)
@@ -135,7 +138,7 @@ def queries(config: Config, w: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     def rows(features: Tensor) -> Tensor:
         learned = w["query_tokens"].expand(len(features), -1, -1)
         out: Tensor = former(query_embeds=learned, encoder_hidden_states=features).last_hidden_state
-        for i in range(len(config["widths"])):
+        for i in range(len(config.widths)):
             out = _linear(out, w, f"maps.{i}")
         return out
 
@@ -154,15 +157,17 @@ class _RmsNorm(torch.nn.Module):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
 
 
-def language_model(config: Config, part: Part) -> Any:
+def language_model(config: Decoder, part: Weights) -> Any:
     """transformers' Phi with the two norms that it lacks."""
+    assert isinstance(config, Phi2)
     state = weights(part)
     after = [
-        state.pop(f"layers.{i}.post_layernorm.weight") for i in range(config["num_hidden_layers"])
+        state.pop(f"layers.{i}.post_layernorm.weight") for i in range(config.num_hidden_layers)
     ]
     made = _hf.PhiConfig(
-        **{key: config[key] for key in _SAME},
-        partial_rotary_factor=(config["rotary_dim"] + 0.5) / config["head_dim"],
+        **{key: getattr(config, key) for key in _SAME},
+        partial_rotary_factor=(config.rotary_dim + 0.5) / config.head_dim,
+        hidden_act="gelu_new",
         qk_layernorm=True,
         attn_implementation="eager",
     )
@@ -172,7 +177,7 @@ def language_model(config: Config, part: Part) -> Any:
     decoder.load_state_dict({names[n]: t for n, t in state.items()}, strict=True, assign=True)
     decoder.model.rotary_emb = type(decoder.model.rotary_emb)(made)
     for layer, weight in zip(decoder.model.layers, after, strict=True):
-        layer.self_attn.dense = _RmsNorm(layer.self_attn.dense, weight, config["rms_norm_eps"])
+        layer.self_attn.dense = _RmsNorm(layer.self_attn.dense, weight, config.rms_norm_eps)
     return decoder.eval()
 
 
@@ -185,7 +190,5 @@ _SAME = (
     "vocab_size",
     "max_position_embeddings",
     "layer_norm_eps",
-    "hidden_act",
     "rope_theta",
-    "tie_word_embeddings",
 )

@@ -1,46 +1,63 @@
-"""Tensors that checkpoints keep fused or apart in another way than the canonical names have them.
-
-One function for each kind of part that has such: canonical names with a checkpoint's own among them
--> canonical names alone. Nothing is read here.
-"""
+"""Phi-2's decoder as a GGUF, TinyGPT-V's with it; the layouts and adapters of its checkpoints."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+
+import numpy as np
+from gguf import GGUFWriter
 
 from edgevlm.errors import SourceError
-from edgevlm.export.computed import adapted, rows, stacked, zeros
-from edgevlm.export.tensors import Tensor
-from edgevlm.family import Config
+from edgevlm.export.computed import adapted, rows, zeros
+from edgevlm.export.parts import Graph
+from edgevlm.export.tensors import Tensor, Weights
+from edgevlm.parts.phi2 import Phi2
 
 Tensors = dict[str, Tensor]
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _QKV = ("q_proj", "k_proj", "v_proj")
+# Norms that llama.cpp's graph lacks, kept in the metadata for the runtime; an unknown tensor
+# llama.cpp would refuse.
+_EXTRA_NORMS = {
+    "attn_q_norm.weight": "self_attn.q_layernorm.weight",
+    "attn_q_norm.bias": "self_attn.q_layernorm.bias",
+    "attn_k_norm.weight": "self_attn.k_layernorm.weight",
+    "attn_k_norm.bias": "self_attn.k_layernorm.bias",
+    "post_attention_norm.weight": "post_layernorm.weight",
+}
 
 
-def eva(found: Tensors, _: Config) -> Tensors:
-    """Biases of queries and values, with zeros for the keys' between them."""
-    out = dict(found)
-    for name, q in found.items():
-        if not name.endswith(".q_bias"):
-            continue
-        stem = name.removesuffix("q_bias")
-        if v := found.get(f"{stem}v_bias"):
-            zero = zeros(q, f"{stem}k_bias")
-            out[f"{stem}qkv.bias"] = stacked((q, zero, v), q.name)
-            del out[name], out[f"{stem}v_bias"]
-    return out
+def _metadata(writer: GGUFWriter, config: Phi2, tensors: Weights) -> None:
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_rope_dimension_count(config.rotary_dim)
+    writer.add_vocab_size(config.vocab_size)
+    layers = range(config.num_hidden_layers)
+    for target, name in _EXTRA_NORMS.items() if config.extra_norms else ():
+        values = np.concatenate([tensors[f"layers.{i}.{name}"].float32() for i in layers])
+        writer.add_array(f"tinygptv.{target}", values.tolist())
 
 
-def phi2(found: Tensors, config: Config) -> Tensors:
+GRAPH = Graph(
+    layer={
+        "attn_norm": "input_layernorm",
+        "attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attn_output": "self_attn.dense",
+        "ffn_up": "mlp.fc1",
+        "ffn_down": "mlp.fc2",
+    },
+    metadata=_metadata,
+)
+
+
+def canonical(found: Weights, config: Phi2) -> Weights:
     """Queries, keys and values apart, adapters merged, biases that norms were saved without.
 
     transformers 4.36 fuses rows head by head (query_key_value), Microsoft's code kind by kind
     (Wqkv); an adapter has the layout of the matrix that it was trained on.
     """
-    heads, width = config["num_attention_heads"], config["head_dim"]
+    heads, width = config.num_attention_heads, config.head_dim
     axes = {"query_key_value": ((heads, 3, width), 1), "Wqkv": ((3, heads, width), 0)}
     out: Tensors = {}
     adapters: Tensors = {}
@@ -54,9 +71,9 @@ def phi2(found: Tensors, config: Config) -> Tensors:
                     f"{tensor.file}: {tensor.name} and {out[target].name} are the same; remove one"
                 )
             out[target] = apart
-    _check_every_layer(adapters, config["num_hidden_layers"])
+    _check_every_layer(adapters, config.num_hidden_layers)
     _merge(out, adapters, axes, config)
-    if config["extra_norms"]:
+    if config.extra_norms:
         _add_biases(out)
     return out
 
@@ -82,7 +99,7 @@ def _merge(
     out: Tensors,
     adapters: Tensors,
     axes: Mapping[str, tuple[tuple[int, ...], int]],
-    config: Config,
+    config: Phi2,
 ) -> None:
     """Adds every adapter to its matrix, scaled by alpha / rank."""
     for name, down in adapters.items():
@@ -103,7 +120,7 @@ def _merge(
                     f"{down.file}: {down.name} {list(down.shape)} and lora_B {list(up.shape)} are "
                     f"an adapter of another model, the matrix is {list(base.shape)}"
                 )
-            out[target] = adapted(base, down, part, config["lora_alpha"] / down.shape[0])
+            out[target] = adapted(base, down, part, config.lora_alpha / down.shape[0])
 
 
 def _check_every_layer(adapters: Tensors, n_layer: int) -> None:
@@ -124,7 +141,3 @@ def _add_biases(out: Tensors) -> None:
         bias = name.removesuffix("weight") + "bias"
         if name.endswith(("q_layernorm.weight", "k_layernorm.weight")) and bias not in out:
             out[bias] = zeros(weight, bias)
-
-
-# The kinds of parts whose checkpoints need it.
-APART: dict[str, Callable[[Tensors, Config], Tensors]] = {"eva": eva, "phi2": phi2}

@@ -14,28 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.family import Config
+from edgevlm.export.modules import ConnectorModule
+from edgevlm.parts.qformer import QFormer
 
 
-class QFormer(nn.Module):
-    """A stack of post-norm layers over the queries, then linear maps to the decoder's width.
+class QFormerModule(ConnectorModule):
+    """See edgevlm/parts/qformer.py: a stack of post-norm layers over the queries.
 
-    Layers whose number is a multiple of `cross_attention_frequency` attend to the features. The
-    maps have nothing between them, so `loaded` folds them into one.
+    The maps have nothing between them, so `loaded` folds them into one.
     """
 
-    def __init__(self, config: Config) -> None:
+    quantized = True
+
+    def __init__(self, config: QFormer) -> None:
         super().__init__()
-        d, eps = config["hidden_size"], config["layer_norm_eps"]
-        self.query_tokens = nn.Parameter(torch.zeros(1, config["queries"], d))
+        d, eps = config.hidden_size, config.layer_norm_eps
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.queries, d))
         self.layernorm = nn.LayerNorm(d, eps)
-        layers = (_Layer(config, i) for i in range(config["num_hidden_layers"]))
+        layers = (_Layer(config, i) for i in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        widths = pairwise((d, *config["widths"]))
+        widths = pairwise((d, *config.widths))
         self.maps = nn.ModuleList(nn.Linear(columns, rows) for columns, rows in widths)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [n, patches, in] -> rows [n, queries, out]."""
+        """Features [n, patches, in] -> embeddings [n, queries, out]."""
         x = self.layernorm(self.query_tokens).expand(features.shape[0], -1, -1)
         layers: Any = self.encoder["layer"]  # torch's modules by name have no types
         for layer in layers:
@@ -60,12 +62,12 @@ class QFormer(nn.Module):
 
 
 class _Layer(nn.Module):
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(self, config: QFormer, index: int) -> None:
         super().__init__()
-        d, mlp = config["hidden_size"], config["intermediate_size"]
+        d, mlp = config.hidden_size, config.intermediate_size
         self.attention = _Attention(config, d)
-        crosses = index % config["cross_attention_frequency"] == 0
-        self.crossattention = _Attention(config, config["in"]) if crosses else None
+        crosses = index % config.cross_attention_frequency == 0
+        self.crossattention = _Attention(config, config.in_features) if crosses else None
         self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(d, mlp)})
         self.output_query = _Output(config, mlp)
 
@@ -81,10 +83,10 @@ class _Layer(nn.Module):
 class _Attention(nn.Module):
     """Queries attend to `source`; the result is added to them and normed."""
 
-    def __init__(self, config: Config, width: int) -> None:
+    def __init__(self, config: QFormer, width: int) -> None:
         super().__init__()
-        d = config["hidden_size"]
-        self.heads = config["num_attention_heads"]
+        d = config.hidden_size
+        self.heads = config.num_attention_heads
         columns = {"query": d, "key": width, "value": width}
         self.attention = nn.ModuleDict({n: nn.Linear(c, d) for n, c in columns.items()})
         self.output = _Output(config, d)
@@ -105,11 +107,14 @@ class _Attention(nn.Module):
 class _Output(nn.Module):
     """A linear map, added to what it came from and normed."""
 
-    def __init__(self, config: Config, width: int) -> None:
+    def __init__(self, config: QFormer, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, config["hidden_size"])
-        self.LayerNorm = nn.LayerNorm(config["hidden_size"], config["layer_norm_eps"])
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         out: Tensor = self.LayerNorm(self.dense(x) + residual)
         return out
+
+
+build = QFormerModule

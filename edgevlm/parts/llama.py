@@ -1,0 +1,24 @@
+"""LLaMA's and Mistral's decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from edgevlm.parts import LM_HEAD, Decoder, Shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama(Decoder):
+    """A LLaMA or Mistral; its output table is its own unless the config ties it."""
+
+    architecture: ClassVar[str] = "llama"
+
+    tie_word_embeddings: bool = False
+
+    def tensors(self) -> Shapes:
+        """See Part."""
+        shapes = self.gated("input_layernorm", "post_attention_layernorm")
+        if not self.tie_word_embeddings:
+            shapes[LM_HEAD] = (self.vocab_size, self.hidden_size)
+        return shapes

@@ -1,0 +1,29 @@
+"""Phi-3's decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from edgevlm.parts import Shapes
+from edgevlm.parts.llama import Llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phi3(Llama):
+    """A Phi-3: LLaMA's with queries, keys and values in one matrix, gate and up in one."""
+
+    architecture: ClassVar[str] = "phi3"
+
+    def tensors(self) -> Shapes:
+        """See Part."""
+        shapes = super().tensors()
+        for i in range(self.num_hidden_layers):
+            p = f"layers.{i}."
+            for fused, parts in (
+                ("self_attn.qkv_proj", tuple(f"self_attn.{x}_proj" for x in "qkv")),
+                ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+            ):
+                matrices = [shapes.pop(f"{p}{part}.weight") for part in parts]
+                shapes[f"{p}{fused}.weight"] = (sum(m[0] for m in matrices), matrices[0][1])
+        return shapes

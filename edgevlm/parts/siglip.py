@@ -1,0 +1,24 @@
+"""SigLIP's vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgevlm.parts import Shapes, VisionTower, encoder_layer, layer_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiglipTower(VisionTower):
+    """SigLIP without its pooling head: every patch after the last norm."""
+
+    def tensors(self) -> Shapes:
+        """See Part."""
+        d, patch = self.hidden_size, self.patch_size
+        shapes: Shapes = {
+            "embeddings.patch_embedding.weight": (d, self.num_channels, patch, patch),
+            "embeddings.patch_embedding.bias": (d,),
+            "embeddings.position_embedding.weight": (self.grid**2, d),
+        }
+        for i in range(self.num_hidden_layers):
+            shapes |= encoder_layer(f"encoder.layers.{i}.", d, self.intermediate_size)
+        return shapes | layer_norm("post_layernorm", d)

@@ -1,0 +1,72 @@
+"""A room for each kind of part: all that the exporter knows of one, and nothing else does.
+
+The room of a config in edgevlm/parts/NAME.py is NAME.py here, found by the config's type as a
+family is by its name: there is no table to edit.
+
+A tower's or a connector's room has `build(config)`, the torch module that is traced (see
+export/modules.py). It imports torch, so nothing asks for it before a module is built or a layout is
+not the canonical one. Any room may have `canonical(tensors, config)`: the tensors of layouts that
+fuse, split or adapt them, under canonical names and in canonical shapes.
+
+A decoder's room has `GRAPH`, what llama.cpp's graph of its architecture expects of a GGUF.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.export.tensors import Weights
+from edgevlm.parts import Decoder, Part
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+# A layer of Decoder.gated's without what differs, GGUF's names -> canonical ones.
+GATED: Mapping[str, str | tuple[str, ...]] = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What llama.cpp's graph of an architecture expects of a GGUF.
+
+    layer: GGUF's names of a layer's tensors -> the canonical name, or those of matrices that are
+        stacked one below the other.
+    metadata: adds what the architecture has beside what all decoders have; is given the config and
+        the tensors.
+    gain: GGUF name, config -> what a matrix is multiplied by.
+    norm_offset: what is added to the weights of norms.
+    permuted: whether rotary positions turn neighbouring rows of queries and keys, as in Meta's
+        files; transformers' turn rows that lie half a head apart.
+    """
+
+    layer: Mapping[str, str | tuple[str, ...]]
+    metadata: Callable[[GGUFWriter, Any, Weights], None] = lambda *_: None
+    gain: Callable[[str, Any], float] = lambda *_: 1.0
+    norm_offset: float = 0.0
+    permuted: bool = False
+
+
+def graph(config: Decoder) -> Graph:
+    """What llama.cpp's graph expects of a decoder."""
+    found = room(config).GRAPH
+    assert isinstance(found, Graph)
+    return found
+
+
+def room(config: Part) -> ModuleType:
+    """The room of a config's kind."""
+    name = type(config).__module__.removeprefix("edgevlm.parts.")
+    return importlib.import_module(f"edgevlm.export.parts.{name}")
