@@ -252,8 +252,6 @@ def describe(checkpoint: Checkpoint, options: Options | None = None) -> tuple[Fa
         raise SourceError(f"{_path(checkpoint, e.file)}: {e}") from None
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
-    except (TypeError, KeyError, AttributeError, ArithmeticError) as e:
-        raise SourceError(f"{path}: is not a config of a {family.name} ({e!r})") from None
 
 
 def _path(checkpoint: Checkpoint, file: str) -> Path:

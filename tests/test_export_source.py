@@ -222,7 +222,7 @@ def set_key(*path: str, to: Any) -> Callable[[Path], None]:
         (remove_tokenizer, "has no tokenizer.model or tokenizer.json"),
         (config(lambda d: d.pop("model_type") and None), "has no 'model_type'"),
         (set_key("quantization_config", to={"quant_method": "bitsandbytes"}), "(bitsandbytes)"),
-        (set_key("text_config", to=7), "is not a config of a paligemma"),
+        (set_key("text_config", to=7), "text_config is 7, not an object"),
         (set_key("text_config", "hidden_size", to="wide"), "config.json"),
         (set_key("text_config", "num_hidden_layers", to=4), "lacks the tensor"),
         (set_key("text_config", "model_type", to="mamba"), "'mamba' is not one of"),
