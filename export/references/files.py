@@ -6,6 +6,8 @@ Shares nothing with the exporter's reading of the same files, which is compared 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,27 @@ def tokenizer(folder: Path, kind: str = "AutoTokenizer", **options: Any) -> Any:
 
 def token_ids(tokenizer: Any, texts: list[str], plain: bool) -> list[list[int]]:
     """See references.Source."""
-    how = {"add_special_tokens": False, "split_special_tokens": plain}
-    with quiet():
+    how = {"add_special_tokens": False}
+    if tokenizer.is_fast:
+        how["split_special_tokens"] = plain
+    with quiet(), _plain(tokenizer) if plain and not tokenizer.is_fast else nullcontext():
         return [tokenizer(text, **how)["input_ids"] for text in texts]
+
+
+@contextmanager
+def _plain(tokenizer: Any) -> Iterator[None]:
+    """A slow tokenizer that takes only tokens which are not special out of a text.
+
+    Its own `split_special_tokens` takes out none at all.
+    """
+    found = tokenizer.tokens_trie, tokenizer._added_tokens_encoder
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    kept = {text: i for text, i in found[1].items() if text not in special}
+    tokenizer.tokens_trie, tokenizer._added_tokens_encoder = type(found[0])(list(kept)), kept
+    try:
+        yield
+    finally:
+        tokenizer.tokens_trie, tokenizer._added_tokens_encoder = found
 
 
 def _json(path: Path) -> dict[str, Any]:
