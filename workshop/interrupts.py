@@ -146,10 +146,12 @@ def _try(name: str, arguments: list[str], scratch: Path, times: int, rng: random
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             outcome = interrupted(arguments, Path(folder), after_s, number, again_s)
         codes[outcome.code] += 1
+        click.echo(f"\r{name}: {i + 1} of {times}", nl=False, err=True)
         if outcome.faults:
             bad += 1
             signalled = signal.Signals(number).name
             click.echo(f"{name}, {signalled} after {after_s:.3f} s: {'; '.join(outcome.faults)}")
+    click.echo(err=True)
     ended = ", ".join(f"{n} with {code}" for code, n in sorted(codes.items()))
     click.echo(f"{name}: {times} interrupts over {whole.seconds:.1f} s, {bad} with faults; {ended}")
     return bad
