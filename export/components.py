@@ -162,8 +162,7 @@ def _write_vision(job: Job, folder: Path, work: Path) -> dict[str, list[Path]]:
     n_steps = len(job.parts["vision"]) + 1 + len(job.vision)
     stage = Stage(job.report, "vision", n_steps, "tensors")
     config = job.model.vision
-    tower = vision.build(config, job.parts["vision"], stage)
-    vision.trace(tower, (config.num_channels, config.image_size, config.image_size), traced)
+    vision.trace(vision.build(config, job.parts["vision"], stage), config.pixels, traced)
     stage.advance(1)
     pixels = images.calibration(job.model.image, job.calibration)
     return _write_precisions(traced, folder, job.vision, pixels, stage)

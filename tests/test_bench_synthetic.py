@@ -13,10 +13,8 @@ from gguf import GGUFReader
 
 import edgevlm
 from edgevlm.benchmarks.synthetic import make as synthetic
-from edgevlm.benchmarks.synthetic.connectors import write_projector
 from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes
 from edgevlm.benchmarks.synthetic.models import MODELS
-from edgevlm.benchmarks.synthetic.towers import write_encoder
 from edgevlm.benchmarks.synthetic.words import vocabulary
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
@@ -157,8 +155,7 @@ def test_graphs_do_what_exported_ones_do(name, tmp_path):
     exported = export_bundle(source, tmp_path / "out", quant="f16", verify=False)
     options = pipeline.Options("f16", "int8", False, None)
     model = pipeline.prepare(source, options, None).model
-    write_encoder(tmp_path / "vision.onnx", model.vision)
-    write_projector(tmp_path / "projector.onnx", model)
+    synthetic.write_graphs(tmp_path, model)
     for part in ("vision", "projector"):
         assert heavy(tmp_path / f"{part}.onnx") == heavy(exported.path(part))
 

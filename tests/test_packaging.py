@@ -51,7 +51,7 @@ ENGINES = {
     ),
     "torch": ("edgevlm.export", "edgevlm.benchmarks"),
     "transformers": ("edgevlm.export", "edgevlm.benchmarks"),
-    "onnx": ("edgevlm.export", "edgevlm.benchmarks.synthetic.graph"),
+    "onnx": ("edgevlm.export",),
     "optimum": ("edgevlm.export", "edgevlm.benchmarks.peers"),
 }
 

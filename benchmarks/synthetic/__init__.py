@@ -1,4 +1,5 @@
 """Bundles of random weights at the real sizes, to learn a model's speed before downloading it.
 
-They are written directly in quantized form: no checkpoint, no torch. What they answer is noise.
+Exported without a checkpoint: parts are traced with random tensors, the decoder is written in
+quantized form. What they answer is noise.
 """

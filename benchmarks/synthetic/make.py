@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes, write_decoder
 from edgevlm.benchmarks.synthetic.models import MODELS, PREFIX
+from edgevlm.benchmarks.synthetic.tensors import random_part
 from edgevlm.bundle import (
     FORMAT,
     MANIFEST,
@@ -22,9 +24,10 @@ from edgevlm.bundle import (
 )
 from edgevlm.errors import BenchError
 from edgevlm.export.decoder import FILE, embedding_place
+from edgevlm.export.progress import Stage
 from edgevlm.family import Family, Model, Source, by_model_type
 from edgevlm.models import directory
-from edgevlm.parts import Part
+from edgevlm.parts import Connector, VisionTower
 
 # Room for headers and the tokenizer.
 _SPARE_BYTES = 64 << 20
@@ -34,7 +37,7 @@ def synthetic(name: str, quant: str, starts: Callable[[str], None] = lambda _: N
     """The bundle of a name in MODELS at a precision in QUANTS, made if it is not there yet;
     `starts` is told its name before that, since it takes minutes.
 
-    Raises BenchError for another name or precision or a full disk, EngineMissing without onnx.
+    Raises BenchError for another name or precision or a full disk, EngineMissing without torch.
     """
     if name not in MODELS:
         raise BenchError(f"{name!r} cannot be synthesized; choose from {', '.join(MODELS)}")
@@ -61,27 +64,20 @@ def describe(source: Source, name: str) -> tuple[Family, Model]:
 def make(destination: Path, name: str, source: Source, quant: str) -> None:
     """Writes a bundle of random weights in the shapes of a checkpoint.
 
-    Raises BenchError without room on the disk, EngineMissing without onnx.
+    Raises BenchError without room on the disk, EngineMissing without torch and what else exports.
     """
-    from edgevlm.benchmarks.synthetic.connectors import precision, write_projector
-    from edgevlm.benchmarks.synthetic.towers import write_encoder
-
     family, model = describe(source, name)
     _check_disk(destination, model, quant)
     with writing(destination) as folder:
+        graphs = write_graphs(folder, model)
         write_decoder(folder / FILE, name, model, quant)
-        write_encoder(folder / "vision.onnx", model.vision)
-        write_projector(folder / "projector.onnx", model)
+        decoder = Component(quant, (record(folder / FILE),))
         manifest = Manifest(
             format=FORMAT,
             family=family.name,
             name=name,
             license="none: random weights",
-            components={
-                "vision": _component("int8", folder, "vision.onnx"),
-                "projector": _component(precision(model.projector), folder, "projector.onnx"),
-                "decoder": _component(quant, folder, FILE),
-            },
+            components={**graphs, "decoder": decoder},
             image=model.image,
             prompt=model.prompt,
             decoder=model.decoder,
@@ -91,12 +87,45 @@ def make(destination: Path, name: str, source: Source, quant: str) -> None:
         write_manifest(folder, manifest)
 
 
+def write_graphs(folder: Path, model: Model) -> dict[str, Component]:
+    """Writes the tower and the connector with random weights as an export at int8 has them, without
+    its search for nodes that have to stay in float32.
+    """
+    return {
+        "vision": _write_graph(folder / "vision.onnx", model.vision, model.vision.pixels),
+        "projector": _write_graph(
+            folder / "projector.onnx",
+            model.projector,
+            (model.vision.rows, model.projector.in_features),
+        ),
+    }
+
+
+def _write_graph(path: Path, part: VisionTower | Connector, shape: tuple[int, ...]) -> Component:
+    from edgevlm.export import dynamic8, onnx_files, precisions, vision
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        traced, stored = Path(work) / "traced.onnx", Path(work) / "stored.onnx"
+        module = vision.build(part, random_part(part), Stage(None, path.stem, 1, "tensors"))
+        vision.trace(module, shape, traced)
+        quantized = module.quantized
+        del module
+        # With the weights beside the graph, one at a time is in memory from here on.
+        onnx_files.store(traced, stored if quantized else path)
+        onnx_files.remove(traced)
+        if quantized:
+            dynamic8.write(stored, path, precisions.linear_maps(stored))
+    files = tuple(record(file) for file in onnx_files.files(path))
+    return Component("int8" if quantized else "fp32", files)
+
+
 def _check_disk(destination: Path, model: Model, quant: str) -> None:
-    weights: dict[str, Part] = {"vision": model.vision, "projector": model.projector}
-    need = decoder_bytes(model, quant) + _SPARE_BYTES
-    for part, width in (("vision", 1), ("projector", 4)):
-        shapes = weights[part].tensors().values()
-        need += width * sum(math.prod(shape) for shape in shapes)
+    vision, projector = (
+        sum(map(math.prod, part.tensors().values())) for part in (model.vision, model.projector)
+    )
+    # Both graphs are there in float32 first, twice for a moment.
+    making = max(8 * vision, 8 * projector, decoder_bytes(model, quant))
+    need = vision + 4 * projector + making + _SPARE_BYTES
     place = destination.absolute()
     while not place.exists():
         place = place.parent
@@ -106,8 +135,3 @@ def _check_disk(destination: Path, model: Model, quant: str) -> None:
             f"{destination.name} takes {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in "
             f"{place}; make room, or EDGEVLM_HOME names another place"
         )
-
-
-def _component(precision: str, folder: Path, main: str) -> Component:
-    files = [folder / main, folder / f"{main}.data"]
-    return Component(precision, tuple(record(path) for path in files if path.exists()))

@@ -1,7 +1,6 @@
 """Which models can be made: a name, and what a family is told of the published checkpoint.
 
-To add one, add its entry here; its family says the rest. A part of a new kind needs its graph in
-towers.py or connectors.py, too.
+To add one, add its entry here; its family says the rest.
 """
 
 from __future__ import annotations

@@ -51,6 +51,11 @@ class VisionTower(Part):
         return self.image_size // self.patch_size
 
     @property
+    def pixels(self) -> tuple[int, int, int]:
+        """The shape of one picture."""
+        return (self.num_channels, self.image_size, self.image_size)
+
+    @property
     def rows(self) -> int:
         """Rows of features that it makes of one picture."""
         return self.grid**2
