@@ -68,6 +68,11 @@ def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
         texts = {e.text for e in added.values()}
         kind = path.suffix == ".model"
         table = dict(enumerate(_sentencepiece(path, model) if kind else _bpe(path, model, texts)))
+        if sum(token.type == BYTE for token in table.values()) != 256:
+            raise SourceError(
+                f"{path}: lacks pieces for bytes, without which llama.cpp cannot read every text; "
+                "only tokenizers with byte fallback are known"
+            )
     for i, e in added.items():
         _add(table, i, e.text, CONTROL if e.special else USER_DEFINED)
     for i, text in model.markers.items():
@@ -182,7 +187,8 @@ def _sentencepiece(path: Path, model: Model) -> list[Token]:
         raise SourceError(f"{path}: is not a BPE model, the only kind this exporter knows")
     spec = proto.normalizer_spec
     adds_space = bool(spec.add_dummy_prefix)
-    odd = spec.precompiled_charsmap or spec.remove_extra_whitespaces
+    odd = spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.escape_whitespaces
+    odd = odd or proto.trainer_spec.treat_whitespace_as_suffix
     if odd or adds_space != (model.prefix == " "):
         raise SourceError(f"{path}: normalises its text, which llama.cpp cannot do for this model")
     return [Token(p.piece, p.score, p.type) for p in proto.pieces]

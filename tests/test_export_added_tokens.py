@@ -226,6 +226,19 @@ def test_a_control_token_that_merging_would_make_of_a_text(tmp_path: Path):
     assert 2 not in row
 
 
+def test_a_tokenizer_without_bytes_is_refused(tmp_path: Path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    source = write_llava(tmp_path / "source", layers=1)
+    pb2: Any = sentencepiece_model_pb2
+    model = pb2.ModelProto()
+    model.ParseFromString((source / "tokenizer.model").read_bytes())
+    next(p for p in model.pieces if p.piece == "<0xF0>").type = 1
+    (source / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(SourceError, match="lacks pieces for bytes, without which llama.cpp cannot"):
+        prepared(source)
+
+
 def test_pieces_that_no_merge_makes_are_refused(tmp_path: Path):
     """As transformers 5 converts a tokenizer.model without a tokenizer.json beside it."""
     source = write_paligemma(tmp_path / "source", tokenizer="json", layers=1)

@@ -114,6 +114,22 @@ def test_siglip_pixels_are_those_of_transformers(siglip: Path, stated, changes, 
     same_pixels(stated(siglip, changes, file), image(siglip))
 
 
+def test_a_fast_processor_with_all_that_it_writes(siglip: Path, stated):
+    more = ("crop_size", "device", "disable_grouping", "do_center_crop", "do_pad", "pad_size")
+    nulls = dict.fromkeys((*more, "input_data_format", "return_tensors"))
+    said = {"data_format": "channels_first", "default_to_square": False, "resample": 2}
+    said["image_processor_type"] = "SiglipImageProcessorFast"
+    same_pixels(stated(siglip, nulls | said), image(siglip))
+
+
+def test_a_bilinear_processor_is_exported_as_one(clip: Path, stated, tmp_path: Path):
+    source = stated(clip, {"resample": 2})
+    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    assert bundle.manifest.image.resample == "bilinear"
+    assert all(stage.ok for stage in bundle.manifest.parity)
+    same_pixels(source, bundle.manifest.image)
+
+
 @pytest.mark.parametrize("kind", ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeature"])
 @pytest.mark.parametrize("changes", [*BOTH, *SIZES], ids=str)
 def test_clip_pixels_are_those_of_transformers(clip: Path, stated, changes, kind: str):

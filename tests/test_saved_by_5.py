@@ -17,7 +17,9 @@ from edgevlm.export.pipeline import Options, prepare
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.saved_by_5 import as_saved_by_5
+from tests.checkpoints.tinygptv import write_tinygptv
 from tests.checkpoints.vocabulary import write_json
+from tests.tinygptv_sources import SMALL
 
 LLAMA3 = {"vocabulary": "llama3", "kv_heads": 2, "text_config": {"rope_theta": 5e5}}
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -31,6 +33,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "llava-llama3": partial(write_llava, layout="hf", **LLAMA3),
     "llava-phi3": partial(write_llava, layout="hf-4.52", vocabulary="phi3"),
     "llava-tied": partial(write_llava, layout="hf", tied=True),
+    "llava-5.0": partial(write_llava, layout="hf-5"),
 }
 STATED = {"image_mean": [0.3, 0.4, 0.5], "resample": 2}
 
@@ -99,6 +102,21 @@ def test_rotary_positions_that_llama_cpp_would_turn_otherwise(rope, says: str, t
     with pytest.raises(SourceError) as raised:
         prepared(config(source, rope_parameters={"rope_type": "default", "rope_theta": 1e4} | rope))
     assert says in str(raised.value)
+
+
+def test_a_phi_of_tinygptv(tmp_path: Path):
+    source = write_tinygptv(tmp_path / "source", layout="split", tokenizer_kind="fast", **SMALL)
+    for name, changes in (
+        ("config.json", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}),
+        ("tokenizer_config.json", {"tokenizer_class": "TokenizersBackend"}),
+    ):
+        path = source / "phi-2" / name
+        found = json.loads(path.read_text())
+        for key in ("rope_theta", "partial_rotary_factor", "rope_scaling", "added_tokens_decoder"):
+            found.pop(key, None)
+        write_json(path, found | changes)
+    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    assert all(stage.ok for stage in bundle.manifest.parity)
 
 
 def test_rotary_positions_stated_twice(tmp_path: Path):

@@ -369,10 +369,15 @@ def _image_token(config: Config) -> int:
     return setting(config, "image_token_index", setting(config, "image_token_id", 32000))
 
 
-# LLaVA's own layout, then transformers' up to 4.51 and from 4.52, then a tower of its own.
+# LLaVA's own layout, transformers' up to 4.51, from 4.52 and from 5.0, a tower of its own.
 _PARTS = (
     (re.compile(r"model\.vision_tower\.vision_tower\.vision_model\.(.+)"), "vision."),
-    (re.compile(r"(?:model\.)?vision_tower\.vision_model\.(.+)"), "vision."),
+    (
+        re.compile(
+            r"(?:model\.)?vision_tower\.(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder)\..+)"
+        ),
+        "vision.",
+    ),
     (re.compile(re.escape(TOWER) + r"vision_model\.(.+)"), "vision."),
     (re.compile(r"model\.mm_projector\.(?:model\.)?(.+\..+)"), "projector."),
     (re.compile(r"model\.mm_projector\.(weight|bias)"), "projector.linear."),
@@ -384,7 +389,7 @@ _PARTS = (
 )
 # CLIP's other half and heads, the last norm (for the class token alone), stored tables.
 _UNUSED = re.compile(
-    r".*vision_model\.(?:post_layernorm\..+|embeddings\.position_ids)"
+    r".*vision_(?:model|tower)\.(?:post_layernorm\..+|embeddings\.position_ids)"
     rf"|{re.escape(TOWER)}(?:text_model\..+|logit_scale|(?:visual|text)_projection\.weight)"
     r"|.+\.rotary_emb\.inv_freq"
 )

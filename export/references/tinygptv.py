@@ -71,7 +71,8 @@ def preprocessed(image: NDArray[np.uint8], job: Job) -> Tensor:
     """torchvision's Resize, ToTensor and Normalize of a PIL image, as the stage's run had them."""
     side = job.model.vision.image_size
     datasets = job.checkpoint.pieces["stage"].said.get("datasets") or {}
-    said: Any = next((d["vis_processor"]["train"] for d in datasets.values()), {})
+    seen = (d["vis_processor"]["train"] for d in datasets.values() if d.get("vis_processor"))
+    said: Any = next(seen, {})
     # transformers exports these without saying so to type checkers.
     usual: Any = image_utils
     mean = torch.tensor(said.get("mean") or usual.OPENAI_CLIP_MEAN)[:, None, None]

@@ -13,7 +13,7 @@ from tests.checkpoints.paligemma import Tensors
 if TYPE_CHECKING:
     from tests.checkpoints.llava import Tiny
 
-# (vision, projector, decoder, lm_head) prefixes: LLaVA's own layout, transformers' two.
+# (vision, projector, decoder, lm_head) prefixes: LLaVA's own layout, transformers' three.
 LAYOUTS = {
     "own": (
         "model.vision_tower.vision_tower.vision_model.",
@@ -29,6 +29,12 @@ LAYOUTS = {
     ),
     "hf-4.52": (
         "model.vision_tower.vision_model.",
+        "model.multi_modal_projector.",
+        "model.language_model.",
+        "lm_head.weight",
+    ),
+    "hf-5": (
+        "model.vision_tower.",
         "model.multi_modal_projector.",
         "model.language_model.",
         "lm_head.weight",
