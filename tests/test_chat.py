@@ -128,7 +128,7 @@ def test_an_output_that_is_gone_is_no_defect(error):
             raise error
 
     with pytest.raises(type(error)):
-        _one_turn(Gone(), "first?", Run(None, False, SamplingOptions(), {}))
+        _one_turn(Gone(), None, "first?", Run(None, False, SamplingOptions(), {}))
 
 
 def test_a_chat_keeps_its_history_without_passwords(chat, tmp_path):

@@ -186,7 +186,7 @@ def test_an_adapter_of_llava_in_transformers_layout(llava: Path, tmp_path: Path)
     own[f"{PREFIX}{table}.lora_embedding_A"] = rng.normal(size=(4, rows)).astype("f4")
     own[f"{PREFIX}{table}.lora_embedding_B"] = rng.normal(size=(width, 4)).astype("f4")
     write_state(adapter / "adapter_model.safetensors", own, "float32")
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     config["target_modules"].append("embed_tokens")
     write_json(adapter / "adapter_config.json", config)
     bundle = exported(llava, tmp_path / "out", adapter=adapter)
@@ -267,7 +267,7 @@ def test_the_base_is_found_where_the_adapter_says(base: Path, tmp_path: Path, mo
     )
     job = prepared(adapter)
     assert job.name == "vqa" and job.checkpoint.folder == base and job.adapter
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     asked = []
 
     def locate(name: str, report: object = None) -> tuple[Path, str]:
@@ -317,7 +317,7 @@ def test_a_tokenizer_or_processor_of_the_adapters_own(base: Path, tmp_path: Path
     for name in ("tokenizer.model", "tokenizer_config.json", "preprocessor_config.json"):
         shutil.copy(base / name, adapter)
     assert prepared(base, adapter).adapter
-    found = json.loads((adapter / "preprocessor_config.json").read_text())
+    found = json.loads((adapter / "preprocessor_config.json").read_text(encoding="utf-8"))
     (adapter / "preprocessor_config.json").unlink()
     write_json(adapter / "processor_config.json", {"image_processor": found})
     assert prepared(base, adapter).adapter
@@ -325,7 +325,7 @@ def test_a_tokenizer_or_processor_of_the_adapters_own(base: Path, tmp_path: Path
     with pytest.raises(SourceError, match="vqa: has a picture processor that is not its base's"):
         prepared(base, adapter)
     (adapter / "processor_config.json").unlink()
-    config = json.loads((adapter / "tokenizer_config.json").read_text())
+    config = json.loads((adapter / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["added_tokens_decoder"]["2148"] = config["added_tokens_decoder"]["0"] | {
         "content": "<x>"
     }
@@ -430,12 +430,12 @@ def test_one_of_two_uses_of_a_table_is_refused(kind: str, base: Path, tmp_path: 
         own[f"{PREFIX}{table}.lora_embedding_A"] = np.ones((4, rows), np.float32)
         own[f"{PREFIX}{table}.lora_embedding_B"] = np.ones((width, 4), np.float32)
         write_state(adapter / "adapter_model.safetensors", own, "float32")
-        config = json.loads((adapter / "adapter_config.json").read_text())
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         write_json(adapter / "adapter_config.json", config | {"target_modules": None})
     with pytest.raises(SourceError, match="one of the two uses of a table that is input and outpu"):
         prepared(base, adapter)
     if kind == "whole":
-        config = json.loads((adapter / "adapter_config.json").read_text())
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         write_json(adapter / "adapter_config.json", config | {"ensure_weight_tying": True})
         assert "1 tensors taken whole" in prepared(base, adapter).placed.notes[0]
 

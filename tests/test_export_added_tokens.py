@@ -201,7 +201,7 @@ def test_the_sign_for_a_space_may_be_typed(kind: str, tmp_path: Path):
 
 def test_runs_of_spaces_are_spaces_again_in_an_answer(paligemma_bundle: Bundle):
     with edgevlm.load(paligemma_bundle.folder) as vlm:
-        decoder = vlm.parts.decoder
+        decoder = vlm.engines.decoder
         for text in ("a  b", "   ", "\u2581\u2581x\n  y", "def f():\n    return"):
             said = b"".join(map(decoder.piece, decoder.tokenize(text))).decode()
             assert said == text.replace("\u2581", " ")
@@ -281,7 +281,7 @@ def test_a_name_changes_no_token(name: str, tmp_path: Path):
     assert bundle.manifest.name == name and token_checks.is_misread(name)
     with edgevlm.load(bundle.folder) as vlm:
         first = n_pieces() - 1152
-        assert vlm.parts.decoder.tokenize("a<loc0000>  b")[1:3] == [first, 44]
+        assert vlm.engines.decoder.tokenize("a<loc0000>  b")[1:3] == [first, 44]
 
 
 def test_where_spaces_go_is_read_where_the_tokenizer_is(tmp_path: Path):

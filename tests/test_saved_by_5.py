@@ -111,7 +111,7 @@ def test_a_phi_of_tinygptv(tmp_path: Path):
         ("tokenizer_config.json", {"tokenizer_class": "TokenizersBackend"}),
     ):
         path = source / "phi-2" / name
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         for key in ("rope_theta", "partial_rotary_factor", "rope_scaling", "added_tokens_decoder"):
             found.pop(key, None)
         write_json(path, found | changes)

@@ -48,8 +48,8 @@ def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None
     projector = type(model.projector)
     if not isinstance(vision, ClipTower) or projector not in _PROJECTORS:
         raise BenchError(
-            f"llama.cpp's multimodal library has no {type(vision).__name__} with a connector of "
-            f"the kind {projector.__name__}"
+            f"llama.cpp's multimodal library has no {vision.kind} tower with a "
+            f"{model.projector.kind} connector"
         )
     kind, prefix = _PROJECTORS[projector]
     writer = gguf.GGUFWriter(path, "clip")

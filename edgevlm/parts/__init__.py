@@ -21,6 +21,11 @@ LM_HEAD = "lm_head.weight"
 class Part(ABC):
     """A part of a model: its sizes and settings, under transformers' names where it has one."""
 
+    @property
+    def kind(self) -> str:
+        """The name of its file, here and in export/parts/."""
+        return type(self).__module__.rpartition(".")[2]
+
     @abstractmethod
     def tensors(self) -> Shapes:
         """The tensors that it must have: canonical names and shapes."""

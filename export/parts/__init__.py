@@ -68,5 +68,4 @@ def graph(config: Decoder) -> Graph:
 
 def room(config: Part) -> ModuleType:
     """The room of a config's kind."""
-    name = type(config).__module__.removeprefix("edgevlm.parts.")
-    return importlib.import_module(f"edgevlm.export.parts.{name}")
+    return importlib.import_module(f"edgevlm.export.parts.{config.kind}")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,16 +27,18 @@ class LdpV2Module(ConnectorModule):
         """Features [n, h * h, in] -> embeddings [n, 144, out]."""
         grid = to_grid(self.mlp["mlp"](features))
         # A matrix on either side: the same for every h, where pooling operators want h = 12 k.
-        pool = _pooling(grid.shape[-1])
+        pool = torch.from_numpy(_pooling(math.isqrt(features.shape[1])))
         pooled = pool @ grid @ pool.T
         rows: Tensor = (self.peg["peg"](pooled) + pooled).flatten(2).transpose(1, 2)
         return rows
 
 
-def _pooling(side: int) -> Tensor:
-    """Adaptive average pooling of one axis as a matrix [12, side]."""
+def _pooling(side: int) -> npt.NDArray[np.float32]:
+    """Adaptive average pooling of one axis as a matrix float32 [12, side], by numpy: what torch
+    writes into a tensor element by element is traced, element by element.
+    """
     n = LdpV2.POOLED
-    pool = torch.zeros(n, side)
+    pool = np.zeros((n, side), np.float32)
     for i in range(n):
         start, end = i * side // n, -(-(i + 1) * side // n)
         pool[i, start:end] = 1 / (end - start)
