@@ -91,7 +91,7 @@ def _check_start(path: Path, start: bytes) -> None:
             f"{path}: is in the format of torch before 1.6; load it and torch.save it again"
         )
     if not start.startswith(_ZIP):
-        raise SourceError(f"{path}: is no file of torch.save; download it again")
+        raise SourceError(f"{path}: not a torch.save file; download it again")
 
 
 def _record(path: Path, file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, int]:

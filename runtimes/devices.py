@@ -47,6 +47,6 @@ def _check(word: str, known: Collection[str]) -> None:
     provider, _, kind = word.partition(":")
     if word not in KINDS and (provider not in known or kind not in ("", *KINDS[1:])):
         raise EngineMissing(
-            f"there is no device {word!r} for this",
+            f"unknown device {word!r}",
             f"choose {', '.join((*KINDS, *sorted({*known} - {*KINDS})))}",
         )

@@ -351,6 +351,6 @@ def test_a_worker_that_dies_is_an_error_with_its_last_words(picture, monkeypatch
 
 
 def test_a_worker_refuses_a_bad_device_in_one_line(picture):
-    with pytest.raises(BenchError, match="no device 'tpu'"):
+    with pytest.raises(BenchError, match="unknown device 'tpu'"):
         list(runner.child_round(job(picture, folder=str(built_in()), device="tpu")))
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # only the child ignores it

@@ -346,4 +346,4 @@ def test_stats_say_why_a_device_was_passed_over(edge, picture, monkeypatch):
     vlm.devices = edgevlm.Devices(vision, vlm.devices.decoder)
     monkeypatch.setattr(edgevlm, "load", lambda *_, **__: vlm)
     err = edge("ask", "x", "-i", picture, "--stats")[2]
-    assert "vision on webgpu, 3 of 4 nodes, 1 on the CPU\n  not cuda: no driver\n" in err
+    assert "vision on webgpu, 3 of 4 nodes, 1 on the CPU\n  skipped cuda: no driver\n" in err

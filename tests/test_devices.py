@@ -84,7 +84,7 @@ def test_one_word_serves_both_halves(given, expected):
     ],
 )
 def test_words_nobody_knows_are_refused_with_those_that_are(given):
-    with pytest.raises(EngineMissing, match="no device .*; choose auto, cpu, gpu, npu, cuda"):
+    with pytest.raises(EngineMissing, match="unknown device .*; choose auto, cpu, gpu, npu, cuda"):
         devices.split(*given, vision_words={"cuda", "openvino"}, decoder_words={"cuda", "vulkan"})
 
 

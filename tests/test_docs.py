@@ -2,7 +2,12 @@
 
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
+
+import click
+
+from edgevlm.cli import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -12,6 +17,22 @@ def test_the_command_reference_is_in_step():
     assert generate["TARGET"].read_text(encoding="utf-8") == generate["reference"](), (
         "run `make docs`"
     )
+
+
+def test_help_texts_name_the_thing_that_an_option_sets():
+    for option in _options(cli):
+        assert option.help and not re.match(r"(Of|What|Which|How|Where|Whether) ", option.help), (
+            option.name
+        )
+
+
+def _options(command: click.Command) -> Iterator[click.Option]:
+    yield from (p for p in command.params if isinstance(p, click.Option))
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            child = command.get_command(click.Context(command), name)
+            assert child is not None
+            yield from _options(child)
 
 
 def test_links_in_the_documentation_lead_somewhere():

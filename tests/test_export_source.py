@@ -213,7 +213,7 @@ def set_key(*path: str, to: Any) -> Callable[[Path], None]:
         (remove_index, "has weights but no model.safetensors.index.json"),
         (empty_index, "has no 'weight_map'"),
         (forget_in_index, "which model.safetensors.index.json does not know"),
-        (only_pickles, "pytorch_model.bin: is no file of torch.save"),
+        (only_pickles, "pytorch_model.bin: not a torch.save file"),
         (only_others, "model.ckpt: only model.safetensors and pytorch_model.bin are read"),
         (no_weights, "has no model.safetensors and no"),
         (no_config, "has no config.json"),

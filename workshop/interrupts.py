@@ -158,8 +158,8 @@ def _try(name: str, arguments: list[str], scratch: Path, times: int, rng: random
 
 
 @click.command()
-@click.option("--times", default=100, show_default=True, help="Of each command.")
-@click.option("--seed", default=0, show_default=True, help="Of the moments.")
+@click.option("--times", default=100, show_default=True, help="Runs of each command.")
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
 def main(times: int, seed: int) -> None:
     """Interrupts an export and a requantize at random moments; the exit code is 1 after a fault."""
     rng = random.Random(seed)

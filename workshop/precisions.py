@@ -222,7 +222,9 @@ def write(page_file: Path, text: str) -> None:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The page to write.")
-@click.option("--scenes", default=20, show_default=True, help="Of each of two drawing routines.")
+@click.option(
+    "--scenes", default=20, show_default=True, help="Scenes of each of two drawing routines."
+)
 @click.option("--runs", default=1, show_default=True, help="Processes that time each bundle.")
 def main(out: Path, scenes: int, runs: int) -> None:
     """Measure every precision of pico and write the tables of docs/precisions.md."""

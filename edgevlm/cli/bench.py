@@ -62,7 +62,7 @@ def bench() -> None:
     default=("q4_k_m",),
     show_default=True,
     metavar="Q",
-    help="Of synthetic models; repeatable.",
+    help="Precision of synthetic models' decoders; repeatable.",
 )
 @click.option(
     "-i",
@@ -75,7 +75,7 @@ def bench() -> None:
 )
 @click.option("--prompt", metavar="TEXT", help="[default: the model's own for a caption]")
 @click.option(
-    "--tokens", type=click.IntRange(2), metavar="N", help="Of every answer  [default: 32]"
+    "--tokens", type=click.IntRange(2), metavar="N", help="Tokens of every answer  [default: 32]"
 )
 @click.option(
     "--runs",
@@ -97,7 +97,7 @@ def bench() -> None:
     type=click.IntRange(1),
     multiple=True,
     metavar="N",
-    help="Of both engines; repeatable  [default: cores]",
+    help="Threads of both engines; repeatable  [default: cores]",
 )
 @click.option(
     "--out",
@@ -123,7 +123,7 @@ def bench() -> None:
     "--checkpoint",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="What MODEL was exported from, for peers that read no bundle.",
+    help="Checkpoint that MODEL was exported from, for peers that read no bundle.",
 )
 @click.option(
     "--vision-tower",

@@ -32,15 +32,16 @@ _ANSWERING = (
     click.option("--top-p", type=float, metavar="P", help="Draw among the likeliest, up to P."),
     click.option("--min-p", type=float, metavar="P", help="Drop tokens below P x the likeliest."),
     click.option("--repetition-penalty", type=float, metavar="R", help="1 is none."),
-    click.option("--seed", type=int, metavar="N", help="Of the random draw."),
+    click.option("--seed", type=int, metavar="N", help="Random seed."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here; repeatable."),
-    click.option("--threads", type=int, metavar="N", help="Of both engines  [default: cores]"),
+    click.option("--threads", type=int, metavar="N",
+                 help="Threads of both engines  [default: cores]"),
     click.option("--device", default="auto", show_default=True, metavar="DEVICE",
                  help="auto, cpu, gpu, npu or one that `edgevlm doctor` lists."),
-    click.option("--vision-device", metavar="DEVICE", help="Of the encoder alone."),
-    click.option("--decoder-device", metavar="DEVICE", help="Of the decoder alone."),
+    click.option("--vision-device", metavar="DEVICE", help="Device for the vision encoder."),
+    click.option("--decoder-device", metavar="DEVICE", help="Device for the decoder."),
     click.option("--kv", type=click.Choice(["f16", "q8_0"]),
-                 help="What is kept of the positions read; q8_0 halves it  [default: f16]"),
+                 help="Type of the KV cache; q8_0 halves it  [default: f16]"),
     click.option("--stats", is_flag=True, help="Show how long each stage took (stderr)."),
 )  # fmt: skip
 _IMAGE = click.option(
@@ -194,4 +195,4 @@ def print_stats(reply: Reply, devices: Devices) -> None:
     for half, placement in (("vision", devices.vision), ("decoder", devices.decoder)):
         console.print(f"{half} on {placement}", soft_wrap=True)
         for note in placement.notes:
-            console.print(f"  not {note}", style="dim", soft_wrap=True)
+            console.print(f"  skipped {note}", style="dim", soft_wrap=True)

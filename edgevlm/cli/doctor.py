@@ -148,7 +148,7 @@ def _used(model: str | None) -> list[tuple[str, str]]:
         for half, placed in (("vision", vlm.devices.vision), ("decoder", vlm.devices.decoder)):
             precision = f", {placed.precision}" if placed.precision else ""
             rows.append((half, f"{placed}{precision}"))
-            rows += [("", f"not {note}") for note in placed.notes]
+            rows += [("", f"skipped {note}") for note in placed.notes]
     return rows
 
 

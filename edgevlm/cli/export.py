@@ -40,14 +40,14 @@ class _Choices(TypedDict):
     "--quant",
     type=click.Choice(QUANTS),
     metavar="QUANT",
-    help=f"Of the language decoder: {', '.join(QUANTS)}  [default: the target's]",
+    help=f"Precision of the language decoder: {', '.join(QUANTS)}  [default: the target's]",
 )
 @click.option(
     "--vision-precision",
     "vision_precisions",
     type=click.Choice(VISION_PRECISIONS),
     multiple=True,
-    help="Of the vision encoder; repeatable, the main one first  [default: the target's]",
+    help="Precision of the vision encoder; repeatable, the main one first  [default: the target's]",
 )
 @click.option(
     "--verify/--no-verify",
@@ -55,7 +55,7 @@ class _Choices(TypedDict):
     show_default=True,
     help="Compare every stage with the original (needs memory for it in float32).",
 )
-@click.option("--name", metavar="NAME", help="Of the model  [default: the source's]")
+@click.option("--name", metavar="NAME", help="Name of the model  [default: the source's]")
 @click.option(
     "--vision-tower",
     metavar="SOURCE",
@@ -74,7 +74,7 @@ class _Choices(TypedDict):
 @click.option(
     "--image-fit",
     type=click.Choice(["pad", "crop"]),
-    help="How a picture becomes square  [default: as the checkpoint says]",
+    help="Fit of a picture into the square  [default: as the checkpoint says]",
 )
 @click.option(
     "--calibration",
@@ -94,7 +94,7 @@ class _Choices(TypedDict):
     "settings",
     metavar="NAME=VALUE",
     multiple=True,
-    help="What the files leave open or get wrong, such as stage=4.",
+    help="A setting that the files leave open or get wrong, such as stage=4.",
 )
 @click.option(
     "--imatrix/--no-imatrix",

@@ -20,14 +20,14 @@ from edgevlm.models import resolve
     "--quant",
     type=click.Choice(QUANTS),
     metavar="QUANT",
-    help="Of the decoder, as `edgevlm export` has them  [default: as it is]",
+    help="Precision of the decoder, one of `edgevlm export`'s  [default: as it is]",
 )
 @click.option(
     "--vision-precision",
     "vision_precisions",
     type=click.Choice(VISION_PRECISIONS),
     multiple=True,
-    help="Of the vision encoder; repeatable, the main one first  [default: as it is]",
+    help="Precision of the vision encoder; repeatable, the main one first  [default: as it is]",
 )
 @click.option(
     "--verify/--no-verify",
