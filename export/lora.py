@@ -174,7 +174,8 @@ def _half(tensor: Tensor) -> SourceError:
 
 
 def _note(adapter: Adapter, counts: Counter[str]) -> str:
-    done = ", ".join(f"{n} tensors {what}" for what, n in sorted(counts.items())) or "no tensor"
+    kinds = sorted(counts.items())
+    done = ", ".join(f"{n} tensor{'s' * (n > 1)} {what}" for what, n in kinds) or "nothing"
     config = adapter.config
     rank = f" (LoRA of rank {config.get('r', 8)}, alpha {config.get('lora_alpha', 8)})"
     return f"adapter {adapter.folder.resolve().name}{rank if config else ''}: {done}"

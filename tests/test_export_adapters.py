@@ -83,7 +83,7 @@ def test_an_adapter_in_the_checkpoints_own_folder(base: Path, tmp_path: Path):
     write_adapter(source, shapes_of(base), [Q], r=8, lora_alpha=16, target_modules=["q_proj"])
     bundle = exported(source, tmp_path / "out")
     assert all(stage.ok for stage in bundle.manifest.parity)
-    assert bundle.manifest.notes == ("adapter tuned (LoRA of rank 8, alpha 16): 1 tensors merged",)
+    assert bundle.manifest.notes == ("adapter tuned (LoRA of rank 8, alpha 16): 1 tensor merged",)
     files = [record.file for record in bundle.manifest.source]
     assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} <= set(files)
     assert len(files) == len(set(files))
@@ -437,7 +437,7 @@ def test_one_of_two_uses_of_a_table_is_refused(kind: str, base: Path, tmp_path: 
     if kind == "whole":
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         write_json(adapter / "adapter_config.json", config | {"ensure_weight_tying": True})
-        assert "1 tensors taken whole" in prepared(base, adapter).placed.notes[0]
+        assert "1 tensor taken whole" in prepared(base, adapter).placed.notes[0]
 
 
 def test_a_family_that_is_assembled_has_its_adapters_elsewhere(base: Path, tmp_path: Path):

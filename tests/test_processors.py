@@ -139,6 +139,14 @@ def test_clip_pixels_are_those_of_transformers(clip: Path, stated, changes, kind
     same_pixels(stated(clip, changes | named), image(clip))
 
 
+def test_a_llava_with_siglips_processor(clip: Path, stated):
+    """The defaults are those of the class that the file names."""
+    absent = dict.fromkeys(("image_mean", "image_std", "crop_size", "do_center_crop"), "absent")
+    size = {"size": {"height": 48, "width": 48}, "image_processor_type": "SiglipImageProcessor"}
+    same_pixels(stated(clip, absent | size), image(clip))
+    assert image(clip).mean == (0.5, 0.5, 0.5) and image(clip).fit == "stretch"
+
+
 PADDED = [
     {},
     {"do_normalize": False},

@@ -38,6 +38,7 @@ from edgevlm.parts.phi3 import Phi3
 from edgevlm.processors import (
     CLIP,
     LLAVA,
+    SIGLIP,
     Settings,
     check_rows,
     default_settings,
@@ -296,7 +297,7 @@ def _settings(source: Source, own: bool) -> Settings | None:
     LLaVA's own loads CLIPImageProcessor from the tower's folder.
     """
     if not own:
-        return find_settings(source.files, LLAVA, (CLIP, LLAVA))
+        return find_settings(source.files, LLAVA, (CLIP, LLAVA, SIGLIP))
     tower = find_settings(source.files, CLIP, (CLIP,), TOWER)
     return tower or find_settings(source.files, CLIP, (CLIP,))
 
