@@ -472,10 +472,11 @@ def test_a_wrong_merge_is_noticed(
 def test_the_command_line_merges_one(base: Path, tmp_path: Path):
     from click.testing import CliRunner
 
-    from edgevlm.cli.export import export
+    from edgevlm.cli import cli
 
     adapter = write_adapter(tmp_path / "vqa", shapes_of(base), MODULES)
     words = [str(base), str(tmp_path / "out"), "--dry-run", "--adapter", str(adapter)]
-    done = CliRunner().invoke(export, words)
+    # By way of the group, whose names of the help option click keeps with the command.
+    done = CliRunner().invoke(cli, ["export", *words])
     assert done.exit_code == 0, done.output
     assert "- adapter vqa (LoRA of rank 4, alpha 8): 3 tensors merged" in done.output

@@ -280,7 +280,9 @@ def test_all_decoding_runs_on_one_thread(vlm, monkeypatch):
 def test_devices_that_are_not_there_are_named(paligemma_bundle):
     with pytest.raises(EngineMissing, match="'npu' cannot run the vision encoder.*pip install"):
         edgevlm.load(paligemma_bundle.folder, device="npu")
-    with pytest.raises(EngineMissing, match="unknown device 'tpu'.*choose auto, cpu, gpu, npu, coreml"):
+    with pytest.raises(
+        EngineMissing, match="unknown device 'tpu'.*choose auto, cpu, gpu, npu, coreml"
+    ):
         edgevlm.load(paligemma_bundle.folder, device="tpu")
 
 
