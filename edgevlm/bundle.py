@@ -333,7 +333,7 @@ def check_path(folder: Path) -> None:
 
 
 def _is_there(destination: Path) -> bool:
-    """Whether the folder exists; raises BundleError where something else does, or OSError."""
+    """True where the folder exists; raises BundleError where something else does, or OSError."""
     try:
         there = stat.S_ISDIR(destination.stat().st_mode)
         held = sorted(os.listdir(destination)) if there else []

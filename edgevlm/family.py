@@ -247,7 +247,7 @@ _ENDS = ("config.json", "generation_config.json")
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
-    """What a decoder's config says of its rotary positions, where transformers 4 or 5 writes it.
+    """The rotary positions of a decoder's config, where transformers 4 or 5 writes it.
 
     Transformers 5 may say it for every kind of layer; raises ValueError where they differ.
     """

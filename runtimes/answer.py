@@ -90,7 +90,7 @@ class _Draft:
 
     @property
     def broken_off(self) -> bool:
-        """Whether something else than a wish of the caller's has cancelled it."""
+        """True where it was cancelled by something else than the caller."""
         return self._reason == "cancelled" and not self._turn.cancelled.is_set()
 
     @property

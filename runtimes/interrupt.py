@@ -32,7 +32,7 @@ class _Worker:
         self._thread = threading.Thread(target=self._work, name="edgevlm", daemon=True)
 
     def calls_itself(self) -> bool:
-        """Whether the caller is this thread."""
+        """True where the caller is this thread."""
         return threading.current_thread() is self._thread
 
     def submit(self, future: Future[T], call: Callable[[], T]) -> None:

@@ -25,7 +25,7 @@ class Handle:
 
     @property
     def pointer(self) -> Any:
-        """What the native library knows it by; raises ModelClosed once it is freed."""
+        """The native library's own handle; raises ModelClosed once it is freed."""
         if not self._finalizer.alive:
             raise ModelClosed(f"{self._what} is closed; load the model again")
         return self._pointer

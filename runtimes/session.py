@@ -75,7 +75,7 @@ class VLM:
 
     @property
     def settings(self) -> RunSettings:
-        """What the engines really run with."""
+        """Settings that the engines really run with."""
         return self.engines.decoder.settings
 
     def stream(
@@ -273,7 +273,7 @@ class Chat:
 
     @property
     def devices(self) -> Devices:
-        """Where encoder and decoder run."""
+        """Placement of encoder and decoder."""
         return self._vlm.devices
 
     @property

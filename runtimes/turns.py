@@ -55,7 +55,7 @@ class Turns:
 
     @property
     def closed(self) -> bool:
-        """Whether the engines may not be used any more, in this process at least."""
+        """True once the engines may not be used any more, in this process at least."""
         return self._closed or os.getpid() != self._process
 
     def check(self) -> None:

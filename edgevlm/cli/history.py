@@ -1,4 +1,4 @@
-"""What was typed in chats before, kept in the home where that is possible."""
+"""The lines typed in earlier chats, kept in the home where that is possible."""
 
 from __future__ import annotations
 

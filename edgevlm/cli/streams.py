@@ -32,7 +32,7 @@ class _Output(io.FileIO):
 
 
 class _Notes(_Output):
-    """What nobody can read is no reason to end the work: it is dropped."""
+    """An output that drops what cannot be written: notes that nobody reads end no work."""
 
     def _refuse(self, error: OSError, data: Any) -> int:
         return len(data)

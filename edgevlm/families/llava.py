@@ -271,7 +271,7 @@ _CONNECTORS: dict[str, type[Linear | Ldp | LdpV2]] = {
 def _image(
     source: Source, vision: ClipTower, tokens: int, own: bool
 ) -> tuple[ImageSpec, tuple[str, ...]]:
-    """How pictures are read, and a note where no file of the checkpoint says it."""
+    """The picture's spec, and a note where no file of the checkpoint states it."""
     side, ratio = vision.image_size, source.files["config.json"].get("image_aspect_ratio")
     if ratio not in (None, "square", "pad"):
         raise ValueError(f"image_aspect_ratio {ratio!r} is not known; LLaVA-1.5 has pad or square")

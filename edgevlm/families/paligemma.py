@@ -151,7 +151,7 @@ def _text(config: Config) -> Gemma | Gemma2:
 def _image(
     files: Mapping[str, Config], vision: SiglipTower, tokens: int
 ) -> tuple[ImageSpec, tuple[str, ...]]:
-    """How pictures are read, and a note where no file of the checkpoint says it."""
+    """The picture's spec, and a note where no file of the checkpoint states it."""
     side = vision.image_size
     check_rows(files, side, tokens)
     notes: tuple[str, ...] = ()

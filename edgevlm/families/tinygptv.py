@@ -177,7 +177,7 @@ def _run(source: Source) -> Config:
 
 @dataclass(frozen=True)
 class _Train:
-    """How a dataset of the run reads pictures."""
+    """A dataset's picture processor, as the run states it."""
 
     image_size: int
     name: str = _PROCESSORS[0]

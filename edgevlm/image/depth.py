@@ -49,7 +49,7 @@ def eight_bit(picture: Image.Image) -> Image.Image:
 
 
 def _bits(picture: Image.Image, tags: Mapping[int, Any]) -> int:
-    """How many bits the file has for a value; 0 where nothing says it."""
+    """Bits of a value in the file; 0 where nothing says it."""
     if _BITS in tags:
         return int(tags[_BITS][0])
     return 16 if picture.mode != "I" or picture.format in ("PNG", "PPM") else 0
