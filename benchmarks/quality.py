@@ -25,7 +25,7 @@ from edgevlm.benchmarks.scenes.textured_scenes import Scene
 from edgevlm.bundle import Manifest, open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import child
-from edgevlm.export.metrics import divergence
+from edgevlm.export.parity.metrics import divergence
 from edgevlm.models import BUILT_IN
 from edgevlm.prompt import task_prompt
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgevlm.bundle import Bundle, PieceRecord
-from edgevlm.export.quantize import QUANTS, VISION_PRECISIONS
+from edgevlm.export.precisions import QUANTS, VISION_PRECISIONS
 from edgevlm.export.targets import TARGETS
 from edgevlm.specs import DecoderSpec, Fit, ImageSpec, PromptSpec
 from edgevlm.types import Progress

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 
 from edgevlm.bundle import Component, record, writing
 from edgevlm.errors import ExportError
-from edgevlm.export import decoder, images
-from edgevlm.export.adapters import Adapter
-from edgevlm.export.decoder import DecoderSource
-from edgevlm.export.placing import Placed
+from edgevlm.export.checkpoint.adapters import Adapter
+from edgevlm.export.checkpoint.source import Checkpoint
+from edgevlm.export.checkpoint.tensor_map import Placed
+from edgevlm.export.checkpoint.tensors import DTYPES, Weights
+from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary
+from edgevlm.export.gguf import decoder
+from edgevlm.export.gguf.decoder import DecoderSource
+from edgevlm.export.parity import images
+from edgevlm.export.precisions import Quant, VisionPrecision
 from edgevlm.export.progress import Report, Stage
-from edgevlm.export.quantize import Quant, VisionPrecision
-from edgevlm.export.source import Checkpoint
-from edgevlm.export.tensors import DTYPES, Weights
-from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.family import Family, Model
 from edgevlm.specs import Fit
 
@@ -156,13 +157,13 @@ def hashed(
 
 
 def _write_vision(job: Job, folder: Path, work: Path) -> dict[str, list[Path]]:
-    from edgevlm.export import vision
+    from edgevlm.export.onnx import trace
 
     traced = work / "vision.onnx"
     n_steps = len(job.parts["vision"]) + 1 + len(job.vision)
     stage = Stage(job.report, "vision", n_steps, "tensors")
     config = job.model.vision
-    vision.trace(vision.build(config, job.parts["vision"], stage), config.pixels, traced)
+    trace.trace(trace.build(config, job.parts["vision"], stage), config.pixels, traced)
     stage.advance(1)
     pixels = images.calibration(job.model.image, job.calibration)
     return _write_precisions(traced, folder, job.vision, pixels, stage)
@@ -176,13 +177,13 @@ def _write_precisions(
     stage: Stage,
 ) -> dict[str, list[Path]]:
     """A float32 encoder at several precisions, the first as vision.onnx; files by precision."""
-    from edgevlm.export import onnx_files, precisions
+    from edgevlm.export.onnx import quantize, storage
 
     made = {}
     for i, precision in enumerate(wanted):
         target = folder / vision_file(i, precision)
-        precisions.convert(source, target, precision, pixels)
-        made[precision.name] = onnx_files.files(target)
+        quantize.convert(source, target, precision, pixels)
+        made[precision.name] = storage.files(target)
         stage.advance(1)
     return made
 
@@ -194,18 +195,18 @@ def vision_file(i: int, precision: VisionPrecision) -> str:
 
 def _write_projector(job: Job, folder: Path, work: Path) -> tuple[str, list[Path]]:
     """The projector's precision and files."""
-    from edgevlm.export import onnx_files, precisions, vision
+    from edgevlm.export.onnx import quantize, storage, trace
 
     target, traced = folder / "projector.onnx", work / "projector.onnx"
     model, precision = job.model, job.vision[0]
     stage = Stage(job.report, "projector", len(job.parts["projector"]) + 1, "tensors")
-    module = vision.build(model.projector, job.parts["projector"], stage)
-    vision.trace(module, (model.vision.rows, model.projector.in_features), traced)
+    module = trace.build(model.projector, job.parts["projector"], stage)
+    trace.trace(module, (model.vision.rows, model.projector.in_features), traced)
     if module.quantized:
         pixels = images.calibration(model.image, job.calibration)
-        features = onnx_files.run(folder / "vision.onnx", "pixels", pixels)
-        precisions.convert(traced, target, precision, features)
+        features = storage.run(folder / "vision.onnx", "pixels", pixels)
+        quantize.convert(traced, target, precision, features)
     else:
-        onnx_files.store(traced, target)
+        storage.store(traced, target)
     stage.advance(1)
-    return precision.name if module.quantized else "fp32", onnx_files.files(target)
+    return precision.name if module.quantized else "fp32", storage.files(target)

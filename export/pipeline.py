@@ -17,23 +17,11 @@ from edgevlm.bundle import (
     write_manifest,
 )
 from edgevlm.errors import SourceError
-from edgevlm.export import (
-    adapters,
-    added_tokens,
-    components,
-    decoder,
-    hub,
-    images,
-    parity,
-    quantize,
-    requantize,
-)
-from edgevlm.export.adapters import Adapter
-from edgevlm.export.assembly import family_of, read_source
-from edgevlm.export.components import Job, Written
-from edgevlm.export.placing import assign
-from edgevlm.export.progress import Report, Stage
-from edgevlm.export.source import (
+from edgevlm.export import components, precisions, requantize
+from edgevlm.export.checkpoint import adapters, hub
+from edgevlm.export.checkpoint.adapters import Adapter
+from edgevlm.export.checkpoint.assembly import family_of, read_source
+from edgevlm.export.checkpoint.source import (
     CONFIG,
     TOKENIZERS,
     Checkpoint,
@@ -42,7 +30,13 @@ from edgevlm.export.source import (
     read_settings,
     stated_license,
 )
-from edgevlm.export.tokenizer import Vocabulary, read_vocabulary
+from edgevlm.export.checkpoint.tensor_map import assign
+from edgevlm.export.checkpoint.tokenizer import side_files
+from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary, read_vocabulary
+from edgevlm.export.components import Job, Written
+from edgevlm.export.gguf import decoder
+from edgevlm.export.parity import compare, images
+from edgevlm.export.progress import Report, Stage
 from edgevlm.family import TOWER, Family, FileError, Model, Source
 from edgevlm.processors import PROCESSORS
 from edgevlm.specs import AnswerSpec, Fit
@@ -86,10 +80,10 @@ def run(
     # First of all: what cannot be written is refused before anything is read or computed.
     with components.destination(out) as folder:
         job = prepare(source, options, report)
-        verify = options.verify and parity.available()
+        verify = options.verify and compare.available()
         components.check_disk(job, out, folder)
         if verify:
-            parity.check_memory(job)
+            compare.check_memory(job)
         return Bundle(out, _write(job, folder, verify))
 
 
@@ -103,16 +97,16 @@ def _write(job: Job, folder: Path, verify: bool) -> Manifest:
         manifest = requantize.decoder_at(unquantized, folder, job.quant, matrix, job.report)
         write_manifest(folder, manifest)
     if verify:
-        manifest = replace(manifest, parity=parity.verify(job, folder))
+        manifest = replace(manifest, parity=compare.verify(job, folder))
         write_manifest(folder, manifest)
     return manifest
 
 
 def prepare(source: str | os.PathLike[str], options: Options, report: Report | None) -> Job:
     """Everything that can be checked before the first byte is written; raises ExportError."""
-    quant = quantize.quant(options.quant)
-    imatrix = quantize.wants_imatrix(quant, options.imatrix)
-    vision = quantize.vision_precisions(options.vision_precision)
+    quant = precisions.quant(options.quant)
+    imatrix = precisions.wants_imatrix(quant, options.imatrix)
+    vision = precisions.vision_precisions(options.vision_precision)
     calibration = Path(options.calibration) if options.calibration else None
     images.check_folder(calibration)
     folder, name = hub.locate(source, report)
@@ -230,7 +224,7 @@ def _source(checkpoint: Checkpoint, options: Options) -> Source:
         shapes,
         options.template,
         options.fit,
-        added_tokens.describe(checkpoint),
+        side_files.describe(checkpoint),
         options.settings,
         origins,
     )

@@ -1,275 +1,193 @@
-"""A float32 graph with one input -> the same at another precision, where it stays exact enough.
-
-Every precision goes the same way: the noise that it would bring to each node is estimated, the
-noisiest nodes stay in float32, and more of them do until the output is within the precision's
-cosine of float32. What differs is a row of `_SCHEMES`: where the noise is seen and how the graph
-is written. Works on the stored graph alone, so that a bundle can be converted like a checkpoint.
-"""
+"""The precisions that a bundle can have, what they are to each engine, and how exact they are."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
-
-from edgevlm.export import dynamic8, flow, onnx_files
-from edgevlm.export.metrics import distance
-from edgevlm.export.quantize import VisionPrecision, recipe
-
-# The key under which a graph names its nodes that stayed in float32.
-FLOAT_KEY = "edgevlm.float32"
-# Rows of a weight that share a scale in 4 bits: the size of llama.cpp's q4_0. Other sizes were not
-# measured.
-INT4_BLOCK = 32
-_HALF_MAX = 65504.0
-
-Array = NDArray[np.float32]
-Noise = dict[str, float]
-Flows = Mapping[str, flow.Flow]
+from edgevlm.errors import ExportError
 
 
 @dataclass(frozen=True)
-class Graph:
-    """A float32 graph on disk: its linear maps (node -> names of input and weight), the pictures
-    it is tried on, and what flows through it (tensor -> flow).
+class Bounds:
+    """How far logits may lie from the float32 source's.
+
+    `logit` is the largest difference of one, in standard deviations of the source's logits; `kl`
+    the mean divergence of the next token's distribution, in nats.
     """
 
-    path: Path
-    maps: Mapping[str, tuple[str, str]]
-    flows: Flows
-
-
-Write = Callable[[Graph, Path, Collection[str]], None]
+    logit: float
+    kl: float
 
 
 @dataclass(frozen=True)
-class _Scheme:
-    """How a precision is made: whether its noise needs the flow of every node or of the maps'
-    inputs alone, the noise of each node, and the writer that leaves some in float32.
+class Quant:
+    """A decoder precision: llama.cpp's file type, and bits per weight for estimates of size.
+
+    `direct` names the ggml type that is written without llama.cpp's quantizer. `imatrix` is for
+    types that llama.cpp makes with an importance matrix only.
     """
 
-    every_node: bool
-    noise: Callable[[Graph], Noise]
-    write: Write
+    name: str
+    ftype: int
+    bits: float
+    bounds: Bounds
+    direct: str = ""
+    imatrix: bool = False
 
 
-def convert(source: Path, target: Path, precision: VisionPrecision, pixels: Array) -> list[str]:
-    """Writes the float32 graph `source` as `target` at a precision; returns the nodes left in
-    float32.
+@dataclass(frozen=True)
+class VisionPrecision:
+    """A precision of the vision encoder: bits per weight, bounds on what it may change.
 
-    `pixels`, a batch of its input, are what it is calibrated and judged on: pictures for a vision
-    encoder, their features for a projector.
+    `cosine` bounds 1 - cosine of any feature row, `bounds` what that does to the logits.
     """
-    scheme = _SCHEMES.get(precision.name)
-    if scheme is None:
-        onnx_files.store(source, target)
-        return []
-    graph = _look(source, scheme, pixels)
-    name = onnx_files.input_name(source)
-    expected = onnx_files.run(source, name, pixels)
-    kept: list[str] = []
-    for kept in recipe(precision.name).attempts(scheme.noise(graph)):
-        onnx_files.remove(target)
-        with _quiet():
-            scheme.write(graph, target, kept)
-        if distance(onnx_files.run(target, name, pixels), expected) <= precision.cosine:
-            break
-    _note(target, kept)
-    return kept
+
+    name: str
+    bits: float
+    cosine: float
+    bounds: Bounds
 
 
-def _note(path: Path, kept: list[str]) -> None:
-    model = onnx_files.skeleton(path)
-    model.metadata_props.add(key=FLOAT_KEY, value=" ".join(kept))
-    onnx_files.save_skeleton(model, path)
+@dataclass(frozen=True)
+class Recipe:
+    """Which nodes of a tower stay in float32.
 
-
-def linear_maps(path: Path) -> dict[str, tuple[str, str]]:
-    """Node -> (input, weight) of every MatMul that multiplies by a matrix of the file."""
-    graph = onnx_files.skeleton(path).graph
-    weights = {i.name for i in graph.initializer if len(i.dims) == 2}
-    return {
-        n.name: (n.input[0], n.input[1])
-        for n in graph.node
-        if n.op_type == "MatMul" and n.input[1] in weights
-    }
-
-
-def _look(source: Path, scheme: _Scheme, pixels: Array) -> Graph:
-    maps = linear_maps(source)
-    watched = (
-        _outputs(source).values() if scheme.every_node else [given for given, _ in maps.values()]
-    )
-    return Graph(source, maps, flow.measure(source, watched, pixels))
-
-
-def _outputs(path: Path) -> dict[str, str]:
-    """Node -> its output, for every node that computes on float32 values."""
-    model = onnx.shape_inference.infer_shapes(onnx_files.skeleton(path))
-    floats = {
-        v.name for v in model.graph.value_info if v.type.tensor_type.elem_type == TensorProto.FLOAT
-    }
-    return {n.name: n.output[0] for n in model.graph.node if n.output[0] in floats}
-
-
-def _dynamic_noise(graph: Graph) -> Noise:
-    return {n: graph.flows[given].noise(shared=False) for n, (given, _) in graph.maps.items()}
-
-
-def _static_noise(graph: Graph) -> Noise:
-    return {n: graph.flows[given].noise(shared=True) for n, (given, _) in graph.maps.items()}
-
-
-def _half_noise(graph: Graph) -> Noise:
-    """The share of half precision's range that a node's values take: sums must not overflow."""
-    return {n: graph.flows[o].peak / _HALF_MAX for n, o in _outputs(graph.path).items()}
-
-
-def _weight_noise(graph: Graph) -> Noise:
-    """Noise over signal of rounding a map's weights to 16 even steps in every block."""
-    weights = {i.name: i for i in onnx_files.load(graph.path).graph.initializer}
-    noise = {}
-    for name, (_, weight) in graph.maps.items():
-        values = numpy_helper.to_array(weights[weight])
-        rows = len(values) // INT4_BLOCK * INT4_BLOCK
-        blocks = values[:rows].reshape(-1, INT4_BLOCK, values.shape[1])
-        low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
-        step = (high - low).astype(np.float64) / 15
-        noise[name] = float((step**2).mean() / 12 / max(float((values**2).mean()), 1e-30))
-    return noise
-
-
-def _write_half(graph: Graph, target: Path, keep: Collection[str]) -> None:
-    """Weights and arithmetic in float16 between float32 ends.
-
-    A provider without half-precision kernels, as onnxruntime's on x86 processors, widens the
-    weights when it loads and computes in float32; GPUs compute as the graph says.
+    First those whose noise (export/onnx/quantize.py says what that is for each precision) is beyond
+    one of `limits`, which are tried in turn until the features are near enough; then, if none was
+    enough, these `shares` of all nodes, the noisiest.
     """
-    from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = convert_float_to_float16(
-        str(graph.path), keep_io_types=True, node_block_list=sorted(keep)
-    )
-    onnx_files.save(model, target)
+    limits: tuple[float, ...]
+    shares: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 
-
-def _write_dynamic(graph: Graph, target: Path, keep: Collection[str]) -> None:
-    """Weights in 8 bits for each output channel, activations quantized on the fly."""
-    maps = {name: parts for name, parts in graph.maps.items() if name not in keep}
-    dynamic8.write(graph.path, target, maps)
-
-
-def _write_static(graph: Graph, target: Path, keep: Collection[str]) -> None:
-    """Weights in 8 bits for each output channel, symmetric; inputs in 8 bits at fixed ranges.
-
-    QuantizeLinear and DequantizeLinear stand before each linear map, the form that NPU and OpenVINO
-    providers read; what a map makes is not rounded again. Inputs are unsigned with a zero point, as
-    QNN and OpenVINO take them; TensorRT, which takes symmetric ones only, is better served by fp16.
-    """
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
-    ranges = {
-        name: (np.float32(min(f.low.min(), 0)), np.float32(max(f.high.max(), 0)))
-        for name, f in graph.flows.items()
-    }
-    quantizer = QDQQuantizer(
-        onnx_files.load(graph.path),
-        per_channel=True,
-        reduce_range=True,  # as in dynamic8, since processors run this graph, too
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
-        nodes_to_quantize=sorted(graph.maps.keys() - set(keep)),
-        nodes_to_exclude=sorted(keep),
-        op_types_to_quantize=["MatMul"],
-        extra_options={
-            "MatMulConstBOnly": True,
-            "WeightSymmetric": True,
-            "OpTypesToExcludeOutputQuantization": ["MatMul"],
-        },
-    )
-    quantizer.quantize_model()
-    onnx_files.save(quantizer.model.model, target)
+    def attempts(self, noise: Mapping[str, float]) -> Iterator[list[str]]:
+        """The names of the nodes that stay, more every time; each set once."""
+        ranked = sorted(noise, key=lambda name: (-noise[name], name))
+        sizes = [sum(noise[name] > limit for name in ranked) for limit in self.limits]
+        sizes += [math.ceil(share * len(ranked)) for share in self.shares]
+        last = -1
+        for size in sizes:
+            if size > last:
+                last = size
+                yield sorted(ranked[:size])
 
 
-def _write_four_bits(graph: Graph, target: Path, keep: Collection[str]) -> None:
-    """Weights in 4 bits with a scale and zero point for every block of INT4_BLOCK."""
-    with _unconfigured():
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    quantizer = MatMulNBitsQuantizer(
-        str(graph.path),
-        block_size=INT4_BLOCK,
-        is_symmetric=False,
-        # 4: products of 8-bit integers, where the provider has them.
-        accuracy_level=4,
-        nodes_to_exclude=sorted(keep),
-    )
-    quantizer.process()
-    onnx_files.save(quantizer.model.model, target)
-
-
-_SCHEMES = {
-    "fp16": _Scheme(True, _half_noise, _write_half),
-    "int8": _Scheme(False, _dynamic_noise, _write_dynamic),
-    "qdq8": _Scheme(False, _static_noise, _write_static),
-    "int4": _Scheme(False, _weight_noise, _write_four_bits),
+# llama_ftype numbers are llama.h's. The bits of K-quants count the embedding table, which
+# llama.cpp keeps at Q6_K or Q8_0 and which is a large part of a Gemma.
+#
+# The bound of f32 is the promise: 5e-3 on logits with a deviation of 5. The others are about
+# twice the worst of six random tiny models (three of each version, 17 rows of 2,211 logits each).
+# Their small matrices average nothing out and no training made them robust, so that a real
+# model stays far below; a model that is broken has a divergence beyond 20.
+#
+# Left out: tq1_0, tq2_0, q1_0 and q2_0, which are for weights that were trained to three or two
+# values and turn any others into noise; mxfp4, which llama.cpp gives to mixtures of experts alone;
+# nvfp4, which it reads but does not make.
+# The bounds of three and fewer bits are guesses above those of four, not measured as the others.
+_FOUR, _THREE, _TWO = Bounds(6.0, 5.0), Bounds(8.0, 9.0), Bounds(10.0, 16.0)
+_QUANTS = (
+    Quant("f32", 0, 32, Bounds(0.001, 1e-6), "F32"),
+    Quant("f16", 1, 16, Bounds(0.06, 5e-4), "F16"),
+    Quant("bf16", 32, 16, Bounds(0.3, 0.01), "BF16"),
+    Quant("q8_0", 7, 8.5, Bounds(1.0, 0.1)),
+    Quant("q6_k", 18, 6.8, Bounds(3.0, 0.6)),
+    Quant("q5_1", 9, 6.3, Bounds(4.0, 2.5)),
+    Quant("q5_k_m", 17, 6.1, Bounds(4.0, 2.5)),
+    Quant("q5_k_s", 16, 6.0, Bounds(4.0, 2.5)),
+    Quant("q5_0", 8, 6.0, Bounds(4.0, 2.5)),
+    Quant("q4_1", 3, 5.6, _FOUR),
+    Quant("q4_k_m", 15, 5.4, _FOUR),
+    Quant("q4_k_s", 14, 5.3, _FOUR),
+    Quant("q4_0", 2, 5.2, _FOUR),
+    Quant("iq4_nl", 25, 5.2, _FOUR),
+    Quant("iq4_xs", 30, 5.0, _FOUR),
+    Quant("q3_k_l", 13, 5.0, _THREE),
+    Quant("q3_k_m", 12, 4.7, _THREE),
+    Quant("iq3_m", 27, 4.6, _THREE),
+    Quant("q3_k_s", 11, 4.5, _THREE),
+    Quant("iq3_s", 26, 4.5, _THREE),
+    Quant("iq3_xs", 22, 4.3, _THREE, imatrix=True),
+    Quant("iq3_xxs", 23, 4.1, _THREE, imatrix=True),
+    Quant("q2_k", 10, 4.2, _TWO),
+    Quant("q2_k_s", 21, 3.9, _TWO, imatrix=True),
+    Quant("iq2_m", 29, 3.6, _TWO, imatrix=True),
+    Quant("iq2_s", 28, 3.5, _TWO, imatrix=True),
+    Quant("iq2_xs", 20, 3.4, _TWO, imatrix=True),
+    Quant("iq2_xxs", 19, 3.2, _TWO, imatrix=True),
+    Quant("iq1_m", 31, 3.0, _TWO, imatrix=True),
+    Quant("iq1_s", 24, 2.8, _TWO, imatrix=True),
+)
+_VISION = (
+    # torch and onnxruntime add in another order.
+    VisionPrecision("fp32", 32, 1e-6, Bounds(0.0, 0.0)),
+    # Rounds every weight and the pixels. A random tiny model had 1.4e-3 nats together with f16.
+    VisionPrecision("fp16", 16, 1e-5, Bounds(0.12, 2e-3)),
+    # The exporter leaves out of quantization what would go beyond this.
+    VisionPrecision("int8", 8, 0.01, Bounds(2.5, 0.8)),
+    VisionPrecision("qdq8", 8, 0.01, Bounds(2.5, 0.8)),
+    VisionPrecision("int4", 5, 0.05, Bounds(4.0, 2.0)),
+)
+# Which nodes lie beyond a limit is found anew for every checkpoint, from its own activations and
+# weights, and stands in the graph's metadata.
+#
+# 8 bits: noise over signal of the rounded activations. Inputs without outliers lie near 1e-4.
+# fp16: the share of the range. Sums of products pass through values larger than their result.
+# int4: noise over signal of the rounded weights, 6e-3 where they are Gaussian.
+_RECIPES = {
+    "fp16": Recipe((1 / 8, 1 / 64)),
+    "int8": Recipe((1e-3, 3e-4, 1e-4, 5e-5)),
+    "qdq8": Recipe((1e-3, 3e-4, 1e-4, 5e-5)),
+    "int4": Recipe((0.02,)),
 }
+QUANTS = tuple(q.name for q in _QUANTS)
+VISION_PRECISIONS = tuple(v.name for v in _VISION)
 
 
-def widen(model: Any) -> None:
-    """Turns a graph in half precision (_write_half) into float32, in place: what is left of fp16
-    is the rounding of its weights.
+def quant(name: str) -> Quant:
+    """The decoder precision of that name; raises ExportError."""
+    for q in _QUANTS:
+        if q.name == name:
+            return q
+    raise ExportError(f"quant {name!r} is not known; choose from {', '.join(QUANTS)}")
+
+
+def vision_precision(name: str) -> VisionPrecision:
+    """The vision precision of that name; raises ExportError."""
+    for v in _VISION:
+        if v.name == name:
+            return v
+    raise ExportError(
+        f"vision precision {name!r} is not known; choose from {', '.join(VISION_PRECISIONS)}"
+    )
+
+
+def vision_precisions(names: str | Sequence[str]) -> tuple[VisionPrecision, ...]:
+    """The precision of that name, or those of several, the main one first; raises ExportError."""
+    names = [names] if isinstance(names, str) else list(names)
+    if len(set(names)) != len(names) or not names:
+        raise ExportError("name each vision precision once, and at least one")
+    return tuple(vision_precision(name) for name in names)
+
+
+def recipe(precision: str) -> Recipe:
+    """How towers are brought to a precision other than fp32."""
+    return _RECIPES[precision]
+
+
+def wants_imatrix(precision: Quant, asked: bool | None) -> bool:
+    """Whether an importance matrix is made: as asked, and where llama.cpp insists on one.
+
+    Raises ExportError where the two disagree.
     """
-    graph = model.graph
-    for tensor in graph.initializer:
-        _widen_tensor(tensor)
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
-                attribute.i = TensorProto.FLOAT
-            if attribute.HasField("t"):
-                _widen_tensor(attribute.t)
-    del graph.value_info[:]
-
-
-def _widen_tensor(tensor: Any) -> None:
-    if tensor.data_type == TensorProto.FLOAT16:
-        wide = numpy_helper.to_array(tensor).astype(np.float32)
-        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """onnxruntime's quantizers talk through the root logger."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            root.setLevel(level)
-
-
-@contextlib.contextmanager
-def _unconfigured() -> Iterator[None]:
-    """Undoes what a module does to the root logger when it is imported."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
+    if asked and precision.direct:
+        raise ExportError(
+            f"quant {precision.name!r} rounds every weight alike; leave out --imatrix"
+        )
+    if asked is False and precision.imatrix:
+        raise ExportError(
+            f"quant {precision.name!r} is made with an importance matrix only; "
+            "leave out --no-imatrix or choose another quant"
+        )
+    return precision.imatrix if asked is None else asked

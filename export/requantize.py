@@ -23,11 +23,13 @@ from edgevlm.bundle import (
     write_manifest,
 )
 from edgevlm.errors import ExportError
-from edgevlm.export import decoder, images, importance, parity, quantize
+from edgevlm.export import precisions
 from edgevlm.export.components import check_room, hashed, vision_file
-from edgevlm.export.llama import Matrix
+from edgevlm.export.gguf import decoder, importance
+from edgevlm.export.gguf.tools import Matrix
+from edgevlm.export.parity import compare, images
+from edgevlm.export.precisions import Quant, VisionPrecision
 from edgevlm.export.progress import Report, Stage
-from edgevlm.export.quantize import Quant, VisionPrecision
 
 # What can still be quantized, and how such a decoder may be rounded without quantizing it.
 _WHOLE = {"f32": ("f16", "bf16"), "f16": (), "bf16": ()}
@@ -77,7 +79,7 @@ def run(plan: Plan, out: Path, folder: Path, *, verify: bool, report: Report | N
     write_manifest(folder, manifest)
     if verify:
         measured = _compare(plan, folder)
-        parity.check(measured)
+        compare.check(measured)
         manifest = replace(manifest, parity=(*manifest.parity, *measured))
         write_manifest(folder, manifest)
     return Bundle(out, manifest)
@@ -96,13 +98,13 @@ def plan(
     if quant is None and not vision:
         raise ExportError("nothing is to be changed; name --quant or --vision-precision")
     images.check_folder(pictures)
-    wanted = quantize.vision_precisions(vision or source.vision_precisions)
-    made = quantize.quant(quant) if quant else None
+    wanted = precisions.vision_precisions(vision or source.vision_precisions)
+    made = precisions.quant(quant) if quant else None
     if made and made.name == source.manifest.components["decoder"].precision:
         made = None
     if made:
         _check_decoder(source, made)
-    weigh = quantize.wants_imatrix(made, imatrix) if made else False
+    weigh = precisions.wants_imatrix(made, imatrix) if made else False
     return Plan(source, made, wanted, _whole_vision(source, wanted), Weighing(weigh, pictures))
 
 
@@ -130,7 +132,7 @@ def _refused(source: Bundle, part: str, stored: str, wanted: str, option: str) -
 
 def _vision_at(plan: Plan, folder: Path, report: Report | None) -> Manifest:
     """The manifest with the vision encoders of the plan, written into `folder`."""
-    from edgevlm.export import onnx_files
+    from edgevlm.export.onnx import storage
 
     source, manifest = plan.source, plan.source.manifest
     stage = Stage(report, "vision", len(plan.vision), "precisions")
@@ -138,13 +140,13 @@ def _vision_at(plan: Plan, folder: Path, report: Report | None) -> Manifest:
     for i, precision in enumerate(plan.vision):
         target = folder / vision_file(i, precision)
         if precision.name in source.vision_precisions:
-            onnx_files.copy(source.vision(precision.name), target)
+            storage.copy(source.vision(precision.name), target)
             stage.advance(1)
         else:
             new.append((precision, target))
     _convert(plan, folder, new, stage)
     made = {
-        precision.name: onnx_files.files(folder / vision_file(i, precision))
+        precision.name: storage.files(folder / vision_file(i, precision))
         for i, precision in enumerate(plan.vision)
     }
     _copy(source, manifest.components["projector"], folder)
@@ -160,21 +162,21 @@ def _convert(
     plan: Plan, folder: Path, new: Sequence[tuple[VisionPrecision, Path]], stage: Stage
 ) -> None:
     """Makes encoders from the one that is whole."""
-    from edgevlm.export import onnx_files, precisions
+    from edgevlm.export.onnx import quantize, storage
 
     if not new:
         return
     assert plan.whole
     work = folder / "work"
     work.mkdir()
-    model = onnx_files.load(plan.source.vision(plan.whole))
+    model = storage.load(plan.source.vision(plan.whole))
     if plan.whole == "fp16":
-        precisions.widen(model)
-    onnx_files.save(model, work / "vision.onnx")
+        quantize.widen(model)
+    storage.save(model, work / "vision.onnx")
     del model
     pixels = images.calibration(plan.source.manifest.image, plan.weighing.pictures)
     for precision, target in new:
-        precisions.convert(work / "vision.onnx", target, precision, pixels)
+        quantize.convert(work / "vision.onnx", target, precision, pixels)
         stage.advance(1)
     shutil.rmtree(work)
 
@@ -227,14 +229,14 @@ def _compare(plan: Plan, folder: Path) -> list[StageParity]:
     """One answer of the new bundle against the old one's, stage by stage; each metric says so."""
     source = plan.source
     made = open_bundle(folder)
-    asked = (images.scene(), parity.PROMPT, parity.N_TOKENS)
-    ours = parity.probe(folder, *asked)
-    theirs = parity.probe(source.folder, *asked, ours["tokens"])
-    quant = quantize.quant(made.manifest.components["decoder"].precision)
-    stages = parity.answered(quant, plan.vision[0], ours, theirs)
+    asked = (images.scene(), compare.PROMPT, compare.N_TOKENS)
+    ours = compare.probe(folder, *asked)
+    theirs = compare.probe(source.folder, *asked, ours["tokens"])
+    quant = precisions.quant(made.manifest.components["decoder"].precision)
+    stages = compare.answered(quant, plan.vision[0], ours, theirs)
     for v in plan.vision[1:]:
-        rows = parity.rows(made.vision(v.name), made.path("projector"), ours["pixels"])
-        stages += parity.encoded(rows, theirs, v.cosine, f" {v.name}")
+        rows = compare.rows(made.vision(v.name), made.path("projector"), ours["pixels"])
+        stages += compare.encoded(rows, theirs, v.cosine, f" {v.name}")
     parts = source.manifest.components
     against = f"to {parts['vision'].precision} + {parts['decoder'].precision}"
     return [replace(s, metric=f"{s.metric} {against}") for s in stages]

@@ -18,7 +18,8 @@ from edgevlm.benchmarks.synthetic.models import MODELS
 from edgevlm.benchmarks.synthetic.words import vocabulary
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
-from edgevlm.export import export_bundle, llama, pipeline, quantize
+from edgevlm.export import export_bundle, pipeline, precisions
+from edgevlm.export.gguf import tools
 from edgevlm.export.progress import Stage
 from edgevlm.family import TOWER, Source
 from tests.checkpoints.llava import write_llava
@@ -108,13 +109,13 @@ NINE_LAYERS = {
 
 @pytest.mark.parametrize(
     ("name", "quant"),
-    [("own", q) for q in QUANTS if not quantize.quant(q).direct]
+    [("own", q) for q in QUANTS if not precisions.quant(q).direct]
     + [("shared", "q4_k_m"), ("shared", "iq4_xs"), ("fused", "q4_k_m"), ("fused", "q5_k_m")],
 )
 def test_every_tensor_has_the_type_that_llama_cpp_gives_it(name, quant, plain_decoders, tmp_path):
     expected = tmp_path / "expected.gguf"
     stage = Stage(None, "quantize", 1, "B")
-    llama.quantize(plain_decoders[name], expected, quantize.quant(quant).ftype, stage)
+    tools.quantize(plain_decoders[name], expected, precisions.quant(quant).ftype, stage)
     synthetic.make(tmp_path / "made", "synthetic-plain", NINE_LAYERS[name], quant)
     assert types(tmp_path / "made" / "decoder.gguf") == types(expected)
 

@@ -14,10 +14,11 @@ import pytest
 import edgevlm
 from edgevlm.bundle import Bundle
 from edgevlm.errors import ParityError, SourceError
-from edgevlm.export import export_bundle, hub, lora
+from edgevlm.export import export_bundle
+from edgevlm.export.checkpoint import hub, lora
+from edgevlm.export.checkpoint.source import read_tensors
 from edgevlm.export.components import Job
 from edgevlm.export.pipeline import Options, prepare
-from edgevlm.export.source import read_tensors
 from tests.checkpoints.adapters import (
     PREFIX,
     shapes_of,

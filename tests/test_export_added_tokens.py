@@ -15,12 +15,14 @@ from transformers import AddedToken, AutoTokenizer, GemmaTokenizerFast
 import edgevlm
 from edgevlm.bundle import Bundle
 from edgevlm.errors import ParityError, SourceError
-from edgevlm.export import export_bundle, parity, references, token_checks, tokenizer
+from edgevlm.export import export_bundle
+from edgevlm.export.checkpoint.tokenizer import checks, vocabulary
+from edgevlm.export.checkpoint.tokenizer.vocabulary import CONTROL, USER_DEFINED
 from edgevlm.export.components import Job
-from edgevlm.export.corpus import around, corpus
-from edgevlm.export.decoder import DecoderSource, write_gguf
+from edgevlm.export.gguf.decoder import DecoderSource, write_gguf
+from edgevlm.export.parity import compare, references
+from edgevlm.export.parity.corpus import around, corpus
 from edgevlm.export.pipeline import Options, prepare
-from edgevlm.export.tokenizer import CONTROL, USER_DEFINED
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.vocabulary import n_pieces, write_json
@@ -177,12 +179,12 @@ def test_the_comparison_finds_them_too(
     kind: str, tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Were one not refused before, a text made of it would show."""
-    monkeypatch.setattr(tokenizer, "check_attributes", lambda *_, **__: None)
+    monkeypatch.setattr(vocabulary, "check_attributes", lambda *_, **__: None)
     job = prepared(with_tokens(kind, tmp_path / "source", *tokens))
     source = DecoderSource(job.parts["decoder"], job.model.text, job.vocabulary, "x")
     write_gguf(source, tmp_path / "x.gguf", "F16", None)
     with pytest.raises(ParityError) as raised:
-        parity._tokens(job, tmp_path / "x.gguf", references.of(job))
+        compare._tokens(job, tmp_path / "x.gguf", references.of(job))
     assert raised.value.stage == "tokens" and str(tokens[0]) in str(raised.value)
 
 
@@ -278,7 +280,7 @@ def test_a_name_changes_no_token(name: str, tmp_path: Path):
     """llama.cpp gives tokens attributes of its own, or fails, where a model is called so."""
     source = write_paligemma(tmp_path / "source", layers=1)
     bundle = export_bundle(source, tmp_path / "out", quant="f32", verify=False, name=name)
-    assert bundle.manifest.name == name and token_checks.is_misread(name)
+    assert bundle.manifest.name == name and checks.is_misread(name)
     with edgevlm.load(bundle.folder) as vlm:
         first = n_pieces() - 1152
         assert vlm.engines.decoder.tokenize("a<loc0000>  b")[1:3] == [first, 44]

@@ -18,13 +18,14 @@ import pytest
 
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import BundleError, EdgeVLMError, ExportError, ParityError, SourceError
-from edgevlm.export import components, export_bundle, parity, pipeline, quantize
+from edgevlm.export import components, export_bundle, pipeline, precisions
+from edgevlm.export.parity import compare
 from edgevlm.export.pipeline import Options, prepare
 from edgevlm.types import Progress
 from tests.checkpoints.paligemma import write_paligemma
 from tests.test_export_source import with_nan
 
-REFERENCE = "edgevlm.export.references.paligemma.Reference.run"
+REFERENCE = "edgevlm.export.parity.references.paligemma.Reference.run"
 
 
 def quick(source: Path, out: Path | str, **options: Any) -> Bundle:
@@ -64,7 +65,7 @@ def test_several_vision_precisions_are_each_compared(
     for precision in wanted[1:]:
         for part in ("features", "embeddings"):
             found = stages[f"{part} {precision}"]
-            assert found.ok and found.tolerance == quantize.vision_precision(precision).cosine
+            assert found.ok and found.tolerance == precisions.vision_precision(precision).cosine
     assert 0 < stages["features fp16"].worst < stages["features qdq8"].worst
 
 
@@ -90,7 +91,7 @@ def failed(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> list[s
     job = prepare(checkpoint, Options("f32", "fp32", True, None), None)
     ours, source = arrays(), arrays()
     change(ours)
-    return [s.stage for s in parity.compare(job, ours, source) if not s.ok]
+    return [s.stage for s in compare.compare(job, ours, source) if not s.ok]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_another_shape_is_an_error(paligemma_checkpoint: Path) -> None:
 def test_a_bundle_that_is_off_is_not_kept(
     paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "probe", lambda *_: arrays(1))
+    monkeypatch.setattr(compare, "probe", lambda *_: arrays(1))
     monkeypatch.setattr(REFERENCE, lambda *_: arrays())
     with pytest.raises(ParityError, match="pixels differs from the source") as caught:
         quick(paligemma_checkpoint, tmp_path / "out", verify=True)
@@ -145,7 +146,7 @@ def test_a_source_that_transformers_cannot_run(
     def fail(*_: Any) -> None:
         raise TypeError("no such thing\nmore")
 
-    monkeypatch.setattr(parity, "probe", lambda *_: arrays())
+    monkeypatch.setattr(compare, "probe", lambda *_: arrays())
     monkeypatch.setattr(REFERENCE, fail)
     with pytest.raises(ExportError, match=r"cannot run the source \(no such thing\); export"):
         quick(paligemma_checkpoint, tmp_path / "out", verify=True)

@@ -15,11 +15,17 @@ import pytest
 from transformers import AutoTokenizer, CodeGenTokenizerFast, GPT2TokenizerFast
 
 from edgevlm.errors import SourceError
-from edgevlm.export import llama
-from edgevlm.export.corpus import corpus
-from edgevlm.export.decoder import DecoderSource, metadata
-from edgevlm.export.source import Checkpoint, read_json
-from edgevlm.export.tokenizer import CONTROL, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
+from edgevlm.export.checkpoint.source import Checkpoint, read_json
+from edgevlm.export.checkpoint.tokenizer.vocabulary import (
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    Vocabulary,
+    read_vocabulary,
+)
+from edgevlm.export.gguf import tools
+from edgevlm.export.gguf.decoder import DecoderSource, metadata
+from edgevlm.export.parity.corpus import corpus
 from edgevlm.parts.llama import Llama
 from tests.checkpoints import byte_vocabulary
 from tests.checkpoints.phi_vocabulary import END, write_gpt2_tokenizer
@@ -58,7 +64,7 @@ def ids(table: Vocabulary, texts: list[str], path: Path) -> list[list[int]]:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    return llama.tokenize(path, texts)
+    return tools.tokenize(path, texts)
 
 
 def compare(folder: Path, rows: int, tokenizer: Any, scratch: Path) -> Vocabulary:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from edgevlm.errors import ExportError, SourceError
-from edgevlm.export import decoder, quantize
-from edgevlm.export.decoder import DecoderSource, write_decoder
+from edgevlm.export import precisions
+from edgevlm.export.checkpoint.tensors import SourceTensor, writable
+from edgevlm.export.checkpoint.tokenizer.vocabulary import read_vocabulary
+from edgevlm.export.gguf import decoder
+from edgevlm.export.gguf.decoder import DecoderSource, write_decoder
 from edgevlm.export.pipeline import Options, prepare
-from edgevlm.export.tensors import SourceTensor, writable
-from edgevlm.export.tokenizer import read_vocabulary
 from edgevlm.gguf_file import opened
 from tests.checkpoints.paligemma import LAYOUTS, write_paligemma
 from tests.test_export_source import with_nan
@@ -29,7 +30,7 @@ def source(folder: Path) -> DecoderSource:
 
 def write(folder: Path, out: Path, quant: str) -> Path:
     out.mkdir(parents=True, exist_ok=True)
-    return write_decoder(source(folder), out, quantize.quant(quant), None)
+    return write_decoder(source(folder), out, precisions.quant(quant), None)
 
 
 def fields(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edgevlm.errors import SourceError
-from edgevlm.export.hub import locate
+from edgevlm.export.checkpoint.hub import locate
 
 COMMIT = "1" * 40
 REPO = "org/tiny-paligemma"
@@ -116,7 +116,7 @@ def locate_in_child(source: str, endpoint: str, home: Path) -> subprocess.Comple
     code = (
         "import sys\n"
         "from edgevlm.errors import SourceError\n"
-        "from edgevlm.export.hub import locate\n"
+        "from edgevlm.export.checkpoint.hub import locate\n"
         "steps = []\n"
         "try: print(*locate(sys.argv[1], steps.append), steps[-1].done, sep='\\n')\n"
         "except SourceError as e: sys.exit(f'SourceError: {e}')\n"

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from edgevlm.errors import SourceError
-from edgevlm.export.pickles import read_pickle
-from edgevlm.export.source import read_checkpoint
-from edgevlm.export.tensors import SourceTensor
+from edgevlm.export.checkpoint.pickles import read_pickle
+from edgevlm.export.checkpoint.source import read_checkpoint
+from edgevlm.export.checkpoint.tensors import SourceTensor
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.vocabulary import remove_tokenizer, write_json
 
@@ -316,7 +316,7 @@ def test_without_torch_the_message_says_what_to_install(tmp_path: Path) -> None:
         "import sys, pathlib\n"
         "sys.modules['torch'] = None\n"
         "from edgevlm.errors import EngineMissing\n"
-        "from edgevlm.export.source import read_checkpoint\n"
+        "from edgevlm.export.checkpoint.source import read_checkpoint\n"
         "try: read_checkpoint(pathlib.Path(sys.argv[1]), tokenizer=False)\n"
         "except EngineMissing as e: print(e)\n"
     )

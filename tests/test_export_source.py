@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from edgevlm.errors import ExportError, SourceError, UnknownFamily
+from edgevlm.export.checkpoint.source import stated_license
 from edgevlm.export.components import Job
 from edgevlm.export.pipeline import Options, prepare
-from edgevlm.export.source import stated_license
 from tests.checkpoints.paligemma import LAYOUTS, Tensors, write_paligemma
 from tests.checkpoints.vocabulary import remove_tokenizer, write_json
 

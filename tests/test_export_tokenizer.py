@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 
 from edgevlm.errors import SourceError
-from edgevlm.export import llama
-from edgevlm.export.corpus import corpus
-from edgevlm.export.decoder import DecoderSource, write_gguf
+from edgevlm.export.checkpoint.tokenizer.vocabulary import (
+    CONTROL,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    read_vocabulary,
+)
+from edgevlm.export.gguf import tools
+from edgevlm.export.gguf.decoder import DecoderSource, write_gguf
+from edgevlm.export.parity.corpus import corpus
 from edgevlm.export.pipeline import Options, prepare
-from edgevlm.export.tokenizer import CONTROL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.vocabulary import n_pieces, write_json
 
@@ -27,11 +33,11 @@ def ids_of_bundle(folder: Path, gguf: Path) -> list[list[int]]:
     job = prepare(folder, Options("f32", "fp32", False, None), None)
     table = read_vocabulary(job.checkpoint, job.model)
     write_gguf(DecoderSource(job.parts["decoder"], job.model.text, table, "x"), gguf, "F32", None)
-    return llama.tokenize(gguf, corpus())
+    return tools.tokenize(gguf, corpus())
 
 
 def ids_of_transformers(folder: Path) -> list[list[int]]:
-    from edgevlm.export.references import files, paligemma
+    from edgevlm.export.parity.references import files, paligemma
 
     tokenizer = paligemma.load_processor(folder).tokenizer
     return files.token_ids(tokenizer, corpus(), plain=False)
@@ -88,7 +94,7 @@ def test_user_text_never_becomes_a_marker(paligemma_checkpoint: Path, tmp_path: 
     gguf = tmp_path / "x.gguf"
     write_gguf(DecoderSource(job.parts["decoder"], job.model.text, table, "x"), gguf, "F32", None)
     markers = {0, 1, 2, 3, n_pieces()}
-    for ids in llama.tokenize(gguf, ["<image>", "<bos>", "a<eos>b", "<pad><unk>"]):
+    for ids in tools.tokenize(gguf, ["<image>", "<bos>", "a<eos>b", "<pad><unk>"]):
         assert ids and not markers & set(ids)
 
 

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgevlm.errors import EngineMissing, ImageError
-from edgevlm.export import components, dynamic8, flow, images, onnx_files, precisions, quantize
-from edgevlm.export.metrics import distance
+from edgevlm.export import components, precisions
+from edgevlm.export.onnx import dynamic8, flow, quantize, storage
+from edgevlm.export.parity import images
+from edgevlm.export.parity.metrics import distance
 from edgevlm.export.pipeline import Options, prepare
 from tests.checkpoints.paligemma import write_paligemma
 
@@ -61,7 +63,7 @@ class Traced:
 def traced(folder: Path, out: Path) -> Traced:
     vision, _ = write(folder, out, "fp32")
     pixels = pixels_for(folder)
-    return Traced(vision, pixels, onnx_files.run(vision, "pixels", pixels))
+    return Traced(vision, pixels, storage.run(vision, "pixels", pixels))
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +92,10 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Traced:
 
 def convert(tower: Traced, target: Path, precision: str, cosine: float | None = None) -> list[str]:
     """Converts within the precision's own bound or a stricter one; the nodes left in float32."""
-    wanted = quantize.vision_precision(precision)
+    wanted = precisions.vision_precision(precision)
     wanted = replace(wanted, cosine=wanted.cosine if cosine is None else cosine)
-    kept = precisions.convert(tower.path, target, wanted, tower.pixels)
-    found = onnx_files.run(target, "pixels", tower.pixels)
+    kept = quantize.convert(tower.path, target, wanted, tower.pixels)
+    found = storage.run(target, "pixels", tower.pixels)
     assert distance(found, tower.features) <= wanted.cosine
     return kept
 
@@ -111,11 +113,11 @@ def test_features_and_embeddings(tmp_path: Path, options: dict[str, Any], precis
     vision, projector = write(folder, tmp_path / "out", precision)
     pixels = pixels_for(folder)
     features, embeddings = original(folder, pixels)
-    ours = onnx_files.run(vision, "pixels", pixels)
+    ours = storage.run(vision, "pixels", pixels)
     assert ours.shape == features.shape
-    assert distance(ours, features) <= quantize.vision_precision(precision).cosine
+    assert distance(ours, features) <= precisions.vision_precision(precision).cosine
     # The projector itself stays in float32 and carries 1 / sqrt(n_embd), as transformers does.
-    exact = onnx_files.run(projector, "features", features)
+    exact = storage.run(projector, "features", features)
     assert np.abs(exact - embeddings).max() <= 1e-4 * embeddings.std()
 
 
@@ -135,9 +137,9 @@ def test_dynamic_quantization_is_onnxruntimes_to_the_bit(
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     traced: Traced = request.getfixturevalue(kind)
-    maps = precisions.linear_maps(traced.path)
+    maps = quantize.linear_maps(traced.path)
     float32 = sorted(maps)[:kept]
-    with precisions._quiet():
+    with quantize._quiet():
         quantize_dynamic(
             traced.path,
             tmp_path / "theirs.onnx",
@@ -152,7 +154,7 @@ def test_dynamic_quantization_is_onnxruntimes_to_the_bit(
         traced.path, tmp_path / "ours.onnx", {k: v for k, v in maps.items() if k not in float32}
     )
     a, b = (
-        onnx_files.run(tmp_path / n, "pixels", traced.pixels) for n in ("theirs.onnx", "ours.onnx")
+        storage.run(tmp_path / n, "pixels", traced.pixels) for n in ("theirs.onnx", "ours.onnx")
     )
     assert np.array_equal(a, b)
     assert (tmp_path / "ours.onnx").stat().st_size <= (tmp_path / "theirs.onnx").stat().st_size
@@ -191,35 +193,35 @@ def test_large_weights_lie_in_a_file_of_their_own(
 ) -> None:
     plain, split = tmp_path / "plain.onnx", tmp_path / "vision.onnx"
     convert(tower, plain, precision)
-    monkeypatch.setattr(onnx_files, "EXTERNAL_BYTES", 1000)
+    monkeypatch.setattr(storage, "EXTERNAL_BYTES", 1000)
     convert(tower, split, precision)
-    names = [p.name for p in onnx_files.files(split)]
+    names = [p.name for p in storage.files(split)]
     assert names == ["vision.onnx", "vision.onnx.data"]
     assert split.stat().st_size < plain.stat().st_size / 2
-    assert len({p.stat().st_mode for p in onnx_files.files(split)}) == 1
-    inside = [t for t in onnx_files.skeleton(split).graph.initializer if t.data_location == 0]
+    assert len({p.stat().st_mode for p in storage.files(split)}) == 1
+    inside = [t for t in storage.skeleton(split).graph.initializer if t.data_location == 0]
     assert all(np.prod(t.dims) * 4 < 1024 for t in inside)
-    outside = len(onnx_files.skeleton(split).graph.initializer) - len(inside)
+    outside = len(storage.skeleton(split).graph.initializer) - len(inside)
     assert inside and outside
-    a, b = (onnx_files.run(p, "pixels", tower.pixels) for p in (plain, split))
+    a, b = (storage.run(p, "pixels", tower.pixels) for p in (plain, split))
     assert np.array_equal(a, b)
 
 
 def test_a_float32_graph_with_its_weights_beside_it_is_converted_alike(
     tower: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_files, "EXTERNAL_BYTES", 1000)
-    onnx_files.save(onnx_files.load(tower.path), tmp_path / "split.onnx")
+    monkeypatch.setattr(storage, "EXTERNAL_BYTES", 1000)
+    storage.save(storage.load(tower.path), tmp_path / "split.onnx")
     split = replace(tower, path=tmp_path / "split.onnx")
     before = sorted(p.name for p in tmp_path.iterdir())
     assert len(before) == 2
     for precision in ("fp16", "int8", "qdq8", "int4"):
         for source, name in ((tower, "a.onnx"), (split, "b.onnx")):
             convert(source, tmp_path / name, precision)
-        a, b = (onnx_files.run(tmp_path / n, "pixels", tower.pixels) for n in ("a.onnx", "b.onnx"))
+        a, b = (storage.run(tmp_path / n, "pixels", tower.pixels) for n in ("a.onnx", "b.onnx"))
         assert np.array_equal(a, b)
         for name in ("a.onnx", "b.onnx"):
-            onnx_files.remove(tmp_path / name)
+            storage.remove(tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -238,14 +240,14 @@ def test_missing_torch_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -
     import sys
 
     monkeypatch.setitem(sys.modules, "optimum.exporters.onnx", None)
-    monkeypatch.delitem(sys.modules, "edgevlm.export.vision", raising=False)
+    monkeypatch.delitem(sys.modules, "edgevlm.export.onnx.trace", raising=False)
     with pytest.raises(EngineMissing, match=r'pip install "edgevlm\[export\]"'):
-        __import__("edgevlm.export.vision")
+        __import__("edgevlm.export.onnx.trace")
 
 
 def test_every_linear_map_of_the_tower_is_found(paligemma_checkpoint: Path, tmp_path: Path) -> None:
     vision, _ = write(paligemma_checkpoint, tmp_path / "out", "fp32")
-    maps = precisions.linear_maps(vision)
+    maps = quantize.linear_maps(vision)
     # Two layers of four projections and two feed-forward maps; queries, keys and values share
     # their input.
     assert len(maps) == 12 and len({given for given, _ in maps.values()}) == 8
@@ -286,11 +288,11 @@ def test_what_is_noisy_stays_in_float32_and_is_named(
 ) -> None:
     target = tmp_path / "vision.onnx"
     kept = convert(loud, target, precision, cosine)
-    maps = precisions.linear_maps(loud.path)
+    maps = quantize.linear_maps(loud.path)
     assert 0 < len(kept) < len(maps) and set(kept) < maps.keys()
     model = onnx.load(target)
-    assert kept == sorted(precisions.linear_maps(target))
-    (named,) = (p.value for p in model.metadata_props if p.key == precisions.FLOAT_KEY)
+    assert kept == sorted(quantize.linear_maps(target))
+    (named,) = (p.value for p in model.metadata_props if p.key == quantize.FLOAT_KEY)
     assert named.split(" ") == kept
 
 
@@ -304,7 +306,7 @@ def test_what_half_precision_cannot_hold_stays_in_float32(loud: Traced, tmp_path
 
 def test_each_attempt_keeps_more_in_float32() -> None:
     noise = {"a": 1e-5, "b": 4e-4, "c": 2e-3, "d": 1e-5}
-    found = list(quantize.Recipe((1e-3, 9e-4, 1e-4), (0.5, 0.75, 1.0)).attempts(noise))
+    found = list(precisions.Recipe((1e-3, 9e-4, 1e-4), (0.5, 0.75, 1.0)).attempts(noise))
     assert found == [["c"], ["b", "c"], ["a", "b", "c"], ["a", "b", "c", "d"]]
 
 
@@ -332,7 +334,7 @@ def test_four_bits_come_in_blocks(loud: Traced, tmp_path: Path) -> None:
     nodes = [n for n in graph.node if n.op_type == "MatMulNBits"]
     assert len(nodes) == 12
     sizes = {onnx.helper.get_node_attr_value(n, "block_size") for n in nodes}
-    assert sizes == {precisions.INT4_BLOCK}
+    assert sizes == {quantize.INT4_BLOCK}
 
 
 def test_half_precision_has_float32_ends_and_widens_back(tmp_path: Path) -> None:
@@ -344,11 +346,11 @@ def test_half_precision_has_float32_ends_and_widens_back(tmp_path: Path) -> None
     assert kinds == {onnx.TensorProto.FLOAT}
     weights = [i for i in model.graph.initializer if len(i.dims) > 1]
     assert {i.data_type for i in weights} == {onnx.TensorProto.FLOAT16}
-    precisions.widen(model)
-    onnx_files.save(model, tmp_path / "wide.onnx")
+    quantize.widen(model)
+    storage.save(model, tmp_path / "wide.onnx")
     pixels = pixels_for(folder)
     # The weights were halves: nothing is lost, whatever the order of the nodes.
-    a, b = (onnx_files.run(p, "pixels", pixels) for p in (tmp_path / "wide.onnx", float32))
+    a, b = (storage.run(p, "pixels", pixels) for p in (tmp_path / "wide.onnx", float32))
     assert distance(a, b) <= 1e-9
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from edgevlm.bundle import Bundle
 from edgevlm.errors import ExportError
-from edgevlm.export import QUANTS, decoder, export_bundle, importance, quantize, requantize_bundle
-from edgevlm.export.llama import Matrix
+from edgevlm.export import QUANTS, export_bundle, precisions, requantize_bundle
+from edgevlm.export.gguf import decoder, importance
+from edgevlm.export.gguf.tools import Matrix
 from edgevlm.export.pipeline import Options, prepare
 from tests.checkpoints.paligemma import write_paligemma
 
@@ -66,7 +67,7 @@ def test_columns_that_matter_are_kept_nearer(
     errors = {}
     for kind, given in weights.items():
         target = tmp_path / f"{kind}.gguf"
-        decoder.quantize(source, target, quantize.quant("q3_k_s"), None, given)
+        decoder.quantize(source, target, precisions.quant("q3_k_s"), None, given)
         exact, rounded = (values(path, name) for path in (source, target))
         errors[kind] = (np.square(rounded - exact) * matrix[name]).sum()
     assert errors["weighed"] < 0.95 * errors["plain"]
@@ -86,7 +87,7 @@ QUICK = [q for q in QUANTS if not q.startswith("iq") or q in ("iq2_xxs", "iq4_nl
 def test_llama_cpp_makes_the_type(
     quant: str, small: Bundle, small_matrix: Matrix, tmp_path: Path
 ) -> None:
-    wanted = quantize.quant(quant)
+    wanted = precisions.quant(quant)
     given = small_matrix if wanted.imatrix else None
     target = tmp_path / "decoder.gguf"
     decoder.quantize(small.path("decoder"), target, wanted, None, given)
@@ -96,7 +97,7 @@ def test_llama_cpp_makes_the_type(
     assert any(stem.split("_X")[0] in kind for kind in types), types
 
 
-@pytest.mark.parametrize("quant", [q for q in QUANTS if quantize.quant(q).imatrix])
+@pytest.mark.parametrize("quant", [q for q in QUANTS if precisions.quant(q).imatrix])
 def test_types_that_need_a_matrix_are_refused_without_one(
     quant: str, paligemma_checkpoint: Path
 ) -> None:
@@ -108,11 +109,11 @@ def test_types_that_need_a_matrix_are_refused_without_one(
 def test_what_needs_a_matrix_says_so_and_no_more(paligemma_bundle: Bundle, tmp_path: Path) -> None:
     for quant in ("iq3_s", "q2_k"):
         decoder.quantize(
-            paligemma_bundle.path("decoder"), tmp_path / quant, quantize.quant(quant), None
+            paligemma_bundle.path("decoder"), tmp_path / quant, precisions.quant(quant), None
         )
     with pytest.raises(ExportError, match="cannot quantize it"):
         decoder.quantize(
-            paligemma_bundle.path("decoder"), tmp_path / "x", quantize.quant("iq3_xs"), None
+            paligemma_bundle.path("decoder"), tmp_path / "x", precisions.quant("iq3_xs"), None
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 import edgevlm
 from edgevlm.errors import EngineError, PromptError
 from edgevlm.export import export_bundle
-from edgevlm.export.metrics import divergence
+from edgevlm.export.parity.metrics import divergence
 from edgevlm.runtimes.session import VLM
 from tests.checkpoints.paligemma import write_paligemma
 

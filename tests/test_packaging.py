@@ -43,16 +43,16 @@ LAYERS = (
 )
 # Engines belong to one module each; the exporter's own are imported where a checkpoint is read.
 ENGINES = {
-    "onnxruntime": ("edgevlm.runtimes.vision.ort", "edgevlm.export"),
+    "onnxruntime": ("edgevlm.runtimes.vision.ort", "edgevlm.export.onnx"),
     "llama_cpp": (
         "edgevlm.runtimes.llama",
-        "edgevlm.export",
+        "edgevlm.export.gguf",
         "edgevlm.benchmarks.peers",
     ),
     "torch": ("edgevlm.export", "edgevlm.benchmarks"),
     "transformers": ("edgevlm.export", "edgevlm.benchmarks"),
-    "onnx": ("edgevlm.export",),
-    "optimum": ("edgevlm.export", "edgevlm.benchmarks.peers"),
+    "onnx": ("edgevlm.export.onnx",),
+    "optimum": ("edgevlm.export.onnx", "edgevlm.benchmarks.peers"),
 }
 
 

@@ -13,7 +13,8 @@ import pytest
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cli import cli
 from edgevlm.errors import BundleError, ExportError, ParityError
-from edgevlm.export import child, export_bundle, parity, requantize, requantize_bundle
+from edgevlm.export import child, export_bundle, requantize, requantize_bundle
+from edgevlm.export.parity import compare
 from tests.checkpoints.paligemma import write_paligemma
 from tests.test_export_bundle import arrays
 
@@ -74,7 +75,7 @@ def test_a_bundle_that_is_off_is_not_kept(
     paligemma_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([arrays(1), arrays()])
-    monkeypatch.setattr(parity, "probe", lambda *_: next(answers))
+    monkeypatch.setattr(compare, "probe", lambda *_: next(answers))
     with pytest.raises(ParityError, match="features differs from the source"):
         requantize_bundle(paligemma_bundle.folder, tmp_path / "new", quant="q8_0")
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 
 from edgevlm.cli import cli
 from edgevlm.errors import ExportError
-from edgevlm.export import TARGETS, export_bundle, pipeline, quantize
+from edgevlm.export import TARGETS, export_bundle, pipeline, precisions
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[pipeline.Options]:
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_picks_both_halves(asked: list[pipeline.Options], name: str) -> None:
     target = TARGETS[name]
-    assert quantize.quant(target.quant) and quantize.vision_precisions(target.vision)
+    assert precisions.quant(target.quant) and precisions.vision_precisions(target.vision)
     # Every set runs on a plain processor, too.
     assert {"int8", "fp16", "fp32"} & set(target.vision)
     with pytest.raises(ExportError, match="seen enough"):

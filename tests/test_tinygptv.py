@@ -16,9 +16,10 @@ import pytest
 import edgevlm
 from edgevlm import cli
 from edgevlm.bundle import Bundle
-from edgevlm.export import export_bundle, llama
-from edgevlm.export.corpus import corpus
-from edgevlm.export.decoder import DecoderSource, write_gguf
+from edgevlm.export import export_bundle
+from edgevlm.export.gguf import tools
+from edgevlm.export.gguf.decoder import DecoderSource, write_gguf
+from edgevlm.export.parity.corpus import corpus
 from edgevlm.image import preprocess
 from edgevlm.prompt import Exchange, Image, Tokens
 from edgevlm.runtimes.request import input_blocks, prefill, prepare
@@ -183,7 +184,7 @@ def test_token_ids_are_those_of_phis_tokenizer(vocabulary: str, tmp_path: Path):
     # 31 spaces, 9 tabs, the separator, how a prompt of stage 3 ends.
     facts = [" " * 31, "\t" * 9, "###", "a###Assistant: "]
     texts = [*facts, *corpus(), *(q for questions in PROMPTS.values() for q in questions)]
-    ids = llama.tokenize(gguf, texts)
+    ids = tools.tokenize(gguf, texts)
     assert ids == [expected(text)["input_ids"] for text in texts]
     (spaces,), (tabs,), (separator,), _ = ids[:4]
     answer = job.model.answer

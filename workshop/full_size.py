@@ -77,7 +77,7 @@ def measure(arguments: list[str]) -> Measured:
 def _picture(path: Path) -> Path:
     from PIL import Image
 
-    from edgevlm.export.images import scene
+    from edgevlm.export.parity.images import scene
 
     Image.fromarray(scene()).save(path)
     return path

@@ -31,12 +31,12 @@ from edgevlm.export import (
     QUANTS,
     VISION_PRECISIONS,
     export_bundle,
-    importance,
-    quantize,
+    precisions,
     requantize,
     requantize_bundle,
 )
-from edgevlm.export.llama import Matrix
+from edgevlm.export.gguf import importance
+from edgevlm.export.gguf.tools import Matrix
 from edgevlm.machine import usable_cpus
 from edgevlm.models import BUILT_IN
 
@@ -94,7 +94,7 @@ def rows(work: Path, checkpoint: Path = CHECKPOINT) -> Iterator[Row]:
         yield Row("vision", precision, bundle)
     matrix = importance.collect(whole.folder, whole.manifest, None)
     for name in QUANTS[1:]:
-        needed = matrix if quantize.quant(name).imatrix else None
+        needed = matrix if precisions.quant(name).imatrix else None
         yield Row("decoder", name, _decoder_at(whole, work / name, name, needed))
         if name in _WEIGHED:
             weighed = _decoder_at(whole, work / f"{name}-imatrix", name, matrix)
@@ -108,7 +108,7 @@ def _decoder_at(whole: Bundle, folder: Path, name: str, matrix: Matrix | None) -
     for part in ("vision", "projector"):
         for entry in whole.manifest.components[part].files:
             shutil.copyfile(whole.folder / entry.file, folder / entry.file)
-    manifest = requantize.decoder_at(whole, folder, quantize.quant(name), matrix, None)
+    manifest = requantize.decoder_at(whole, folder, precisions.quant(name), matrix, None)
     write_manifest(folder, manifest)
     return Bundle(folder, manifest)
 

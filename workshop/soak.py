@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 import edgevlm
-from edgevlm.export.images import drawn
+from edgevlm.export.parity.images import drawn
 from edgevlm.runtimes.session import VLM
 
 _PROMPTS = ("caption en", "answer en what shape is red?", "ocr")

@@ -11,7 +11,7 @@ from edgevlm.benchmarks.latency.page import to_html
 from edgevlm.benchmarks.latency.report import Report, to_json
 from edgevlm.benchmarks.latency.tables import to_csv, to_markdown
 from edgevlm.errors import BenchError
-from edgevlm.export.images import scene
+from edgevlm.export.parity.images import scene
 
 # A picture of a megapixel, so that decoding and resizing cost what they cost a user.
 _SCALE = 3

@@ -11,8 +11,8 @@ from edgevlm.benchmarks.synthetic.models import MODELS, PREFIX
 from edgevlm.benchmarks.synthetic.tensors import random_part
 from edgevlm.bundle import Bundle
 from edgevlm.errors import EdgeVLMError
-from edgevlm.export.source import CONFIG
-from edgevlm.export.tensors import Weights
+from edgevlm.export.checkpoint.source import CONFIG
+from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.family import Config, Model
 
 _NO_CHECKPOINT = "needs the checkpoint; name it with --checkpoint"

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 
 from edgevlm.errors import BenchError
-from edgevlm.export.tensors import Tensor, Weights, writable
+from edgevlm.export.checkpoint.tensors import Tensor, Weights, writable
 from edgevlm.family import Model
 from edgevlm.parts import Connector
 from edgevlm.parts.clip import ClipTower

@@ -18,9 +18,9 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from edgevlm.export import pipeline
-    from edgevlm.export.references import tinygptv as original
-    from edgevlm.export.references.causal import weights
-    from edgevlm.export.vision import quiet
+    from edgevlm.export.onnx.trace import quiet
+    from edgevlm.export.parity.references import tinygptv as original
+    from edgevlm.export.parity.references.causal import weights
 
     torch.set_num_threads(task["threads"])
     options = pipeline.Options("f16", "fp32", False, None)

@@ -12,10 +12,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from edgevlm.benchmarks.synthetic.tensors import DEVIATION, random_part
 from edgevlm.benchmarks.synthetic.words import vocabulary
-from edgevlm.export import quantize
-from edgevlm.export.decoder import TOKEN_EMBEDDING, DecoderSource, layout, metadata
-from edgevlm.export.tensors import writable
-from edgevlm.export.tokenizer import Vocabulary
+from edgevlm.export import precisions
+from edgevlm.export.checkpoint.tensors import writable
+from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary
+from edgevlm.export.gguf.decoder import TOKEN_EMBEDDING, DecoderSource, layout, metadata
 from edgevlm.family import Model
 from edgevlm.parts import Decoder
 
@@ -72,7 +72,7 @@ def write_decoder(path: Path, name: str, model: Model, quant: str) -> None:
     writer = GGUFWriter(path, source.config.architecture)
     try:
         metadata(writer, source)
-        writer.add_file_type(quantize.quant(quant).ftype)
+        writer.add_file_type(precisions.quant(quant).ftype)
         for tensor, shape, kind in plan:
             size, raw = _bytes(shape, kind), GGMLQuantizationType[kind]
             writer.add_tensor_info(tensor, shape, np.dtype(np.uint16), size, raw_dtype=raw)

@@ -23,7 +23,7 @@ from edgevlm.bundle import (
     writing,
 )
 from edgevlm.errors import BenchError
-from edgevlm.export.decoder import FILE, embedding_place
+from edgevlm.export.gguf.decoder import FILE, embedding_place
 from edgevlm.export.progress import Stage
 from edgevlm.family import Family, Model, Source, by_model_type
 from edgevlm.models import directory
@@ -102,20 +102,20 @@ def write_graphs(folder: Path, model: Model) -> dict[str, Component]:
 
 
 def _write_graph(path: Path, part: VisionTower | Connector, shape: tuple[int, ...]) -> Component:
-    from edgevlm.export import dynamic8, onnx_files, precisions, vision
+    from edgevlm.export.onnx import dynamic8, quantize, storage, trace
 
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         traced, stored = Path(work) / "traced.onnx", Path(work) / "stored.onnx"
-        module = vision.build(part, random_part(part), Stage(None, path.stem, 1, "tensors"))
-        vision.trace(module, shape, traced)
+        module = trace.build(part, random_part(part), Stage(None, path.stem, 1, "tensors"))
+        trace.trace(module, shape, traced)
         quantized = module.quantized
         del module
         # With the weights beside the graph, one at a time is in memory from here on.
-        onnx_files.store(traced, stored if quantized else path)
-        onnx_files.remove(traced)
+        storage.store(traced, stored if quantized else path)
+        storage.remove(traced)
         if quantized:
-            dynamic8.write(stored, path, precisions.linear_maps(stored))
-    files = tuple(record(file) for file in onnx_files.files(path))
+            dynamic8.write(stored, path, quantize.linear_maps(stored))
+    files = tuple(record(file) for file in storage.files(path))
     return Component("int8" if quantized else "fp32", files)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.export.tensors import SourceTensor
+from edgevlm.export.checkpoint.tensors import SourceTensor
 from edgevlm.parts import Part
 
 DEVIATION = 0.02

@@ -8,7 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from edgevlm.export.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, Token, Vocabulary
+from edgevlm.export.checkpoint.tokenizer.vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    Token,
+    Vocabulary,
+)
 from edgevlm.family import Model
 
 _SPACE = "\u2581"

@@ -4,9 +4,9 @@ The room of a config in edgevlm/parts/NAME.py is NAME.py here, found by the conf
 family is by its name: there is no table to edit.
 
 A tower's or a connector's room has `build(config)`, the torch module that is traced (see
-export/modules.py). It imports torch, so nothing asks for it before a module is built or a layout is
-not the canonical one. Any room may have `canonical(tensors, config)`: the tensors of layouts that
-fuse, split or adapt them, under canonical names and in canonical shapes.
+export/onnx/modules.py). It imports torch, so nothing asks for it before a module is built or a
+layout is not the canonical one. Any room may have `canonical(tensors, config)`: the tensors of
+layouts that fuse, split or adapt them, under canonical names and in canonical shapes.
 
 A decoder's room has `GRAPH`, what llama.cpp's graph of its architecture expects of a GGUF.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from edgevlm.export.tensors import Weights
+from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.parts import Decoder, Part
 
 if TYPE_CHECKING:

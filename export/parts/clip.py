@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPVisionTransformer
 
-from edgevlm.export.modules import IndexedTower, transformers_config
+from edgevlm.export.onnx.modules import IndexedTower, transformers_config
 from edgevlm.parts.clip import ClipTower
 
 

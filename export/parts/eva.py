@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import Blip2VisionConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2Encoder, Blip2VisionEmbeddings
 
-from edgevlm.export import tensors
-from edgevlm.export.computed import stacked, zeros
-from edgevlm.export.modules import TowerModule, transformers_config
+from edgevlm.export.checkpoint import tensors
+from edgevlm.export.checkpoint.computed import stacked, zeros
+from edgevlm.export.onnx.modules import TowerModule, transformers_config
 from edgevlm.parts.eva import EvaTower
 
 

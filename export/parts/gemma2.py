@@ -6,9 +6,9 @@ import math
 
 from gguf import GGUFWriter
 
+from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.parts import GATED, Graph
 from edgevlm.export.parts.gemma import NORM_OFFSET
-from edgevlm.export.tensors import Weights
 from edgevlm.parts.gemma2 import Gemma2
 
 # llama.cpp divides by the final cap and would assume 30 without the key. PaliGemma 2 was trained

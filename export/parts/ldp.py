@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.export.modules import ConnectorModule, to_grid
+from edgevlm.export.onnx.modules import ConnectorModule, to_grid
 from edgevlm.parts.ldp import Ldp
 
 

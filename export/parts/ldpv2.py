@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from edgevlm.export.modules import ConnectorModule, to_grid
+from edgevlm.export.onnx.modules import ConnectorModule, to_grid
 from edgevlm.parts.ldpv2 import LdpV2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgevlm.export.modules import ConnectorModule
+from edgevlm.export.onnx.modules import ConnectorModule
 from edgevlm.parts.linear import Linear
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gguf import GGUFWriter
 
+from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.parts import GATED, Graph
-from edgevlm.export.tensors import Weights
 from edgevlm.parts.llama import Llama
 
 

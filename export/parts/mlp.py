@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from edgevlm.export.modules import ConnectorModule
+from edgevlm.export.onnx.modules import ConnectorModule
 from edgevlm.parts.mlp import Mlp
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from gguf import GGUFWriter
 
 from edgevlm.errors import SourceError
-from edgevlm.export.computed import adapted, rows, zeros
+from edgevlm.export.checkpoint.computed import adapted, rows, zeros
+from edgevlm.export.checkpoint.tensors import Tensor, Weights
 from edgevlm.export.parts import Graph
-from edgevlm.export.tensors import Tensor, Weights
 from edgevlm.parts.phi2 import Phi2
 
 Tensors = dict[str, Tensor]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgevlm.export.modules import ConnectorModule
+from edgevlm.export.onnx.modules import ConnectorModule
 from edgevlm.parts.qformer import QFormer
 
 

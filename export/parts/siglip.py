@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipVisionTransformer
 
-from edgevlm.export.modules import IndexedTower, transformers_config
+from edgevlm.export.onnx.modules import IndexedTower, transformers_config
 from edgevlm.parts.siglip import SiglipTower
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.export.source import read_tensors
+from edgevlm.export.checkpoint.source import read_tensors
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import Tensors, write_safetensors
 from tests.checkpoints.vocabulary import write_json

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from edgevlm.export import onnx_files
+from edgevlm.export.onnx import storage
 
 Float64 = NDArray[np.float64]
 
@@ -50,7 +50,7 @@ def measure(path: Path, tensors: Collection[str], pixels: NDArray[np.float32]) -
     Writes a graph of the same weights beside `path` and removes it.
     """
     names = sorted(set(tensors))
-    model = onnx_files.skeleton(path)
+    model = storage.skeleton(path)
     for i, name in enumerate(names):
         low, high, square, power = (f"flow.{i}.{what}" for what in ("low", "high", "sq", "power"))
         model.graph.node.extend(
@@ -67,8 +67,8 @@ def measure(path: Path, tensors: Collection[str], pixels: NDArray[np.float32]) -
         model.graph.output.extend(outputs)
     watched = path.with_name("flow." + path.name)
     try:
-        onnx_files.save_skeleton(model, watched)
-        found = onnx_files.run_each(watched, onnx_files.input_name(path), pixels)
+        storage.save_skeleton(model, watched)
+        found = storage.run_each(watched, storage.input_name(path), pixels)
     finally:
         watched.unlink(missing_ok=True)
     return {

@@ -16,11 +16,11 @@ import numpy as np
 
 from edgevlm.bundle import PieceRecord
 from edgevlm.errors import SourceError
-from edgevlm.export.adapters import Adapter
-from edgevlm.export.lora import merge
+from edgevlm.export.checkpoint.adapters import Adapter
+from edgevlm.export.checkpoint.lora import merge
+from edgevlm.export.checkpoint.source import Checkpoint
+from edgevlm.export.checkpoint.tensors import DTYPES, SourceTensor, Tensor, Weights
 from edgevlm.export.parts import room
-from edgevlm.export.source import Checkpoint
-from edgevlm.export.tensors import DTYPES, SourceTensor, Tensor, Weights
 from edgevlm.family import IGNORED, TOWER, Family, Model
 from edgevlm.parts import EMBED, LM_HEAD, Decoder, Part, Shapes
 

@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm.export import hub
+from edgevlm.export.checkpoint import hub
+from edgevlm.export.checkpoint.source import CONFIG as MODEL_CONFIG
+from edgevlm.export.checkpoint.source import (
+    LAYOUTS,
+    Checkpoint,
+    read_header,
+    read_json,
+    read_tensors,
+)
+from edgevlm.export.checkpoint.tensors import SourceTensor
 from edgevlm.export.progress import Report
-from edgevlm.export.source import CONFIG as MODEL_CONFIG
-from edgevlm.export.source import LAYOUTS, Checkpoint, read_header, read_json, read_tensors
-from edgevlm.export.tensors import SourceTensor
 from edgevlm.family import Config
 
 CONFIG = "adapter_config.json"

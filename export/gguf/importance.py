@@ -14,8 +14,9 @@ import numpy as np
 from edgevlm.bundle import Manifest
 from edgevlm.cleanup import temporary_folder
 from edgevlm.errors import ExportError
-from edgevlm.export import child, images
-from edgevlm.export.llama import Matrix
+from edgevlm.export import child
+from edgevlm.export.gguf.tools import Matrix
+from edgevlm.export.parity import images
 from edgevlm.prompt import task_prompt
 from edgevlm.specs import PromptSpec
 

@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 from edgevlm.bundle import StageParity
 from edgevlm.cleanup import temporary_folder
 from edgevlm.errors import EdgeVLMError, ExportError, ParityError
-from edgevlm.export import added_tokens, child, images, llama, references
+from edgevlm.export import child
+from edgevlm.export.checkpoint.tokenizer import side_files
+from edgevlm.export.checkpoint.tokenizer.vocabulary import USER_DEFINED
 from edgevlm.export.components import Job, elements
-from edgevlm.export.corpus import around, corpus
-from edgevlm.export.metrics import distance, divergence
+from edgevlm.export.gguf import tools
+from edgevlm.export.parity import images, references
+from edgevlm.export.parity.corpus import around, corpus
+from edgevlm.export.parity.metrics import distance, divergence
+from edgevlm.export.precisions import Quant, VisionPrecision
 from edgevlm.export.progress import Stage
-from edgevlm.export.quantize import Quant, VisionPrecision
-from edgevlm.export.tokenizer import USER_DEFINED
 from edgevlm.machine import memory
 
 PROMPT = "answer en what is in the picture?"
@@ -102,13 +105,13 @@ def _tokens(job: Job, gguf: Path, reference: references.Source) -> StageParity:
     that names the first text that differs.
     """
     typed = [t.text for t in job.vocabulary.tokens if t.type == USER_DEFINED]
-    special = around(sorted(added_tokens.control_texts(job.checkpoint)))
+    special = around(sorted(side_files.control_texts(job.checkpoint)))
     texts = [*corpus(), *around(typed), *special]
     with _explained(job):
         expected = reference.token_ids(texts[: -len(special)])
         # What is special to transformers no text of a user's can become here.
         expected += reference.token_ids(special, plain=True)
-    ours = llama.tokenize(gguf, [job.model.prefixed(text) for text in texts])
+    ours = tools.tokenize(gguf, [job.model.prefixed(text) for text in texts])
     wrong = [text for text, a, b in zip(texts, ours, expected, strict=True) if a != b]
     stage = StageParity("tokens", "texts that differ", float(len(wrong)), 0.0)
     if wrong:
@@ -172,12 +175,12 @@ def _alternatives(job: Job, folder: Path, pixels: Array, source: Arrays) -> list
 
 def rows(vision: Path, projector: Path, pixels: Array) -> Arrays:
     """What an encoder and a projector make of pixels: "features" and "embeddings"."""
-    from edgevlm.export import onnx_files
+    from edgevlm.export.onnx import storage
 
-    features = onnx_files.run(vision, "pixels", pixels)
+    features = storage.run(vision, "pixels", pixels)
     return {
         "features": features,
-        "embeddings": onnx_files.run(projector, "features", features),
+        "embeddings": storage.run(projector, "features", features),
     }
 
 

@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.errors import ExportError
-from edgevlm.export import llama
-from edgevlm.export.computed import stacked
-from edgevlm.export.llama import Matrix
+from edgevlm.export.checkpoint.computed import stacked
+from edgevlm.export.checkpoint.tensors import Tensor, Weights, to_float32, writable
+from edgevlm.export.checkpoint.tokenizer.checks import is_misread
+from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary
+from edgevlm.export.gguf import tools
+from edgevlm.export.gguf.tools import Matrix
 from edgevlm.export.parts import graph
+from edgevlm.export.precisions import Quant
 from edgevlm.export.progress import Report, Stage
-from edgevlm.export.quantize import Quant
-from edgevlm.export.tensors import Tensor, Weights, to_float32, writable
-from edgevlm.export.token_checks import is_misread
-from edgevlm.export.tokenizer import Vocabulary
 from edgevlm.gguf_file import opened
 from edgevlm.parts import Decoder
 from edgevlm.specs import TensorPlace
@@ -76,12 +76,12 @@ def quantize(
 ) -> None:
     """Writes a GGUF at a precision from one in f32, f16 or bf16; raises ExportError.
 
-    `matrix` says how much each column of a tensor matters (export/importance.py).
+    `matrix` says how much each column of a tensor matters (export/gguf/importance.py).
     """
     with opened(source) as file:
         total = sum(tensor.elements for tensor in file.tensors().values())
     stage = Stage(report, "quantize", int(total * quant.bits / 8), "B")
-    llama.quantize(source, target, quant.ftype, stage, matrix)
+    tools.quantize(source, target, quant.ftype, stage, matrix)
     if not quant.direct:
         _check_quantized(target, quant)
 

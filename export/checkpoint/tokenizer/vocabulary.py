@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import EngineMissing, SourceError
-from edgevlm.export.added_tokens import CONFIG, ROLES, entries, role_texts, special_texts
-from edgevlm.export.byte_pairs import BytePairs, is_byte_level, read_byte_pairs
-from edgevlm.export.source import TOKENIZERS, Checkpoint, read_json
-from edgevlm.export.token_checks import (
+from edgevlm.export.checkpoint.source import TOKENIZERS, Checkpoint, read_json
+from edgevlm.export.checkpoint.tokenizer.byte_pairs import BytePairs, is_byte_level, read_byte_pairs
+from edgevlm.export.checkpoint.tokenizer.checks import (
     SPACE,
     check_attributes,
     check_merges,
     check_overlaps,
     untyped,
+)
+from edgevlm.export.checkpoint.tokenizer.side_files import (
+    CONFIG,
+    ROLES,
+    entries,
+    role_texts,
+    special_texts,
 )
 from edgevlm.family import Config, Model
 

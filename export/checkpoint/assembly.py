@@ -12,8 +12,14 @@ from pathlib import Path
 
 from edgevlm import family as families
 from edgevlm.errors import SourceError
-from edgevlm.export.adapters import Adapter
-from edgevlm.export.source import CONFIG, Checkpoint, read_checkpoint, read_file, read_json
+from edgevlm.export.checkpoint.adapters import Adapter
+from edgevlm.export.checkpoint.source import (
+    CONFIG,
+    Checkpoint,
+    read_checkpoint,
+    read_file,
+    read_json,
+)
 from edgevlm.family import Config, Family, Piece
 
 _SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgevlm.errors import EngineMissing, SourceError
-from edgevlm.export.tensors import SourceTensor
+from edgevlm.export.checkpoint.tensors import SourceTensor
 
 try:
     import torch

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from edgevlm.errors import SourceError
-from edgevlm.export.added_tokens import Entry
+from edgevlm.export.checkpoint.tokenizer.side_files import Entry
 
 SPACE = "\u2581"
 # Nothing that a tokenizer was trained on has this in it, so nothing is merged into it.

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edgevlm.export.byte_pairs import is_byte_level
-from edgevlm.export.source import Checkpoint, read_json
+from edgevlm.export.checkpoint.source import Checkpoint, read_json
+from edgevlm.export.checkpoint.tokenizer.byte_pairs import is_byte_level
 from edgevlm.family import AddedToken, Config, Tokenizer
 
 CONFIG = "tokenizer_config.json"

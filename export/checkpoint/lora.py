@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from edgevlm.errors import SourceError
-from edgevlm.export.adapters import CURE, Adapter
-from edgevlm.export.computed import adapted
-from edgevlm.export.tensors import DTYPES, SourceTensor, Tensor
+from edgevlm.export.checkpoint.adapters import CURE, Adapter
+from edgevlm.export.checkpoint.computed import adapted
+from edgevlm.export.checkpoint.tensors import DTYPES, SourceTensor, Tensor
 from edgevlm.family import Config
 
 EMBED, LM_HEAD = "decoder.embed_tokens.weight", "decoder.lm_head.weight"

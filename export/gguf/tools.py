@@ -1,7 +1,8 @@
 """llama.cpp's own tools, each run in a child process.
 
 A child keeps its messages off this process's stdout, can be stopped in the middle of a long call,
-and takes nothing down with it if llama.cpp aborts. `python -m edgevlm.export.llama` is the child.
+and takes nothing down with it if llama.cpp aborts. `python -m edgevlm.export.gguf.tools` is the
+child.
 """
 
 from __future__ import annotations

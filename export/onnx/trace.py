@@ -1,7 +1,7 @@
 """The vision tower and the connector: tensors -> torch modules -> ONNX.
 
 The only module that imports optimum. What a part computes stands in its room (export/parts/);
-what a file on disk becomes afterwards is onnx_files.py's business.
+what a file on disk becomes afterwards is storage.py's business.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import EngineMissing
+from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.parts import room
 from edgevlm.export.progress import Stage
-from edgevlm.export.tensors import Weights
 from edgevlm.parts import Connector, VisionTower
 
 try:
@@ -25,7 +25,7 @@ try:
     from optimum.exporters.onnx import OnnxConfig, export
     from optimum.utils import NormalizedConfig
 
-    from edgevlm.export.modules import PartModule
+    from edgevlm.export.onnx.modules import PartModule
 except ImportError as e:
     raise EngineMissing(
         f"export needs torch, transformers and optimum-onnx ({e.name or e} is not there)",

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, shape_inference
 
-from edgevlm.export import onnx_files
+from edgevlm.export.onnx import storage
 
 # Seven-bit weights: on x86 without VNNI, sums of two eight-bit products saturate.
 _LARGEST = 64
@@ -27,7 +27,7 @@ def write(source: Path, target: Path, maps: Mapping[str, tuple[str, str]]) -> No
     of its input and its matrix) in 8 bits.
     """
     # onnxruntime joins more of the float nodes where it is told their shapes.
-    model = shape_inference.infer_shapes(onnx_files.skeleton(source))
+    model = shape_inference.infer_shapes(storage.skeleton(source))
     nodes = list(_nodes(model.graph.node, maps))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -43,7 +43,7 @@ def write(source: Path, target: Path, maps: Mapping[str, tuple[str, str]]) -> No
         if name in used or name not in matrices:
             yield name, values
 
-    onnx_files.rewrite(model, source, target, change)
+    storage.rewrite(model, source, target, change)
 
 
 def _rounded(weight: Array) -> tuple[NDArray[np.int8], Array]:

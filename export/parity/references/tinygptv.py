@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import image_utils
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
+from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.components import Job
-from edgevlm.export.references import Arrays, Request, files
-from edgevlm.export.references.causal import Seen, stages, weights
-from edgevlm.export.tensors import Weights
-from edgevlm.export.vision import quiet
+from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.references import Arrays, Request, files
+from edgevlm.export.parity.references.causal import Seen, stages, weights
 from edgevlm.parts import Connector, Decoder, VisionTower
 from edgevlm.parts.phi2 import Phi2
 from edgevlm.parts.qformer import QFormer

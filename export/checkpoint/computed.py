@@ -1,7 +1,7 @@
 """Tensors that are computed from a checkpoint's own when their values are asked for.
 
 Nothing is read before that, so a decoder of gigabytes is rewritten one matrix at a time. Does not
-know what any of them means; fused.py does.
+know what any of them means; the parts' rooms do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.export.tensors import Raw, Tensor, to_float32
+from edgevlm.export.checkpoint.tensors import Raw, Tensor, to_float32
 
 
 @dataclass(frozen=True)

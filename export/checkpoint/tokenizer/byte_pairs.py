@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm.export.source import read_json
+from edgevlm.export.checkpoint.source import read_json
 
 # How a text is cut before any merge (openai/gpt-2 encoder.py; meta-llama/llama3 tokenizer.py).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

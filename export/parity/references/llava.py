@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.components import Job
-from edgevlm.export.references import Arrays, Request, files
-from edgevlm.export.references.adapters import Added
-from edgevlm.export.references.causal import Seen, stages, weights
-from edgevlm.export.tensors import Weights
-from edgevlm.export.vision import quiet
+from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.references import Arrays, Request, files
+from edgevlm.export.parity.references.adapters import Added
+from edgevlm.export.parity.references.causal import Seen, stages, weights
 from edgevlm.parts import Connector, Decoder, VisionTower
 from edgevlm.parts.clip import ClipTower
 from edgevlm.parts.ldp import Ldp

@@ -45,6 +45,6 @@ class Source(Protocol):
 
 def of(job: Job) -> Source:
     """The source of an export; raises EngineMissing without torch and transformers."""
-    module = importlib.import_module(f"edgevlm.export.references.{job.family.name}")
+    module = importlib.import_module(f"edgevlm.export.parity.references.{job.family.name}")
     source: Source = module.Reference(job)
     return source

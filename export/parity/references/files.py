@@ -13,7 +13,7 @@ from typing import Any
 
 import transformers
 
-from edgevlm.export.vision import quiet
+from edgevlm.export.onnx.trace import quiet
 
 # transformers leaves its classes without types.
 _hf: Any = transformers

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from edgevlm.errors import EngineMissing, ExportError
 from edgevlm.export.components import Job
-from edgevlm.export.references import Arrays, Request
-from edgevlm.export.vision import quiet
+from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.references import Arrays, Request
 
 try:
     import torch
@@ -25,8 +25,8 @@ try:
         SiglipImageProcessor,
     )
 
-    from edgevlm.export.references import files
-    from edgevlm.export.references.adapters import Added
+    from edgevlm.export.parity.references import files
+    from edgevlm.export.parity.references.adapters import Added
 except ImportError as e:
     raise EngineMissing(
         f"verification needs torch and transformers ({e.name or e} is not there)",

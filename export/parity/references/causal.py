@@ -10,8 +10,8 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgevlm.export.references import Arrays
-from edgevlm.export.tensors import Weights
+from edgevlm.export.checkpoint.tensors import Weights
+from edgevlm.export.parity.references import Arrays
 
 # transformers leaves its classes without types.
 _hf: Any = transformers

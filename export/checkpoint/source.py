@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm.export.tensors import DTYPES, SourceTensor
+from edgevlm.export.checkpoint.tensors import DTYPES, SourceTensor
 from edgevlm.family import Config
 
 CONFIG = "config.json"
@@ -108,7 +108,7 @@ def read_file(path: Path) -> Checkpoint:
         tensors, said = read_header(path), dict[str, Any]()
     else:
         # Importing it loads torch, which takes seconds.
-        from edgevlm.export.pickles import read_saved
+        from edgevlm.export.checkpoint.pickles import read_saved
 
         tensors, said = read_saved(path)
     return Checkpoint(path.parent, {}, {t.name: t for t in tensors}, (path,), said=said)
@@ -119,7 +119,7 @@ def read_tensors(path: Path) -> list[SourceTensor]:
     if path.suffix == ".safetensors":
         return read_header(path)
     # Importing it loads torch, which takes seconds.
-    from edgevlm.export.pickles import read_pickle
+    from edgevlm.export.checkpoint.pickles import read_pickle
 
     return read_pickle(path)
 

@@ -1,0 +1,1 @@
+"""A checkpoint's tokenizer as llama.cpp's vocabulary."""

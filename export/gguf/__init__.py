@@ -1,0 +1,1 @@
+"""Language decoders as GGUF: written, weighed by an importance matrix, quantized."""

@@ -1,0 +1,1 @@
+"""Vision towers and connectors as ONNX: traced, stored, quantized."""

@@ -1,0 +1,1 @@
+"""The bundle compared with its source."""
