@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from edgevlm import schema
 from edgevlm.errors import UnknownFamily
 from edgevlm.parts import Connector, Decoder, VisionTower
-from edgevlm.specs import AnswerSpec, DecoderSpec, Fit, ImageSpec, PromptSpec
+from edgevlm.specs import AnswerSpec, Attention, DecoderSpec, Fit, ImageSpec, PromptSpec
 from edgevlm.types import Box
 
 T = TypeVar("T")
@@ -229,6 +229,19 @@ def section(config: Config, key: str) -> Config:
     if found is not None and not isinstance(found, Mapping):
         raise ValueError(f"{key} is {found!r}, not an object")
     return found or {}
+
+
+def decoder_spec(text: Decoder, attention: Attention, *, extra_norms: bool = False) -> DecoderSpec:
+    """The runtime's view of a decoder."""
+    return DecoderSpec(
+        architecture=text.architecture,
+        attention=attention,
+        n_embd=text.hidden_size,
+        n_layer=text.num_hidden_layers,
+        n_vocab=text.vocab_size,
+        context_length=text.max_position_embeddings,
+        extra_norms=extra_norms,
+    )
 
 
 def stop_tokens(files: Mapping[str, Config], decoder: Config, default: int) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgevlm.bundle import Bundle, PieceRecord
+from edgevlm.export import targets
+from edgevlm.export.options import AS_FOUND, ReadOptions, WriteOptions
 from edgevlm.export.precisions import QUANTS, VISION_PRECISIONS
 from edgevlm.export.targets import TARGETS
 from edgevlm.specs import DecoderSpec, Fit, ImageSpec, PromptSpec
@@ -21,6 +23,7 @@ __all__ = [
     "TARGETS",
     "VISION_PRECISIONS",
     "Inspection",
+    "ReadOptions",
     "export_bundle",
     "inspect_source",
     "requantize_bundle",
@@ -86,65 +89,45 @@ def export_bundle(
     does not answer like its source, ExportError or BundleError when there is no room, EngineMissing
     without the packages of edgevlm[export]. Whatever happens, `out` is whole or untouched.
     """
-    from edgevlm.export import pipeline, targets
+    from edgevlm.export import pipeline
 
     chosen = targets.target(target or "laptop")
-    options = pipeline.Options(
+    read = ReadOptions(
+        name=name,
+        vision_tower=vision_tower,
+        template=template,
+        image_fit=image_fit,
+        parts=parts or {},
+        settings=settings or {},
+        adapter=adapter,
+    )
+    write = WriteOptions.checked(
         quant or chosen.quant,
         vision_precision or chosen.vision,
-        verify,
-        name,
-        vision_tower,
-        template,
-        image_fit,
-        calibration,
-        parts or {},
-        settings or {},
-        imatrix,
-        adapter,
+        imatrix=imatrix,
+        calibration=calibration,
+        verify=verify,
     )
-    return pipeline.run(source, Path(out), options, progress)
+    return pipeline.run(source, Path(out), read, write, progress)
 
 
-def inspect_source(
-    source: str | os.PathLike[str],
-    *,
-    name: str | None = None,
-    vision_tower: str | os.PathLike[str] | None = None,
-    template: str | None = None,
-    image_fit: Fit | None = None,
-    parts: Mapping[str, str | os.PathLike[str]] | None = None,
-    settings: Mapping[str, str] | None = None,
-    adapter: str | os.PathLike[str] | None = None,
-) -> Inspection:
-    """Reads and checks a source as `export_bundle` does, whose words these are; writes nothing.
+def inspect_source(source: str | os.PathLike[str], options: ReadOptions = AS_FOUND) -> Inspection:
+    """Reads and checks a source as `export_bundle` does; writes nothing.
 
     No weight is read, only names, shapes and configs. Raises SourceError.
     """
     from edgevlm.export import pipeline
 
-    options = pipeline.Options(
-        quant="f32",
-        vision_precision="fp32",
-        verify=False,
-        name=name,
-        vision_tower=vision_tower,
-        template=template,
-        fit=image_fit,
-        parts=parts or {},
-        settings=settings or {},
-        adapter=adapter,
-    )
-    job = pipeline.prepare(source, options, None)
-    model = job.model
+    read = pipeline.read(source, options)
+    model = read.model
     return Inspection(
-        job.name,
-        job.family.name,
+        read.name,
+        read.family.name,
         model.image,
         model.prompt,
         model.decoder,
-        job.placed.pieces,
-        (*model.notes, *job.placed.notes),
+        read.placed.pieces,
+        (*model.notes, *read.placed.notes),
     )
 
 
@@ -172,8 +155,13 @@ def requantize_bundle(
     from edgevlm.export import requantize
     from edgevlm.export.components import destination
 
-    names = [vision_precision] if isinstance(vision_precision, str) else list(vision_precision)
-    pictures = Path(calibration) if calibration else None
     with destination(Path(out)) as folder:
-        plan = requantize.plan(Path(bundle), quant, names, imatrix, pictures)
-        return requantize.run(plan, Path(out), folder, verify=verify, report=progress)
+        plan = requantize.plan(
+            Path(bundle),
+            quant,
+            vision_precision,
+            imatrix=imatrix,
+            calibration=calibration,
+            verify=verify,
+        )
+        return requantize.run(plan, Path(out), folder, progress)

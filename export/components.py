@@ -24,11 +24,11 @@ from edgevlm.export.checkpoint.tensors import DTYPES, Weights
 from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary
 from edgevlm.export.gguf import decoder
 from edgevlm.export.gguf.decoder import DecoderSource
+from edgevlm.export.options import ReadOptions, WriteOptions
 from edgevlm.export.parity import images
-from edgevlm.export.precisions import Quant, VisionPrecision
+from edgevlm.export.precisions import VisionPrecision
 from edgevlm.export.progress import Report, Stage
 from edgevlm.family import Family, Model
-from edgevlm.specs import Fit
 
 # Room for what the estimate does not count: headers, the tokenizer, rounding to blocks.
 _SPARE_BYTES = 64 << 20
@@ -36,23 +36,17 @@ _SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """All that one export needs to know, checked; `fit` is the one that the user chose, `adapter`
-    what is merged into the checkpoint.
-    """
+    """One source, read and checked; `adapter` is merged into its checkpoint."""
 
     checkpoint: Checkpoint
     family: Family
     model: Model
     placed: Placed
     vocabulary: Vocabulary
-    quant: Quant
-    vision: tuple[VisionPrecision, ...]
     name: str
-    report: Report | None = None
-    calibration: Path | None = None
-    imatrix: bool = False
-    fit: Fit | None = None
+    options: ReadOptions
     adapter: Adapter | None = None
+    report: Report | None = None
 
     @property
     def parts(self) -> Mapping[str, Weights]:
@@ -80,9 +74,9 @@ def destination(out: Path) -> Iterator[Path]:
         ) from e
 
 
-def check_disk(job: Job, out: Path, folder: Path) -> None:
+def check_disk(job: Job, options: WriteOptions, out: Path, folder: Path) -> None:
     """Raises ExportError when the disk of `folder` cannot hold the bundle and its making."""
-    check_room(out, folder, _disk_bytes(job))
+    check_room(out, folder, _disk_bytes(job, options))
 
 
 def check_room(out: Path, folder: Path, need: int) -> None:
@@ -95,15 +89,15 @@ def check_room(out: Path, folder: Path, need: int) -> None:
         )
 
 
-def _disk_bytes(job: Job) -> int:
+def _disk_bytes(job: Job, options: WriteOptions) -> int:
     vision = elements(job.parts["vision"]) + elements(job.parts["projector"])
     language = elements(job.parts["decoder"])
     # The float32 graph and, beside it, what quantizers make of it on their way.
     making_vision = vision * 12
-    kept = vision * sum(v.bits for v in job.vision) / 8 + language * job.quant.bits / 8
+    kept = vision * sum(v.bits for v in options.vision) / 8 + language * options.quant.bits / 8
     # The decoder before it is quantized, every matrix as its source has it.
     stored = sum(t.elements * DTYPES[t.dtype].itemsize for t in job.parts["decoder"].values())
-    making_language = 0 if job.quant.direct else stored
+    making_language = 0 if options.quant.direct else stored
     return int(max(making_vision, kept + making_language)) + _SPARE_BYTES
 
 
@@ -115,23 +109,23 @@ class Written:
     alternatives: Mapping[str, Component]
 
 
-def write(job: Job, folder: Path) -> Written:
-    """Writes every component into `folder`, the decoder unquantized where the job's precision takes
-    an importance matrix; raises SourceError, ExportError or EngineMissing.
+def write(job: Job, options: WriteOptions, folder: Path) -> Written:
+    """Writes every component into `folder`, the decoder unquantized where it takes an importance
+    matrix; raises SourceError, ExportError or EngineMissing.
     """
     work = folder / "work"
     work.mkdir()
     # First the decoder: what a checkpoint lacks shows before torch has to load.
     source = DecoderSource(job.parts["decoder"], job.model.text, job.vocabulary, job.name)
-    if job.imatrix:
+    if options.imatrix:
         # The model has to answer before it is quantized.
         gguf, stored = folder / decoder.FILE, source.precision
         decoder.write_gguf(source, gguf, None, job.report)
     else:
-        gguf = decoder.write_decoder(source, folder, job.quant, job.report)
-        stored = job.quant.name
-    vision = _write_vision(job, folder, work)
-    precision, projector = _write_projector(job, folder, work)
+        gguf = decoder.write_decoder(source, folder, options.quant, job.report)
+        stored = options.quant.name
+    vision = _write_vision(job, options, folder, work)
+    precision, projector = _write_projector(job, options, folder, work)
     shutil.rmtree(work)
     parts = {"projector": (precision, projector), "decoder": (stored, [gguf])}
     return hashed(parts, vision, job.report)
@@ -156,17 +150,19 @@ def hashed(
     return Written({"vision": main, **named}, {c.precision: c for c in others})
 
 
-def _write_vision(job: Job, folder: Path, work: Path) -> dict[str, list[Path]]:
+def _write_vision(
+    job: Job, options: WriteOptions, folder: Path, work: Path
+) -> dict[str, list[Path]]:
     from edgevlm.export.onnx import trace
 
     traced = work / "vision.onnx"
-    n_steps = len(job.parts["vision"]) + 1 + len(job.vision)
+    n_steps = len(job.parts["vision"]) + 1 + len(options.vision)
     stage = Stage(job.report, "vision", n_steps, "tensors")
     config = job.model.vision
     trace.trace(trace.build(config, job.parts["vision"], stage), config.pixels, traced)
     stage.advance(1)
-    pixels = images.calibration(job.model.image, job.calibration)
-    return _write_precisions(traced, folder, job.vision, pixels, stage)
+    pixels = images.calibration(job.model.image, options.calibration)
+    return _write_precisions(traced, folder, options.vision, pixels, stage)
 
 
 def _write_precisions(
@@ -193,17 +189,19 @@ def vision_file(i: int, precision: VisionPrecision) -> str:
     return "vision.onnx" if i == 0 else f"vision.{precision.name}.onnx"
 
 
-def _write_projector(job: Job, folder: Path, work: Path) -> tuple[str, list[Path]]:
+def _write_projector(
+    job: Job, options: WriteOptions, folder: Path, work: Path
+) -> tuple[str, list[Path]]:
     """The projector's precision and files."""
     from edgevlm.export.onnx import quantize, storage, trace
 
     target, traced = folder / "projector.onnx", work / "projector.onnx"
-    model, precision = job.model, job.vision[0]
+    model, precision = job.model, options.vision[0]
     stage = Stage(job.report, "projector", len(job.parts["projector"]) + 1, "tensors")
     module = trace.build(model.projector, job.parts["projector"], stage)
     trace.trace(module, (model.vision.rows, model.projector.in_features), traced)
     if module.quantized:
-        pixels = images.calibration(model.image, job.calibration)
+        pixels = images.calibration(model.image, options.calibration)
         features = storage.run(folder / "vision.onnx", "pixels", pixels)
         quantize.convert(traced, target, precision, features)
     else:

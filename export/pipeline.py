@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -17,16 +15,17 @@ from edgevlm.bundle import (
     write_manifest,
 )
 from edgevlm.errors import SourceError
-from edgevlm.export import components, precisions, requantize
+from edgevlm.export import components, requantize
 from edgevlm.export.checkpoint import adapters, hub
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.assembly import family_of, read_source
 from edgevlm.export.checkpoint.source import (
     CONFIG,
+    FAST,
     TOKENIZERS,
     Checkpoint,
     read_checkpoint,
-    read_json,
+    read_present,
     read_settings,
     stated_license,
 )
@@ -35,11 +34,12 @@ from edgevlm.export.checkpoint.tokenizer import side_files
 from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from edgevlm.export.components import Job, Written
 from edgevlm.export.gguf import decoder
+from edgevlm.export.options import AS_FOUND, Location, ReadOptions, WriteOptions
 from edgevlm.export.parity import compare, images
 from edgevlm.export.progress import Report, Stage
 from edgevlm.family import TOWER, Family, FileError, Model, Source
 from edgevlm.processors import PROCESSORS
-from edgevlm.specs import AnswerSpec, Fit
+from edgevlm.specs import AnswerSpec
 
 _TOWER = TOWER.removesuffix("/")
 _PACKAGES = (
@@ -55,60 +55,32 @@ _PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to export; the words of `export_bundle`."""
-
-    quant: str
-    vision_precision: str | Sequence[str]
-    verify: bool
-    name: str | None
-    vision_tower: str | os.PathLike[str] | None = None
-    template: str | None = None
-    fit: Fit | None = None
-    calibration: str | os.PathLike[str] | None = None
-    parts: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
-    settings: Mapping[str, str] = field(default_factory=dict)
-    imatrix: bool | None = None
-    adapter: str | os.PathLike[str] | None = None
-
-
 def run(
-    source: str | os.PathLike[str], out: Path, options: Options, report: Report | None
+    source: Location, out: Path, options: ReadOptions, write: WriteOptions, report: Report | None
 ) -> Bundle:
     """Exports `source` to `out`; see `export_bundle`."""
     # First of all: what cannot be written is refused before anything is read or computed.
+    images.check_folder(write.calibration)
     with components.destination(out) as folder:
-        job = prepare(source, options, report)
-        verify = options.verify and compare.available()
-        components.check_disk(job, out, folder)
-        if verify:
+        job = read(source, options, report)
+        components.check_disk(job, write, out, folder)
+        verified = write.verify and compare.available()
+        if verified:
             compare.check_memory(job)
-        return Bundle(out, _write(job, folder, verify))
-
-
-def _write(job: Job, folder: Path, verify: bool) -> Manifest:
-    manifest = _manifest(job, components.write(job, folder), folder)
-    write_manifest(folder, manifest)
-    if job.imatrix:
-        unquantized = Bundle(folder, manifest)
-        weighing = requantize.Weighing(True, job.calibration)
-        matrix = requantize.weights(unquantized, weighing, job.report)
-        manifest = requantize.decoder_at(unquantized, folder, job.quant, matrix, job.report)
+        manifest = _manifest(job, components.write(job, write, folder), folder)
         write_manifest(folder, manifest)
-    if verify:
-        manifest = replace(manifest, parity=compare.verify(job, folder))
-        write_manifest(folder, manifest)
-    return manifest
+        if write.imatrix:
+            unquantized = Bundle(folder, manifest)
+            manifest = requantize.quantized(unquantized, folder, write, report)
+            write_manifest(folder, manifest)
+        if verified:
+            manifest = replace(manifest, parity=compare.verify(job, write, folder))
+            write_manifest(folder, manifest)
+        return Bundle(out, manifest)
 
 
-def prepare(source: str | os.PathLike[str], options: Options, report: Report | None) -> Job:
-    """Everything that can be checked before the first byte is written; raises ExportError."""
-    quant = precisions.quant(options.quant)
-    imatrix = precisions.wants_imatrix(quant, options.imatrix)
-    vision = precisions.vision_precisions(options.vision_precision)
-    calibration = Path(options.calibration) if options.calibration else None
-    images.check_folder(calibration)
+def read(source: Location, options: ReadOptions = AS_FOUND, report: Report | None = None) -> Job:
+    """Reads and checks all of a source but the values of its tensors; raises SourceError."""
     folder, name = hub.locate(source, report)
     folder, adapter = adapters.find(folder, options.adapter, report)
     given = {part: Path(path) for part, path in options.parts.items()}
@@ -116,29 +88,15 @@ def prepare(source: str | os.PathLike[str], options: Options, report: Report | N
     family, model = describe(checkpoint, options)
     if not family.pieces:
         adapter = adapter or adapters.projector_beside(checkpoint, family.locate)
-        read = (*checkpoint.files, *(adapter.files if adapter else ()))
-        model = replace(model, notes=(*model.notes, *adapters.left_over(checkpoint.folder, read)))
+        used = (*checkpoint.files, *(adapter.files if adapter else ()))
+        model = replace(model, notes=(*model.notes, *adapters.left_over(checkpoint.folder, used)))
     placed = assign(checkpoint, family, model, adapter)
     vocabulary = read_vocabulary(checkpoint, model)
     if adapter and adapter.folder != checkpoint.folder:
         _check_beside(adapter, checkpoint, model, vocabulary, options)
     model = replace(model, answer=_resolved(model, vocabulary))
     name = _checked_name(options.name or name)
-    return Job(
-        checkpoint,
-        family,
-        model,
-        placed,
-        vocabulary,
-        quant,
-        vision,
-        name,
-        report,
-        calibration,
-        imatrix,
-        options.fit,
-        adapter,
-    )
+    return Job(checkpoint, family, model, placed, vocabulary, name, options, adapter, report)
 
 
 def _checked_name(name: str) -> str:
@@ -154,16 +112,18 @@ def _check_beside(
     checkpoint: Checkpoint,
     model: Model,
     vocabulary: Vocabulary,
-    options: Options,
+    options: ReadOptions,
 ) -> None:
     """Refuses an adapter's folder with a tokenizer or picture processor that is not its base's."""
     folder = adapter.folder
-    other = {p.name: read_json(p) for p in folder.glob("*config.json") if p.name != CONFIG}
+    present = sorted({p.name for p in folder.glob("*config.json")} - {CONFIG})
+    other = read_present(folder, present)
     names = PROCESSORS if any(name in other for name in PROCESSORS) else ()
     configs = {n: c for n, c in checkpoint.configs.items() if n not in names} | other
     view = replace(checkpoint, configs=configs)
     if any((folder / name).is_file() for name in TOKENIZERS):
-        view = replace(view, folder=folder)
+        configs.pop(FAST, None)
+        view = replace(view, folder=folder, configs=configs | read_present(folder, (FAST,)))
     found = describe(view, options)[1]
     tokens = [(t.text, t.type) for t in read_vocabulary(view, found).tokens]
     same = tokens == [(t.text, t.type) for t in vocabulary.tokens]
@@ -187,7 +147,7 @@ def _resolved(model: Model, vocabulary: Vocabulary) -> AnswerSpec:
     )
 
 
-def with_tower(checkpoint: Checkpoint, options: Options, report: Report | None) -> Checkpoint:
+def with_tower(checkpoint: Checkpoint, options: ReadOptions, report: Report | None) -> Checkpoint:
     """The checkpoint, with the vision tower of another folder where the user or it names one, or
     with what that folder says of pictures.
     """
@@ -209,7 +169,7 @@ def with_tower(checkpoint: Checkpoint, options: Options, report: Report | None) 
     return replace(checkpoint, pieces={_TOWER: settings}) if settings else checkpoint
 
 
-def _source(checkpoint: Checkpoint, options: Options) -> Source:
+def _source(checkpoint: Checkpoint, options: ReadOptions) -> Source:
     files = dict(checkpoint.configs)
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     for piece, inside in checkpoint.pieces.items():
@@ -223,19 +183,18 @@ def _source(checkpoint: Checkpoint, options: Options) -> Source:
         files,
         shapes,
         options.template,
-        options.fit,
+        options.image_fit,
         side_files.describe(checkpoint),
         options.settings,
         origins,
     )
 
 
-def describe(checkpoint: Checkpoint, options: Options | None = None) -> tuple[Family, Model]:
+def describe(checkpoint: Checkpoint, options: ReadOptions = AS_FOUND) -> tuple[Family, Model]:
     """The family of a checkpoint and what its config means; raises UnknownFamily, SourceError."""
     family = family_of(checkpoint)
     # Of a model in several files, not all errors are config.json's.
     path = checkpoint.folder if family.pieces else checkpoint.config_path
-    options = options or Options("f32", "fp32", False, None)
     for name in options.settings:
         if name not in family.settings:
             known = ", ".join(family.settings) or "nothing"

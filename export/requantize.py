@@ -27,6 +27,7 @@ from edgevlm.export import precisions
 from edgevlm.export.components import check_room, hashed, vision_file
 from edgevlm.export.gguf import decoder, importance
 from edgevlm.export.gguf.tools import Matrix
+from edgevlm.export.options import Location, WriteOptions
 from edgevlm.export.parity import compare, images
 from edgevlm.export.precisions import Quant, VisionPrecision
 from edgevlm.export.progress import Report, Stage
@@ -41,27 +42,18 @@ _UNTOUCHED = ("tokens", "prompt", "pixels")
 
 
 @dataclass(frozen=True)
-class Weighing:
-    """Whether an importance matrix is made, and a folder with more pictures for it."""
-
-    imatrix: bool
-    pictures: Path | None
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What is to become of a bundle, checked: its decoder's precision (None: as it is), its vision
-    encoders' (the main one first), the vision encoder to make new ones from.
+    """Checked options for a bundle, whether they change its decoder, and the vision encoder that
+    new ones are made from.
     """
 
     source: Bundle
-    quant: Quant | None
-    vision: tuple[VisionPrecision, ...]
+    options: WriteOptions
+    requantized: bool
     whole: str | None
-    weighing: Weighing
 
 
-def run(plan: Plan, out: Path, folder: Path, *, verify: bool, report: Report | None) -> Bundle:
+def run(plan: Plan, out: Path, folder: Path, report: Report | None) -> Bundle:
     """Writes the bundle `out`, whose temporary folder is `folder`; see `requantize_bundle`."""
     if out.resolve() == plan.source.folder.resolve():
         raise ExportError(f"{out}: is the bundle itself; choose another folder")
@@ -69,15 +61,14 @@ def run(plan: Plan, out: Path, folder: Path, *, verify: bool, report: Report | N
     # at most twice.
     check_room(out, folder, 3 * plan.source.bytes)
     manifest = _vision_at(plan, folder, report)
-    if plan.quant:
+    if plan.requantized:
         source = Bundle(plan.source.folder, manifest)
-        matrix = weights(plan.source, plan.weighing, report)
-        manifest = decoder_at(source, folder, plan.quant, matrix, report)
+        manifest = quantized(source, folder, plan.options, report)
     else:
         _copy(plan.source, manifest.components["decoder"], folder)
     manifest = replace(manifest, source=_sources(plan), parity=_untouched(plan.source))
     write_manifest(folder, manifest)
-    if verify:
+    if plan.options.verify:
         measured = _compare(plan, folder)
         compare.check(measured)
         manifest = replace(manifest, parity=(*manifest.parity, *measured))
@@ -88,24 +79,30 @@ def run(plan: Plan, out: Path, folder: Path, *, verify: bool, report: Report | N
 def plan(
     folder: Path,
     quant: str | None,
-    vision: Sequence[str],
+    vision: str | Sequence[str],
+    *,
     imatrix: bool | None,
-    pictures: Path | None,
+    calibration: Location | None,
+    verify: bool,
 ) -> Plan:
-    """Everything that can be checked before a byte is written; raises BundleError, ExportError."""
+    """Checks all that can be before a byte is written; raises BundleError, ExportError."""
     check_path(folder.absolute())
     source = open_bundle(folder, "full")
     if quant is None and not vision:
         raise ExportError("nothing is to be changed; name --quant or --vision-precision")
-    images.check_folder(pictures)
-    wanted = precisions.vision_precisions(vision or source.vision_precisions)
-    made = precisions.quant(quant) if quant else None
-    if made and made.name == source.manifest.components["decoder"].precision:
-        made = None
-    if made:
-        _check_decoder(source, made)
-    weigh = precisions.wants_imatrix(made, imatrix) if made else False
-    return Plan(source, made, wanted, _whole_vision(source, wanted), Weighing(weigh, pictures))
+    stored = source.manifest.components["decoder"].precision
+    requantized = quant not in (None, stored)
+    options = WriteOptions.checked(
+        quant or stored,
+        vision or source.vision_precisions,
+        imatrix=imatrix if requantized else None,
+        calibration=calibration,
+        verify=verify,
+    )
+    images.check_folder(options.calibration)
+    if requantized:
+        _check_decoder(source, options.quant)
+    return Plan(source, options, requantized, _whole_vision(source, options.vision))
 
 
 def _check_decoder(source: Bundle, wanted: Quant) -> None:
@@ -135,9 +132,9 @@ def _vision_at(plan: Plan, folder: Path, report: Report | None) -> Manifest:
     from edgevlm.export.onnx import storage
 
     source, manifest = plan.source, plan.source.manifest
-    stage = Stage(report, "vision", len(plan.vision), "precisions")
+    stage = Stage(report, "vision", len(plan.options.vision), "precisions")
     new = []
-    for i, precision in enumerate(plan.vision):
+    for i, precision in enumerate(plan.options.vision):
         target = folder / vision_file(i, precision)
         if precision.name in source.vision_precisions:
             storage.copy(source.vision(precision.name), target)
@@ -147,7 +144,7 @@ def _vision_at(plan: Plan, folder: Path, report: Report | None) -> Manifest:
     _convert(plan, folder, new, stage)
     made = {
         precision.name: storage.files(folder / vision_file(i, precision))
-        for i, precision in enumerate(plan.vision)
+        for i, precision in enumerate(plan.options.vision)
     }
     _copy(source, manifest.components["projector"], folder)
     written = hashed({}, made, report)
@@ -174,21 +171,25 @@ def _convert(
         quantize.widen(model)
     storage.save(model, work / "vision.onnx")
     del model
-    pixels = images.calibration(plan.source.manifest.image, plan.weighing.pictures)
+    pixels = images.calibration(plan.source.manifest.image, plan.options.calibration)
     for precision, target in new:
         quantize.convert(work / "vision.onnx", target, precision, pixels)
         stage.advance(1)
     shutil.rmtree(work)
 
 
-def weights(source: Bundle, weighing: Weighing, report: Report | None) -> Matrix | None:
-    """The importance matrix of an unquantized bundle's decoder, where one is wanted."""
-    if not weighing.imatrix:
-        return None
-    stage = Stage(report, "importance", 1, "steps")
-    matrix = importance.collect(source.folder, source.manifest, weighing.pictures)
-    stage.advance(1)
-    return matrix
+def quantized(
+    source: Bundle, folder: Path, options: WriteOptions, report: Report | None
+) -> Manifest:
+    """The manifest of `source`, an unquantized bundle, with its decoder at the precision of the
+    options, weighed by an importance matrix where they say so.
+    """
+    matrix = None
+    if options.imatrix:
+        stage = Stage(report, "importance", 1, "steps")
+        matrix = importance.collect(source.folder, source.manifest, options.calibration)
+        stage.advance(1)
+    return decoder_at(source, folder, options.quant, matrix, report)
 
 
 def decoder_at(
@@ -233,8 +234,8 @@ def _compare(plan: Plan, folder: Path) -> list[StageParity]:
     ours = compare.probe(folder, *asked)
     theirs = compare.probe(source.folder, *asked, ours["tokens"])
     quant = precisions.quant(made.manifest.components["decoder"].precision)
-    stages = compare.answered(quant, plan.vision[0], ours, theirs)
-    for v in plan.vision[1:]:
+    stages = compare.answered(quant, plan.options.vision[0], ours, theirs)
+    for v in plan.options.vision[1:]:
         rows = compare.rows(made.vision(v.name), made.path("projector"), ours["pixels"])
         stages += compare.encoded(rows, theirs, v.cosine, f" {v.name}")
     parts = source.manifest.components

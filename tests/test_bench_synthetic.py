@@ -154,8 +154,7 @@ CHECKPOINTS = {
 def test_graphs_do_what_exported_ones_do(name, tmp_path):
     source = CHECKPOINTS[name](tmp_path / "source")
     exported = export_bundle(source, tmp_path / "out", quant="f16", verify=False)
-    options = pipeline.Options("f16", "int8", False, None)
-    model = pipeline.prepare(source, options, None).model
+    model = pipeline.read(source).model
     synthetic.write_graphs(tmp_path, model)
     for part in ("vision", "projector"):
         assert heavy(tmp_path / f"{part}.onnx") == heavy(exported.path(part))

@@ -18,7 +18,8 @@ from edgevlm.export import export_bundle
 from edgevlm.export.checkpoint import hub, lora
 from edgevlm.export.checkpoint.source import read_tensors
 from edgevlm.export.components import Job
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.options import ReadOptions
+from edgevlm.export.pipeline import read
 from tests.checkpoints.adapters import (
     PREFIX,
     shapes_of,
@@ -58,7 +59,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(source: Path, adapter: Path | None = None) -> Job:
-    return prepare(source, Options("f32", "fp32", False, None, adapter=adapter), None)
+    return read(source, ReadOptions(adapter=adapter))
 
 
 def exported(source: Path, out: Path, **options: Any) -> Bundle:

@@ -20,9 +20,10 @@ from edgevlm.export.checkpoint.tokenizer import checks, vocabulary
 from edgevlm.export.checkpoint.tokenizer.vocabulary import CONTROL, USER_DEFINED
 from edgevlm.export.components import Job
 from edgevlm.export.gguf.decoder import DecoderSource, write_gguf
+from edgevlm.export.options import ReadOptions
 from edgevlm.export.parity import compare, references
 from edgevlm.export.parity.corpus import around, corpus
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.pipeline import read
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.vocabulary import n_pieces, write_json
@@ -49,7 +50,7 @@ def with_tokens(kind: str, folder: Path, *tokens: str | AddedToken, special: boo
 
 
 def prepared(source: Path, **options: Any) -> Job:
-    return prepare(source, Options("f32", "fp32", False, None, **options), None)
+    return read(source, ReadOptions(**options))
 
 
 def differing(source: Path, texts: list[str], scratch: Path, *, plain: bool = False) -> list[str]:

@@ -19,8 +19,9 @@ import pytest
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import BundleError, EdgeVLMError, ExportError, ParityError, SourceError
 from edgevlm.export import components, export_bundle, pipeline, precisions
+from edgevlm.export.options import WriteOptions
 from edgevlm.export.parity import compare
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.pipeline import read
 from edgevlm.types import Progress
 from tests.checkpoints.paligemma import write_paligemma
 from tests.test_export_source import with_nan
@@ -87,11 +88,10 @@ def arrays(seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def failed(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> list[str]:
-    job = prepare(checkpoint, Options("f32", "fp32", True, None), None)
-    ours, source = arrays(), arrays()
+def failed(change: Callable[[dict[str, Any]], None]) -> list[str]:
+    options, ours, source = WriteOptions.checked("f32", "fp32"), arrays(), arrays()
     change(ours)
-    return [s.stage for s in compare.compare(job, ours, source) if not s.ok]
+    return [s.stage for s in compare.compare(options, ours, source) if not s.ok]
 
 
 @pytest.mark.parametrize(
@@ -105,28 +105,26 @@ def failed(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> list[s
         ("tokens", 1, ["greedy"]),
     ],
 )
-def test_each_stage_is_compared(
-    paligemma_checkpoint: Path, name: str, amount: float, stages: list[str]
-) -> None:
+def test_each_stage_is_compared(name: str, amount: float, stages: list[str]) -> None:
     def change(ours: dict[str, Any]) -> None:
         ours[name].flat[7 % ours[name].size] += amount
 
-    assert failed(paligemma_checkpoint, change) == stages
+    assert failed(change) == stages
 
 
-def test_other_logits_fail_every_stage_of_the_decoder(paligemma_checkpoint: Path) -> None:
+def test_other_logits_fail_every_stage_of_the_decoder() -> None:
     def change(ours: dict[str, Any]) -> None:
         ours["logits"] = arrays(1)["logits"]
 
-    assert failed(paligemma_checkpoint, change) == ["prefill", "answer", "divergence"]
+    assert failed(change) == ["prefill", "answer", "divergence"]
 
 
-def test_another_shape_is_an_error(paligemma_checkpoint: Path) -> None:
+def test_another_shape_is_an_error() -> None:
     def change(ours: dict[str, Any]) -> None:
         ours["features"] = ours["features"][:, :2]
 
     with pytest.raises(ExportError, match="features has shape"):
-        failed(paligemma_checkpoint, change)
+        failed(change)
 
 
 def test_a_bundle_that_is_off_is_not_kept(
@@ -188,8 +186,10 @@ def test_a_disk_that_fills_up(
 def test_the_estimate_of_disk_covers_what_is_written(
     paligemma_checkpoint: Path, paligemma_bundle: Bundle
 ) -> None:
-    job = prepare(paligemma_checkpoint, Options("f32", "fp32", False, None), None)
-    assert components._disk_bytes(job) >= paligemma_bundle.bytes
+    job = read(paligemma_checkpoint)
+    assert (
+        components._disk_bytes(job, WriteOptions.checked("f32", "fp32")) >= paligemma_bundle.bytes
+    )
 
 
 @pytest.mark.parametrize("stage", ["decoder", "quantize", "vision", "projector", "hash"])
@@ -255,7 +255,7 @@ def test_a_bad_destination_is_refused_before_anything_is_read(
     (tmp_path / "full" / "thesis.txt").write_text("years of work", encoding="utf-8")
     (tmp_path / "file").write_text("x", encoding="utf-8")
     (tmp_path / "link").symlink_to("nowhere")
-    monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(pipeline, "read", lambda *_: pytest.fail("read"))
     with pytest.raises(BundleError) as caught:
         quick(paligemma_checkpoint, tmp_path / out)
     assert str(caught.value).startswith(str(tmp_path / out)) and "\n" not in str(caught.value)

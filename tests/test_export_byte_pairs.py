@@ -49,7 +49,7 @@ DECODER = Llama(
 
 
 def vocabulary(folder: Path, rows: int) -> Vocabulary:
-    configs = {p.name: read_json(p) for p in folder.glob("*config.json")}
+    configs = {p.name: read_json(p) for p in folder.glob("*.json")}
     model: Any = SimpleNamespace(
         decoder=SimpleNamespace(n_vocab=rows), prefix="", markers={}, whole_tokens=()
     )

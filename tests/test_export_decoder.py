@@ -16,14 +16,15 @@ from edgevlm.export.checkpoint.tensors import SourceTensor, writable
 from edgevlm.export.checkpoint.tokenizer.vocabulary import read_vocabulary
 from edgevlm.export.gguf import decoder
 from edgevlm.export.gguf.decoder import DecoderSource, write_decoder
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.options import ReadOptions
+from edgevlm.export.pipeline import read
 from edgevlm.gguf_file import opened
 from tests.checkpoints.paligemma import LAYOUTS, write_paligemma
 from tests.test_export_source import with_nan
 
 
 def source(folder: Path) -> DecoderSource:
-    job = prepare(folder, Options("f32", "fp32", False, "tiny"), None)
+    job = read(folder, ReadOptions(name="tiny"))
     table = read_vocabulary(job.checkpoint, job.model)
     return DecoderSource(job.parts["decoder"], job.model.text, table, job.name)
 

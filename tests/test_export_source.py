@@ -14,15 +14,14 @@ import pytest
 from edgevlm.errors import ExportError, SourceError, UnknownFamily
 from edgevlm.export.checkpoint.source import stated_license
 from edgevlm.export.components import Job
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.options import WriteOptions
+from edgevlm.export.pipeline import read
 from tests.checkpoints.paligemma import LAYOUTS, Tensors, write_paligemma
 from tests.checkpoints.vocabulary import remove_tokenizer, write_json
 
-OPTIONS = Options("f32", "fp32", False, None)
-
 
 def job(folder: Path) -> Job:
-    return prepare(folder, OPTIONS, None)
+    return read(folder)
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -265,11 +264,9 @@ def test_tensors_that_the_model_never_reads_are_left_out(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("quant", "vision", "says"), [("q3", "fp32", "'q3'"), ("f32", "fp8", "'fp8'")]
 )
-def test_unknown_precisions_name_the_known_ones(
-    paligemma_checkpoint: Path, quant: str, vision: str, says: str
-) -> None:
+def test_unknown_precisions_name_the_known_ones(quant: str, vision: str, says: str) -> None:
     with pytest.raises(ExportError, match=f"{says} is not known; choose from"):
-        prepare(paligemma_checkpoint, Options(quant, vision, False, None), None)
+        WriteOptions.checked(quant, vision)
 
 
 def test_a_file_is_no_source(paligemma_checkpoint: Path) -> None:

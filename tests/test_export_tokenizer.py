@@ -19,18 +19,18 @@ from edgevlm.export.checkpoint.tokenizer.vocabulary import (
 from edgevlm.export.gguf import tools
 from edgevlm.export.gguf.decoder import DecoderSource, write_gguf
 from edgevlm.export.parity.corpus import corpus
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.pipeline import read
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.vocabulary import n_pieces, write_json
 
 
 def vocabulary(folder: Path) -> Vocabulary:
-    job = prepare(folder, Options("f32", "fp32", False, None), None)
+    job = read(folder)
     return read_vocabulary(job.checkpoint, job.model)
 
 
 def ids_of_bundle(folder: Path, gguf: Path) -> list[list[int]]:
-    job = prepare(folder, Options("f32", "fp32", False, None), None)
+    job = read(folder)
     table = read_vocabulary(job.checkpoint, job.model)
     write_gguf(DecoderSource(job.parts["decoder"], job.model.text, table, "x"), gguf, "F32", None)
     return tools.tokenize(gguf, corpus())
@@ -89,7 +89,7 @@ def test_locations_are_whole_tokens_even_if_stored_as_ordinary_pieces(tmp_path: 
 
 
 def test_user_text_never_becomes_a_marker(paligemma_checkpoint: Path, tmp_path: Path) -> None:
-    job = prepare(paligemma_checkpoint, Options("f32", "fp32", False, None), None)
+    job = read(paligemma_checkpoint)
     table = read_vocabulary(job.checkpoint, job.model)
     gguf = tmp_path / "x.gguf"
     write_gguf(DecoderSource(job.parts["decoder"], job.model.text, table, "x"), gguf, "F32", None)

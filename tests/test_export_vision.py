@@ -16,9 +16,10 @@ from PIL import Image
 from edgevlm.errors import EngineMissing, ImageError
 from edgevlm.export import components, precisions
 from edgevlm.export.onnx import dynamic8, flow, quantize, storage
+from edgevlm.export.options import WriteOptions
 from edgevlm.export.parity import images
 from edgevlm.export.parity.metrics import distance
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.pipeline import read
 from tests.checkpoints.paligemma import write_paligemma
 
 Array = NDArray[Any]
@@ -26,10 +27,10 @@ Array = NDArray[Any]
 
 def write(folder: Path, out: Path, precision: str) -> tuple[Path, Path]:
     """vision.onnx and projector.onnx of a checkpoint."""
-    job = prepare(folder, Options("f32", precision, False, None), None)
+    job, options = read(folder), WriteOptions.checked("f32", precision)
     (out / "work").mkdir(parents=True)
-    vision = components._write_vision(job, out, out / "work")
-    _, projector = components._write_projector(job, out, out / "work")
+    vision = components._write_vision(job, options, out, out / "work")
+    _, projector = components._write_projector(job, options, out, out / "work")
     return vision[precision][0], projector[0]
 
 
@@ -46,9 +47,7 @@ def original(folder: Path, pixels: Array) -> tuple[Array, Array]:
 
 
 def pixels_for(folder: Path) -> Array:
-    return images.calibration(
-        prepare(folder, Options("f32", "fp32", False, None), None).model.image
-    )
+    return images.calibration(read(folder).model.image)
 
 
 @dataclass(frozen=True)
@@ -355,7 +354,7 @@ def test_half_precision_has_float32_ends_and_widens_back(tmp_path: Path) -> None
 
 
 def test_a_folder_of_calibration_pictures(paligemma_checkpoint: Path, tmp_path: Path) -> None:
-    spec = prepare(paligemma_checkpoint, Options("f32", "fp32", False, None), None).model.image
+    spec = read(paligemma_checkpoint).model.image
     drawn = images.calibration(spec)
     folder = tmp_path / "pictures"
     with pytest.raises(ImageError, match="is no folder of calibration pictures"):

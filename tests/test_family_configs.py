@@ -112,7 +112,7 @@ def test_a_bug_in_a_family_shows_its_traceback(
     broken = dataclasses.replace(family.by_name("paligemma", ""), describe=describe)
     monkeypatch.setattr(pipeline, "family_of", lambda _: broken)
     with pytest.raises(bug, match="here"):
-        pipeline.prepare(paligemma_checkpoint, pipeline.Options("f32", "fp32", False, None), None)
+        pipeline.read(paligemma_checkpoint)
 
 
 def test_a_value_error_is_a_line_that_names_the_file(tmp_path: Path) -> None:
@@ -121,4 +121,4 @@ def test_a_value_error_is_a_line_that_names_the_file(tmp_path: Path) -> None:
     config["vision_config"]["patch_size"] = 0
     (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(SourceError, match=r"config.json: vision_config.patch_size is 0; it must"):
-        pipeline.prepare(folder, pipeline.Options("f32", "fp32", False, None), None)
+        pipeline.read(folder)

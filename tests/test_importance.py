@@ -13,7 +13,7 @@ from edgevlm.errors import ExportError
 from edgevlm.export import QUANTS, export_bundle, precisions, requantize_bundle
 from edgevlm.export.gguf import decoder, importance
 from edgevlm.export.gguf.tools import Matrix
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.options import WriteOptions
 from tests.checkpoints.paligemma import write_paligemma
 
 
@@ -98,12 +98,9 @@ def test_llama_cpp_makes_the_type(
 
 
 @pytest.mark.parametrize("quant", [q for q in QUANTS if precisions.quant(q).imatrix])
-def test_types_that_need_a_matrix_are_refused_without_one(
-    quant: str, paligemma_checkpoint: Path
-) -> None:
-    options = Options(quant, "fp32", False, None, imatrix=False)
+def test_types_that_need_a_matrix_are_refused_without_one(quant: str) -> None:
     with pytest.raises(ExportError, match=f"'{quant}' is made with an importance matrix only"):
-        prepare(paligemma_checkpoint, options, None)
+        WriteOptions.checked(quant, "fp32", imatrix=False)
 
 
 def test_what_needs_a_matrix_says_so_and_no_more(paligemma_bundle: Bundle, tmp_path: Path) -> None:
@@ -129,6 +126,6 @@ def test_an_export_weighs_by_itself(small_checkpoint: Path, small: Bundle, tmp_p
     assert again.path("decoder").read_bytes() == direct.path("decoder").read_bytes()
 
 
-def test_rounding_alone_takes_no_matrix(paligemma_checkpoint: Path) -> None:
+def test_rounding_alone_takes_no_matrix() -> None:
     with pytest.raises(ExportError, match="'f16' rounds every weight alike; leave out --imatrix"):
-        prepare(paligemma_checkpoint, Options("f16", "fp32", False, None, imatrix=True), None)
+        WriteOptions.checked("f16", "fp32", imatrix=True)

@@ -33,7 +33,7 @@ LAYERS = (
         "edgevlm.bundle",
         "edgevlm.gguf_file",
     ),
-    ("edgevlm.family", "edgevlm.templates", "edgevlm.processors"),
+    ("edgevlm.family", "edgevlm.decoders", "edgevlm.templates", "edgevlm.processors"),
     ("edgevlm.families", "edgevlm.models"),
     ("edgevlm.export",),
     ("edgevlm.runtimes",),

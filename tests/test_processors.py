@@ -14,7 +14,8 @@ from PIL import Image
 from edgevlm import schema
 from edgevlm.errors import ParityError, SourceError
 from edgevlm.export import export_bundle
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.options import ReadOptions
+from edgevlm.export.pipeline import read
 from edgevlm.families import llava, paligemma, tinygptv
 from edgevlm.image import preprocess
 from edgevlm.specs import ImageSpec
@@ -65,7 +66,7 @@ def stated(request: pytest.FixtureRequest):
 
 
 def image(folder: Path, **options: Any) -> ImageSpec:
-    return prepare(folder, Options("f32", "fp32", False, None, **options), None).model.image
+    return read(folder, ReadOptions(**options)).model.image
 
 
 def transformers_pixels(folder: Path, picture: np.ndarray, **options: Any) -> np.ndarray:
@@ -162,7 +163,7 @@ def test_llava_pixels_are_those_of_transformers(clip: Path, stated, changes, kin
     same_pixels(stated(clip, named | changes), image(clip))
     assert image(clip).fit == "pad"
     if "size" not in changes:
-        same_pixels(clip, image(clip, fit="crop"), do_pad=False)
+        same_pixels(clip, image(clip, image_fit="crop"), do_pad=False)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_a_tower_inside_is_read_as_its_named_folder_says(tmp_path: Path):
     assert bundle.manifest.image.resample == "bilinear" and not bundle.manifest.notes
     assert "tower/preprocessor_config.json" in [r.file for r in bundle.manifest.source]
     other = write_llava(tmp_path / "other", layers=1, config={"mm_vision_tower": "openai/clip"})
-    found = prepare(other, Options("f32", "fp32", False, None), None).model
+    found = read(other).model
     assert found.image.resample == "bicubic"
     assert (
         "pictures as CLIPImageProcessor reads them unless told, those of openai/clip"

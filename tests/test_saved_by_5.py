@@ -13,7 +13,7 @@ import pytest
 from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle
 from edgevlm.export.components import Job
-from edgevlm.export.pipeline import Options, prepare
+from edgevlm.export.pipeline import read
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.saved_by_5 import as_saved_by_5
@@ -39,7 +39,7 @@ STATED = {"image_mean": [0.3, 0.4, 0.5], "resample": 2}
 
 
 def prepared(folder: Path) -> Job:
-    return prepare(folder, Options("f32", "fp32", False, None), None)
+    return read(folder)
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -14,4 +14,4 @@ SMALL = {"vision_layers": 1, "q_layers": 2, "mlp": 64, "middle": 16}
 
 def prepared(source: Path, **options: Any) -> Job:
     """What `edgevlm export` knows of a source before it writes anything."""
-    return pipeline.prepare(source, pipeline.Options("f32", "fp32", False, None, **options), None)
+    return pipeline.read(source, pipeline.ReadOptions(**options))

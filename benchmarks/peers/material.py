@@ -48,10 +48,9 @@ def _origin(
     bundle: Bundle, checkpoint: Path | None, tower: Path | None
 ) -> tuple[Config | None, Model | None, Mapping[str, Weights]]:
     if checkpoint:
-        from edgevlm.export import pipeline
+        from edgevlm.export import ReadOptions, pipeline
 
-        options = pipeline.Options("f16", "fp32", False, None, tower)
-        job = pipeline.prepare(checkpoint, options, None)
+        job = pipeline.read(checkpoint, ReadOptions(vision_tower=tower))
         return job.checkpoint.configs[CONFIG], job.model, job.parts
     name = bundle.manifest.name.removeprefix(PREFIX).rpartition("-")[0]
     if not bundle.manifest.name.startswith(PREFIX) or name not in MODELS:

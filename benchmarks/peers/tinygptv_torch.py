@@ -23,8 +23,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     from edgevlm.export.parity.references.causal import weights
 
     torch.set_num_threads(task["threads"])
-    options = pipeline.Options("f16", "fp32", False, None)
-    job = pipeline.prepare(task["checkpoint"], options, None)
+    job = pipeline.read(task["checkpoint"])
     if job.family.name != "tinygptv":
         raise ValueError(f"knows TinyGPT-V and no {job.family.name}")
     with quiet(), torch.inference_mode():

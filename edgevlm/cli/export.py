@@ -10,7 +10,14 @@ import click
 from edgevlm.cli.common import OutFolder
 from edgevlm.cli.progress import ProgressBars, err_console, summary
 from edgevlm.cli.signals import Aside
-from edgevlm.export import QUANTS, TARGETS, VISION_PRECISIONS, export_bundle, inspect_source
+from edgevlm.export import (
+    QUANTS,
+    TARGETS,
+    VISION_PRECISIONS,
+    ReadOptions,
+    export_bundle,
+    inspect_source,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -113,8 +120,9 @@ def export(source: str, out: Path, target: str | None, quant: str | None,
     """
     console = err_console()
     named, stated = _pairs(parts, "--part"), _pairs(settings, "--set")
+    options = ReadOptions(parts=named, settings=stated, **choices)
     if dry_run:
-        console.print(_report(inspect_source(source, parts=named, settings=stated, **choices)))
+        console.print(_report(inspect_source(source, options)))
         return
     with ProgressBars(console) as bars:
         bundle = export_bundle(
@@ -125,11 +133,9 @@ def export(source: str, out: Path, target: str | None, quant: str | None,
             vision_precision=vision_precisions,
             verify=verify,
             calibration=calibration,
-            parts=named,
-            settings=stated,
             imatrix=imatrix,
             progress=bars.update,
-            **choices,
+            **vars(options),
         )
     summary(console, bundle)
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from edgevlm import decoders
 from edgevlm.family import (
     TOWER,
     Config,
@@ -20,9 +21,9 @@ from edgevlm.family import (
     Model,
     Source,
     Tokenizer,
+    decoder_spec,
     place,
     read_config,
-    rope_parameters,
     section,
     setting,
     stop_tokens,
@@ -34,7 +35,6 @@ from edgevlm.parts.ldpv2 import LdpV2
 from edgevlm.parts.linear import Linear
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.mlp import Mlp
-from edgevlm.parts.phi3 import Phi3
 from edgevlm.processors import (
     CLIP,
     LLAVA,
@@ -45,11 +45,10 @@ from edgevlm.processors import (
     find_settings,
     image_spec,
 )
-from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
+from edgevlm.specs import AnswerSpec, ImageSpec, PromptSpec
 from edgevlm.templates import BEGIN_3, IMAGE, TEMPLATES, Cutter, Spaces, Template
 
-# transformers' defaults (CLIPVisionConfig, LlamaConfig, MistralConfig, Phi3Config), which a
-# config.json omits; 0 where the class derives one number from others.
+# transformers' defaults for CLIPVisionConfig, which a config.json omits.
 _VISION = ClipTower(
     hidden_size=768,
     intermediate_size=3072,
@@ -61,56 +60,6 @@ _VISION = ClipTower(
     hidden_act="quick_gelu",
     layer_norm_eps=1e-5,
 )
-_DERIVED = ("num_key_value_heads", "head_dim")
-_LLAMA = Llama(
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=0,
-    head_dim=0,
-    vocab_size=32000,
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-)
-_MISTRAL = replace(
-    _LLAMA, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072
-)
-_PHI3 = Phi3(
-    hidden_size=3072,
-    intermediate_size=8192,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=0,
-    head_dim=0,
-    vocab_size=32064,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-)
-# The decoder by `model_type`, of config.json itself or of its text_config.
-_DECODERS = {
-    "palo": _LLAMA,
-    "mobilevlm": _LLAMA,
-    "llava": _LLAMA,
-    "llava_llama": _LLAMA,
-    "llama": _LLAMA,
-    "llava_mistral": _MISTRAL,
-    "mistral": _MISTRAL,
-    "llava_phi": _PHI3,
-    "llava_phi3": _PHI3,
-    "phi3": _PHI3,
-}
-_WINDOWS = {"llava_mistral": 4096, "mistral": 4096}
-_EOS = {"llama": 2, "phi3": 32000}
-# What a decoder's config may say of no other value.
-_ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-}
 _OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral", "llava_phi", "llava_phi3")
 # OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
 _CLIP_HEAD = 64
@@ -121,25 +70,18 @@ _FRAME, _PATCH = ("<im_start>", "<im_end>"), "<im_patch>"
 def _describe(source: Source) -> Model:
     config, own = source.files["config.json"], _is_own(source.files["config.json"])
     decoder = config if own else section(config, "text_config")
-    text = _text(decoder, config["model_type"])
+    text = decoders.read(decoder, config["model_type"])
     vision = _vision(source, config)
     projector = _projector(config, vision, text, own)
     template = _template(source, own)
-    stops = stop_tokens(source.files, decoder, _EOS[text.architecture])
+    stops = stop_tokens(source.files, decoder, decoders.EOS[text.architecture])
     cutter = Cutter(source.tokenizer, _spaces(source, own), stops[0])
     ends = dict.fromkeys((cutter.end(template), *stops))
     image, notes = _image(source, vision, projector.tokens(vision.rows), own)
     return Model(
         image=image,
         prompt=_prompt(config, template, cutter, own),
-        decoder=DecoderSpec(
-            architecture=text.architecture,
-            attention="causal",
-            n_embd=text.hidden_size,
-            n_layer=text.num_hidden_layers,
-            n_vocab=text.vocab_size,
-            context_length=text.max_position_embeddings,
-        ),
+        decoder=decoder_spec(text, "causal"),
         # The originals answer until their chat ends a turn, at most 1024 tokens (llava/serve).
         answer=AnswerSpec(stop_tokens=tuple(ends), max_tokens=512),
         vision=vision,
@@ -158,36 +100,6 @@ def _is_own(config: Config) -> bool:
     kind = config["model_type"]
     first = kind == "llava" and "text_config" not in config and "mm_vision_tower" in config
     return first or kind in _OWN_LAYOUT
-
-
-def _text(config: Config, model_type: str) -> Llama:
-    name = setting(config, "model_type", model_type)
-    if name not in _DECODERS:
-        raise ValueError(f"text_config.model_type {name!r} is not one of {', '.join(_DECODERS)}")
-    given = {k: v for k, v in config.items() if v is not None or k not in _DERIVED}
-    text = read_config(_DECODERS[name], given)
-    rope = rope_parameters(config)
-    if rope["rope_type"] != "default":
-        raise ValueError(
-            f"the decoder scales its positions ({rope['rope_type']!r}); only 'default' is known"
-        )
-    for key, known in _ONLY.items():
-        if (value := setting({**config, **rope}, key, known)) != known:
-            raise ValueError(f"{key} is {value!r}; only {known!r} is known")
-    heads = text.num_attention_heads
-    head_dim = text.head_dim or text.hidden_size // heads
-    if isinstance(text, Phi3) and head_dim * heads != text.hidden_size:
-        raise ValueError(f"head_dim is {head_dim}; Phi-3 divides hidden_size by its heads")
-    # llama.cpp's graphs have no window: up to its length the answers are the same.
-    longest, window = text.max_position_embeddings, config.get("sliding_window", _WINDOWS.get(name))
-    return replace(
-        text,
-        # Null, where Mistral's default is 8, says as many as queries.
-        num_key_value_heads=config.get("num_key_value_heads", text.num_key_value_heads) or heads,
-        head_dim=head_dim,
-        rope_theta=setting(rope, "rope_theta", text.rope_theta),
-        max_position_embeddings=min(window, longest) if window else longest,
-    )
 
 
 def _vision(source: Source, config: Config) -> ClipTower:

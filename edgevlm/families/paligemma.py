@@ -15,6 +15,7 @@ from edgevlm.family import (
     Family,
     Model,
     Source,
+    decoder_spec,
     place,
     read_config,
     rope_parameters,
@@ -27,7 +28,7 @@ from edgevlm.parts.gemma2 import Gemma2
 from edgevlm.parts.linear import Linear
 from edgevlm.parts.siglip import SiglipTower
 from edgevlm.processors import SIGLIP, check_rows, default_settings, find_settings, image_spec
-from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
+from edgevlm.specs import AnswerSpec, ImageSpec, PromptSpec
 
 _GELU = "gelu_pytorch_tanh"
 # config.json omits what equals transformers' defaults for SiglipVisionConfig, GemmaConfig and
@@ -110,14 +111,7 @@ def _describe(source: Source) -> Model:
                 "ocr": "ocr",
             },
         ),
-        decoder=DecoderSpec(
-            architecture=text.architecture,
-            attention="prefix",
-            n_embd=text.hidden_size,
-            n_layer=text.num_hidden_layers,
-            n_vocab=text.vocab_size,
-            context_length=text.max_position_embeddings,
-        ),
+        decoder=decoder_spec(text, "prefix"),
         answer=AnswerSpec(stop_tokens=stop_tokens(files, section(config, "text_config"), _EOS)),
         vision=vision,
         projector=projector,

@@ -20,6 +20,7 @@ from edgevlm.family import (
     Model,
     Piece,
     Source,
+    decoder_spec,
     read_config,
     rope_parameters,
     section,
@@ -30,7 +31,7 @@ from edgevlm.parts.eva import EvaTower
 from edgevlm.parts.phi2 import Phi2
 from edgevlm.parts.qformer import QFormer
 from edgevlm.processors import CLIP_MEAN, CLIP_STD
-from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec
+from edgevlm.specs import AnswerSpec, ImageSpec, PromptSpec
 
 _EVA, _BLIP2, _STAGE = "eva", "blip2", "stage"
 
@@ -119,15 +120,7 @@ def _describe(source: Source) -> Model:
     return Model(
         image=_image(source, vision.image_size, projector.tokens(vision.rows)),
         prompt=_prompt(source, arch),
-        decoder=DecoderSpec(
-            architecture=text.architecture,
-            attention="causal",
-            n_embd=text.hidden_size,
-            n_layer=text.num_hidden_layers,
-            n_vocab=text.vocab_size,
-            context_length=text.max_position_embeddings,
-            extra_norms=text.extra_norms,
-        ),
+        decoder=decoder_spec(text, "causal", extra_norms=text.extra_norms),
         # conversation.py: how an answer ends, what is cut off it, and the length demo.py allows.
         answer=AnswerSpec(
             stop_tokens=(),

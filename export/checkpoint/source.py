@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ INDEX = "model.safetensors.index.json"
 LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 CARD = "README.md"
 # Each is a whole tokenizer, the last with merges.txt beside it; the first that is there is read.
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
+FAST = "tokenizer.json"
+TOKENIZERS = ("tokenizer.model", FAST, "vocab.json")
 
 # No header of a real checkpoint comes near; a larger one is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
@@ -59,7 +60,7 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """Every file of this folder that the export reads."""
         beside = (*TOKENIZERS, "merges.txt") if CONFIG in self.configs else ()
-        names = (*sorted(self.configs), *beside)
+        names = (*sorted(self.configs.keys() - {FAST}), *beside)
         return (*(p for n in names if (p := self.folder / n).is_file()), *self.weights)
 
 
@@ -73,12 +74,14 @@ def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
         raise SourceError(
             f"{folder}: has no {CONFIG}; name the folder of a checkpoint as published on the hub"
         )
-    configs = {p.name: read_json(p) for p in sorted(folder.glob("*config.json"))}
+    configs: dict[str, Config] = {p.name: read_json(p) for p in sorted(folder.glob("*config.json"))}
     _refuse_quantized(folder, configs[CONFIG])
-    if tokenizer and not any((folder / name).is_file() for name in TOKENIZERS):
-        raise SourceError(
-            f"{folder}: has no {' or '.join(TOKENIZERS)}; copy it from the model's page"
-        )
+    if tokenizer:
+        if not any((folder / name).is_file() for name in TOKENIZERS):
+            raise SourceError(
+                f"{folder}: has no {' or '.join(TOKENIZERS)}; copy it from the model's page"
+            )
+        configs |= read_present(folder, (FAST,))
     single, index = _layout(folder)
     weight_map = _weight_map(folder, index)
     tensors: dict[str, SourceTensor] = {}
@@ -95,8 +98,13 @@ def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
 
 def read_settings(folder: Path, names: Collection[str]) -> Checkpoint | None:
     """JSON files of a folder and nothing else of it, None where it has none of these names."""
-    found = {n: read_json(folder / n) for n in names if (folder / n).is_file()}
+    found = read_present(folder, names)
     return Checkpoint(folder, found, {}, ()) if found else None
+
+
+def read_present(folder: Path, names: Iterable[str]) -> dict[str, Config]:
+    """The JSON files of these names that are in a folder, by name; raises SourceError."""
+    return {n: read_json(folder / n) for n in names if (folder / n).is_file()}
 
 
 def read_file(path: Path) -> Checkpoint:

@@ -23,6 +23,7 @@ from edgevlm.export.checkpoint.tokenizer import side_files
 from edgevlm.export.checkpoint.tokenizer.vocabulary import USER_DEFINED
 from edgevlm.export.components import Job, elements
 from edgevlm.export.gguf import tools
+from edgevlm.export.options import WriteOptions
 from edgevlm.export.parity import images, references
 from edgevlm.export.parity.corpus import around, corpus
 from edgevlm.export.parity.metrics import distance, divergence
@@ -57,7 +58,7 @@ def check_memory(job: Job) -> None:
         )
 
 
-def verify(job: Job, folder: Path) -> tuple[StageParity, ...]:
+def verify(job: Job, options: WriteOptions, folder: Path) -> tuple[StageParity, ...]:
     """Compares the bundle in `folder` with its source; raises ParityError at the first stage
     that is off by more than its tolerance.
     """
@@ -72,7 +73,8 @@ def verify(job: Job, folder: Path) -> tuple[StageParity, ...]:
     with _explained(job):
         source = reference.run(request, ours["tokens"])
     stage.advance(1)
-    stages += [*compare(job, ours, source), *_alternatives(job, folder, ours["pixels"], source)]
+    stages += compare(options, ours, source)
+    stages += _alternatives(options, folder, ours["pixels"], source)
     check(stages)
     stage.advance(1)
     return tuple(stages)
@@ -119,15 +121,15 @@ def _tokens(job: Job, gguf: Path, reference: references.Source) -> StageParity:
     return stage
 
 
-def compare(job: Job, ours: Arrays, source: Arrays) -> list[StageParity]:
+def compare(options: WriteOptions, ours: Arrays, source: Arrays) -> list[StageParity]:
     """Every stage of one answer; `source` was fed the tokens that the bundle chose."""
     stages = [
         StageParity("prompt", "ids that differ", _ids(ours, source), 0.0),
         StageParity("pixels", "max |d|", _max(ours, source, "pixels"), _PIXELS),
-        *answered(job.quant, job.vision[0], ours, source),
+        *answered(options.quant, options.vision[0], ours, source),
     ]
-    if job.quant.direct and job.vision[0].name == "fp32":
-        stages.append(_greedy(job.quant, ours, source))
+    if options.quant.direct and options.vision[0].name == "fp32":
+        stages.append(_greedy(options.quant, ours, source))
     return stages
 
 
@@ -164,10 +166,12 @@ def encoded(ours: Arrays, source: Arrays, cosine: float, of: str = "") -> list[S
     ]
 
 
-def _alternatives(job: Job, folder: Path, pixels: Array, source: Arrays) -> list[StageParity]:
+def _alternatives(
+    options: WriteOptions, folder: Path, pixels: Array, source: Arrays
+) -> list[StageParity]:
     """The further vision encoders, on the same picture."""
     stages = []
-    for v in job.vision[1:]:
+    for v in options.vision[1:]:
         ours = rows(folder / f"vision.{v.name}.onnx", folder / "projector.onnx", pixels)
         stages += encoded(ours, source, v.cosine, f" {v.name}")
     return stages

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm.export.checkpoint.source import read_json
+from edgevlm.export.checkpoint.source import FAST, Checkpoint, read_json
+from edgevlm.family import Config
 
 # How a text is cut before any merge (openai/gpt-2 encoder.py; meta-llama/llama3 tokenizer.py).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -42,22 +43,23 @@ class BytePairs:
     pre: str
 
 
-def is_byte_level(folder: Path) -> bool:
-    """Whether the folder's tokenizer is one of bytes."""
-    if (folder / "tokenizer.model").is_file():
+def is_byte_level(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's tokenizer is one of bytes."""
+    if (checkpoint.folder / "tokenizer.model").is_file():
         return False
-    path = folder / "tokenizer.json"
-    return not path.is_file() or not read_json(path).get("model", {}).get("byte_fallback")
+    fast = checkpoint.configs.get(FAST)
+    return fast is None or not fast.get("model", {}).get("byte_fallback")
 
 
-def read_byte_pairs(folder: Path, kind: str) -> BytePairs:
+def read_byte_pairs(checkpoint: Checkpoint, kind: str) -> BytePairs:
     """Reads the tokenizer; `kind` is the `tokenizer_class` that its config states, "" for none.
 
     Raises SourceError.
     """
-    path, kind = folder / "tokenizer.json", kind.removesuffix("Fast")
-    if path.is_file():
-        found = _from_json(path, read_json(path), kind)
+    folder, kind = checkpoint.folder, kind.removesuffix("Fast")
+    if FAST in checkpoint.configs:
+        path = folder / FAST
+        found = _from_json(path, checkpoint.configs[FAST], kind)
     else:
         path = folder / "vocab.json"
         found = _from_pair(path, folder / "merges.txt", kind or "GPT2Tokenizer")
@@ -70,7 +72,7 @@ def read_byte_pairs(folder: Path, kind: str) -> BytePairs:
     return found
 
 
-def _from_json(path: Path, data: dict[str, Any], kind: str) -> BytePairs:
+def _from_json(path: Path, data: Config, kind: str) -> BytePairs:
     model = data.get("model", {})
     odd = [k for k in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
     if model.get("type") != "BPE" or odd:

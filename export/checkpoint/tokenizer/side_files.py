@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edgevlm.export.checkpoint.source import Checkpoint, read_json
+from edgevlm.export.checkpoint.source import FAST, Checkpoint, read_json
 from edgevlm.export.checkpoint.tokenizer.byte_pairs import is_byte_level
 from edgevlm.family import AddedToken, Config, Tokenizer
 
@@ -54,10 +54,8 @@ def entries(checkpoint: Checkpoint) -> Mapping[int, Entry]:
 
 
 def _entries(checkpoint: Checkpoint) -> Iterator[Entry]:
-    folder = checkpoint.folder
-    if (folder / "tokenizer.json").is_file():
-        for entry in read_json(folder / "tokenizer.json").get("added_tokens", []):
-            yield _entry(entry["id"], entry)
+    for entry in checkpoint.configs.get(FAST, {}).get("added_tokens", []):
+        yield _entry(entry["id"], entry)
     for i, entry in _config(checkpoint).get("added_tokens_decoder", {}).items():
         yield _entry(int(i), entry)
 
@@ -93,17 +91,16 @@ def control_texts(checkpoint: Checkpoint) -> set[str]:
 
 def describe(checkpoint: Checkpoint) -> Tokenizer:
     """What a family may know of the tokenizer."""
-    folder, special = checkpoint.folder, special_texts(checkpoint)
+    special, fast = special_texts(checkpoint), checkpoint.configs.get(FAST, {})
     added: dict[str, AddedToken] = {}
     for e in entries(checkpoint).values():
         odd = ", ".join(sorted(e.attributes & {"single_word", "lstrip"}))
         added[e.text] = AddedToken(e.id, "rstrip" in e.attributes, e.text in special, odd)
-    in_bytes, path = is_byte_level(folder), folder / "tokenizer.json"
-    fast = read_json(path) if path.is_file() else {}
+    in_bytes = is_byte_level(checkpoint)
     begins = _config(checkpoint).get("add_bos_token")
     if in_bytes or (begins is None and _config(checkpoint).get("tokenizer_class") == GENERIC):
         begins = _begins(fast.get("post_processor"))
-    slow = (folder / "tokenizer.model").is_file()
+    slow = (checkpoint.folder / "tokenizer.model").is_file()
     return Tokenizer(in_bytes, slow, begins in (None, True), added, _prepends(fast))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import EngineMissing, SourceError
-from edgevlm.export.checkpoint.source import TOKENIZERS, Checkpoint, read_json
+from edgevlm.export.checkpoint.source import FAST, TOKENIZERS, Checkpoint
 from edgevlm.export.checkpoint.tokenizer.byte_pairs import BytePairs, is_byte_level, read_byte_pairs
 from edgevlm.export.checkpoint.tokenizer.checks import (
     SPACE,
@@ -67,13 +67,16 @@ def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
     """The vocabulary in `model.decoder.n_vocab` rows; raises SourceError."""
     path = _file(checkpoint.folder)
     added = entries(checkpoint)
-    pairs = _byte_pairs(checkpoint, model.prefix) if is_byte_level(checkpoint.folder) else None
+    pairs = _byte_pairs(checkpoint, model.prefix) if is_byte_level(checkpoint) else None
     if pairs:
         table = {i: Token(text, 0.0, NORMAL) for i, text in pairs.pieces.items()}
     else:
         texts = {e.text for e in added.values()}
-        kind = path.suffix == ".model"
-        table = dict(enumerate(_sentencepiece(path, model) if kind else _bpe(path, model, texts)))
+        if path.suffix == ".model":
+            tokens = _sentencepiece(path, model)
+        else:
+            tokens = _bpe(path, checkpoint.configs[FAST], model, texts)
+        table = dict(enumerate(tokens))
         if sum(token.type == BYTE for token in table.values()) != 256:
             raise SourceError(
                 f"{path}: lacks pieces for bytes, without which llama.cpp cannot read every text; "
@@ -97,8 +100,8 @@ def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
     _refuse_twins(filled, path)
     specials = _specials(filled, checkpoint, path)
     if pairs:
-        tokens = _hidden(filled, path, merges=False)
-        return Vocabulary(tuple(tokens), specials, pairs.merges, pairs.pre)
+        hidden = _hidden(filled, path, merges=False)
+        return Vocabulary(tuple(hidden), specials, pairs.merges, pairs.pre)
     return Vocabulary(tuple(map(_as_typed, _hidden(filled, path, merges=True))), specials)
 
 
@@ -109,7 +112,7 @@ def _file(folder: Path) -> Path:
 
 def _byte_pairs(checkpoint: Checkpoint, prefix: str) -> BytePairs:
     kind = str(checkpoint.configs.get(CONFIG, {}).get("tokenizer_class") or "")
-    pairs = read_byte_pairs(checkpoint.folder, kind)
+    pairs = read_byte_pairs(checkpoint, kind)
     if prefix:
         raise SourceError(f"{checkpoint.folder}: its tokenizer has bytes where pieces are expected")
     return pairs
@@ -200,8 +203,7 @@ def _sentencepiece(path: Path, model: Model) -> list[Token]:
     return [Token(p.piece, p.score, p.type) for p in proto.pieces]
 
 
-def _bpe(path: Path, model: Model, added: Collection[str]) -> list[Token]:
-    data = read_json(path)
+def _bpe(path: Path, data: Config, model: Model, added: Collection[str]) -> list[Token]:
     bpe = data.get("model", {})
     if bpe.get("type") != "BPE":
         raise SourceError(f"{path}: is not a BPE tokenizer; add tokenizer.model")

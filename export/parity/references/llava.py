@@ -96,7 +96,7 @@ class Reference:
 
     def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
         """The checkpoint's own processor on a picture, padded first where LLaVA's own code does."""
-        picture, fit = Image.fromarray(image), self._job.fit
+        picture, fit = Image.fromarray(image), self._job.options.image_fit
         processor, options = self._processor(), {}
         ratio = self._job.checkpoint.configs["config.json"].get("image_aspect_ratio")
         if fit == "pad" or (fit is None and self._alone and ratio == "pad"):

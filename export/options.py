@@ -1,0 +1,69 @@
+"""Options of an export: `ReadOptions` for its source, `WriteOptions` for its bundle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgevlm.export import precisions
+from edgevlm.export.precisions import Quant, VisionPrecision
+from edgevlm.specs import Fit
+
+# A folder, or the id of a model on the hub.
+Location = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How a source is read, where its files leave something out or open; `export_bundle` says what
+    each option means.
+    """
+
+    name: str | None = None
+    vision_tower: Location | None = None
+    template: str | None = None
+    image_fit: Fit | None = None
+    parts: Mapping[str, Location] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    adapter: Location | None = None
+
+
+AS_FOUND = ReadOptions()
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """The precisions of a bundle, the main vision encoder's first, and what they are made with: the
+    decoder's importance matrix, a folder of pictures to calibrate on.
+    """
+
+    quant: Quant
+    vision: tuple[VisionPrecision, ...]
+    imatrix: bool = False
+    calibration: Path | None = None
+    verify: bool = True
+
+    @classmethod
+    def checked(
+        cls,
+        quant: str,
+        vision: str | Sequence[str],
+        *,
+        imatrix: bool | None = None,
+        calibration: Location | None = None,
+        verify: bool = True,
+    ) -> WriteOptions:
+        """From names of precisions; an `imatrix` of None is one where llama.cpp insists on it.
+
+        Raises ExportError for a name that is not known and for choices that disagree.
+        """
+        wanted = precisions.quant(quant)
+        return cls(
+            wanted,
+            precisions.vision_precisions(vision),
+            precisions.wants_imatrix(wanted, imatrix),
+            Path(calibration) if calibration else None,
+            verify,
+        )
