@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ ImageSource = (
     | bytes
     | bytearray
     | memoryview
-    | BinaryIO
+    | IO[bytes]
     | Image.Image
     | RGB
 )
