@@ -1,29 +1,34 @@
 """Any picture -> the same pixels as the original's processor; no picture -> one clear line."""
 
 import base64
+import functools
 import io
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from edgevlm.errors import ImageError
-from edgevlm.image import MAX_PIXELS, pixels, preprocess, read, read_image
+from edgevlm.image import MAX_PIXELS, RGB, Pixels, pixels, preprocess, read, read_image
 from edgevlm.image.plan import plan
-from edgevlm.specs import ImageSpec
+from edgevlm.specs import Fit, ImageSpec
 
 HALF = (0.5, 0.5, 0.5)
 
 
-def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:
+def encoded(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format, **options)
     return buffer.getvalue()
 
 
-def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+def noise(width: int, height: int, seed: int = 0) -> RGB:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -31,7 +36,7 @@ def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
     ("width", "height"),
     [(224, 224), (1, 1), (1, 1000), (1000, 1), (640, 480), (37, 411), (3000, 2000), (223, 225)],
 )
-def test_pixels_equal_transformers_bit_for_bit(width, height):
+def test_pixels_equal_transformers_bit_for_bit(width: int, height: int) -> None:
     transformers = pytest.importorskip("transformers")
     rgb = noise(width, height)
     processor = transformers.SiglipImageProcessor(
@@ -49,7 +54,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def clip_spec(fit: str, size: int, **options: object) -> ImageSpec:
+def clip_spec(fit: Fit, size: int, **options: Any) -> ImageSpec:
     return ImageSpec(size, 576, CLIP_MEAN, CLIP_STD, fit=fit, **options)
 
 
@@ -65,7 +70,7 @@ def squared(picture: Image.Image) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def clip_pixels(picture: Image.Image, size: int, resample: int = 3) -> np.ndarray:
+def clip_pixels(picture: Image.Image, size: int, resample: int = 3) -> Pixels:
     transformers = pytest.importorskip("transformers")
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": size},
@@ -76,7 +81,7 @@ def clip_pixels(picture: Image.Image, size: int, resample: int = 3) -> np.ndarra
     )
     # Said outright: a picture 3 pixels high looks to transformers like one of 3 channels.
     out = processor(picture.convert("RGB"), return_tensors="np", input_data_format="channels_last")
-    return out["pixel_values"][0]
+    return np.asarray(out["pixel_values"][0], np.float32)
 
 
 def with_alpha(width: int, height: int) -> Image.Image:
@@ -86,9 +91,9 @@ def with_alpha(width: int, height: int) -> Image.Image:
     return picture
 
 
-PICTURES = {
+PICTURES: dict[str, Callable[[], Image.Image]] = {
     **{
-        f"{w}x{h}": (lambda w=w, h=h: Image.fromarray(noise(w, h)))
+        f"{w}x{h}": functools.partial(lambda *sides: Image.fromarray(noise(*sides)), w, h)
         for w, h in [
             *[(336, 336), (1, 1), (3, 7), (7, 3), (3, 3), (640, 480), (480, 640), (335, 337)],
             *[(337, 335), (336, 500), (501, 336), (500, 333), (333, 500), (1023, 767), (50, 51)],
@@ -104,7 +109,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_padded_and_cropped_pixels_equal_clips_bit_for_bit(name):
+def test_padded_and_cropped_pixels_equal_clips_bit_for_bit(name: str) -> None:
     picture = PICTURES[name]()
     rgb = read_image(picture)
     for size in (336, 55):
@@ -116,7 +121,7 @@ def test_padded_and_cropped_pixels_equal_clips_bit_for_bit(name):
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1000), (1000, 1), (2, 999)])
-def test_long_and_narrow_pictures(width, height):
+def test_long_and_narrow_pictures(width: int, height: int) -> None:
     picture = Image.fromarray(noise(width, height))
     rgb = read_image(picture)
     np.testing.assert_array_equal(
@@ -128,15 +133,16 @@ def test_long_and_narrow_pictures(width, height):
 
 
 @pytest.mark.parametrize(("name", "number"), [("nearest", 0), ("lanczos", 1), ("bilinear", 2)])
-def test_other_filters_pad_and_crop_the_same(name, number):
+def test_other_filters_pad_and_crop_the_same(name: str, number: int) -> None:
     picture = Image.fromarray(noise(97, 41))
     rgb = read_image(picture)
-    for fit, seen in (("crop", picture), ("pad", squared(picture))):
+    seen: dict[Fit, Image.Image] = {"crop": picture, "pad": squared(picture)}
+    for fit in seen:
         pixels = preprocess(rgb, clip_spec(fit, 28, resample=name))
-        np.testing.assert_array_equal(pixels, clip_pixels(seen, 28, number))
+        np.testing.assert_array_equal(pixels, clip_pixels(seen[fit], 28, number))
 
 
-def test_a_pad_in_many_strips_is_the_same(monkeypatch):
+def test_a_pad_in_many_strips_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     rgb = noise(90, 333)
     whole = preprocess(rgb, clip_spec("pad", 56))
     monkeypatch.setattr(pixels, "_STRIP_PIXELS", 700)
@@ -145,7 +151,7 @@ def test_a_pad_in_many_strips_is_the_same(monkeypatch):
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
 @pytest.mark.parametrize("shape", [(1, MAX_PIXELS), (MAX_PIXELS, 1), (1, 500_000)])
-def test_a_picture_that_would_swell_is_refused(fit, shape):
+def test_a_picture_that_would_swell_is_refused(fit: Fit, shape: tuple[int, ...]) -> None:
     rgb = np.zeros((*shape, 3), np.uint8)
     with pytest.raises(ImageError, match="too long and narrow") as caught:
         preprocess(rgb, clip_spec(fit, 336))
@@ -153,7 +159,7 @@ def test_a_picture_that_would_swell_is_refused(fit, shape):
     assert "\n" not in str(caught.value)
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path):
+def test_every_kind_of_source_gives_the_same_picture(tmp_path: Path) -> None:
     rgb = noise(30, 20)
     data = encoded(Image.fromarray(rgb))
     path = tmp_path / "a picture.png"
@@ -164,13 +170,13 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "WEBP", "PPM", "TGA"])
-def test_lossless_formats(format):
+def test_lossless_formats(format: str) -> None:
     rgb = noise(16, 16)
     options = {"lossless": True} if format == "WEBP" else {}
     np.testing.assert_array_equal(read_image(encoded(Image.fromarray(rgb), format, **options)), rgb)
 
 
-def test_exif_orientation_is_applied():
+def test_exif_orientation_is_applied() -> None:
     rgb = np.zeros((10, 30, 3), np.uint8)
     rgb[:, :15] = 255
     exif = Image.Exif()
@@ -180,7 +186,7 @@ def test_exif_orientation_is_applied():
     assert seen[2].mean() > 250 and seen[-3].mean() < 5
 
 
-def test_modes_other_than_rgb():
+def test_modes_other_than_rgb() -> None:
     rgb = noise(8, 8)
     picture = Image.fromarray(rgb)
     alpha = picture.copy()
@@ -194,20 +200,20 @@ def test_modes_other_than_rgb():
     assert read_image(encoded(picture.convert("LA"))).shape == (8, 8, 3)
 
 
-def test_sixteen_bits_are_scaled_not_clipped():
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
     grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     for format in ("PNG", "TIFF"):
         seen = read_image(encoded(Image.fromarray(grey), format))
         np.testing.assert_array_equal(seen[..., 0], np.rint(grey / 257).astype(np.uint8))
 
 
-def test_the_first_frame_of_an_animation():
+def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert read_image(data)[0, 0].tolist() == [255, 0, 0]
 
 
-def bad_sources(folder):
+def bad_sources(folder: Path) -> dict[Any, str]:
     whole = encoded(Image.fromarray(noise(64, 64)), "JPEG")
     (folder / "text.png").write_text("not a picture", encoding="utf-8")
     (folder / "empty.jpg").write_bytes(b"")
@@ -226,7 +232,7 @@ def bad_sources(folder):
     }
 
 
-def test_bad_sources_say_what_is_wrong(tmp_path):
+def test_bad_sources_say_what_is_wrong(tmp_path: Path) -> None:
     for source, reason in bad_sources(tmp_path).items():
         with pytest.raises(ImageError) as caught:
             read_image(source)
@@ -243,12 +249,12 @@ def test_bad_sources_say_what_is_wrong(tmp_path):
         np.zeros((0, 4, 3), np.uint8),
     ],
 )
-def test_arrays_must_be_rgb_bytes(array):
+def test_arrays_must_be_rgb_bytes(array: NDArray[Any]) -> None:
     with pytest.raises(ImageError, match="must be uint8"):
         read_image(array)
 
 
-def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
+def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "MAX_PIXELS", 99)
     with pytest.raises(ImageError, match="10 x 10 pixels.*scale it down"):
         read_image(encoded(Image.new("RGB", (10, 10))))
@@ -256,7 +262,7 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
         read_image(np.zeros((10, 10, 3), np.uint8))
 
 
-def test_a_decompression_bomb_is_refused():
+def test_a_decompression_bomb_is_refused() -> None:
     with pytest.raises(ImageError, match="scale it down"):
         read_image(encoded(Image.new("1", (30000, 30000))))
 
@@ -274,7 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def test_pictures_from_a_server():
+def test_pictures_from_a_server() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
@@ -294,7 +300,9 @@ def test_pictures_from_a_server():
         ("crop", (1, 1), (28, 28), (0, 0, 28, 28)),
     ],
 )
-def test_a_plan_is_the_canvas_its_middle_and_the_rows(fit, size, canvas, tile):
+def test_a_plan_is_the_canvas_its_middle_and_the_rows(
+    fit: Fit, size: tuple[int, int], canvas: tuple[int, int], tile: tuple[int, int, int, int]
+) -> None:
     found = plan(*size, clip_spec(fit, 28))
     assert (found.canvas, found.tiles, found.overview) == (canvas, (tile,), False)
     assert found.rows == 576

@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import sys
 import types
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from edgevlm.errors import ImageError
 from edgevlm.image import read_image
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RGB = np.zeros((32, 48, 3), np.uint8)
 RGB[:, 24:] = (250, 120, 10)
@@ -22,7 +26,7 @@ def ftyp(brand: bytes, compatible: bytes = b"") -> bytes:
     return (len(body) + 4).to_bytes(4, "big") + body + b"\0\0\0\x08mdat"
 
 
-KINDS = {
+KINDS: dict[str, tuple[bytes, Unpack[tuple[str, ...]]]] = {
     "iPhone's HEIC": (ftyp(b"heic", b"mif1heic"), "HEIC", "edgevlm[heif]", "pillow-heif"),
     "another HEIF": (ftyp(b"mif1", b"mif1heic"), "HEIC", "edgevlm[heif]"),
     "a burst of HEIC": (ftyp(b"hevc", b"msf1hevc"), "HEIC", "edgevlm[heif]"),
@@ -52,7 +56,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_picture_is_called_by_its_name(kind, monkeypatch):
+def test_what_is_no_picture_is_called_by_its_name(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     data, *words = KINDS[kind]
     with pytest.raises(ImageError) as caught:
@@ -63,29 +69,29 @@ def test_what_is_no_picture_is_called_by_its_name(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("data", [b"<!---->" * 585 + b"<x", b" \n" * 3000, b"\n" * 5000 + b"!"])
-def test_no_content_takes_long_to_tell(data):
+def test_no_content_takes_long_to_tell(data: bytes) -> None:
     with pytest.raises(ImageError, match="not a picture in a format"):
         read_image(data)
     with pytest.raises(ImageError):
         read_image(data.decode() * 600)
 
 
-def test_heic_is_read_where_pillow_heif_is_installed():
+def test_heic_is_read_where_pillow_heif_is_installed() -> None:
     heif = pytest.importorskip("pillow_heif", reason='needs pip install "edgevlm[heif]"')
     buffer = io.BytesIO()
     heif.from_pillow(Image.fromarray(RGB)).save(buffer, quality=-1)
     data = buffer.getvalue()
     assert np.abs(read_image(data).astype(int) - RGB).max() <= 12
-    with pytest.raises(Image.UnidentifiedImageError):  # Nothing was registered for others.
+    with pytest.raises(UnidentifiedImageError):  # Nothing was registered for others.
         Image.open(io.BytesIO(data))
     with pytest.raises(ImageError, match="damaged or truncated"):
         read_image(data[: len(data) // 2])
 
 
-def test_pillow_heif_is_asked_for_heic_only(monkeypatch):
+def test_pillow_heif_is_asked_for_heic_only(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def opened(file):
+    def opened(file: BinaryIO) -> Image.Image:
         asked.append(file.read())
         return Image.fromarray(RGB)
 
@@ -102,7 +108,7 @@ def test_pillow_heif_is_asked_for_heic_only(monkeypatch):
     assert asked == [data]
 
 
-def test_avif_is_read_where_pillow_has_it(monkeypatch):
+def test_avif_is_read_where_pillow_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     if ".avif" in Image.registered_extensions():
         buffer = io.BytesIO()
         Image.fromarray(RGB).save(buffer, "AVIF", quality=100)
@@ -115,4 +121,4 @@ def test_avif_is_read_where_pillow_has_it(monkeypatch):
 
 
 def unreadable(_: object) -> Image.Image:
-    raise Image.UnidentifiedImageError("cannot identify image file")
+    raise UnidentifiedImageError("cannot identify image file")

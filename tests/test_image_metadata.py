@@ -8,6 +8,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ EXIF = struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, 274, 3, 1, 6, 0, 0)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
-def encoded(format: str, picture: Image.Image = PICTURE, **options: object) -> bytes:
+def encoded(format: str, picture: Image.Image = PICTURE, **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format, **options)
     return buffer.getvalue()
@@ -135,7 +137,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("case", BESIDE)
-def test_what_lies_beside_the_pixels_does_not_matter(case):
+def test_what_lies_beside_the_pixels_does_not_matter(case: str) -> None:
     np.testing.assert_array_equal(read_image(BESIDE[case]), RGB)
 
 
@@ -158,7 +160,7 @@ JPEGS = {
 
 
 @pytest.mark.parametrize("case", JPEGS)
-def test_what_lies_beside_the_pixels_of_a_jpeg_does_not_matter(case):
+def test_what_lies_beside_the_pixels_of_a_jpeg_does_not_matter(case: str) -> None:
     np.testing.assert_array_equal(read_image(JPEGS[case]), read_image(jpeg()))
 
 
@@ -173,11 +175,11 @@ def test_what_lies_beside_the_pixels_of_a_jpeg_does_not_matter(case):
         tiff(274, 4, 1, b"\6\0\0\0", big=True),
     ],
 )
-def test_pictures_are_turned_although_something_else_is_damaged(data):
+def test_pictures_are_turned_although_something_else_is_damaged(data: bytes) -> None:
     np.testing.assert_array_equal(read_image(data), TURNED)
 
 
-def test_a_jpeg_keeps_its_orientation_and_colours_although_its_head_is_damaged():
+def test_a_jpeg_keeps_its_orientation_and_colours_although_its_head_is_damaged() -> None:
     damaged = (0xE0, b"JFIF\0")
     data = jpeg(damaged, (0xE1, b"Exif\0\0" + EXIF))
     np.testing.assert_array_equal(read_image(data), np.rot90(read_image(jpeg()), -1))
@@ -208,18 +210,18 @@ def exif_of(kind: int, value: bytes, count: int = 1) -> bytes:
         exif_of(3, b"\0\0\xff\xf0", 1 << 20),
     ],
 )
-def test_orientations_that_are_none_turn_nothing(exif):
+def test_orientations_that_are_none_turn_nothing(exif: bytes) -> None:
     np.testing.assert_array_equal(read_image(png(chunk(b"eXIf", exif))), RGB)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
-def test_all_orientations_turn_as_pillow_turns(orientation, format):
+def test_all_orientations_turn_as_pillow_turns(orientation: int, format: str) -> None:
     from PIL import ImageOps
 
     exif = Image.Exif()
     exif[274] = orientation
-    options = {"lossless": True} if format == "WEBP" else {}
+    options: dict[str, Any] = {"lossless": True} if format == "WEBP" else {}
     data = encoded(format, exif=exif, **options)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(read_image(data), np.array(expected))
@@ -246,13 +248,13 @@ def damaged() -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("data", list(damaged()))
-def test_damaged_pixels_are_refused(data):
+def test_damaged_pixels_are_refused(data: bytes) -> None:
     with pytest.raises(ImageError, match=r"damaged or truncated|not a picture in a format") as e:
         read_image(data)
     assert str(e.value).isprintable()
 
 
-def test_pythons_warnings_as_errors_change_nothing():
+def test_pythons_warnings_as_errors_change_nothing() -> None:
     data = jpeg((0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\x09\1\x12"))
     expected = read_image(jpeg())
     with pytest.warns(UserWarning, match="Corrupt EXIF data"):
@@ -261,20 +263,20 @@ def test_pythons_warnings_as_errors_change_nothing():
     np.testing.assert_array_equal(read_image(lazily(data)(None)), expected)
 
 
-def closed_file(tmp_path) -> Image.Image:
+def closed_file(tmp_path: Path) -> Image.Image:
     path = tmp_path / "a.png"
     path.write_bytes(png())
     with path.open("rb") as file:
         return Image.open(file)
 
 
-def closed_image(tmp_path) -> Image.Image:
+def closed_image(tmp_path: Path) -> Image.Image:
     picture = Image.open(io.BytesIO(png()))
     picture.close()
     return picture
 
 
-def closed_after_loading(tmp_path) -> Image.Image:
+def closed_after_loading(tmp_path: Path) -> Image.Image:
     picture = PICTURE.copy()
     picture.close()
     return picture
@@ -290,7 +292,7 @@ def lazily(data: bytes) -> Callable[[object], Image.Image]:
 
 
 IDAT = png().index(b"IDAT")
-UNREADABLE = {
+UNREADABLE: dict[str, Callable[[Path], Image.Image]] = {
     "a closed file": closed_file,
     "a closed image": closed_image,
     "an image closed after loading": closed_after_loading,
@@ -304,14 +306,14 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_pil_images_that_cannot_be_decoded(case, tmp_path):
+def test_pil_images_that_cannot_be_decoded(case: str, tmp_path: Path) -> None:
     picture = UNREADABLE[case](tmp_path)
     with pytest.raises(ImageError, match="^the PIL image: ") as caught:
         read_image(picture)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 300
 
 
-def test_errors_of_any_kind_are_the_pictures(monkeypatch):
+def test_errors_of_any_kind_are_the_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (SyntaxError("x"), struct.error("x"), zlib.error("x"), EOFError(), IndexError("x"),
                   NotImplementedError("x"), AssertionError(), ZeroDivisionError("x")):  # fmt: skip
         picture = PICTURE.copy()
@@ -324,7 +326,7 @@ def test_errors_of_any_kind_are_the_pictures(monkeypatch):
             read_image(picture)
 
 
-def test_large_pil_images_are_refused_like_files():
+def test_large_pil_images_are_refused_like_files() -> None:
     with pytest.raises(ImageError, match="the PIL image: .* scale it down"):
         read_image(Image.new("1", (30000, 30000)))
 
@@ -336,7 +338,7 @@ def with_alpha(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGBX", "RGBa", "HSV", "YCbCr", "LAB", "CMYK"])
-def test_colour_modes(mode):
+def test_colour_modes(mode: str) -> None:
     picture = with_alpha(mode) if mode in ("RGBA", "RGBa") else None
     if picture is None and mode == "LAB":
         transform = ImageCms.buildTransform(
@@ -348,7 +350,7 @@ def test_colour_modes(mode):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "La"])
-def test_grey_modes(mode):
+def test_grey_modes(mode: str) -> None:
     grey = np.array(PICTURE.convert("L"))
     picture = with_alpha(mode) if mode != "L" else PICTURE.convert("L")
     np.testing.assert_array_equal(read_image(picture), np.stack([grey] * 3, -1))
@@ -356,7 +358,9 @@ def test_grey_modes(mode):
 
 @pytest.mark.parametrize("mode", ["P", "PA"])
 @pytest.mark.parametrize("transparency", [None, 0, bytes([0, 128, 255])])
-def test_palettes_keep_their_colours_under_transparency(mode, transparency):
+def test_palettes_keep_their_colours_under_transparency(
+    mode: str, transparency: int | bytes | None
+) -> None:
     picture = PICTURE.quantize(16)
     expected = np.array(picture.convert("RGB"))
     picture = picture.convert(mode) if mode == "PA" else picture
@@ -367,21 +371,21 @@ def test_palettes_keep_their_colours_under_transparency(mode, transparency):
         np.testing.assert_array_equal(read_image(encoded("PNG", picture)), expected)
 
 
-def test_black_and_white():
+def test_black_and_white() -> None:
     bits = RGB[..., 0] > 127
     for picture in (Image.fromarray(bits), Image.fromarray(~bits).convert("1")):
         seen = read_image(picture)
         assert set(np.unique(seen)) == {0, 255}
 
 
-def test_reading_a_pil_image_leaves_its_orientation(tmp_path):
+def test_reading_a_pil_image_leaves_its_orientation(tmp_path: Path) -> None:
     picture = Image.open(io.BytesIO(png(chunk(b"eXIf", EXIF))))
     np.testing.assert_array_equal(read_image(picture), TURNED)
     np.testing.assert_array_equal(read_image(picture), TURNED)
     assert picture.size == (20, 12) and picture.getexif()[274] == 6
 
 
-def test_a_fraction_is_an_orientation():
+def test_a_fraction_is_an_orientation() -> None:
     picture = PICTURE.copy()
     picture.getexif()[274] = TiffImagePlugin.IFDRational(Fraction(6))
     np.testing.assert_array_equal(read_image(picture), TURNED)
@@ -389,7 +393,7 @@ def test_a_fraction_is_an_orientation():
     np.testing.assert_array_equal(read_image(picture), RGB)
 
 
-def test_texts_of_a_png_may_be_large_for_pillow_alone():
+def test_texts_of_a_png_may_be_large_for_pillow_alone() -> None:
     data = BESIDE["png: text too large"]
     with pytest.raises(ValueError, match="too large"):
         Image.open(io.BytesIO(data))

@@ -9,13 +9,16 @@ import pathlib
 import socket
 import tempfile
 import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from edgevlm.errors import ImageError
-from edgevlm.image import fetch, names, read_image
+from edgevlm.image import ImageSource, fetch, names, read_image
 from edgevlm.image.names import each_located, located
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
@@ -28,7 +31,7 @@ def png() -> bytes:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, which is the home as well."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -38,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 
 def refused(source: object) -> str:
     with pytest.raises(ImageError) as caught:
-        read_image(source)
+        read_image(source)  # type: ignore[arg-type]
     message = str(caught.value)
     assert message.isprintable() and len(message) < 500
     return message
@@ -88,14 +91,14 @@ posix = pytest.mark.skipif(os.name == "nt", reason="backslashes are part of name
         ("file:picture.png", "file:picture.png"),
     ],
 )
-def test_names_of_files(folder, file, named):
+def test_names_of_files(folder: Path, file: str, named: str) -> None:
     (folder / file).write_bytes(png())
     named = named.format(folder=folder, host=socket.gethostname()) if "{" in named else named
     np.testing.assert_array_equal(read_image(named), RGB)
 
 
 @posix
-def test_a_file_of_exactly_that_name_wins(folder):
+def test_a_file_of_exactly_that_name_wins(folder: Path) -> None:
     Image.fromarray(RGB).save(folder / "my photo.png")
     literal = np.zeros((2, 2, 3), np.uint8)
     Image.fromarray(literal).save(folder / r"my\ photo.png")
@@ -105,7 +108,7 @@ def test_a_file_of_exactly_that_name_wins(folder):
 
 
 @posix
-def test_a_name_that_is_not_text_in_the_systems_encoding(folder):
+def test_a_name_that_is_not_text_in_the_systems_encoding(folder: Path) -> None:
     name = b"caf\xe9.png"
     try:
         with open(name, "wb") as file:
@@ -119,11 +122,11 @@ def test_a_name_that_is_not_text_in_the_systems_encoding(folder):
     assert "no such file" in refused("caf\udce8.png")
 
 
-def test_backslashes_are_kept_on_windows(monkeypatch):
-    monkeypatch.setattr(names.os, "name", "nt")
-    monkeypatch.setattr(names.os.path, "exists", lambda path: str(path).startswith("C:"))
+def test_backslashes_are_kept_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "name", "nt")
+    monkeypatch.setattr(os.path, "exists", lambda path: str(path).startswith("C:"))
     monkeypatch.setattr(names, "Path", str)
-    monkeypatch.setattr(names.urllib.request, "url2pathname", lambda p: p[1:].replace("%20", " "))
+    monkeypatch.setattr(urllib.request, "url2pathname", lambda p: p[1:].replace("%20", " "))
     assert located(r"C:\my\new photo.png") == r"C:\my\new photo.png"
     assert located(r'"C:\my\new photo.png"') == r"C:\my\new photo.png"
     assert located("file:///C:/my%20photo.png") == "C:/my photo.png"
@@ -131,7 +134,7 @@ def test_backslashes_are_kept_on_windows(monkeypatch):
 
 
 @posix
-def test_several_names_in_a_line(folder):
+def test_several_names_in_a_line(folder: Path) -> None:
     for name in ("a b.png", "c.png"):
         (folder / name).write_bytes(png())
     both = ["a b.png", "c.png"]
@@ -143,7 +146,7 @@ def test_several_names_in_a_line(folder):
         assert each_located(whole) == [whole]
 
 
-def test_names_that_name_nothing(folder):
+def test_names_that_name_nothing(folder: Path) -> None:
     assert refused("nowhere.png") == "nowhere.png: no such file"
     assert refused("'no where.png'") == "'no where.png': no such file"
     assert refused("file:///no%20where.png") == "/no where.png: no such file"
@@ -159,7 +162,7 @@ def test_names_that_name_nothing(folder):
     assert "a URL is passed as a str" in refused(pathlib.Path("https://host/a.png"))
 
 
-def test_base64_is_not_repeated_and_its_cure_is_named(folder):
+def test_base64_is_not_repeated_and_its_cure_is_named(folder: Path) -> None:
     encoded = base64.b64encode(png()).decode()
     noise = base64.b64encode(np.random.default_rng(0).bytes(3 << 20)).decode()
     for text in (encoded, "/9j/" + noise, noise, noise.replace("+", "-"), encoded[:-4] + "\n"):
@@ -172,11 +175,13 @@ def test_base64_is_not_repeated_and_its_cure_is_named(folder):
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, io.BytesIO])
-def test_bytes_in_any_wrapping(kind):
+def test_bytes_in_any_wrapping(
+    kind: Callable[[bytes], ImageSource],
+) -> None:
     np.testing.assert_array_equal(read_image(kind(png())), RGB)
 
 
-def test_open_files_are_read_from_their_start_and_stay_open(folder):
+def test_open_files_are_read_from_their_start_and_stay_open(folder: Path) -> None:
     (folder / "a.png").write_bytes(png())
     with open("a.png", "rb") as file:
         file.read(5)
@@ -193,7 +198,7 @@ def test_open_files_are_read_from_their_start_and_stay_open(folder):
     np.testing.assert_array_equal(read_image(just_saved), RGB)
 
 
-def test_a_pipe_is_read_as_far_as_it_goes():
+def test_a_pipe_is_read_as_far_as_it_goes() -> None:
     reading, writing = os.pipe()
     with open(writing, "wb") as file:
         file.write(png())
@@ -215,7 +220,7 @@ class Broken:
         raise RuntimeError("connection lost")
 
 
-def test_files_that_cannot_be_read(folder):
+def test_files_that_cannot_be_read(folder: Path) -> None:
     (folder / "a.png").write_bytes(png())
     with open("a.png", "rb") as file:
         pass
@@ -224,19 +229,21 @@ def test_files_that_cannot_be_read(folder):
     )
     with open("a.png", encoding="latin-1") as text:
         assert 'open it with mode "rb"' in refused(text)
-    with open("b.png", "wb") as file:
-        assert "cannot be read" in refused(file)
+    with open("b.png", "wb") as written:
+        assert "cannot be read" in refused(written)
     assert refused(Broken()) == "the open file: cannot be read (connection lost)"
     assert "is empty" in refused(io.BytesIO())
 
 
 @pytest.mark.parametrize("thing", [None, 5, ["a.png"], {"url": "a.png"}, object()])
-def test_other_objects_are_no_pictures(thing):
+def test_other_objects_are_no_pictures(
+    thing: object,
+) -> None:
     message = refused(thing)
     assert type(thing).__name__ in message and "pass a path, a URL, bytes" in message
 
 
-def test_files_without_end_are_refused(folder, monkeypatch):
+def test_files_without_end_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "MAX_FILE_BYTES", 1 << 20)
     (folder / "large.png").write_bytes(bytes((1 << 20) + 1))
     assert refused("large.png") == "large.png: is larger than 1 MiB"
@@ -244,7 +251,7 @@ def test_files_without_end_are_refused(folder, monkeypatch):
         assert refused("/dev/zero") == "/dev/zero: is larger than 1 MiB"
 
 
-def test_long_names_are_shortened(folder):
+def test_long_names_are_shortened(folder: Path) -> None:
     message = refused("very/" * 100 + "deep.png")
     assert len(message) < 220 and message.endswith("deep.png: no such file")
     shown = urllib.parse.quote("ä" * 100)

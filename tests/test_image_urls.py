@@ -9,11 +9,12 @@ import re
 import socketserver
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 import edgevlm
@@ -24,7 +25,7 @@ from edgevlm.image.urls import Address, without_credentials
 RGB = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
 
 
-def png(rgb: np.ndarray = RGB) -> bytes:
+def png(rgb: NDArray[np.uint8] = RGB) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, "PNG")
     return buffer.getvalue()
@@ -80,7 +81,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, str]]:
         yield served, base
 
 
-def refused(source: object) -> str:
+def refused(source: str) -> str:
     """The message of the refusal: always one short line."""
     with pytest.raises(ImageError) as caught:
         read_image(source)
@@ -105,17 +106,19 @@ def refused(source: object) -> str:
         ("", "/"),
     ],
 )  # fmt: skip
-def test_urls_are_sent_percent_encoded(server, typed, sent):
+def test_urls_are_sent_percent_encoded(server: tuple[Server, str], typed: str, sent: str) -> None:
     served, base = server
     np.testing.assert_array_equal(read_image(base + typed), RGB)
     assert [path for path, _ in served.asked] == [sent]
 
 
-def test_a_space_in_a_url_to_nobody_is_one_line():
+def test_a_space_in_a_url_to_nobody_is_one_line() -> None:
     assert "cannot be downloaded" in refused("http://127.0.0.1:9/my photo.png")
 
 
-def test_hosts_in_other_alphabets_are_asked_for_in_punycode(server, monkeypatch):
+def test_hosts_in_other_alphabets_are_asked_for_in_punycode(
+    server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     served, base = server
     monkeypatch.setenv("http_proxy", base)
     monkeypatch.setenv("no_proxy", "")
@@ -125,7 +128,7 @@ def test_hosts_in_other_alphabets_are_asked_for_in_punycode(server, monkeypatch)
     assert headers["host"] == "xn--bcher-kva.example"
 
 
-def test_servers_are_told_who_asks(server):
+def test_servers_are_told_who_asks(server: tuple[Server, str]) -> None:
     served, base = server
     read_image(f"{base}/a.png")
     agent = served.asked[0][1]["user-agent"]
@@ -133,7 +136,9 @@ def test_servers_are_told_who_asks(server):
     assert re.fullmatch(r"[\w.-]+/[\w.]+( [\w.-]+/[\w.]+)*", agent)
 
 
-def test_credentials_are_sent_as_basic_authentication_and_never_shown(server):
+def test_credentials_are_sent_as_basic_authentication_and_never_shown(
+    server: tuple[Server, str],
+) -> None:
     served, base = server
     host = base.removeprefix("http://")
     read_image(f"http://me:se%40cret@{host}/a.png")
@@ -160,7 +165,7 @@ def test_credentials_are_sent_as_basic_authentication_and_never_shown(server):
         "http://me:se cret@127.0.0.1:9/a.png",
     ],
 )
-def test_no_message_shows_a_password(url):
+def test_no_message_shows_a_password(url: str) -> None:
     message = refused(url)
     for word in ("me:", "sec", "ret", "cret"):
         assert word not in message.replace("is not a valid URL (a / or # in a password", "")
@@ -183,7 +188,7 @@ def test_no_message_shows_a_password(url):
         ("https://127.0.0.1:9/x.png", "cannot be downloaded"),
     ],
 )
-def test_invalid_urls_are_one_line(url, reason):
+def test_invalid_urls_are_one_line(url: str, reason: str) -> None:
     assert reason in refused(url)
 
 
@@ -225,7 +230,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("case", ANSWERS)
-def test_answers_that_are_no_picture(server, case):
+def test_answers_that_are_no_picture(server: tuple[Server, str], case: str) -> None:
     served, base = server
     served.answers["/x"], reason = ANSWERS[case]
     message = refused(f"{base}/x")
@@ -233,7 +238,9 @@ def test_answers_that_are_no_picture(server, case):
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", response()[:-50]])
-def test_a_server_that_falls_silent_is_not_waited_for(server, monkeypatch, answer):
+def test_a_server_that_falls_silent_is_not_waited_for(
+    server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
     served, base = server
     monkeypatch.setattr(fetch, "_TIMEOUT_S", 0.2)
     served.answers["/x"] = answer
@@ -242,7 +249,9 @@ def test_a_server_that_falls_silent_is_not_waited_for(server, monkeypatch, answe
     served.may_end.set()
 
 
-def test_large_downloads_are_refused(server, monkeypatch):
+def test_large_downloads_are_refused(
+    server: tuple[Server, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     served, base = server
     monkeypatch.setattr(fetch, "MAX_DOWNLOAD_BYTES", 1 << 20)
     served.answers["/x"] = response(bytes((1 << 20) + 1))
@@ -252,7 +261,9 @@ def test_large_downloads_are_refused(server, monkeypatch):
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
-def test_compressed_answers_are_unpacked(server, pack):
+def test_compressed_answers_are_unpacked(
+    server: tuple[Server, str], pack: Callable[[bytes], bytes]
+) -> None:
     served, base = server
     encoding = "gzip" if pack is gzip.compress else "deflate"
     served.answers["/x"] = response(pack(PICTURE), Content_Encoding=encoding)
@@ -260,14 +271,14 @@ def test_compressed_answers_are_unpacked(server, pack):
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 T", "308 P"])
-def test_redirects_are_followed_percent_encoded(server, status):
+def test_redirects_are_followed_percent_encoded(server: tuple[Server, str], status: str) -> None:
     served, base = server
     served.answers["/x"] = response(b"", status, Location="/neues bild ä.png".encode().decode("l1"))
     np.testing.assert_array_equal(read_image(f"{base}/x"), RGB)
     assert served.asked[-1][0] == "/neues%20bild%20%C3%A4.png"
 
 
-def test_credentials_stay_with_their_host(server):
+def test_credentials_stay_with_their_host(server: tuple[Server, str]) -> None:
     served, base = server
     other = Server()
     with other.running() as elsewhere:
@@ -278,7 +289,7 @@ def test_credentials_stay_with_their_host(server):
     assert ["authorization" in headers for _, headers in other.asked] == [False]
 
 
-def test_addresses_keep_ports_and_ipv6():
+def test_addresses_keep_ports_and_ipv6() -> None:
     assert Address.of("http://[::1]:8080/a b").url == "http://[::1]:8080/a%20b"
     assert Address.of("HTTP://EXAMPLE.com:80/A").url == "http://example.com:80/A"
     assert Address.of("http://@example.com/a").authorization == ""
@@ -292,7 +303,7 @@ def test_addresses_keep_ports_and_ipv6():
         ("no@url here", "no@url here"),
     ],
 )
-def test_credentials_are_left_out_of_texts(text, kept):
+def test_credentials_are_left_out_of_texts(text: str, kept: str) -> None:
     assert without_credentials(text) == kept
 
 
@@ -316,7 +327,7 @@ PERCENT = "".join(f"%{byte:02x}" for byte in PICTURE)
         f"data:,{PERCENT}",
     ],
 )
-def test_data_urls(url):
+def test_data_urls(url: str) -> None:
     np.testing.assert_array_equal(read_image(url), RGB)
 
 
@@ -335,6 +346,6 @@ def test_data_urls(url):
         ("data:image/png;base64," + "x" * 3_000_001, "valid base64"),
     ],
 )
-def test_bad_data_urls_are_one_line(url, reason):
+def test_bad_data_urls_are_one_line(url: str, reason: str) -> None:
     message = refused(url)
     assert message.startswith("the data URL: ") and reason in message
