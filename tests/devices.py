@@ -68,8 +68,16 @@ class FakeOnnxruntime:
     opened: list[Opened] = field(default_factory=list)
     libraries: dict[str, str] = field(default_factory=dict)
     plugins: dict[str, Device] = field(default_factory=dict)
+    openvino_devices: list[str] = field(default_factory=list)
     __version__ = "1.32.0"
     RunOptions = onnxruntime.RunOptions
+
+    @property
+    def capi(self) -> Any:
+        state = types.SimpleNamespace(
+            get_available_openvino_device_ids=lambda: self.openvino_devices
+        )
+        return types.SimpleNamespace(_pybind_state=state)
 
     def get_available_providers(self) -> list[str]:
         built_in = [
@@ -114,6 +122,7 @@ class _Options:
         self.dimensions: dict[str, int] = {}
         self.device: tuple[str, dict[str, str]] | None = None
         self.enable_mem_pattern = True
+        self.intra_op_num_threads = 0
 
     def add_session_config_entry(self, key: str, value: str) -> None:
         self.entries[key] = value
@@ -145,7 +154,7 @@ class _Session:
                 given,
                 options.entries,
                 options.dimensions,
-                options.intra_op_num_threads,  # type: ignore[attr-defined]
+                options.intra_op_num_threads,
                 options.enable_mem_pattern,
             )
         )

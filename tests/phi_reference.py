@@ -104,14 +104,17 @@ def forward(w: Weights, tiny: Tiny, rows: NDArray[np.float32]) -> NDArray[np.flo
 
 
 def _linear(w: Weights, name: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return x @ w[f"{name}.weight"].astype(np.float64).T + w[f"{name}.bias"]
+    y: NDArray[np.float64] = x @ w[f"{name}.weight"].astype(np.float64).T + w[f"{name}.bias"]
+    return y
 
 
 def _layer_norm(
     x: NDArray[np.float64], weight: NDArray[np.float32], bias: NDArray[np.float32], eps: float
 ) -> NDArray[np.float64]:
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight + bias
+    spread = np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    y: NDArray[np.float64] = centred / spread * weight + bias
+    return y
 
 
 def _turned(x: NDArray[np.float64], rotary: int) -> NDArray[np.float64]:

@@ -6,6 +6,8 @@ import io
 import os
 import stat
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import platformdirs
@@ -23,7 +25,11 @@ from edgevlm.cli.common import Run
 from edgevlm.cli.history import history
 from edgevlm.image import read
 from edgevlm.runtimes import fakes
+from edgevlm.runtimes.engines import Block
 from edgevlm.sampling import SamplingOptions
+
+Ran = tuple[str | int | None, str, str]
+Typed = Callable[..., Ran]
 
 
 class Tty(io.TextIOWrapper):
@@ -34,13 +40,17 @@ class Tty(io.TextIOWrapper):
 
 
 @pytest.fixture
-def chat(monkeypatch, capsys, tmp_path):
+def chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Typed:
     """Runs `edgevlm chat` on lines of bytes, or on typed text; its exit code and output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("EDGEVLM_MODEL", raising=False)
 
-    def run(lines: bytes = b"", *, typed: str = "", answers=("one", "two", "three")):
+    def run(
+        lines: bytes = b"", *, typed: str = "", answers: Sequence[str] = ("one", "two", "three")
+    ) -> Ran:
         monkeypatch.setattr(edgevlm, "load", lambda *_, **__: fakes.vlm(answers))
         stdin = Tty if typed else io.TextIOWrapper
         monkeypatch.setattr(sys, "stdin", stdin(io.BytesIO(lines), encoding="utf-8"))
@@ -54,12 +64,12 @@ def chat(monkeypatch, capsys, tmp_path):
     return run
 
 
-def picture(path, size=(80, 60)):
+def picture(path: Path, size: tuple[int, int] = (80, 60)) -> None:
     Image.fromarray(np.full((*size[::-1], 3), 200, np.uint8)).save(path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="backslashes are part of names on Windows")
-def test_dropped_files_are_looked_at(chat, tmp_path):
+def test_dropped_files_are_looked_at(chat: Typed, tmp_path: Path) -> None:
     for name in ("my photo.png", "~photo.png", "b.png"):
         picture(tmp_path / name)
     code, out, err = chat(
@@ -71,7 +81,9 @@ def test_dropped_files_are_looked_at(chat, tmp_path):
     assert err.splitlines()[1:] == []
 
 
-def test_pictures_that_cannot_be_had_are_one_line_each(chat, tmp_path, monkeypatch):
+def test_pictures_that_cannot_be_had_are_one_line_each(
+    chat: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "page.png").write_bytes(b"<html>")
     lines = [
         b"/image http://127.0.0.1:9/a b.png",
@@ -94,8 +106,10 @@ def test_pictures_that_cannot_be_had_are_one_line_each(chat, tmp_path, monkeypat
     assert "Looking at no picture." in said
 
 
-def test_a_picture_that_memory_does_not_hold_is_one_line(chat, tmp_path, monkeypatch):
-    def full(_):
+def test_a_picture_that_memory_does_not_hold_is_one_line(
+    chat: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
         raise MemoryError("Unable to allocate 716. MiB")
 
     picture(tmp_path / "a.png")
@@ -105,13 +119,15 @@ def test_a_picture_that_memory_does_not_hold_is_one_line(chat, tmp_path, monkeyp
     assert "a.png: does not fit into memory; scale it down" in err
 
 
-def test_a_defect_is_shown_whole_and_the_chat_goes_on(chat, monkeypatch):
+def test_a_defect_is_shown_whole_and_the_chat_goes_on(
+    chat: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Defective(fakes.FakeDecoder):
-        def prefill(self, *args, **options):
+        def prefill(self, blocks: Sequence[Block], *, room: int) -> int:
             if not self.prefills:
-                self.prefills.append(0)
+                self.prefills.append(np.empty((0, 4), np.float32))
                 raise RuntimeError("a defect")
-            return super().prefill(*args, **options)
+            return super().prefill(blocks, room=room)
 
     monkeypatch.setattr(fakes, "FakeDecoder", Defective)
     code, out, err = chat(b"first?\nsecond?\n")
@@ -120,32 +136,37 @@ def test_a_defect_is_shown_whole_and_the_chat_goes_on(chat, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device")])
-def test_an_output_that_is_gone_is_no_defect(error):
-    class Gone:
-        left_out = 0
+def test_an_output_that_is_gone_is_no_defect(
+    error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = fakes.vlm()
+    chat = vlm.chat()
 
-        def stream(self, *_: object, **__: object) -> None:
-            raise error
+    def gone(*_: object, **__: object) -> None:
+        raise error
 
+    monkeypatch.setattr(chat, "stream", gone)
     with pytest.raises(type(error)):
-        _one_turn(Gone(), None, "first?", Run(None, False, SamplingOptions(), {}))
+        _one_turn(chat, vlm, "first?", Run(None, False, SamplingOptions(), {}))
 
 
-def test_a_chat_keeps_its_history_without_passwords(chat, tmp_path):
+def test_a_chat_keeps_its_history_without_passwords(chat: Typed, tmp_path: Path) -> None:
     code, out, err = chat(typed="hello\r/image http://me:secret@127.0.0.1:9/a.png\r/exit\r")
     assert (code, out) == (0, "one\n") and "secret" not in err
     kept = (tmp_path / "home" / "chat-history").read_text(encoding="utf-8")
     assert "+hello\n" in kept and "+/image http://127.0.0.1:9/a.png\n" in kept
 
 
-def homes(folder):
+def homes(folder: Path) -> dict[str, str | Path]:
     (folder / "file").write_text("not a folder", encoding="utf-8")
     (folder / "taken" / "chat-history").mkdir(parents=True)
     return {"file": folder / "file", "taken": folder / "taken", "none": "/proc/none"}
 
 
 @pytest.mark.parametrize("home", ["file", "taken", "none"])
-def test_a_home_that_keeps_nothing_costs_the_history_alone(chat, home, tmp_path, monkeypatch):
+def test_a_home_that_keeps_nothing_costs_the_history_alone(
+    chat: Typed, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = homes(tmp_path)[home]
     if home == "none" and not os.path.isdir("/proc"):
         pytest.skip("no /proc here")
@@ -159,7 +180,12 @@ def test_a_home_that_keeps_nothing_costs_the_history_alone(chat, home, tmp_path,
 
 
 @pytest.mark.parametrize("expanded", [lambda path: path, None])
-def test_a_user_without_a_home(chat, tmp_path, monkeypatch, expanded):
+def test_a_user_without_a_home(
+    chat: Typed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    expanded: Callable[[str], str] | None,
+) -> None:
     """As a system's user: no HOME, and no entry that says where one is."""
     monkeypatch.delenv("EDGEVLM_HOME")
     for name in ("HOME", "USERPROFILE", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
@@ -175,7 +201,7 @@ def test_a_user_without_a_home(chat, tmp_path, monkeypatch, expanded):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_history_that_fills_up_or_goes_away_is_let_go(tmp_path):
+def test_a_history_that_fills_up_or_goes_away_is_let_go(tmp_path: Path) -> None:
     path = tmp_path / "home" / "chat-history"
     kept = history(path)
     assert isinstance(kept, FileHistory)
@@ -188,14 +214,16 @@ def test_a_history_that_fills_up_or_goes_away_is_let_go(tmp_path):
     assert [*kept.load_history_strings()] == []
 
 
-def test_a_history_that_is_no_text_is_read_as_far_as_it_is(tmp_path):
+def test_a_history_that_is_no_text_is_read_as_far_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "chat-history"
     path.write_bytes(b"\n# 1\n+caf\xe9\n\n# 2\n+tea\n\xff\xfe")
     assert [*history(path).load_history_strings()] == ["tea", "caf\ufffd"]
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_history_that_may_not_be_written(tmp_path, capsys):
+def test_a_history_that_may_not_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "chat-history"
     path.write_text("", encoding="utf-8")
     path.chmod(stat.S_IRUSR)

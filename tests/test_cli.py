@@ -4,13 +4,14 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import edgevlm
-from edgevlm import cli
+from edgevlm import VLM, cli
 from edgevlm.runtimes import fakes
 
 BOXES = "<loc0000><loc0000><loc0512><loc0512> circle ; <loc0512><loc0512><loc1023><loc1023> star"
@@ -19,19 +20,19 @@ BOXES = "<loc0000><loc0000><loc0512><loc0512> circle ; <loc0512><loc0512><loc102
 class Terminal:
     """Runs the command line in this process, with a fake model."""
 
-    def __init__(self, monkeypatch, capsys):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
-        self.loaded = []
+        self.loaded: list[tuple[Any, ...]] = []
         self.says("a red circle")
 
-    def says(self, *answers, **model):
-        def load(*args, **options):
+    def says(self, *answers: str | bytes, **model: Any) -> None:
+        def load(*args: object, **options: object) -> VLM:
             self.loaded.append((*args, options))
             return fakes.vlm(answers, **model)
 
         self._monkeypatch.setattr(edgevlm, "load", load)
 
-    def __call__(self, *arguments, stdin=b""):
+    def __call__(self, *arguments: object, stdin: bytes = b"") -> tuple[str | int | None, str, str]:
         text = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
         self._monkeypatch.setattr(sys, "stdin", text)
         self._monkeypatch.setattr(sys, "argv", ["edgevlm", *map(str, arguments)])
@@ -42,25 +43,27 @@ class Terminal:
 
 
 @pytest.fixture
-def edge(monkeypatch, capsys):
+def edge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
     monkeypatch.delenv("EDGEVLM_MODEL", raising=False)
     return Terminal(monkeypatch, capsys)
 
 
 @pytest.fixture
-def picture(tmp_path):
+def picture(tmp_path: Path) -> Path:
     path = tmp_path / "picture.png"
     Image.fromarray(np.full((60, 80, 3), 200, np.uint8)).save(path)
     return path
 
 
-def test_ask_prints_the_answer_and_nothing_else(edge, picture):
+def test_ask_prints_the_answer_and_nothing_else(edge: Terminal, picture: Path) -> None:
     code, out, err = edge("ask", "caption en", "-i", picture, "-m", "some-model")
     assert (code, out, err) == (0, "a red circle\n", "")
     assert edge.loaded[0][0] == "some-model"
 
 
-def test_the_built_in_model_introduces_itself_once(edge, picture, monkeypatch):
+def test_the_built_in_model_introduces_itself_once(
+    edge: Terminal, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, out, err = edge("ask", "caption en", "-i", picture)
     assert out == "a red circle\n"
     assert err.count("built-in") == 1 and "drawn scenes" in err and "export" in err
@@ -69,7 +72,7 @@ def test_the_built_in_model_introduces_itself_once(edge, picture, monkeypatch):
     assert edge.loaded[-1][0] == "mine"
 
 
-def test_json_ends_with_one_object(edge, picture):
+def test_json_ends_with_one_object(edge: Terminal, picture: Path) -> None:
     code, out, _ = edge("ask", "caption en", "-i", picture, "--json")
     reply = json.loads(out.splitlines()[-1])
     assert code == 0
@@ -81,7 +84,7 @@ def test_json_ends_with_one_object(edge, picture):
     assert "boxes" not in reply
 
 
-def test_options_reach_the_answer(edge, picture):
+def test_options_reach_the_answer(edge: Terminal, picture: Path) -> None:
     out = edge("ask", "x", "-i", picture, "--max-tokens", 3)[1]
     assert out == "a r\n"
     assert edge("ask", "x", "-i", picture, "--stop", "ci", "--stop", "zz")[1] == "a red \n"
@@ -90,7 +93,7 @@ def test_options_reach_the_answer(edge, picture):
     assert given == {"device": "npu", "decoder_device": "gpu", "threads": 2}
 
 
-def test_stats_list_every_stage_on_stderr(edge, picture):
+def test_stats_list_every_stage_on_stderr(edge: Terminal, picture: Path) -> None:
     _, out, err = edge("ask", "x", "-i", picture, "--stats")
     assert out == "a red circle\n"
     for stage in ("load", "image decode", "preprocess", "vision", "projector", "prefill",
@@ -99,7 +102,7 @@ def test_stats_list_every_stage_on_stderr(edge, picture):
         assert stage in err
 
 
-def test_a_picture_from_stdin(edge, picture):
+def test_a_picture_from_stdin(edge: Terminal, picture: Path) -> None:
     code, out, _ = edge("ask", "x", "-i", "-", stdin=picture.read_bytes())
     assert (code, out) == (0, "a red circle\n")
     assert edge("ask", "x", "-i", "-") == (
@@ -109,13 +112,13 @@ def test_a_picture_from_stdin(edge, picture):
     )
 
 
-def test_tasks_use_the_models_own_prompts(edge, picture):
+def test_tasks_use_the_models_own_prompts(edge: Terminal, picture: Path) -> None:
     text = {t: json.loads(edge(*t.split(), "-i", picture, "--json")[1])["tokens"]["text"]
             for t in ("caption -l de", "ocr")}  # fmt: skip
     assert text == {"caption -l de": 1 + len("caption de\n"), "ocr": 1 + len("ocr\n")}
 
 
-def test_detect_lists_and_draws_boxes(edge, picture, tmp_path):
+def test_detect_lists_and_draws_boxes(edge: Terminal, picture: Path, tmp_path: Path) -> None:
     edge.says(BOXES)
     out_file = tmp_path / "boxes.png"
     code, out, _ = edge("detect", "circle", "star", "-i", picture, "-o", out_file)
@@ -140,8 +143,8 @@ def test_detect_lists_and_draws_boxes(edge, picture, tmp_path):
     ],
 )
 def test_sides_that_a_format_has_no_room_for_are_refused_before_the_model_is_loaded(
-    edge, tmp_path, size, name, limit
-):
+    edge: Terminal, tmp_path: Path, size: tuple[int, int], name: str, limit: str
+) -> None:
     Image.new("RGB", size).save(tmp_path / "long.png")
     out = tmp_path / name
     code, _, err = edge("detect", "x", "-i", tmp_path / "long.png", "-o", out)
@@ -154,7 +157,9 @@ def test_sides_that_a_format_has_no_room_for_are_refused_before_the_model_is_loa
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_picture_that_the_disk_does_not_take(edge, picture, tmp_path):
+def test_a_picture_that_the_disk_does_not_take(
+    edge: Terminal, picture: Path, tmp_path: Path
+) -> None:
     (tmp_path / "boxes.png").symlink_to("/dev/full")
     edge.says(BOXES)
     code, out, err = edge("detect", "x", "-m", "mine", "-i", picture, "-o", tmp_path / "boxes.png")
@@ -162,14 +167,14 @@ def test_a_picture_that_the_disk_does_not_take(edge, picture, tmp_path):
     assert err == f"edgevlm: {tmp_path}/boxes.png: cannot be written (No space left on device)\n"
 
 
-def test_detect_nothing(edge, picture):
+def test_detect_nothing(edge: Terminal, picture: Path) -> None:
     edge.says("")
     code, out, err = edge("detect", "cat", "-i", picture)
     assert (code, out) == (0, "") and "Nothing was found." in err
     assert json.loads(edge("detect", "cat", "-i", picture, "--json")[1])["boxes"] == []
 
 
-def test_chat(edge, picture, tmp_path):
+def test_chat(edge: Terminal, picture: Path, tmp_path: Path) -> None:
     other = tmp_path / "two words.png"
     other.write_bytes(picture.read_bytes())
     edge.says("one", "two", "three", "four")
@@ -187,27 +192,29 @@ def test_chat(edge, picture, tmp_path):
     assert "nowhere.png: no such file" in err
 
 
-def test_a_chat_says_once_that_its_context_is_full(edge):
+def test_a_chat_says_once_that_its_context_is_full(edge: Terminal) -> None:
     edge.says("abc", context_length=100, conversational=True)
     code, out, err = edge("chat", stdin=b"and what is left of it?\n" * 12)
     assert (code, out) == (0, "abc\n" * 12)
     assert err.count("its oldest questions are left out; /clear") == 1
 
 
-def test_clear_keeps_the_picture(edge, picture):
+def test_clear_keeps_the_picture(edge: Terminal, picture: Path) -> None:
     edge.says("abc", conversational=True)
     _, _, err = edge("chat", "-i", picture, "--stats", stdin=b"one?\n/clear\ntwo?\n")
     assert err.count("image 4, text 6, cached") == 2
 
 
-def test_chat_stats_before_any_answer(edge):
+def test_chat_stats_before_any_answer(edge: Terminal) -> None:
     code, _, err = edge("chat", stdin=b"/stats\n")
     assert code == 0 and "nothing was asked" in err
 
 
-def test_ctrl_c_in_a_chat_stops_the_answer_only(edge, monkeypatch):
+def test_ctrl_c_in_a_chat_stops_the_answer_only(
+    edge: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Interrupted(fakes.FakeDecoder):
-        def step(self, token):
+        def step(self, token: int) -> None:
             if self._past - self._start == 2 and len(self.prefills) == 1:
                 raise KeyboardInterrupt
             super().step(token)
@@ -221,7 +228,9 @@ def test_ctrl_c_in_a_chat_stops_the_answer_only(edge, monkeypatch):
 @pytest.mark.parametrize(
     "command", [("ask", "x"), ("caption",), ("ocr",), ("detect", "x"), ("ask", "x", "--json")]
 )
-def test_an_answer_that_is_cut_says_so(edge, picture, command):
+def test_an_answer_that_is_cut_says_so(
+    edge: Terminal, picture: Path, command: tuple[str, ...]
+) -> None:
     given = (*command, "-m", "mine", "-i", picture)
     assert edge(*given, "--max-tokens", 5)[2].splitlines()[-1] == (
         "Cut at 5 tokens; --max-tokens raises the limit."
@@ -230,7 +239,9 @@ def test_an_answer_that_is_cut_says_so(edge, picture, command):
     assert "Cut" not in edge(*given, "--stop", "red")[2]
 
 
-def test_a_full_context_is_not_cured_by_more_tokens(edge, picture, monkeypatch):
+def test_a_full_context_is_not_cured_by_more_tokens(
+    edge: Terminal, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(edgevlm, "load", lambda *_, **__: fakes.vlm("a" * 50, context_length=16))
     assert edge("ask", "x", "-i", picture, "-m", "mine")[1:] == (
         "aaaaaaaaa\n",
@@ -238,13 +249,15 @@ def test_a_full_context_is_not_cured_by_more_tokens(edge, picture, monkeypatch):
     )
 
 
-def test_a_cut_answer_in_a_chat(edge):
+def test_a_cut_answer_in_a_chat(edge: Terminal) -> None:
     edge.says("first answer", "two")
     _, out, err = edge("chat", "--max-tokens", 5, stdin=b"one?\ntwo?\n")
     assert out == "first\ntwo\n" and err.count("Cut at 5 tokens; --max-tokens") == 1
 
 
-def test_a_page_of_text_may_be_longer_than_other_answers(edge, picture, monkeypatch):
+def test_a_page_of_text_may_be_longer_than_other_answers(
+    edge: Terminal, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = "word " * 300
     monkeypatch.setattr(edgevlm, "load", lambda *_, **__: fakes.vlm(page, context_length=8192))
     code, out, err = edge("ocr", "-i", picture, "-m", "mine")
@@ -253,8 +266,8 @@ def test_a_page_of_text_may_be_longer_than_other_answers(edge, picture, monkeypa
     assert len(edge("ask", "ocr", "-i", picture, "-m", "mine")[1]) == 257
 
 
-def test_a_bug_shows_its_traceback(edge, monkeypatch):
-    def broken(*_, **__):
+def test_a_bug_shows_its_traceback(edge: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise AttributeError("ours")
 
     monkeypatch.setattr(edgevlm, "load", broken)
@@ -263,15 +276,17 @@ def test_a_bug_shows_its_traceback(edge, monkeypatch):
         cli.main()
 
 
-def test_what_the_system_refuses_is_one_line(edge, monkeypatch):
-    def refused(*_, **__):
+def test_what_the_system_refuses_is_one_line(
+    edge: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "/some/file")
 
     monkeypatch.setattr(edgevlm, "load", refused)
     assert edge("ask", "x", "-m", "mine") == (1, "", "edgevlm: /some/file: Permission denied\n")
 
 
-def test_ctrl_c_in_ask_ends_with_130(edge, monkeypatch):
+def test_ctrl_c_in_ask_ends_with_130(edge: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edgevlm, "load", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     assert edge("ask", "x")[0] == 130
 
@@ -315,7 +330,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gives_one_line(case, edge, picture, tmp_path, monkeypatch):
+def test_bad_input_gives_one_line(
+    case: str, edge: Terminal, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, code, message = BAD[case]
     ended, out, err = edge(*(str(picture) if a == "{picture}" else a for a in arguments))
@@ -325,7 +342,9 @@ def test_bad_input_gives_one_line(case, edge, picture, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["picture.png"]
 
 
-def test_doctor_shows_what_is_here_what_is_missing_and_what_is_used(edge, monkeypatch):
+def test_doctor_shows_what_is_here_what_is_missing_and_what_is_used(
+    edge: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = edge("doctor", "-m", "mine")
     assert code == 0 and edge.loaded[-1][0] == "mine"
@@ -339,7 +358,9 @@ def test_doctor_shows_what_is_here_what_is_missing_and_what_is_used(edge, monkey
     assert [" ".join(line.split()) for line in lines[-2:]] == ["vision cpu", "decoder cpu"]
 
 
-def test_stats_say_why_a_device_was_passed_over(edge, picture, monkeypatch):
+def test_stats_say_why_a_device_was_passed_over(
+    edge: Terminal, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vlm = fakes.vlm("a red circle")
     notes = ("cuda: no driver",)
     vision = edgevlm.Placement("auto", "webgpu", "W", placed=3, total=4, unit="nodes", notes=notes)

@@ -5,20 +5,24 @@ import json
 import os
 import sys
 import types
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import edgevlm
-from edgevlm.bundle import open_bundle
+from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import EngineError, EngineMissing
 from edgevlm.models import built_in
 from edgevlm.runtimes import devices
 from edgevlm.runtimes.vision import first_use, providers
 from edgevlm.runtimes.vision.choose import Wish, open_encoder
+from edgevlm.runtimes.vision.encoder import OrtEncoder
 from edgevlm.runtimes.vision.ort import Ort, broken_plugins
 from edgevlm.runtimes.vision.providers import PROVIDERS, Offer, candidates, label
-from tests.devices import Behaviour, Device, FakeOnnxruntime
+from edgevlm.types import Placement
+from tests.devices import Behaviour, Device, FakeOnnxruntime, Float
 
 CUDA, QNN, DML = "CUDAExecutionProvider", "QNNExecutionProvider", "DmlExecutionProvider"
 OPENVINO, WEBGPU = "OpenVINOExecutionProvider", "WebGpuExecutionProvider"
@@ -26,13 +30,13 @@ EVERYTHING = [Offer(p, "1") for p in PROVIDERS]
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
-def speeds(monkeypatch):
+def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Milliseconds for a picture by provider; the CPU takes 10, all others 1."""
     found = {"CPUExecutionProvider": 10.0}
     monkeypatch.setattr(first_use, "encode_ms", lambda e, size: found.get(e.provider, 1.0))
@@ -40,11 +44,13 @@ def speeds(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pico():
+def pico() -> Bundle:
     return open_bundle(built_in())
 
 
-def place(bundle, fake, word, **wish):
+def place(
+    bundle: Bundle, fake: FakeOnnxruntime, word: str, **wish: Any
+) -> tuple[OrtEncoder, Placement]:
     return open_encoder(bundle, Wish(word, 1, **wish), Ort(fake))
 
 
@@ -67,9 +73,13 @@ def place(bundle, fake, word, **wish):
         (("npu", None, "npu"), ("npu", "npu")),
     ],
 )
-def test_one_word_serves_both_halves(given, expected):
-    words = {"vision_words": {"cuda", "openvino"}, "decoder_words": {"cuda", "vulkan"}}
-    assert devices.split(*given, **words) == expected
+def test_one_word_serves_both_halves(
+    given: tuple[str, str | None, str | None], expected: tuple[str, str]
+) -> None:
+    found = devices.split(
+        *given, vision_words={"cuda", "openvino"}, decoder_words={"cuda", "vulkan"}
+    )
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -83,12 +93,14 @@ def test_one_word_serves_both_halves(given, expected):
         ("", None, None),
     ],
 )
-def test_words_nobody_knows_are_refused_with_those_that_are(given):
+def test_words_nobody_knows_are_refused_with_those_that_are(
+    given: tuple[str, str | None, str | None],
+) -> None:
     with pytest.raises(EngineMissing, match="unknown device .*; choose auto, cpu, gpu, npu, cuda"):
         devices.split(*given, vision_words={"cuda", "openvino"}, decoder_words={"cuda", "vulkan"})
 
 
-def test_every_provider_answers_to_its_word_and_its_kind():
+def test_every_provider_answers_to_its_word_and_its_kind() -> None:
     for provider in PROVIDERS:
         for word in (provider.word, label(provider)):
             assert provider in [o.provider for o in candidates(word, EVERYTHING)]
@@ -98,14 +110,14 @@ def test_every_provider_answers_to_its_word_and_its_kind():
         assert found == [p for p in PROVIDERS if p.kind == kind and p.auto]
 
 
-def test_auto_prefers_what_is_faster_and_ends_with_the_cpu():
+def test_auto_prefers_what_is_faster_and_ends_with_the_cpu() -> None:
     words = [o.word for o in candidates("auto", EVERYTHING)]
     assert words[0] == "cuda" and words[-1] == "cpu"
     # Minutes of compilation, or slower than the CPU's own provider.
     assert not {"tensorrt", "openvino:cpu", "xnnpack"} & set(words)
 
 
-def test_what_is_not_installed_is_an_error_with_the_line_that_installs_it(pico):
+def test_what_is_not_installed_is_an_error_with_the_line_that_installs_it(pico: Bundle) -> None:
     for word in ("gpu", "npu", "cuda", "webgpu"):
         with pytest.raises(EngineMissing, match=f"{word}.*there are: cpu.*pip "):
             place(pico, FakeOnnxruntime(), word)
@@ -116,7 +128,7 @@ def test_what_is_not_installed_is_an_error_with_the_line_that_installs_it(pico):
 # Placing
 
 
-def test_the_cpu_is_the_default_and_nothing_is_compared(pico):
+def test_the_cpu_is_the_default_and_nothing_is_compared(pico: Bundle) -> None:
     fake = FakeOnnxruntime()
     encoder, placed = place(pico, fake, "auto")
     assert (placed.device, placed.precision, placed.cosine) == ("cpu", "int8", None)
@@ -125,7 +137,7 @@ def test_the_cpu_is_the_default_and_nothing_is_compared(pico):
     assert encoder.provider == "CPUExecutionProvider"
 
 
-def test_a_sound_provider_is_used_and_its_nodes_are_counted(pico):
+def test_a_sound_provider_is_used_and_its_nodes_are_counted(pico: Bundle) -> None:
     fake = FakeOnnxruntime({CUDA: Behaviour(share=0.9)})
     encoder, placed = place(pico, fake, "auto")
     assert (placed.asked, placed.device, placed.engine) == ("auto", "cuda", CUDA)
@@ -145,7 +157,9 @@ def test_a_sound_provider_is_used_and_its_nodes_are_counted(pico):
         (Behaviour(numbers=lambda x: x * np.nan), "cuda: its features differ.*cosine -1.0000"),
     ],
 )
-def test_auto_falls_back_and_says_why_and_a_named_device_is_an_error(pico, does, reason):
+def test_auto_falls_back_and_says_why_and_a_named_device_is_an_error(
+    pico: Bundle, does: Behaviour, reason: str
+) -> None:
     fake = FakeOnnxruntime({CUDA: does})
     _, placed = place(pico, fake, "auto")
     assert placed.device == "cpu"
@@ -159,14 +173,16 @@ def test_auto_falls_back_and_says_why_and_a_named_device_is_an_error(pico, does,
             place(pico, fake, word)
 
 
-def test_auto_takes_the_next_provider_before_the_cpu(pico):
+def test_auto_takes_the_next_provider_before_the_cpu(pico: Bundle) -> None:
     fake = FakeOnnxruntime({CUDA: Behaviour(fails="no driver"), WEBGPU: Behaviour()})
     _, placed = place(pico, fake, "auto")
     assert (placed.device, placed.notes) == ("webgpu", ("cuda: no driver",))
     assert place(pico, fake, "gpu")[1].device == "webgpu"
 
 
-def test_auto_leaves_a_provider_that_is_slower_than_the_cpu(pico, speeds):
+def test_auto_leaves_a_provider_that_is_slower_than_the_cpu(
+    pico: Bundle, speeds: dict[str, float]
+) -> None:
     speeds[CUDA] = 25.0
     fake = FakeOnnxruntime({CUDA: Behaviour(share=0.25)})
     _, placed = place(pico, fake, "auto")
@@ -175,7 +191,9 @@ def test_auto_leaves_a_provider_that_is_slower_than_the_cpu(pico, speeds):
     assert str(place(pico, fake, "cuda")[1]).startswith("cuda, 50 of 200 nodes, 150 on the CPU")
 
 
-def test_the_cpu_is_timed_at_the_precision_it_runs_best(pico, monkeypatch):
+def test_the_cpu_is_timed_at_the_precision_it_runs_best(
+    pico: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vision = pico.manifest.components["vision"]
     other = {"fp16": dataclasses.replace(vision, precision="fp16")}
     both = dataclasses.replace(
@@ -187,11 +205,11 @@ def test_the_cpu_is_timed_at_the_precision_it_runs_best(pico, monkeypatch):
     assert fake.names.count("CPUExecutionProvider") == 4
 
 
-def test_an_onnxruntime_that_cannot_say_what_runs_where_stays_on_the_cpu(pico):
+def test_an_onnxruntime_that_cannot_say_what_runs_where_stays_on_the_cpu(pico: Bundle) -> None:
     class Old(FakeOnnxruntime):
         InferenceSession = types.SimpleNamespace
 
-        def get_available_providers(self):
+        def get_available_providers(self) -> list[str]:
             return [CUDA]
 
     with pytest.raises(EngineError, match="onnxruntime 1.32.0 cannot say.*install 1.24"):
@@ -201,7 +219,7 @@ def test_an_onnxruntime_that_cannot_say_what_runs_where_stays_on_the_cpu(pico):
 # First use
 
 
-def test_the_first_use_is_remembered(pico, home):
+def test_the_first_use_is_remembered(pico: Bundle, home: Path) -> None:
     fake = FakeOnnxruntime({CUDA: Behaviour()})
     place(pico, fake, "cuda")
     assert fake.names.count("CPUExecutionProvider") == 2
@@ -212,7 +230,7 @@ def test_the_first_use_is_remembered(pico, home):
     assert fake.names.count("CPUExecutionProvider") == 2
 
 
-def test_a_wrong_provider_is_not_even_opened_again(pico):
+def test_a_wrong_provider_is_not_even_opened_again(pico: Bundle) -> None:
     fake = FakeOnnxruntime({CUDA: Behaviour(numbers=lambda x: -x)})
     with pytest.raises(EngineError, match=r"cosine -1\.0000, at least 0\.99"):
         place(pico, fake, "cuda")
@@ -223,17 +241,18 @@ def test_a_wrong_provider_is_not_even_opened_again(pico):
 
 
 @pytest.mark.parametrize("change", ["version", "description"])
-def test_another_version_or_device_is_a_first_use_again(pico, change):
+def test_another_version_or_device_is_a_first_use_again(pico: Bundle, change: str) -> None:
     device = Device(CUDA, "gpu")
     fake = FakeOnnxruntime({CUDA: Behaviour(numbers=lambda x: -x)}, [device])
     with pytest.raises(EngineError):
         place(pico, fake, "cuda")
     fake.providers[CUDA] = Behaviour()
-    fake.devices = [dataclasses.replace(device, **{change: "another"})]
+    another: dict[str, Any] = {change: "another"}
+    fake.devices = [dataclasses.replace(device, **another)]
     assert place(pico, fake, "cuda")[1].cosine == pytest.approx(1)
 
 
-def test_a_damaged_memory_is_made_anew(pico, home):
+def test_a_damaged_memory_is_made_anew(pico: Bundle, home: Path) -> None:
     fake = FakeOnnxruntime({CUDA: Behaviour()})
     place(pico, fake, "cuda")
     (kept,) = (home / "cache" / "devices" / "first-use").iterdir()
@@ -243,7 +262,9 @@ def test_a_damaged_memory_is_made_anew(pico, home):
 
 
 @pytest.mark.parametrize("provider", [OPENVINO, QNN])
-def test_a_home_that_keeps_nothing_costs_the_second_start_alone(pico, home, monkeypatch, provider):
+def test_a_home_that_keeps_nothing_costs_the_second_start_alone(
+    pico: Bundle, home: Path, monkeypatch: pytest.MonkeyPatch, provider: str
+) -> None:
     (home / "file").write_text("no folder", encoding="utf-8")
     monkeypatch.setenv("EDGEVLM_HOME", str(home / "file"))
     fake = FakeOnnxruntime({provider: Behaviour()}, [Device(provider, "npu")])
@@ -258,8 +279,8 @@ def test_a_home_that_keeps_nothing_costs_the_second_start_alone(pico, home, monk
         place(pico, fake, "npu")
 
 
-def test_one_wrong_row_is_found(pico):
-    def one_row(x):
+def test_one_wrong_row_is_found(pico: Bundle) -> None:
+    def one_row(x: Float) -> Float:
         return np.concatenate([x[:, :-1], -x[:, -1:]], 1)
 
     with pytest.raises(EngineError, match=r"cosine -1\.0000"):
@@ -269,7 +290,7 @@ def test_one_wrong_row_is_found(pico):
 # Options
 
 
-def test_options_of_a_provider_chosen_by_name(pico, home):
+def test_options_of_a_provider_chosen_by_name(pico: Bundle, home: Path) -> None:
     fake = FakeOnnxruntime({CUDA: Behaviour()})
     place(pico, fake, "cuda", spin=False)
     vision, projector = fake.opened[:2]
@@ -285,7 +306,7 @@ def test_options_of_a_provider_chosen_by_name(pico, home):
     assert vision.mem_pattern
 
 
-def test_options_of_a_provider_chosen_by_device(pico, home):
+def test_options_of_a_provider_chosen_by_device(pico: Bundle, home: Path) -> None:
     fake = FakeOnnxruntime({OPENVINO: Behaviour()}, [Device(OPENVINO, "npu")])
     assert place(pico, fake, "npu")[1].device == "openvino:npu"
     (folder,) = fake.opened[0].options.values()
@@ -296,24 +317,21 @@ def test_options_of_a_provider_chosen_by_device(pico, home):
         place(pico, fake, "gpu")
 
 
-def test_a_named_openvino_is_told_its_device(pico):
-    fake = FakeOnnxruntime({OPENVINO: Behaviour()})
-    fake.capi = types.SimpleNamespace(
-        _pybind_state=types.SimpleNamespace(get_available_openvino_device_ids=lambda: ["CPU"])
-    )
+def test_a_named_openvino_is_told_its_device(pico: Bundle) -> None:
+    fake = FakeOnnxruntime({OPENVINO: Behaviour()}, openvino_devices=["CPU"])
     assert place(pico, fake, "openvino")[1].device == "openvino:cpu"
     assert fake.opened[0].options["device_type"] == "CPU"
     assert fake.opened[0].threads == 1
     assert place(pico, fake, "auto")[1].device == "cpu"
 
 
-def test_directml_needs_its_memory_pattern_off(pico):
+def test_directml_needs_its_memory_pattern_off(pico: Bundle) -> None:
     fake = FakeOnnxruntime({DML: Behaviour()})
     place(pico, fake, "directml")
     assert not fake.opened[0].mem_pattern
 
 
-def test_compiled_graphs_are_read_the_second_time(pico):
+def test_compiled_graphs_are_read_the_second_time(pico: Bundle) -> None:
     fake = FakeOnnxruntime({QNN: Behaviour()}, [Device(QNN, "npu")])
     for _ in range(2):
         place(pico, fake, "qnn")
@@ -328,14 +346,14 @@ def test_compiled_graphs_are_read_the_second_time(pico):
     assert not npu[2].graph.exists()
 
 
-def test_every_option_is_filled_in():
+def test_every_option_is_filled_in() -> None:
     values = {"folder": "F", "threads": 2}
     for provider in PROVIDERS:
         for value in (*provider.options.values(), *provider.device.values()):
             assert "{" not in value.format(**values)
 
 
-def test_the_precision_is_the_one_that_the_provider_runs_best(pico, tmp_path):
+def test_the_precision_is_the_one_that_the_provider_runs_best(pico: Bundle, tmp_path: Path) -> None:
     # The same graph under other names: only the choice is of interest.
     vision = pico.manifest.components["vision"]
     names = {p: dataclasses.replace(vision, precision=p) for p in ("fp16", "qdq8", "fp32")}
@@ -354,14 +372,14 @@ def test_the_precision_is_the_one_that_the_provider_runs_best(pico, tmp_path):
 
 
 @pytest.fixture
-def plugin(monkeypatch):
-    module = types.ModuleType("onnxruntime_ep_webgpu")
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("onnxruntime_ep_webgpu")
     module.get_library_path = lambda: "/plugins/webgpu.so"
     module.__spec__ = types.SimpleNamespace(name=module.__name__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-def test_plugin_providers_are_loaded_once_under_their_own_name(pico, plugin):
+def test_plugin_providers_are_loaded_once_under_their_own_name(pico: Bundle, plugin: None) -> None:
     device = Device(WEBGPU, "gpu", version="0.4.0", description="Radeon 780M")
     fake = FakeOnnxruntime({WEBGPU: Behaviour()}, plugins={"/plugins/webgpu.so": device})
     _, placed = place(pico, fake, "gpu")
@@ -372,13 +390,13 @@ def test_plugin_providers_are_loaded_once_under_their_own_name(pico, plugin):
     assert fake.libraries == {WEBGPU: "loaded"}
 
 
-def test_a_plugin_that_does_not_load_is_told_by_doctor_only(pico, plugin):
+def test_a_plugin_that_does_not_load_is_told_by_doctor_only(pico: Bundle, plugin: None) -> None:
     fake = FakeOnnxruntime()
     assert place(pico, fake, "auto")[1].device == "cpu"
     assert broken_plugins()[WEBGPU] == "/plugins/webgpu.so: cannot open shared object"
 
 
-def test_virtual_devices_compute_nothing(pico):
+def test_virtual_devices_compute_nothing(pico: Bundle) -> None:
     device = Device(QNN, "npu", virtual=True)
     fake = FakeOnnxruntime({QNN: Behaviour()}, [device])
     assert [o.word for o in Ort(fake).offers()] == ["cpu"]
@@ -386,13 +404,13 @@ def test_virtual_devices_compute_nothing(pico):
     assert place(pico, fake, "auto")[1].device == "cpu"
 
 
-def test_a_provider_that_the_table_does_not_know_can_be_named(pico):
+def test_a_provider_that_the_table_does_not_know_can_be_named(pico: Bundle) -> None:
     fake = FakeOnnxruntime({"MLXExecutionProvider": Behaviour()})
     assert place(pico, fake, "mlx")[1].device == "mlx"
     assert place(pico, fake, "auto")[1].device == "cpu"
 
 
-def test_one_kind_of_a_plugins_devices(pico):
+def test_one_kind_of_a_plugins_devices(pico: Bundle) -> None:
     found = [Device(OPENVINO, kind) for kind in ("cpu", "gpu", "npu")]
     fake = FakeOnnxruntime({OPENVINO: Behaviour()}, found)
     for kind in ("cpu", "gpu", "npu"):
@@ -400,12 +418,12 @@ def test_one_kind_of_a_plugins_devices(pico):
     assert place(pico, fake, "openvino")[1].device == "openvino:npu"
 
 
-def test_a_loaded_model_says_where_it_runs():
+def test_a_loaded_model_says_where_it_runs() -> None:
     with edgevlm.load(device="cpu") as vlm:
         assert vlm.devices.vision.device == vlm.devices.decoder.device == "cpu"
         assert vlm.chat().devices is vlm.devices
 
 
-def test_missing_lists_what_is_not_offered():
+def test_missing_lists_what_is_not_offered() -> None:
     assert not providers.missing(EVERYTHING)
     assert {p.word for p in providers.missing([])} >= {"webgpu", "cpu"}

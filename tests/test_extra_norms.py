@@ -3,17 +3,30 @@ whatever was asked before, and no answer at all where the norms cannot be added.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edgevlm.errors import BundleCorrupt, EngineError
-from edgevlm.runtimes.engines import Cancelled, sequential
+from edgevlm.runtimes.engines import Cancelled, Float, sequential
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.runtimes.llama.edits import ExtraNorms
 from edgevlm.sampling import Sampling
-from tests.phi_reference import NORMS, Tiny, forward, place, random_weights, spec, write_gguf
+from tests.phi_reference import (
+    NORMS,
+    Tiny,
+    Weights,
+    forward,
+    place,
+    random_weights,
+    spec,
+    write_gguf,
+)
 
 TINY = Tiny()
 WEIGHTS = random_weights(TINY)
@@ -26,32 +39,34 @@ STEPS = 16
 BOUNDS = {"F32": 1e-4, "F16": 0.1, "Q8_0": 0.6, "Q4_0": 0.6}
 
 
-def load(path, weights=WEIGHTS, kind="F32", **changes):
+def load(
+    path: Path, weights: Weights = WEIGHTS, kind: str = "F32", **changes: Any
+) -> tuple[LlamaDecoder, Weights]:
     """(decoder, the weights it has)."""
     stored = write_gguf(path, weights, TINY, kind)
     return open_decoder(path, exact=kind == "F32", **changes), stored
 
 
-def open_decoder(path, *, exact=True, **changes):
+def open_decoder(path: Path, *, exact: bool = True, **changes: Any) -> LlamaDecoder:
     stated = dataclasses.replace(spec(TINY), **changes)
     return LlamaDecoder(path, stated, place(path), threads=1, exact=exact)
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("phi") / "decoder.gguf"
     write_gguf(file, WEIGHTS, TINY)
     return file
 
 
 @pytest.fixture
-def decoder(path):
+def decoder(path: Path) -> Iterator[LlamaDecoder]:
     opened = open_decoder(path)
     yield opened
     opened.close()
 
 
-def read(decoder, tokens, room=STEPS + 1, shared=0):
+def read(decoder: LlamaDecoder, tokens: list[int], room: int = STEPS + 1, shared: int = 0) -> int:
     """Reads tokens, the first `shared` as a block of their own."""
     rows = decoder.embed(tokens)
     cuts = (0, shared, len(rows)) if shared else (0, len(rows))
@@ -59,7 +74,7 @@ def read(decoder, tokens, room=STEPS + 1, shared=0):
     return decoder.prefill(blocks, room=room)
 
 
-def greedy(decoder):
+def greedy(decoder: LlamaDecoder) -> tuple[list[int], Float]:
     """(tokens, logits float32 [STEPS + 1, n_vocab]) after what was read."""
     tokens, logits = [], [decoder.logits()]
     for _ in range(STEPS):
@@ -69,13 +84,13 @@ def greedy(decoder):
     return tokens, np.stack(logits)
 
 
-def expected(tokens, weights=WEIGHTS):
+def expected(tokens: list[int], weights: Weights = WEIGHTS) -> NDArray[np.float64]:
     """Logits after each token, float64 [n, n_vocab]."""
     return forward(weights, TINY, weights["token_embd.weight"][tokens])
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
-def test_prompt_and_greedy_answer_have_the_originals_logits(kind, tmp_path):
+def test_prompt_and_greedy_answer_have_the_originals_logits(kind: str, tmp_path: Path) -> None:
     decoder, stored = load(tmp_path / "decoder.gguf", kind=kind)
     read(decoder, PROMPT)
     tokens, logits = greedy(decoder)
@@ -88,7 +103,7 @@ def test_prompt_and_greedy_answer_have_the_originals_logits(kind, tmp_path):
     decoder.close()
 
 
-def test_with_a_cache_in_8_bits_the_norms_are_added_all_the_same(tmp_path):
+def test_with_a_cache_in_8_bits_the_norms_are_added_all_the_same(tmp_path: Path) -> None:
     # llama.cpp turns what it keeps in 8 bits, which puts nodes of its own behind the attention.
     tiny = Tiny(head_dim=64)
     weights = random_weights(tiny)
@@ -102,7 +117,9 @@ def test_with_a_cache_in_8_bits_the_norms_are_added_all_the_same(tmp_path):
     decoder.close()
 
 
-def test_the_repetition_penalty_counts_what_it_is_told_to_and_the_answer(decoder):
+def test_the_repetition_penalty_counts_what_it_is_told_to_and_the_answer(
+    decoder: LlamaDecoder,
+) -> None:
     read(decoder, PROMPT)
     best, second = decoder.logits().argsort()[::-1][:2].tolist()
     for penalized, first in (((), best), ((best,), second)):
@@ -112,7 +129,7 @@ def test_the_repetition_penalty_counts_what_it_is_told_to_and_the_answer(decoder
         sampler.close()
 
 
-def test_without_the_norms_it_would_answer_something_else(tmp_path):
+def test_without_the_norms_it_would_answer_something_else(tmp_path: Path) -> None:
     plain = tmp_path / "plain.gguf"
     write_gguf(plain, WEIGHTS, TINY, without=tuple(NORMS))
     decoder = open_decoder(plain, extra_norms=False)
@@ -121,7 +138,7 @@ def test_without_the_norms_it_would_answer_something_else(tmp_path):
     decoder.close()
 
 
-def test_a_prompt_of_several_batches_and_every_row_of_an_extension(decoder):
+def test_a_prompt_of_several_batches_and_every_row_of_an_extension(decoder: LlamaDecoder) -> None:
     tokens = (PROMPT * 16)[:600]
     original = expected(tokens)
     read(decoder, tokens)
@@ -133,7 +150,9 @@ def test_a_prompt_of_several_batches_and_every_row_of_an_extension(decoder):
     assert np.abs(decoder.extend(tokens[580:]) - original[580:]).max() < BOUNDS["F32"]
 
 
-def test_a_second_question_on_kept_state_is_the_first_to_the_bit(path, decoder):
+def test_a_second_question_on_kept_state_is_the_first_to_the_bit(
+    path: Path, decoder: LlamaDecoder
+) -> None:
     assert read(decoder, PROMPT, shared=30) == 0
     greedy(decoder)
     other = [*PROMPT[:30], 7, 8, 9]
@@ -145,12 +164,14 @@ def test_a_second_question_on_kept_state_is_the_first_to_the_bit(path, decoder):
     fresh.close()
 
 
-def armed(path, monkeypatch):
+def armed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[LlamaDecoder, list[Callable[[], None]]]:
     """(a decoder, what it calls at every edit of the second layer's attention: nothing yet)."""
     edit = ExtraNorms._branch
-    traps = []
+    traps: list[Callable[[], None]] = []
 
-    def trapped(self, layer, values):
+    def trapped(self: ExtraNorms, layer: int, values: Float) -> None:
         if layer == 1:
             for spring in traps:
                 spring()
@@ -160,7 +181,9 @@ def armed(path, monkeypatch):
     return open_decoder(path), traps
 
 
-def test_cancelled_in_the_middle_it_answers_the_next_question_rightly(path, monkeypatch):
+def test_cancelled_in_the_middle_it_answers_the_next_question_rightly(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder, traps = armed(path, monkeypatch)
     traps.append(decoder.cancel)
     with pytest.raises(Cancelled):
@@ -171,7 +194,9 @@ def test_cancelled_in_the_middle_it_answers_the_next_question_rightly(path, monk
     decoder.close()
 
 
-def test_cancelled_behind_kept_blocks_it_reads_on_from_them(path, monkeypatch):
+def test_cancelled_behind_kept_blocks_it_reads_on_from_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder, traps = armed(path, monkeypatch)
     read(decoder, PROMPT, shared=30)
     traps.append(decoder.cancel)
@@ -184,11 +209,13 @@ def test_cancelled_behind_kept_blocks_it_reads_on_from_them(path, monkeypatch):
     decoder.close()
 
 
-def test_what_goes_wrong_in_an_edit_is_raised_and_nothing_builds_on_it(path, monkeypatch):
+def test_what_goes_wrong_in_an_edit_is_raised_and_nothing_builds_on_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder, traps = armed(path, monkeypatch)
     read(decoder, PROMPT)
 
-    def fail():
+    def fail() -> None:
         raise MemoryError("no more")
 
     traps.append(fail)
@@ -204,10 +231,12 @@ def test_what_goes_wrong_in_an_edit_is_raised_and_nothing_builds_on_it(path, mon
 
 
 @pytest.mark.parametrize("name", ["wqkv_b", "attn_out"])
-def test_a_node_that_llama_cpp_renames_is_missed(path, monkeypatch, name):
+def test_a_node_that_llama_cpp_renames_is_missed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     nodes = ExtraNorms.nodes
 
-    def renamed(self, layer):
+    def renamed(self: ExtraNorms, layer: int) -> dict[str, Any]:
         return {k.replace(name, "other"): visit for k, visit in nodes(self, layer).items()}
 
     monkeypatch.setattr(ExtraNorms, "nodes", renamed)
@@ -218,14 +247,14 @@ def test_a_node_that_llama_cpp_renames_is_missed(path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_a_gguf_that_lacks_a_norm_is_refused(name, tmp_path):
+def test_a_gguf_that_lacks_a_norm_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "decoder.gguf"
     write_gguf(path, WEIGHTS, TINY, without=(name,))
     with pytest.raises(BundleCorrupt, match=f"lacks the norms '{name}'.*export or download"):
         open_decoder(path)
 
 
-def test_norms_that_the_manifest_does_not_state_are_refused(path):
+def test_norms_that_the_manifest_does_not_state_are_refused(path: Path) -> None:
     with pytest.raises(BundleCorrupt, match="norms that the manifest does not state"):
         open_decoder(path, extra_norms=False)
 
@@ -238,7 +267,9 @@ def test_norms_that_the_manifest_does_not_state_are_refused(path):
         ("post_norm", 319, "width"),
     ],
 )
-def test_norms_of_another_size_are_refused(name, size, problem, tmp_path):
+def test_norms_of_another_size_are_refused(
+    name: str, size: int, problem: str, tmp_path: Path
+) -> None:
     weights = {**WEIGHTS, name: np.ones((TINY.layers, size), np.float32)}
     with pytest.raises(BundleCorrupt, match=problem):
         load(tmp_path / "decoder.gguf", weights)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +27,12 @@ def v1(controllers: str, shown: str = "/", folder: str = "") -> str:
 
 
 V1 = (v1("cpu,cpuacct"), v1("memory"), v1("cpuset"))
+# The groups of a process, its mounts, and files of their folders -> the root of all.
+Tree = Callable[[str, tuple[str, ...], dict[str, str]], Path]
 
 
 @pytest.fixture
-def tree(tmp_path, monkeypatch):
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     """Writes the kernel's files of a process; the machine has 8 cores, 32 GiB, 20 of them free."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.delattr(os, "process_cpu_count", raising=False)
@@ -137,19 +139,19 @@ QUOTAS = {
 
 
 @pytest.mark.parametrize("case", QUOTAS)
-def test_quotas(case, tree):
+def test_quotas(case: str, tree: Tree) -> None:
     cgroup, mounts, files, expected = QUOTAS[case]
     root = tree(cgroup, mounts, files)
     assert cpu_quota(root) == expected
     assert usable_cpus(root) == (8 if expected is None else max(1, int(expected)))
 
 
-def test_no_proc_at_all(tmp_path, tree):
+def test_no_proc_at_all(tmp_path: Path, tree: Tree) -> None:
     assert cpu_quota(tmp_path / "nowhere") is None
     assert memory(tmp_path / "nowhere") == Memory(32 * GIB, 20 * GIB)
 
 
-def test_a_quota_counts_like_affinity(tree, monkeypatch):
+def test_a_quota_counts_like_affinity(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tree("0::/\n", (V2,), {"cpu.max": "550000 100000"})
     monkeypatch.setattr(machine, "_ROOT", root)
     assert usable_cpus(root) == 5
@@ -160,7 +162,9 @@ def test_a_quota_counts_like_affinity(tree, monkeypatch):
 @pytest.mark.parametrize(
     ("physical", "bound", "expected"), [(4, 8, 4), (8, 2, 2), (None, 8, 8), (8, 0, 1)]
 )
-def test_physical_cores(tree, monkeypatch, physical, bound, expected):
+def test_physical_cores(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, physical: int | None, bound: int, expected: int
+) -> None:
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else physical)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(max(1, bound))))
     monkeypatch.setattr(machine, "cpu_quota", lambda _: None)
@@ -168,13 +172,15 @@ def test_physical_cores(tree, monkeypatch, physical, bound, expected):
 
 
 @pytest.mark.parametrize(("counted", "expected"), [(2, 2), (64, 8), (None, 8)])
-def test_pythons_own_count_is_a_limit(tree, monkeypatch, counted, expected):
+def test_pythons_own_count_is_a_limit(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, counted: int | None, expected: int
+) -> None:
     root = tree("", (), {})
     monkeypatch.setattr(os, "process_cpu_count", lambda: counted, raising=False)
     assert usable_cpus(root) == expected
 
 
-def test_systems_without_affinity(tree, monkeypatch):
+def test_systems_without_affinity(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     root = tree("0::/\n", (V2,), {"cpu.max": "max 100000"})
@@ -246,7 +252,7 @@ MEMORIES = {
 
 
 @pytest.mark.parametrize("case", MEMORIES)
-def test_memories(case, tree):
+def test_memories(case: str, tree: Tree) -> None:
     cgroup, mounts, files, (total, free) = MEMORIES[case]
     assert memory(tree(cgroup, mounts, files)) == Memory(total * GIB, free * GIB)
 
@@ -286,24 +292,24 @@ def inside(folder: Path, expression: str) -> str:
 V2_HERE = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
 
 
-def test_a_real_quota():
+def test_a_real_quota() -> None:
     limit = ("cpu.max", "50000 100000") if V2_HERE else ("cpu.cfs_quota_us", "50000")
     with group("cpu", *limit) as folder:
         assert inside(folder, "m.cpu_quota(), m.usable_cpus(), m.physical_cores()") == "0.5 1 1"
 
 
-def test_a_real_memory_limit():
+def test_a_real_memory_limit() -> None:
     name = "memory.max" if V2_HERE else "memory.limit_in_bytes"
     with group("memory", name, str(GIB)) as folder:
         total, free = map(int, inside(folder, "*vars(m.memory()).values()").split())
         assert total == GIB and 0 < free <= GIB
 
 
-def test_everybody_asks_here(monkeypatch):
+def test_everybody_asks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     from edgevlm.benchmarks.latency.machine import this_machine
     from edgevlm.runtimes import rules
 
     monkeypatch.setattr(machine, "cpu_quota", lambda _: 1.7)
     assert rules.decide("threads", rules.this_machine([])) == 1
     assert this_machine().usable_cores == 1
-    assert rules.physical_cores() == 1
+    assert machine.physical_cores() == 1

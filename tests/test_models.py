@@ -16,7 +16,9 @@ from edgevlm.errors import BundleError, BundleNotFound
 
 
 @pytest.mark.parametrize("home", ["file", "none", "long"])
-def test_a_home_that_cannot_be_had_has_the_built_in_model_alone(home, tmp_path, monkeypatch):
+def test_a_home_that_cannot_be_had_has_the_built_in_model_alone(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
     place = {"file": tmp_path / "file", "none": "/proc/none", "long": tmp_path / ("x" * 300)}[home]
     monkeypatch.setenv("EDGEVLM_HOME", str(place))
@@ -25,7 +27,7 @@ def test_a_home_that_cannot_be_had_has_the_built_in_model_alone(home, tmp_path, 
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "I/O")])
-def test_a_home_of_somebody_else(monkeypatch, error):
+def test_a_home_of_somebody_else(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     def denied(*_: object, **__: object) -> None:
         raise error
 
@@ -38,7 +40,7 @@ def test_a_home_of_somebody_else(monkeypatch, error):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
-def test_names_that_no_file_can_have(name):
+def test_names_that_no_file_can_have(name: str) -> None:
     with pytest.raises(BundleNotFound):
         models.resolve(name)
 
@@ -47,7 +49,7 @@ def test_names_that_no_file_can_have(name):
 @pytest.mark.parametrize(
     "command", [["models", "list"], ["caption", "-m", "pico", "-i", "examples/shapes.png"]]
 )
-def test_commands_work_and_say_nothing_of_a_home_that_is_none(command):
+def test_commands_work_and_say_nothing_of_a_home_that_is_none(command: list[str]) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("EDGEVLM_HOME", "EDGEVLM_MODEL")}
     env |= {"HOME": "/proc/none", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME", "ORT_DISABLE_TELEMETRY"):

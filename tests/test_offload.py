@@ -1,12 +1,15 @@
 """Which layers of a decoder run on which device: words, memory, fallbacks, errors, rules."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 
 import llama_cpp
 import pytest
 
-from edgevlm.bundle import open_bundle
+from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import EngineError, EngineMissing
+from edgevlm.machine import physical_cores
 from edgevlm.models import built_in
 from edgevlm.runtimes import loading, rules
 from edgevlm.runtimes.llama import ggml
@@ -15,11 +18,14 @@ from edgevlm.runtimes.llama.backends import (
     ON_THE_CPU,
     LayerBytes,
     LlamaDevice,
+    Offload,
     backend,
     candidates,
     layers_that_fit,
 )
 from edgevlm.runtimes.loading import open_decoder
+from edgevlm.specs import DecoderSpec
+from edgevlm.types import Placement
 
 GIB, MIB = 1 << 30, 1 << 20
 # 18 layers of 60 MiB and an output of 500 MiB, as a quantized PaliGemma-3B has.
@@ -27,38 +33,44 @@ NEEDS = LayerBytes((60 * MIB,) * 18, 500 * MIB, position=1024, work=100 * MIB)
 ALL = 19
 
 
-def device(name, free, registry="Vulkan"):
+def device(name: str, free: int, registry: str = "Vulkan") -> LlamaDevice:
     return LlamaDevice(name, f"{name} of a test", backend(registry), free, 8 * GIB, handle=1)
 
 
 @pytest.fixture(scope="module")
-def pico():
+def pico() -> Bundle:
     return open_bundle(built_in())
 
 
-@pytest.fixture
-def llama(monkeypatch):
+class FakeLlama:
     """LlamaDecoder that notes what it was asked for and takes the layers that `takes` allows."""
 
-    class Fake:
+    asked: list[Offload]
+    takes = 99
+    fails: tuple[str, ...] = ()
+
+    def __init__(
+        self, path: Path, spec: DecoderSpec, *_: object, offload: Offload = ON_THE_CPU, **__: object
+    ) -> None:
+        self.asked.append(offload)
+        if offload.device and offload.device.name in self.fails:
+            raise EngineError(f"{offload.device.name} cannot load the decoder (out of memory)")
+        self.layers = (min(offload.layers, self.takes), spec.n_layer + 1)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def llama(monkeypatch: pytest.MonkeyPatch) -> type[FakeLlama]:
+    class Fresh(FakeLlama):
         asked = []
-        takes = 99
-        fails = ()
 
-        def __init__(self, path, spec, place, *, offload=ON_THE_CPU, **_):
-            self.asked.append(offload)
-            if offload.device and offload.device.name in self.fails:
-                raise EngineError(f"{offload.device.name} cannot load the decoder (out of memory)")
-            self.layers = (min(offload.layers, self.takes), spec.n_layer + 1)
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(loading, "LlamaDecoder", Fake)
-    return Fake
+    monkeypatch.setattr(loading, "LlamaDecoder", Fresh)
+    return Fresh
 
 
-def opened(bundle, word, devices):
+def opened(bundle: Bundle, word: str, devices: Sequence[LlamaDevice]) -> Placement:
     return open_decoder(bundle, word, devices, threads=1, repack=True)[1]
 
 
@@ -72,16 +84,16 @@ def opened(bundle, word, devices):
         (0, 0),
     ],
 )
-def test_layers_follow_the_free_memory(free, layers):
+def test_layers_follow_the_free_memory(free: float, layers: int) -> None:
     assert layers_that_fit(NEEDS, int(free), 8192) == layers
 
 
-def test_a_short_context_leaves_room_for_layers():
+def test_a_short_context_leaves_room_for_layers() -> None:
     free = int(1.2 * GIB)
     assert layers_that_fit(NEEDS, free, 256) > layers_that_fit(NEEDS, free, 8192)
 
 
-def test_the_file_says_what_its_layers_need(pico):
+def test_the_file_says_what_its_layers_need(pico: Bundle) -> None:
     spec = pico.manifest.decoder
     needs = ggml.layer_bytes(pico.path("decoder"), spec, exact=False)
     size = pico.path("decoder").stat().st_size
@@ -93,7 +105,7 @@ def test_the_file_says_what_its_layers_need(pico):
 
 
 @pytest.mark.parametrize("word", [b.word for b in BACKENDS])
-def test_every_back_end_answers_to_its_word_and_its_kind(word):
+def test_every_back_end_answers_to_its_word_and_its_kind(word: str) -> None:
     row = next(b for b in BACKENDS if b.word == word)
     mine, other = device("mine", GIB, row.registry), device("other", GIB, "Unheard")
     assert candidates(word, [other, mine]) == [mine]
@@ -102,19 +114,19 @@ def test_every_back_end_answers_to_its_word_and_its_kind(word):
     assert candidates("cpu", [mine]) == []
 
 
-def test_a_vendors_back_end_then_the_roomiest_device():
+def test_a_vendors_back_end_then_the_roomiest_device() -> None:
     devices = [device("v", GIB), device("small", GIB, "CUDA"), device("large", 2 * GIB, "CUDA")]
     assert [d.name for d in candidates("gpu", devices)] == ["large", "small", "v"]
     assert [d.name for d in candidates("unheard", [device("x", GIB, "Unheard")])] == ["x"]
 
 
 @pytest.mark.parametrize("word", ["gpu", "cuda", "vulkan"])
-def test_a_back_end_that_is_not_built_in_is_an_error_with_its_line(pico, word):
+def test_a_back_end_that_is_not_built_in_is_an_error_with_its_line(pico: Bundle, word: str) -> None:
     with pytest.raises(EngineMissing, match="offers the CPU alone; CMAKE_ARGS=-DGGML_"):
         opened(pico, word, [])
 
 
-def test_a_gpu_with_room_takes_the_whole_decoder(pico, llama):
+def test_a_gpu_with_room_takes_the_whole_decoder(pico: Bundle, llama: type[FakeLlama]) -> None:
     for word in ("auto", "gpu", "vulkan"):
         placed = opened(pico, word, [device("Vulkan0", GIB)])
         assert (placed.device, placed.engine) == ("vulkan", "Vulkan0")
@@ -122,7 +134,9 @@ def test_a_gpu_with_room_takes_the_whole_decoder(pico, llama):
     assert opened(pico, "cpu", [device("Vulkan0", GIB)]).device == "cpu"
 
 
-def test_a_gpu_with_too_little_memory_takes_some_layers_and_says_so(pico, llama):
+def test_a_gpu_with_too_little_memory_takes_some_layers_and_says_so(
+    pico: Bundle, llama: type[FakeLlama]
+) -> None:
     needs = ggml.layer_bytes(pico.path("decoder"), pico.manifest.decoder, exact=False)
     free = 256 * MIB + needs.offloaded(2, pico.manifest.decoder.context_length)
     placed = opened(pico, "gpu", [device("Vulkan0", free)])
@@ -130,7 +144,9 @@ def test_a_gpu_with_too_little_memory_takes_some_layers_and_says_so(pico, llama)
     assert str(placed) == f"vulkan, 2 of {n + 1} layers, {n - 1} on the CPU"
 
 
-def test_a_gpu_without_room_is_left_to_the_cpu_or_is_an_error(pico, llama):
+def test_a_gpu_without_room_is_left_to_the_cpu_or_is_an_error(
+    pico: Bundle, llama: type[FakeLlama]
+) -> None:
     placed = opened(pico, "auto", [device("Vulkan0", 100 * MIB)])
     assert placed.device == "cpu"
     assert placed.notes[0].startswith("Vulkan0 has 100 MiB free and the decoder needs 2")
@@ -139,7 +155,9 @@ def test_a_gpu_without_room_is_left_to_the_cpu_or_is_an_error(pico, llama):
     assert [o.layers for o in llama.asked] == [0]
 
 
-def test_a_device_that_refuses_its_layers_leaves_them_to_the_next(pico, llama):
+def test_a_device_that_refuses_its_layers_leaves_them_to_the_next(
+    pico: Bundle, llama: type[FakeLlama]
+) -> None:
     llama.fails = ("CUDA0",)
     devices = [device("CUDA0", GIB, "CUDA"), device("Vulkan0", GIB)]
     placed = opened(pico, "gpu", devices)
@@ -151,7 +169,9 @@ def test_a_device_that_refuses_its_layers_leaves_them_to_the_next(pico, llama):
         opened(pico, "gpu", devices)
 
 
-def test_what_llama_cpp_says_counts_not_what_was_planned(pico, llama):
+def test_what_llama_cpp_says_counts_not_what_was_planned(
+    pico: Bundle, llama: type[FakeLlama]
+) -> None:
     llama.takes = 1
     assert opened(pico, "gpu", [device("Vulkan0", GIB)]).placed == 1
     llama.takes = 0
@@ -159,7 +179,9 @@ def test_what_llama_cpp_says_counts_not_what_was_planned(pico, llama):
         opened(pico, "gpu", [device("Vulkan0", GIB)])
 
 
-def test_a_decoder_in_f32_stays_on_the_cpu_unless_it_is_sent_elsewhere(pico, llama):
+def test_a_decoder_in_f32_stays_on_the_cpu_unless_it_is_sent_elsewhere(
+    pico: Bundle, llama: type[FakeLlama]
+) -> None:
     parts = pico.manifest.components
     exact = {**parts, "decoder": dataclasses.replace(parts["decoder"], precision="f32")}
     bundle = dataclasses.replace(
@@ -170,7 +192,9 @@ def test_a_decoder_in_f32_stays_on_the_cpu_unless_it_is_sent_elsewhere(pico, lla
     assert opened(bundle, "gpu", [device("Vulkan0", GIB)]).device == "vulkan"
 
 
-def test_a_decoder_with_norms_of_its_own_stays_on_the_cpu_unless_it_is_sent_elsewhere(pico, llama):
+def test_a_decoder_with_norms_of_its_own_stays_on_the_cpu_unless_it_is_sent_elsewhere(
+    pico: Bundle, llama: type[FakeLlama]
+) -> None:
     spec = dataclasses.replace(pico.manifest.decoder, extra_norms=True)
     bundle = dataclasses.replace(pico, manifest=dataclasses.replace(pico.manifest, decoder=spec))
     placed = opened(bundle, "auto", [device("Vulkan0", GIB)])
@@ -178,7 +202,7 @@ def test_a_decoder_with_norms_of_its_own_stays_on_the_cpu_unless_it_is_sent_else
     assert opened(bundle, "gpu", [device("Vulkan0", GIB)]).device == "vulkan"
 
 
-def test_this_build_lists_its_devices():
+def test_this_build_lists_its_devices() -> None:
     found = ggml.devices()
     assert all(d.name and 0 <= d.free_bytes <= d.total_bytes for d in found)
     assert bool(found) <= bool(llama_cpp.llama_supports_gpu_offload())
@@ -196,18 +220,20 @@ def test_this_build_lists_its_devices():
         ({"NEON"}, "q4_k_m", True),
     ],
 )
-def test_repacking_follows_the_processor_and_the_types(features, decoder, repacking):
+def test_repacking_follows_the_processor_and_the_types(
+    features: set[str], decoder: str, repacking: bool
+) -> None:
     assert rules.decide("repacking", rules.Facts(2, frozenset(features), decoder)) is repacking
 
 
-def test_a_tuners_rules_come_first():
+def test_a_tuners_rules_come_first() -> None:
     facts = rules.this_machine(["AVX2"])
     mine = rules.Rule("threads", "here", lambda _: True, lambda _: 7, "measured here")
     assert rules.decide("threads", facts, (mine, *rules.RULES)) == 7
-    assert rules.decide("threads", facts) == rules.physical_cores() >= 1
+    assert rules.decide("threads", facts) == physical_cores() >= 1
 
 
-def test_every_setting_has_a_rule_that_always_holds():
+def test_every_setting_has_a_rule_that_always_holds() -> None:
     for name in {r.setting for r in rules.RULES}:
         found = rules.rule(name, rules.Facts(1, frozenset(), "", x86=False))
         assert found.evidence and found.when

@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -13,10 +15,12 @@ import pytest
 from PIL import Image
 
 import edgevlm
+from edgevlm import VLM
+from edgevlm.bundle import Bundle
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError, EngineMissing, PromptError
 from edgevlm.export import export_bundle
-from edgevlm.image import preprocess
-from edgevlm.runtimes.engines import Block, sequential
+from edgevlm.image import RGB, preprocess
+from edgevlm.runtimes.engines import Block, BlockAttention, Float, TextDecoder, sequential
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.sampling import Sampling
@@ -32,7 +36,7 @@ EXACT = 5e-4
 
 
 @pytest.fixture(scope="module", params=["paligemma", "paligemma2"])
-def pair(request):
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[VLM, Original]]:
     """A loaded unquantized bundle and its original."""
     checkpoint = request.getfixturevalue(f"{request.param}_checkpoint")
     bundle = request.getfixturevalue(f"{request.param}_bundle")
@@ -41,23 +45,27 @@ def pair(request):
 
 
 @pytest.fixture(scope="module")
-def vlm(paligemma_bundle):
+def vlm(paligemma_bundle: Bundle) -> Iterator[VLM]:
     with edgevlm.load(paligemma_bundle.folder) as loaded:
         yield loaded
 
 
-def pixels(vlm, *pictures):
+def pixels(vlm: VLM, *pictures: RGB) -> Float:
     spec = vlm.manifest.image
-    return np.stack([preprocess(p, spec) for p in pictures]) if pictures else np.empty((0, 3, 1, 1))
+    if not pictures:
+        return np.empty((0, 3, 1, 1), np.float32)
+    return np.stack([preprocess(p, spec) for p in pictures])
 
 
-def prompt_ids(vlm, prompt):
+def prompt_ids(vlm: VLM, prompt: str) -> list[int]:
     decoder = vlm.engines.decoder
     return [decoder.bos, *decoder.tokenize(prompt + "\n")]
 
 
 @pytest.mark.parametrize("prompt", ["caption en", "", "detect <loc0100> a  b ; ζωή 🙂"])
-def test_logits_and_greedy_tokens_equal_the_originals(pair, prompt):
+def test_logits_and_greedy_tokens_equal_the_originals(
+    pair: tuple[VLM, Original], prompt: str
+) -> None:
     vlm, original = pair
     answer = list(vlm.ask(prompt, PICTURE, max_tokens=16).token_ids)
     ids = prompt_ids(vlm, prompt)
@@ -83,7 +91,9 @@ def test_logits_and_greedy_tokens_equal_the_originals(pair, prompt):
         {"rope_theta": 500.0, "query_pre_attn_scalar": 256},
     ],
 )
-def test_configs_that_llama_cpp_would_compute_otherwise(text_config, tmp_path):
+def test_configs_that_llama_cpp_would_compute_otherwise(
+    text_config: dict[str, Any], tmp_path: Path
+) -> None:
     source = write_paligemma(
         tmp_path / "source",
         version=2,
@@ -104,7 +114,7 @@ def test_configs_that_llama_cpp_would_compute_otherwise(text_config, tmp_path):
         assert score == pytest.approx(z[answer[0]] - np.log(np.exp(z).sum()), abs=EXACT)
 
 
-def test_several_pictures_and_none(pair):
+def test_several_pictures_and_none(pair: tuple[VLM, Original]) -> None:
     vlm, original = pair
     for pictures in ([PICTURE, OTHER], []):
         answer = list(vlm.ask("caption en", pictures, max_tokens=4).token_ids)
@@ -113,7 +123,7 @@ def test_several_pictures_and_none(pair):
         assert answer == expected[: len(answer)].argmax(1).tolist()
 
 
-def test_score_is_the_originals_log_probability(pair):
+def test_score_is_the_originals_log_probability(pair: tuple[VLM, Original]) -> None:
     vlm, original = pair
     texts = ["a red circle", "yes", "<loc0001> x"]
     found = vlm.score("caption en", texts, PICTURE)
@@ -127,7 +137,7 @@ def test_score_is_the_originals_log_probability(pair):
         )
 
 
-def prefix_of(vlm, n):
+def prefix_of(vlm: VLM, n: int) -> str:
     """A prompt whose prefix, picture included, has n positions."""
     fixed = vlm.manifest.image.tokens + len(prompt_ids(vlm, ""))
     piece = " a"
@@ -138,7 +148,9 @@ def prefix_of(vlm, n):
 
 
 @pytest.mark.parametrize("n", [63, 64, 65, 127, 128, 129, 255, 256, 257, 513])
-def test_prefixes_around_the_limits_of_batch_and_context(pair, n):
+def test_prefixes_around_the_limits_of_batch_and_context(
+    pair: tuple[VLM, Original], n: int
+) -> None:
     vlm, original = pair
     prompt = prefix_of(vlm, n)
     reply = vlm.ask(prompt, PICTURE, max_tokens=2)
@@ -147,13 +159,13 @@ def test_prefixes_around_the_limits_of_batch_and_context(pair, n):
     assert np.abs(vlm.engines.decoder.logits() - expected[len(reply.token_ids) - 1]).max() < EXACT
 
 
-def test_a_longer_request_after_a_shorter_one_and_back(vlm):
+def test_a_longer_request_after_a_shorter_one_and_back(vlm: VLM) -> None:
     short = vlm.ask("caption en", PICTURE, max_tokens=8).token_ids
     vlm.ask(prefix_of(vlm, 700), PICTURE, max_tokens=300)
     assert vlm.ask("caption en", PICTURE, max_tokens=8).token_ids == short
 
 
-def test_the_largest_prompt_and_one_token_more(tmp_path):
+def test_the_largest_prompt_and_one_token_more(tmp_path: Path) -> None:
     context = 300
     source = write_paligemma(tmp_path / "source", text_config={"max_position_embeddings": context})
     bundle = export_bundle(
@@ -167,7 +179,7 @@ def test_the_largest_prompt_and_one_token_more(tmp_path):
             vlm.ask(prefix_of(vlm, context), PICTURE)
 
 
-def test_a_second_question_reuses_the_pictures_rows(vlm):
+def test_a_second_question_reuses_the_pictures_rows(vlm: VLM) -> None:
     fresh = vlm.ask("ocr", OTHER, max_tokens=8)
     assert fresh.tokens.cached == 0 and fresh.timings.vision_ms > 0
     again = vlm.ask("caption en", OTHER, max_tokens=8)
@@ -175,7 +187,7 @@ def test_a_second_question_reuses_the_pictures_rows(vlm):
     assert vlm.ask("ocr", OTHER, max_tokens=8).token_ids == fresh.token_ids
 
 
-def test_token_ids_beyond_the_vocabulary_are_refused(vlm):
+def test_token_ids_beyond_the_vocabulary_are_refused(vlm: VLM) -> None:
     decoder = vlm.engines.decoder
     for token in (-1, vlm.manifest.decoder.n_vocab):
         with pytest.raises(EngineError, match="outside the vocabulary"):
@@ -185,7 +197,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused(vlm):
             decoder.step(token)
 
 
-def test_what_llama_cpp_would_abort_on_is_refused(vlm):
+def test_what_llama_cpp_would_abort_on_is_refused(vlm: VLM) -> None:
     decoder, width = vlm.engines.decoder, vlm.manifest.decoder.n_embd
     for rows in (np.zeros((0, width), np.float32), np.zeros((3, width - 1), np.float32)):
         with pytest.raises(EngineError, match="rows"):
@@ -198,7 +210,7 @@ def test_what_llama_cpp_would_abort_on_is_refused(vlm):
             decoder.rollback(n)
 
 
-def test_causal_rows_equal_causal_tokens(vlm):
+def test_causal_rows_equal_causal_tokens(vlm: VLM) -> None:
     decoder = vlm.engines.decoder
     tokens = decoder.tokenize("the quick brown fox jumps over the lazy dog " * 80)
     assert len(tokens) > 600  # more than one batch
@@ -208,8 +220,8 @@ def test_causal_rows_equal_causal_tokens(vlm):
     assert np.abs(decoder.extend(tokens[1:])[-1] - at_once).max() < EXACT
 
 
-def test_sampling_is_repeatable_by_its_seed_and_free_without(vlm):
-    def drawn(**options):
+def test_sampling_is_repeatable_by_its_seed_and_free_without(vlm: VLM) -> None:
+    def drawn(**options: Any) -> tuple[int, ...]:
         return vlm.ask("caption en", PICTURE, max_tokens=12, temperature=1.5, **options).token_ids
 
     assert drawn(seed=1) == drawn(seed=1)
@@ -218,7 +230,7 @@ def test_sampling_is_repeatable_by_its_seed_and_free_without(vlm):
     assert drawn(top_k=1) == drawn(min_p=1.0) == drawn(top_p=1e-6) == greedy
 
 
-def test_repetition_penalty_counts_the_answer_alone(vlm):
+def test_repetition_penalty_counts_the_answer_alone(vlm: VLM) -> None:
     sampler = Sampling(repetition_penalty=1e6)
     ids = prompt_ids(vlm, "caption en")
     rows = np.concatenate([vlm.embed_image(PICTURE), vlm.engines.decoder.embed(ids)])
@@ -236,14 +248,14 @@ def test_repetition_penalty_counts_the_answer_alone(vlm):
     assert len(set(drawn)) == 20
 
 
-def test_pieces_are_the_tokenizers_own_text(vlm):
+def test_pieces_are_the_tokenizers_own_text(vlm: VLM) -> None:
     decoder = vlm.engines.decoder
     for text in ("a  b\n\tc", "<loc0012><seg003> cat ; dog", "ζωή 日本語 🙂 नमस्ते", "x" * 300):
         assert b"".join(map(decoder.piece, decoder.tokenize(text))).decode() == text
     assert decoder.piece(decoder.bos) == b""
 
 
-def test_cancel_from_another_thread_ends_a_prefill(vlm):
+def test_cancel_from_another_thread_ends_a_prefill(vlm: VLM) -> None:
     answer = vlm.stream(prefix_of(vlm, 4000), PICTURE)
     threading.Timer(0.3, vlm.cancel).start()
     reply = answer.finish()
@@ -252,7 +264,7 @@ def test_cancel_from_another_thread_ends_a_prefill(vlm):
     assert vlm.ask("caption en", PICTURE, max_tokens=4).finish_reason == "length"
 
 
-def test_threads_do_not_change_the_answer(paligemma_bundle, vlm):
+def test_threads_do_not_change_the_answer(paligemma_bundle: Bundle, vlm: VLM) -> None:
     with edgevlm.load(paligemma_bundle.folder, threads=1) as single:
         assert (
             single.ask("ocr", PICTURE, max_tokens=8).token_ids
@@ -262,13 +274,13 @@ def test_threads_do_not_change_the_answer(paligemma_bundle, vlm):
         edgevlm.load(paligemma_bundle.folder, threads=0)
 
 
-def test_all_decoding_runs_on_one_thread(vlm, monkeypatch):
+def test_all_decoding_runs_on_one_thread(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = set()
     decode = llama_cpp.llama_decode
 
-    def noted(context, batch):
+    def noted(*given: Any) -> Any:
         threads.add(threading.get_ident())
-        return decode(context, batch)
+        return decode(*given)
 
     monkeypatch.setattr(llama_cpp, "llama_decode", noted)
     vlm.ask("caption en", PICTURE, max_tokens=3)
@@ -277,7 +289,7 @@ def test_all_decoding_runs_on_one_thread(vlm, monkeypatch):
     assert len(threads) == 1
 
 
-def test_devices_that_are_not_there_are_named(paligemma_bundle):
+def test_devices_that_are_not_there_are_named(paligemma_bundle: Bundle) -> None:
     with pytest.raises(EngineMissing, match="'npu' cannot run the vision encoder.*pip install"):
         edgevlm.load(paligemma_bundle.folder, device="npu")
     with pytest.raises(
@@ -286,7 +298,7 @@ def test_devices_that_are_not_there_are_named(paligemma_bundle):
         edgevlm.load(paligemma_bundle.folder, device="tpu")
 
 
-def test_a_decoder_that_is_none_or_another(paligemma_bundle, tmp_path):
+def test_a_decoder_that_is_none_or_another(paligemma_bundle: Bundle, tmp_path: Path) -> None:
     manifest = paligemma_bundle.manifest
     path = tmp_path / "decoder.gguf"
     path.write_bytes(b"GGUF" + b"\0" * 100)
@@ -300,7 +312,9 @@ def test_a_decoder_that_is_none_or_another(paligemma_bundle, tmp_path):
         LlamaDecoder(paligemma_bundle.path("decoder"), manifest.decoder, place, threads=1)
 
 
-def run(bundle, *arguments, start=("-m", "edgevlm")):
+def run(
+    bundle: Bundle, *arguments: str, start: tuple[str, ...] = ("-m", "edgevlm")
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *start, *arguments, "-m", str(bundle.folder)],
         stdout=subprocess.PIPE,
@@ -310,7 +324,9 @@ def run(bundle, *arguments, start=("-m", "edgevlm")):
     )
 
 
-def test_the_command_line_on_real_engines_is_quiet(paligemma_bundle, tmp_path):
+def test_the_command_line_on_real_engines_is_quiet(
+    paligemma_bundle: Bundle, tmp_path: Path
+) -> None:
     Image.fromarray(PICTURE).save(tmp_path / "in.png")
     picture = str(tmp_path / "in.png")
     child = run(paligemma_bundle, "ask", "caption en", "-i", picture, "--max-tokens", "4")
@@ -334,9 +350,9 @@ cli.main()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_ends_the_program_during_a_prefill(paligemma_bundle, vlm):
+def test_ctrl_c_ends_the_program_during_a_prefill(paligemma_bundle: Bundle, vlm: VLM) -> None:
     child = run(paligemma_bundle, "ask", prefix_of(vlm, 4000), start=("-c", ANNOUNCED))
-    assert child.stderr.readline() == "prefill\n"
+    assert child.stderr and child.stderr.readline() == "prefill\n"
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert child.returncode in (130, -signal.SIGINT)
@@ -344,13 +360,12 @@ def test_ctrl_c_ends_the_program_during_a_prefill(paligemma_bundle, vlm):
     assert "Traceback" not in err
 
 
-def test_ctrl_c_while_a_model_is_loaded_is_heard(paligemma_bundle, monkeypatch):
+def test_ctrl_c_while_a_model_is_loaded_is_heard(
+    paligemma_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """llama.cpp calls Python with its messages, where ctypes would drop the exception."""
 
-    @llama_cpp.llama_log_callback
-    def interrupted(*_):
-        signal.raise_signal(signal.SIGINT)
-
+    interrupted = llama_cpp.llama_log_callback(lambda *_: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(ggml, "_collect", interrupted)
     manifest = paligemma_bundle.manifest
     with pytest.raises(KeyboardInterrupt):
@@ -361,16 +376,20 @@ def test_ctrl_c_while_a_model_is_loaded_is_heard(paligemma_bundle, monkeypatch):
     ggml.quiet()
 
 
-def blocks_of(decoder, *parts):
+# Tokens, and how they see one another.
+Words = tuple[list[int], BlockAttention]
+
+
+def blocks_of(decoder: TextDecoder, *parts: Words) -> list[Block]:
     """Blocks one after the other: (tokens, attention)."""
-    blocks = []
+    blocks: list[Block] = []
     for tokens, attention in parts:
         start = sum(len(block.rows) for block in blocks)
         blocks.append(sequential(decoder.embed(tokens), attention, start))
     return blocks
 
 
-def test_blocks_see_what_comes_before_them_and_their_own_rows(vlm):
+def test_blocks_see_what_comes_before_them_and_their_own_rows(vlm: VLM) -> None:
     decoder = vlm.engines.decoder
     before, picture, after = (decoder.tokenize(t) for t in ("a b c", "the quick fox", "and now"))
     both_ways = blocks_of(
@@ -386,20 +405,22 @@ def test_blocks_see_what_comes_before_them_and_their_own_rows(vlm):
     one_way = decoder.logits()
     assert np.abs(one_way - mixed).max() > 100 * EXACT
     # A block of one row sees the same both ways.
-    single = [(before, "causal"), (picture[:1], "bidirectional"), (picture[1:] + after, "causal")]
+    last = picture[1:] + after
+    single: list[Words] = [(before, "causal"), (picture[:1], "bidirectional"), (last, "causal")]
     decoder.prefill(blocks_of(decoder, *single), room=1)
     assert np.abs(decoder.logits() - one_way).max() < EXACT
 
 
-def test_the_kv_cache_of_equal_leading_blocks_is_kept(vlm):
+def test_the_kv_cache_of_equal_leading_blocks_is_kept(vlm: VLM) -> None:
     decoder = vlm.engines.decoder
     words = [decoder.tokenize(t) for t in ("a b c", "the quick fox", "and now", "or then")]
 
-    def read(*parts):
+    def read(*parts: Words) -> tuple[int, Float]:
         kept = decoder.prefill(blocks_of(decoder, *parts), room=1)
         return kept, decoder.logits()
 
-    start, seen = (words[0], "causal"), (words[1], "bidirectional")
+    start: Words = (words[0], "causal")
+    seen: Words = (words[1], "bidirectional")
     decoder.clear()
     assert read(start, seen, (words[2], "causal"))[0] == 0
     kept, again = read(start, seen, (words[3], "causal"))
@@ -410,7 +431,7 @@ def test_the_kv_cache_of_equal_leading_blocks_is_kept(vlm):
     assert np.array_equal(read(start, seen, (words[3], "causal"))[1], again)
 
 
-def test_positions_that_do_not_follow_are_refused(vlm):
+def test_positions_that_do_not_follow_are_refused(vlm: VLM) -> None:
     decoder = vlm.engines.decoder
     rows = decoder.embed(decoder.tokenize("a b c d"))
     for positions in ([0, 1, 3, 4], [1, 2, 3, 4], [0, 1, 1, 2], [0, 1]):
@@ -421,7 +442,7 @@ def test_positions_that_do_not_follow_are_refused(vlm):
         decoder.prefill([], room=1)
 
 
-def test_settings_say_what_runs(paligemma_bundle):
+def test_settings_say_what_runs(paligemma_bundle: Bundle) -> None:
     with edgevlm.load(paligemma_bundle.folder, threads=1, repack=False) as loaded:
         assert loaded.settings == RunSettings(1, False, "f32", "off")
         loaded.ask("caption en", PICTURE, max_tokens=2)

@@ -3,23 +3,40 @@
 import dataclasses
 import gc
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from edgevlm.boxes import parse_percent
 from edgevlm.errors import ContextOverflow, ImageError, PromptError
-from edgevlm.image import read_image
+from edgevlm.image import RGB, ImageSource, read_image
 from edgevlm.runtimes import fakes, request
+from edgevlm.runtimes.messages import ImagePart, Message, TextPart
 from edgevlm.runtimes.session import VLM
 from edgevlm.runtimes.text import TextStream
+from edgevlm.sampling import SamplingOptions
+from edgevlm.types import Reply
 
 RED = np.full((10, 20, 3), (255, 0, 0), np.uint8)
 BLUE = np.full((10, 20, 3), (0, 0, 255), np.uint8)
 
 
-def test_ask_returns_the_text_and_counts_its_tokens():
+def prefills(vlm: VLM) -> list[NDArray[np.float32]]:
+    """The rows of every prompt that the decoder of a fake has read."""
+    assert isinstance(vlm.engines.decoder, fakes.FakeDecoder)
+    return vlm.engines.decoder.prefills
+
+
+def n_encoded(vlm: VLM) -> int:
+    """How many pictures the encoder of a fake has seen."""
+    assert isinstance(vlm.engines.encoder, fakes.FakeEncoder)
+    return vlm.engines.encoder.calls
+
+
+def test_ask_returns_the_text_and_counts_its_tokens() -> None:
     reply = fakes.vlm("a red circle").ask("caption en", image=RED)
     assert str(reply) == reply.text == "a red circle"
     assert reply.finish_reason == "stop"
@@ -28,7 +45,7 @@ def test_ask_returns_the_text_and_counts_its_tokens():
     assert (reply.tokens.image, reply.tokens.text, reply.tokens.cached) == (4, 12, 0)
 
 
-def test_pieces_join_to_the_reply():
+def test_pieces_join_to_the_reply() -> None:
     answer = fakes.vlm("crème brûlée 🍮").stream("caption en", image=RED)
     pieces = list(answer)
     assert "".join(p.text for p in pieces) == answer.reply.text == "crème brûlée 🍮"
@@ -37,11 +54,11 @@ def test_pieces_join_to_the_reply():
     assert [p.elapsed_ms for p in pieces] == sorted(p.elapsed_ms for p in pieces)
 
 
-def test_bytes_that_are_no_text_become_one_replacement_at_the_end():
+def test_bytes_that_are_no_text_become_one_replacement_at_the_end() -> None:
     assert fakes.vlm(b"ok \xf0\x9f").ask("x").text == "ok �"
 
 
-def test_stages_are_timed():
+def test_stages_are_timed() -> None:
     reply = fakes.vlm("abc").ask("caption en", image=RED)
     t = reply.timings
     assert min(t.image_decode_ms, t.preprocess_ms, t.vision_ms, t.projector_ms, t.prefill_ms) > 0
@@ -50,15 +67,15 @@ def test_stages_are_timed():
     assert reply.prefill_tokens_per_s > 0
 
 
-def test_rows_follow_the_template():
+def test_rows_follow_the_template() -> None:
     vlm = fakes.vlm()
     vlm.ask("hi", image=RED)
-    (rows,) = vlm.engines.decoder.prefills
+    (rows,) = prefills(vlm)
     assert rows[:4].tolist() == [[1, -1, -1, 0]] * 4  # red, as pixels in -1..1
     assert rows[4:, 0].tolist() == [vlm.engines.decoder.bos, *vlm.engines.decoder.tokenize("hi\n")]
 
 
-def test_user_text_never_becomes_a_picture():
+def test_user_text_never_becomes_a_picture() -> None:
     vlm = fakes.vlm()
     reply = vlm.ask("{image} {bos} {prompt} <image>", image=RED)
     assert (reply.tokens.image, reply.tokens.text) == (
@@ -67,39 +84,39 @@ def test_user_text_never_becomes_a_picture():
     )
 
 
-def test_the_same_picture_is_encoded_once():
+def test_the_same_picture_is_encoded_once() -> None:
     vlm = fakes.vlm()
     first = vlm.ask("a", image=RED)
     second = vlm.ask("b", image=RED.copy())
     assert (first.tokens.cached, second.tokens.cached) == (0, 4)
     assert second.timings.vision_ms == 0
     vlm.ask("c", image=BLUE)
-    assert vlm.engines.encoder.calls == 2
+    assert n_encoded(vlm) == 2
 
 
-def test_several_pictures_where_the_model_takes_them():
+def test_several_pictures_where_the_model_takes_them() -> None:
     vlm = fakes.vlm(max_pictures=2)
     assert vlm.ask("x", image=[RED, BLUE]).tokens.image == 8
     with pytest.raises(PromptError, match="3 pictures.*takes 2"):
         vlm.ask("x", image=[RED, RED, RED])
 
 
-def test_text_alone():
+def test_text_alone() -> None:
     reply = fakes.vlm("yes").ask("is it?")
     assert (reply.text, reply.tokens.image, reply.timings.vision_ms) == ("yes", 0, 0)
 
 
-def test_max_tokens_ends_the_answer():
+def test_max_tokens_ends_the_answer() -> None:
     reply = fakes.vlm("abcdef").ask("x", max_tokens=3)
     assert (reply.text, reply.finish_reason, reply.tokens.generated) == ("abc", "length", 3)
 
 
-def test_the_context_bounds_the_answer():
+def test_the_context_bounds_the_answer() -> None:
     reply = fakes.vlm("a" * 100, context_length=20).ask("1234567", max_tokens=1000)
     assert (reply.finish_reason, reply.tokens.generated) == ("length", 20 - 1 - 8)
 
 
-def test_a_prompt_larger_than_the_context_is_refused():
+def test_a_prompt_larger_than_the_context_is_refused() -> None:
     with pytest.raises(ContextOverflow, match="needs 24 tokens .*image 4, text 19, answer 1.* 20"):
         fakes.vlm(context_length=20).ask("x" * 17, image=RED)
 
@@ -107,14 +124,16 @@ def test_a_prompt_larger_than_the_context_is_refused():
 @pytest.mark.parametrize(
     ("stop", "text"), [("lo", "hel"), (["zz", "o w"], "hell"), ("world!", "hello world")]
 )
-def test_stop_strings_end_the_answer_and_are_not_part_of_it(stop, text):
+def test_stop_strings_end_the_answer_and_are_not_part_of_it(
+    stop: str | list[str], text: str
+) -> None:
     answer = fakes.vlm("hello world").stream("x", stop=stop)
     streamed = "".join(p.text for p in answer)
     assert streamed == answer.reply.text == text
     assert answer.reply.finish_reason == "stop"
 
 
-def test_text_that_may_begin_a_stop_string_is_held_back():
+def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     stream = TextStream(["STOP"])
     assert [stream.push(b) for b in (b"a", b"S", b"T", b"x", b"STO")] == ["a", "", "", "STx", ""]
     assert stream.push(b"", end=True) == "STO"
@@ -135,7 +154,7 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
         "été  \u2003",
     ],
 )
-def test_a_role_and_blanks_around_an_answer_are_never_shown(said):
+def test_a_role_and_blanks_around_an_answer_are_never_shown(said: str) -> None:
     fake = fakes.vlm(said)
     spec = dataclasses.replace(
         fake.manifest.answer, stop_strings=("###",), strip=True, role="Assistant:"
@@ -151,7 +170,7 @@ def test_a_role_and_blanks_around_an_answer_are_never_shown(said):
     assert shown == said.split("###")[0].split("Assistant:")[-1].strip()
 
 
-def test_cancel_ends_the_answer_at_the_next_token():
+def test_cancel_ends_the_answer_at_the_next_token() -> None:
     vlm = fakes.vlm("abcdef")
     answer = vlm.stream("x")
     next(answer)
@@ -161,7 +180,7 @@ def test_cancel_ends_the_answer_at_the_next_token():
     assert vlm.ask("x").finish_reason == "stop"
 
 
-def test_an_interrupt_between_pieces_leaves_the_model_usable():
+def test_an_interrupt_between_pieces_leaves_the_model_usable() -> None:
     vlm = fakes.vlm("abcdef")
     with pytest.raises(KeyboardInterrupt):
         for _ in vlm.stream("x"):
@@ -169,7 +188,7 @@ def test_an_interrupt_between_pieces_leaves_the_model_usable():
     assert vlm.ask("x").text == "abcdef"
 
 
-def test_an_overtaken_answer_says_so():
+def test_an_overtaken_answer_says_so() -> None:
     vlm = fakes.vlm("abcdef")
     answer = vlm.stream("x")
     next(answer)
@@ -178,7 +197,7 @@ def test_an_overtaken_answer_says_so():
         next(answer)
 
 
-def test_chat_keeps_the_picture():
+def test_chat_keeps_the_picture() -> None:
     with fakes.vlm(["one", "two"]).chat(image=RED) as chat:
         assert [chat.ask("a").text, chat.ask("b").text] == ["one", "two"]
         assert chat.reply.tokens.cached == 4
@@ -188,9 +207,14 @@ def test_chat_keeps_the_picture():
             _ = chat.reply
 
 
-def test_a_chat_reads_its_picture_once(monkeypatch):
+def test_a_chat_reads_its_picture_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
-    monkeypatch.setattr(request, "read_image", lambda s: (reads.append(s), read_image(s))[1])
+
+    def noted(source: ImageSource) -> RGB:
+        reads.append(source)
+        return read_image(source)
+
+    monkeypatch.setattr(request, "read_image", noted)
     vlm = fakes.vlm("yes", conversational=True)
     chat = vlm.chat(image=RED)
     for _ in range(3):
@@ -200,10 +224,10 @@ def test_a_chat_reads_its_picture_once(monkeypatch):
     next(chat.stream("is it red?"))
     chat.ask("is it?")
     assert len(reads) == 2
-    assert vlm.engines.encoder.calls == 2
+    assert n_encoded(vlm) == 2
 
 
-def test_answers_of_a_chat_hold_no_pictures():
+def test_answers_of_a_chat_hold_no_pictures() -> None:
     chat = fakes.vlm("yes", conversational=True).chat()
     left = []
     for shade in range(3):
@@ -217,17 +241,17 @@ def test_answers_of_a_chat_hold_no_pictures():
     assert [ref() is None for ref in left] == [True, True, False]
 
 
-def test_a_picture_is_what_it_was_when_it_was_given():
+def test_a_picture_is_what_it_was_when_it_was_given() -> None:
     vlm = fakes.vlm()
     frame = RED.copy()
     answer, chat = vlm.stream("x", frame), vlm.chat(frame)
     frame[:] = 0
     answer.finish()
     chat.ask("x")
-    assert all((rows[:4] == [1, -1, -1, 0]).all() for rows in vlm.engines.decoder.prefills)
+    assert all((rows[:4] == [1, -1, -1, 0]).all() for rows in prefills(vlm))
 
 
-def test_a_bad_picture_is_refused_when_it_is_given():
+def test_a_bad_picture_is_refused_when_it_is_given() -> None:
     chat = fakes.vlm().chat(RED)
     with pytest.raises(ImageError, match="no such file"):
         chat.image = "nowhere.png"
@@ -238,25 +262,28 @@ def test_a_bad_picture_is_refused_when_it_is_given():
 
 @pytest.mark.parametrize("picture", [None, RED], ids=["words", "picture"])
 @pytest.mark.parametrize("max_tokens", [None, 5, 400])
-def test_the_oldest_questions_make_room_for_the_next(picture, max_tokens):
+def test_the_oldest_questions_make_room_for_the_next(
+    picture: RGB | None, max_tokens: int | None
+) -> None:
     vlm = fakes.vlm("abc", context_length=200, conversational=True)
     chat = vlm.chat(picture)
+    options: SamplingOptions = {"max_tokens": max_tokens} if max_tokens else {}
     for i in range(30):
-        reply = chat.ask(f"question {i}", **({"max_tokens": max_tokens} if max_tokens else {}))
+        reply = chat.ask(f"question {i}", **options)
         assert (reply.text, reply.finish_reason) == ("abc", "stop")
     assert len(chat.turns) == 30
-    rows = vlm.engines.decoder.prefills[-1][4 if picture is not None else 0 :, 0]
+    rows = prefills(vlm)[-1][4 if picture is not None else 0 :, 0]
     read = b"".join(vlm.engines.decoder.piece(int(t)) for t in rows).decode()
     kept = range(chat.left_out, 30)
     assert read == "abc".join(f"question {i}\n" for i in kept)
     # Once it was full, half of the context became free, and then not at every question again.
-    lengths = [len(rows) for rows in vlm.engines.decoder.prefills]
+    lengths = [len(rows) for rows in prefills(vlm)]
     shrunk = [i for i in range(1, 30) if lengths[i] < lengths[i - 1]]
     assert 0 < len(shrunk) < 12
     assert all(lengths[i] <= 100 for i in shrunk)
 
 
-def test_what_was_left_out_of_a_chat_is_counted_anew():
+def test_what_was_left_out_of_a_chat_is_counted_anew() -> None:
     chat = fakes.vlm("abc", context_length=60, conversational=True).chat()
     for _ in range(9):
         chat.ask("how many are there?")
@@ -266,7 +293,7 @@ def test_what_was_left_out_of_a_chat_is_counted_anew():
     assert chat.ask("how many are there?").text == "abc"
 
 
-def test_a_question_that_alone_is_too_long_is_still_refused():
+def test_a_question_that_alone_is_too_long_is_still_refused() -> None:
     chat = fakes.vlm("abc", context_length=60, conversational=True).chat()
     chat.ask("short")
     with pytest.raises(ContextOverflow, match="text 102"):
@@ -275,13 +302,13 @@ def test_a_question_that_alone_is_too_long_is_still_refused():
     assert chat.ask("and short again").text == "abc"
 
 
-def test_detect_gives_boxes_in_pixels():
+def test_detect_gives_boxes_in_pixels() -> None:
     loc = "<loc0000><loc0512><loc1023><loc1023> cat ; <loc0100><loc0100><loc0200><loc0200> dog"
     vlm = fakes.vlm(loc)
     cat, dog = vlm.detect(["cat", "dog"], image=Image.new("RGB", (200, 100)))
     assert (cat.label, dog.label) == ("cat", "dog")
     assert (cat.x0, cat.y0, cat.x1, cat.y1) == pytest.approx((200 * 512 / 1023, 0, 200, 100))
-    (rows,) = vlm.engines.decoder.prefills
+    (rows,) = prefills(vlm)
     assert rows[5:, 0].tolist() == vlm.engines.decoder.tokenize("detect cat ; dog\n")
 
 
@@ -303,19 +330,21 @@ def test_detect_gives_boxes_in_pixels():
         ("", []),
     ],
 )
-def test_boxes_in_hundredths_become_pixels(text, expected):
+def test_boxes_in_hundredths_become_pixels(
+    text: str, expected: list[tuple[float, float, float, float, str]]
+) -> None:
     found = parse_percent(text, 200, 50)
     assert [b.label for b in found] == [label for *_, label in expected]
     corners = [corner for *box, _ in expected for corner in box]
     assert [c for b in found for c in (b.x0, b.y0, b.x1, b.y1)] == pytest.approx(corners)
 
 
-def test_an_unknown_task_names_the_known_ones():
+def test_an_unknown_task_names_the_known_ones() -> None:
     with pytest.raises(PromptError, match="no task 'segment'; it has caption, detect, ocr"):
         fakes.vlm().task("segment")
 
 
-def test_score_sums_log_probabilities_over_the_tokens():
+def test_score_sums_log_probabilities_over_the_tokens() -> None:
     vlm = fakes.vlm("ab")
     hit = 10 - np.log(np.exp(10) + 257)
     miss = hit - 10
@@ -342,73 +371,74 @@ def test_score_sums_log_probabilities_over_the_tokens():
         {"stop": ""},
     ],
 )
-def test_options_out_of_range_name_themselves(options):
+def test_options_out_of_range_name_themselves(options: SamplingOptions) -> None:
     with pytest.raises(PromptError, match=next(iter(options))):
         fakes.vlm().ask("x", **options)
 
 
-def test_an_unknown_option_is_a_type_error():
+def test_an_unknown_option_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="tempreature"):
-        fakes.vlm().ask("x", tempreature=1)
+        fakes.vlm().ask("x", tempreature=1)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("prompt", ["a\0b", "a\ud800b"])
-def test_text_that_no_tokenizer_takes_is_refused(prompt):
+def test_text_that_no_tokenizer_takes_is_refused(prompt: str) -> None:
     with pytest.raises(PromptError, match="the prompt contains"):
         fakes.vlm().ask(prompt)
 
 
-def test_errors_come_before_anything_is_computed():
+def test_errors_come_before_anything_is_computed() -> None:
     vlm = fakes.vlm()
     with pytest.raises(ImageError):
         vlm.stream("x", image="no such picture.png")
-    assert vlm.engines.encoder.calls == 0
+    assert n_encoded(vlm) == 0
 
 
-def user(*content):
+def user(*content: str | RGB) -> Message:
     """A message of the user's: texts, and pictures as arrays."""
-    kinds = {True: "text", False: "image"}
-    parts = [{"type": (kind := kinds[isinstance(c, str)]), kind: c} for c in content]
+    parts: list[TextPart | ImagePart] = [
+        {"type": "text", "text": c} if isinstance(c, str) else {"type": "image", "image": c}
+        for c in content
+    ]
     return {"role": "user", "content": parts}
 
 
-def assistant(content):
+def assistant(content: str | list[TextPart | ImagePart] | Reply) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def read_by(vlm):
+def read_by(vlm: VLM) -> str:
     """What the decoder of a fake read last: a picture's rows as #, tokens as their text."""
-    decoder = vlm.engines.decoder
-    rows = decoder.prefills[-1]
-    return "".join("#" if r[3] == 0 else decoder.piece(int(r[0])).decode() for r in rows)
+    piece = vlm.engines.decoder.piece
+    return "".join("#" if r[3] == 0 else piece(int(r[0])).decode() for r in prefills(vlm)[-1])
 
 
-def test_a_message_is_what_ask_says_in_short():
+def test_a_message_is_what_ask_says_in_short() -> None:
     vlm = fakes.vlm("yes")
     short = vlm.ask("is it red?", RED)
     for message in (user(RED, "is it red?"), user("is it ", RED, "red?")):
         long = vlm.ask([message])
         assert (long.text, long.token_ids) == (short.text, short.token_ids)
         assert long.tokens.prompt == short.tokens.prompt
-        assert np.array_equal(*vlm.engines.decoder.prefills[-2:])
+        assert np.array_equal(prefills(vlm)[-2], prefills(vlm)[-1])
     assert vlm.ask([{"role": "user", "content": "hi"}]).tokens.image == 0
 
 
-def test_messages_are_a_chat_written_out():
+def test_messages_are_a_chat_written_out() -> None:
     vlm = fakes.vlm(["one", "two"], conversational=True)
     with vlm.chat(RED) as chat:
         first = chat.ask("a")
         chat.ask("b")
     said = [user(RED, "a"), assistant(first), user("b")]
     vlm.ask(said)
-    assert np.array_equal(*vlm.engines.decoder.prefills[-2:])
+    assert np.array_equal(prefills(vlm)[-2], prefills(vlm)[-1])
     assert read_by(vlm) == "####a\noneb\n"
     # What somebody else has said, too.
     vlm.ask([user(RED, "a"), assistant("uno"), user("b")])
     assert read_by(vlm) == "####a\nunob\n"
 
 
-def test_a_picture_in_a_later_turn_needs_a_place_in_the_template():
+def test_a_picture_in_a_later_turn_needs_a_place_in_the_template() -> None:
     vlm = fakes.vlm(conversational=True)
     talk = [user(RED, "a"), assistant("x"), user(BLUE, "b")]
     with pytest.raises(PromptError, match="question 2 comes with a picture.*first question only"):
@@ -419,7 +449,7 @@ def test_a_picture_in_a_later_turn_needs_a_place_in_the_template():
     able = VLM(manifest, engines.family, engines.encoder, engines.decoder)
     able.ask(talk)
     assert read_by(able) == "####a\nx####b\n"
-    rows = engines.decoder.prefills[-1]
+    rows = prefills(able)[-1]
     assert rows[0].tolist() == [1, -1, -1, 0] and rows[-3].tolist() == [-1, -1, 1, 0]
     with pytest.raises(PromptError, match="3 pictures.*takes 2"):
         able.stream([*talk, assistant("y"), user(RED, "c")])
@@ -441,22 +471,24 @@ def test_a_picture_in_a_later_turn_needs_a_place_in_the_template():
         ([user("a"), assistant("\ud800"), user("b")], "lone surrogate"),
     ],
 )
-def test_messages_that_are_no_conversation_are_refused_in_one_line(messages, problem):
+def test_messages_that_are_no_conversation_are_refused_in_one_line(
+    messages: list[Message], problem: str
+) -> None:
     vlm = fakes.vlm(conversational=True)
     with pytest.raises(PromptError, match=problem) as caught:
         vlm.stream(messages)
     assert "\n" not in str(caught.value)
-    assert vlm.engines.decoder.prefills == []
+    assert prefills(vlm) == []
 
 
-def test_a_model_without_conversations_says_so():
+def test_a_model_without_conversations_says_so() -> None:
     with pytest.raises(PromptError, match="not trained on conversations; ask the last question"):
         fakes.vlm().stream([user("a"), assistant("b"), user("c")])
     with pytest.raises(PromptError, match="pictures stand in the messages"):
         fakes.vlm().stream([user("a")], RED)
 
 
-def test_a_picture_that_cannot_be_planned_is_refused_before_anything_is_computed():
+def test_a_picture_that_cannot_be_planned_is_refused_before_anything_is_computed() -> None:
     vlm = fakes.vlm()
     image = dataclasses.replace(vlm.manifest.image, fit="pad")
     manifest = dataclasses.replace(vlm.manifest, image=image)
@@ -465,11 +497,15 @@ def test_a_picture_that_cannot_be_planned_is_refused_before_anything_is_computed
         padding.stream("x", np.zeros((30_000, 1, 3), np.uint8))
 
 
-def test_a_bundle_without_a_decoder_embeds_and_says_that_it_cannot_answer():
+def test_a_bundle_without_a_decoder_embeds_and_says_that_it_cannot_answer() -> None:
     whole = fakes.vlm()
     vlm = VLM(whole.manifest, whole.engines.family, whole.engines.encoder, None)
     assert np.array_equal(vlm.embed_image(RED), whole.embed_image(RED))
-    calls = [lambda: vlm.ask("x"), lambda: vlm.chat(RED).ask("x"), lambda: vlm.score("x", ["y"])]
+    calls: list[Callable[[], object]] = [
+        lambda: vlm.ask("x"),
+        lambda: vlm.chat(RED).ask("x"),
+        lambda: vlm.score("x", ["y"]),
+    ]
     for call in calls:
         with pytest.raises(PromptError, match="no decoder: it can embed pictures, not answer"):
             call()

@@ -7,25 +7,30 @@ import subprocess
 import sys
 import textwrap
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
+import llama_cpp
 import numpy as np
 import pytest
 
 import edgevlm
+from edgevlm import VLM, Chat
+from edgevlm.bundle import open_bundle
 from edgevlm.errors import BundleCorrupt, EdgeVLMError, ModelClosed, PromptError
 from edgevlm.models import built_in
 from edgevlm.runtimes import fakes, turns
 from edgevlm.runtimes.llama import decoder
-from edgevlm.runtimes.loading import open_bundle
 
+T = TypeVar("T")
 PICTURE = Path(__file__).parent.parent / "examples" / "shapes.png"
 RED = np.full((10, 20, 3), (255, 0, 0), np.uint8)
 CAPTION = "a red circle, a blue square, a yellow triangle and a green star"
 
 
-def in_thread(call):
+def in_thread(call: Callable[[], T]) -> T:
     """What the call returns or raises, in a thread that has to end."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(call).result(timeout=60)
@@ -45,7 +50,7 @@ def run(script: str, *, without: tuple[str, ...] = ()) -> str:
     return done.stdout
 
 
-USES = {
+USES: dict[str, Callable[[VLM, Chat], object]] = {
     "ask": lambda v, c: v.ask("caption en", PICTURE),
     "stream": lambda v, c: next(v.stream("caption en", PICTURE)),
     "chat": lambda v, c: c.ask("caption en"),
@@ -68,7 +73,7 @@ USES = {
 
 
 @pytest.fixture(scope="module")
-def closed():
+def closed() -> tuple[VLM, Chat]:
     with edgevlm.load() as vlm:
         chat = vlm.chat(PICTURE)
         chat.ask("caption en", max_tokens=1)
@@ -76,12 +81,14 @@ def closed():
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_a_closed_model_says_so(closed, use):
+def test_a_closed_model_says_so(
+    closed: tuple[VLM, Chat], use: Callable[[VLM, Chat], object]
+) -> None:
     with pytest.raises(ModelClosed, match="closed; load"):
         use(*closed)
 
 
-def test_what_needs_no_engine_still_works_on_a_closed_model(closed):
+def test_what_needs_no_engine_still_works_on_a_closed_model(closed: tuple[VLM, Chat]) -> None:
     vlm, chat = closed
     vlm.close()
     vlm.cancel()
@@ -91,7 +98,7 @@ def test_what_needs_no_engine_still_works_on_a_closed_model(closed):
         pass
 
 
-def test_an_open_answer_and_its_sampler_outlive_the_model():
+def test_an_open_answer_and_its_sampler_outlive_the_model() -> None:
     with edgevlm.load() as vlm:
         answer = vlm.stream("caption en", PICTURE)
         next(answer)
@@ -103,10 +110,15 @@ def test_an_open_answer_and_its_sampler_outlive_the_model():
     gc.collect()
 
 
-def test_a_model_whose_load_fails_half_way_is_freed(monkeypatch):
+def test_a_model_whose_load_fails_half_way_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     freed = []
-    free = decoder.llama.llama_model_free
-    monkeypatch.setattr(decoder.llama, "llama_model_free", lambda m: (freed.append(m), free(m)))
+    free = llama_cpp.llama_model_free
+
+    def noted(model: object) -> None:
+        freed.append(model)
+        free(model)
+
+    monkeypatch.setattr(llama_cpp, "llama_model_free", noted)
     bundle = open_bundle(built_in())
     spec = dataclasses.replace(bundle.manifest.decoder, n_layer=99)
     with pytest.raises(BundleCorrupt, match="another decoder"):
@@ -117,7 +129,7 @@ def test_a_model_whose_load_fails_half_way_is_freed(monkeypatch):
     assert len(freed) == 1
 
 
-def test_models_that_nobody_closes_are_freed():
+def test_models_that_nobody_closes_are_freed() -> None:
     grown = run(
         """
         import os, psutil, edgevlm
@@ -135,11 +147,11 @@ def test_models_that_nobody_closes_are_freed():
     assert int(grown) < 25  # seven megabytes each before
 
 
-def test_threads_are_answered_one_after_the_other():
+def test_threads_are_answered_one_after_the_other() -> None:
     with edgevlm.load() as vlm, ThreadPoolExecutor(4) as pool:
         alone = vlm.embed_image(PICTURE)
         score = vlm.score("caption en", ["a red"], PICTURE)
-        jobs = []
+        jobs: list[tuple[Future[Any], Callable[[Any], bool]]] = []
         for _ in range(4):
             jobs += [
                 (pool.submit(vlm.ask, "caption en", PICTURE), lambda r: r.text == CAPTION),
@@ -151,7 +163,7 @@ def test_threads_are_answered_one_after_the_other():
         assert all(right(job.result()) for job, right in jobs)
 
 
-def test_an_answer_keeps_its_turn_to_its_end(monkeypatch):
+def test_an_answer_keeps_its_turn_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "IDLE_S", 3600)
     vlm = fakes.vlm(["abcdef", "xyz"])
     answer = vlm.stream("x")
@@ -165,13 +177,15 @@ def test_an_answer_keeps_its_turn_to_its_end(monkeypatch):
     assert "".join(said) == "abcdef"
 
 
-def test_waiting_requests_are_answered_in_the_order_they_came(monkeypatch):
+def test_waiting_requests_are_answered_in_the_order_they_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(turns, "IDLE_S", 3600)
     vlm, order = fakes.vlm("a"), []
     answer = vlm.stream("x")
     next(answer)
 
-    def ask(i):
+    def ask(i: int) -> None:
         vlm.ask("y")
         order.append(i)
 
@@ -188,7 +202,9 @@ def test_waiting_requests_are_answered_in_the_order_they_came(monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["drop", "break", "cancel", "interrupt"])
-def test_an_answer_that_ends_early_lets_the_others_through_at_once(monkeypatch, end):
+def test_an_answer_that_ends_early_lets_the_others_through_at_once(
+    monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
     monkeypatch.setattr(turns, "IDLE_S", 3600)
     vlm = fakes.vlm(["abcdef", "xyz"])
     if end == "break":
@@ -208,7 +224,9 @@ def test_an_answer_that_ends_early_lets_the_others_through_at_once(monkeypatch, 
     assert in_thread(lambda: vlm.ask("y")).text == "xyz"
 
 
-def test_an_answer_that_is_kept_and_not_drawn_gives_up_its_turn(monkeypatch):
+def test_an_answer_that_is_kept_and_not_drawn_gives_up_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(turns, "IDLE_S", 0.1)
     vlm = fakes.vlm(["abcdef", "xyz"])
     answer = vlm.stream("x")
@@ -218,7 +236,9 @@ def test_an_answer_that_is_kept_and_not_drawn_gives_up_its_turn(monkeypatch):
         next(answer)
 
 
-def test_an_answer_drawn_in_several_threads_is_not_given_up_for_one_of_them(monkeypatch):
+def test_an_answer_drawn_in_several_threads_is_not_given_up_for_one_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As a web server draws one: each piece in whichever thread of its pool is free."""
     monkeypatch.setattr(turns, "IDLE_S", 3600)
     vlm = fakes.vlm(["abcd", "xyz"])
@@ -233,7 +253,7 @@ def test_an_answer_drawn_in_several_threads_is_not_given_up_for_one_of_them(monk
     assert "".join(pieces) == "abcd"
 
 
-def test_cancel_ends_the_running_answer_and_no_waiting_one():
+def test_cancel_ends_the_running_answer_and_no_waiting_one() -> None:
     vlm = fakes.vlm(["abcdef", "xyz"])
     answer = vlm.stream("x")
     next(answer)
@@ -247,7 +267,7 @@ def test_cancel_ends_the_running_answer_and_no_waiting_one():
 
 
 @pytest.mark.parametrize("name", ["score", "embed_image"])
-def test_cancel_is_for_answers_alone(name):
+def test_cancel_is_for_answers_alone(name: str) -> None:
     with edgevlm.load() as vlm:
         calls = {
             "score": lambda: vlm.score("caption en", ["a red circle"] * 20, PICTURE).tolist(),
@@ -262,7 +282,7 @@ def test_cancel_is_for_answers_alone(name):
             assert asked.result(60).finish_reason in ("stop", "cancelled")
 
 
-def test_the_end_of_a_chat_cancels_its_own_answer_alone():
+def test_the_end_of_a_chat_cancels_its_own_answer_alone() -> None:
     vlm = fakes.vlm(["abcdef", "xyz"])
     with vlm.chat() as chat:
         chat.ask("x")
@@ -272,11 +292,11 @@ def test_the_end_of_a_chat_cancels_its_own_answer_alone():
 
 
 @pytest.mark.parametrize("name", ["ask", "chat", "score", "embed_image"])
-def test_close_ends_what_other_threads_are_doing(name):
+def test_close_ends_what_other_threads_are_doing(name: str) -> None:
     use, vlm = USES[name], edgevlm.load()
     chat, begun = vlm.chat(PICTURE), threading.Event()
 
-    def work():
+    def work() -> None:
         while True:
             use(vlm, chat)
             begun.set()
@@ -289,7 +309,7 @@ def test_close_ends_what_other_threads_are_doing(name):
             assert isinstance(job.exception(60), ModelClosed)
 
 
-def test_a_signal_handler_may_close_the_model_and_not_ask_it():
+def test_a_signal_handler_may_close_the_model_and_not_ask_it() -> None:
     out = run(
         """
         import os, signal, edgevlm
@@ -321,7 +341,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system 
 
 @needs_fork
 @pytest.mark.parametrize("kept", [False, True], ids=["closed before", "still open"])
-def test_a_forked_process_loads_a_model_of_its_own(kept):
+def test_a_forked_process_loads_a_model_of_its_own(kept: bool) -> None:
     out = run(
         f"""
         import multiprocessing, os, edgevlm
@@ -338,7 +358,7 @@ def test_a_forked_process_loads_a_model_of_its_own(kept):
 
 
 @needs_fork
-def test_a_forked_process_is_told_that_the_model_is_its_parents():
+def test_a_forked_process_is_told_that_the_model_is_its_parents() -> None:
     """And ends as it would without one: nothing waits for threads that stayed with the parent."""
     out = run(
         """
@@ -370,7 +390,7 @@ def test_a_forked_process_is_told_that_the_model_is_its_parents():
     assert out.splitlines() == [told] * 4 + [CAPTION] * 2
 
 
-def test_onnxruntime_sends_nothing_home():
+def test_onnxruntime_sends_nothing_home() -> None:
     out = run(
         "import os, edgevlm, onnxruntime; print(os.environ['ORT_DISABLE_TELEMETRY'])",
         without=("CI", "ORT_DISABLE_TELEMETRY"),
@@ -378,5 +398,5 @@ def test_onnxruntime_sends_nothing_home():
     assert out.strip() == "1"
 
 
-def test_what_is_wrong_with_a_closed_model_is_an_error_of_edgevlms():
+def test_what_is_wrong_with_a_closed_model_is_an_error_of_edgevlms() -> None:
     assert issubclass(ModelClosed, EdgeVLMError)
