@@ -8,10 +8,10 @@ import pytest
 from edgevlm.benchmarks.latency import extras
 from edgevlm.benchmarks.latency.extras import Extras, with_extras
 from edgevlm.benchmarks.latency.gather import Configuration
-from edgevlm.benchmarks.latency.report import Quality, to_json
+from edgevlm.benchmarks.latency.report import Beside, Quality, Report, to_json
 from edgevlm.benchmarks.latency.runner import Plan
 from edgevlm.benchmarks.peers import run
-from edgevlm.bundle import open_bundle
+from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import BenchError
 from edgevlm.models import built_in
 from tests.test_bench_reports import beside, report, result
@@ -20,22 +20,22 @@ from workshop import reports
 QUALITY = Quality("pico", 0.9, 0.8, 0.1, 0.7, {})
 
 
-def measured(*names):
+def measured(*names: str) -> tuple[Report, Plan]:
     """A report and the plan that it is of: one bundle, one picture, several thread counts."""
     bundle = open_bundle(built_in())
     plan = Plan(tuple(Configuration(name, bundle, Path("a.png")) for name in names), tokens=8)
     return report(*map(result, names)), plan
 
 
-def extended(extras_wanted, *names):
+def extended(extras_wanted: Extras, *names: str) -> Report:
     made, plan = measured(*names)
     return with_extras(made, plan, extras_wanted, lambda _: None)
 
 
-def test_peers_are_asked_once_for_each_bundle_and_picture(monkeypatch):
+def test_peers_are_asked_once_for_each_bundle_and_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fake(comparison, name, progress):
+    def fake(comparison: run.Comparison, name: str, progress: object) -> Beside:
         asked.append((name, comparison.words, comparison.tokens, comparison.rounds))
         return beside()
 
@@ -45,8 +45,10 @@ def test_peers_are_asked_once_for_each_bundle_and_picture(monkeypatch):
     assert made.peers == (beside(),) and made.complete
 
 
-def test_a_comparison_that_fails_is_a_note_and_loses_nothing(monkeypatch):
-    def fake(*_):
+def test_a_comparison_that_fails_is_a_note_and_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fake(*_: object) -> None:
         raise BenchError("edgevlm itself cannot be compared")
 
     monkeypatch.setattr(run, "beside", fake)
@@ -55,7 +57,9 @@ def test_a_comparison_that_fails_is_a_note_and_loses_nothing(monkeypatch):
     assert made.notes == ("pico, beside other projects: edgevlm itself cannot be compared",)
 
 
-def test_an_interrupted_comparison_makes_the_report_a_partial_one(monkeypatch):
+def test_an_interrupted_comparison_makes_the_report_a_partial_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     partial = dataclasses.replace(beside(), complete=False)
     monkeypatch.setattr(run, "beside", lambda *_: partial)
     made = extended(Extras(peers=True), "pico")
@@ -63,8 +67,8 @@ def test_an_interrupted_comparison_makes_the_report_a_partial_one(monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", [Extras(peers=True), Extras(reference=built_in())])
-def test_an_interrupt_keeps_the_times(wanted, monkeypatch):
-    def fake(*_):
+def test_an_interrupt_keeps_the_times(wanted: Extras, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "beside", fake)
@@ -73,8 +77,8 @@ def test_an_interrupt_keeps_the_times(wanted, monkeypatch):
     assert not made.complete and "interrupted" in made.notes[0] and len(made.results) == 1
 
 
-def test_quality_that_cannot_be_measured_is_a_note(monkeypatch):
-    def fake(*_):
+def test_quality_that_cannot_be_measured_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(*_: object) -> None:
         raise BenchError("two models")
 
     monkeypatch.setattr(extras, "_quality", fake)
@@ -83,16 +87,21 @@ def test_quality_that_cannot_be_measured_is_a_note(monkeypatch):
     assert made.results[0].quality is None
 
 
-def test_quality_is_measured_once_for_each_bundle(monkeypatch):
+def test_quality_is_measured_once_for_each_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(extras, "_quality", lambda a, b: asked.append((a, b)) or QUALITY)
+
+    def quality(reference: Bundle, bundle: Bundle) -> Quality:
+        asked.append((reference, bundle))
+        return QUALITY
+
+    monkeypatch.setattr(extras, "_quality", quality)
     made = extended(Extras(reference=built_in()), "1 thread", "2 threads")
     pico = open_bundle(built_in())
     assert asked == [(pico, pico)]
     assert [r.quality for r in made.results] == [QUALITY, QUALITY]
 
 
-def test_the_page_of_reports_shows_every_table_once(tmp_path):
+def test_the_page_of_reports_shows_every_table_once(tmp_path: Path) -> None:
     made = report(result("pico", quality=QUALITY), peers=(beside(),))
     for name, one in (("pico", made), ("mobilepalo-1.7b", report(result("synthetic-mobilepalo")))):
         (tmp_path / name).mkdir()

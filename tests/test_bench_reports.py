@@ -6,7 +6,10 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,9 +43,11 @@ from edgevlm.image import read_image
 
 MACHINE = Machine("A|B <chip>", "x86_64", ("avx2",), 2, 2, 8 << 30, "Linux", (), 0.1)
 PHYSICS = Physics(2, 1e10, 1e11, 4.0, "VNNI")
+Ran = tuple[str | int | None, str, str]
+Edge = Callable[..., Ran]
 
 
-def result(name="pico", factor=1.0, **changes) -> Result:
+def result(name: str = "pico", factor: float = 1.0, **changes: Any) -> Result:
     """A result whose every metric has five samples about `factor` times 100."""
     samples = [factor * v for v in (99, 100, 100, 100, 101)]
     metrics = {n: stats.metric(q.unit, q.better, samples) for n, q in QUANTITIES.items()}
@@ -63,7 +68,7 @@ def result(name="pico", factor=1.0, **changes) -> Result:
     return dataclasses.replace(given, **changes)
 
 
-def report(*results: Result, **changes) -> Report:
+def report(*results: Result, **changes: Any) -> Report:
     given = Report(
         version=VERSION, created="2026-01-01T00:00:00+00:00", command="edgevlm bench",
         complete=True, notes=(), target_spread=0.02, overhead_ms=0.001, machine=MACHINE,
@@ -72,7 +77,7 @@ def report(*results: Result, **changes) -> Report:
     return dataclasses.replace(given, **changes)
 
 
-def with_metric(name: str, samples, better="lower") -> Result:
+def with_metric(name: str, samples: Sequence[float], better: stats.Better = "lower") -> Result:
     base = result()
     return dataclasses.replace(
         base, metrics={**base.metrics, name: stats.metric("ms", better, samples)}
@@ -90,12 +95,14 @@ def with_metric(name: str, samples, better="lower") -> Result:
         ([100, 100], [200, 200], "lower", "too few samples"),
     ],
 )
-def test_verdicts_know_threshold_and_noise(a, b, better, expected):
+def test_verdicts_know_threshold_and_noise(
+    a: list[float], b: list[float], better: stats.Better, expected: str
+) -> None:
     x, y = (stats.metric("ms", better, s) for s in (a, b))
     assert verdict(x, y, 0.05) == expected
 
 
-def test_more_samples_of_the_same_noise_find_a_smaller_difference():
+def test_more_samples_of_the_same_noise_find_a_smaller_difference() -> None:
     spread = [80, 90, 100, 110, 120]
     few, many = (stats.metric("ms", "lower", spread * n) for n in (1, 40))
     slower = [stats.metric("ms", "lower", [v + 8 for v in spread] * n) for n in (1, 40)]
@@ -103,7 +110,7 @@ def test_more_samples_of_the_same_noise_find_a_smaller_difference():
     assert verdict(many, slower[1], 0.05) == "worse"
 
 
-def test_configurations_are_matched_by_name():
+def test_configurations_are_matched_by_name() -> None:
     a = report(result("x"), result("y"))
     b = report(result("y", 2.0), result("z"))
     assert {d.configuration for d in compare(a, b, threshold=0.05)} == {"y"}
@@ -111,12 +118,12 @@ def test_configurations_are_matched_by_name():
         compare(a, report(result("z"), result("w")), threshold=0.05)
 
 
-def test_sensors_are_shown_but_not_judged():
+def test_sensors_are_shown_but_not_judged() -> None:
     names = {d.metric for d in compare(report(), report(result(factor=9)), threshold=0.05)}
     assert "first_token_warm_ms" in names and "temperature_c" not in names
 
 
-def test_other_machines_and_other_work_need_force():
+def test_other_machines_and_other_work_need_force() -> None:
     other = report(machine=dataclasses.replace(MACHINE, cpu="C", memory_bytes=16 << 30))
     with pytest.raises(BenchError, match=r"cpu A\|B <chip> and C; memory 8.0 and 16.0 GiB"):
         compare(report(), other, threshold=0.05)
@@ -127,7 +134,7 @@ def test_other_machines_and_other_work_need_force():
     assert compare(report(), report(longer), threshold=0.05, force=True)
 
 
-def test_csv_has_every_sample():
+def test_csv_has_every_sample() -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(report()))))
     assert len(rows) == len(QUANTITIES) - 1
     row = next(r for r in rows if r["metric"] == "first_token_warm_ms")
@@ -135,7 +142,7 @@ def test_csv_has_every_sample():
     assert [float(s) for s in row["samples"].split()] == [99, 100, 100, 100, 101]
 
 
-def test_markdown_names_machine_limits_and_what_is_missing():
+def test_markdown_names_machine_limits_and_what_is_missing() -> None:
     text = to_markdown(report(complete=False, notes=("interrupted",)))
     assert "(partial)" in text and "> interrupted" in text
     assert "A&#124;B <chip>" in text  # a bar in a cell would break the table
@@ -149,24 +156,26 @@ def test_markdown_names_machine_limits_and_what_is_missing():
 class Balanced(HTMLParser):
     """Fails on a tag that is closed in the wrong order; collects what would need the network."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.stack, self.seen, self.links = [], [], []
+        self.stack: list[str] = []
+        self.seen: list[str] = []
+        self.links: list[str | None] = []
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
         self.links += [v for k, v in attributes if k in ("src", "href")]
         if tag != "meta":
             self.stack.append(tag)
 
-    def handle_startendtag(self, tag, attributes):
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.stack.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_no_network():
+def test_the_page_is_whole_and_needs_no_network() -> None:
     text = to_html(report(result("a <b>"), result("c", 2.0)))
     page = Balanced()
     page.feed(text)
@@ -177,7 +186,7 @@ def test_the_page_is_whole_and_needs_no_network():
     assert "prefers-color-scheme: dark" in text
 
 
-def test_a_page_of_a_partial_report_leaves_out_what_it_lacks():
+def test_a_page_of_a_partial_report_leaves_out_what_it_lacks() -> None:
     few = result(metrics={"load_warm_ms": result().metrics["load_warm_ms"]}, limits={})
     page = Balanced()
     page.feed(to_html(report(few, physics=())))
@@ -186,13 +195,13 @@ def test_a_page_of_a_partial_report_leaves_out_what_it_lacks():
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 1e9])
-def test_plots_survive_extreme_numbers(value):
+def test_plots_survive_extreme_numbers(value: float) -> None:
     samples = result(metrics={n: stats.metric(q.unit, q.better, [value] * 3)
                               for n, q in QUANTITIES.items()})  # fmt: skip
     assert not re.search(r'="(nan|inf|-inf)', to_html(report(samples)))
 
 
-def test_a_busy_machine_and_an_unsettled_spread_are_said():
+def test_a_busy_machine_and_an_unsettled_spread_are_said() -> None:
     busy = report(result(settled=False), machine=dataclasses.replace(MACHINE, load_average=1.5))
     text = " ".join(warnings(busy))
     assert "load average 1.5 on 2 cores" in text and "spread of pico stayed above 2%" in text
@@ -202,7 +211,7 @@ def test_a_busy_machine_and_an_unsettled_spread_are_said():
 def beside() -> Beside:
     """edgevlm, a project that takes twice as long with a longer prompt, and one that cannot."""
 
-    def peer(title, ms, positions=70, error=""):
+    def peer(title: str, ms: float, positions: int = 70, error: str = "") -> PeerResult:
         names = ("first_token_ms", "token_ms") if not error else ()
         metrics = {n: stats.metric("ms", "lower", [ms] * 3) for n in names}
         return PeerResult(title, "1.0", "q4_k_m", error, True, positions, metrics)
@@ -211,7 +220,7 @@ def beside() -> Beside:
     return Beside("pico", 2, 33, True, results)
 
 
-def test_peers_stand_in_one_table_with_their_ratio_and_the_reason(tmp_path):
+def test_peers_stand_in_one_table_with_their_ratio_and_the_reason(tmp_path: Path) -> None:
     made = report(peers=(beside(),))
     text = to_markdown(made)
     assert "| edgevlm 1.0 | - | - | 50.0 ms | 50.0 ms | - | 1.00 | 1.00 | q4_k_m |" in text
@@ -222,7 +231,7 @@ def test_peers_stand_in_one_table_with_their_ratio_and_the_reason(tmp_path):
     assert read_report(write_files(made, tmp_path)[0]) == made
 
 
-def test_quality_stands_beside_speed(tmp_path):
+def test_quality_stands_beside_speed(tmp_path: Path) -> None:
     quality = Quality("pico-f32", 0.999, 0.9975, 0.0123, 0.985, {"colour": 0.99, "count": 1.0})
     made = report(result(quality=quality), result("other", quality=dataclasses.replace(
         quality, accuracy={}, logit_kl=0.0)))  # fmt: skip
@@ -233,7 +242,7 @@ def test_quality_stands_beside_speed(tmp_path):
     assert read_report(write_files(made, tmp_path)[0]) == made
 
 
-def test_reports_of_version_1_are_still_read(tmp_path):
+def test_reports_of_version_1_are_still_read(tmp_path: Path) -> None:
     data = json.loads(to_json(report()))
     data |= {"version": 1}
     del data["peers"]
@@ -244,30 +253,32 @@ def test_reports_of_version_1_are_still_read(tmp_path):
     assert read_report(path) == report(version=1)
 
 
-def test_a_synthetic_model_is_called_so():
+def test_a_synthetic_model_is_called_so() -> None:
     made_up = dataclasses.replace(result().model, synthetic=True)
     assert "synthetic, random weights" in to_html(report(result(model=made_up)))
 
 
-def test_amounts_have_three_digits():
+def test_amounts_have_three_digits() -> None:
     shown = [amount(v, "ms") for v in (0.1234, 1.234, 12.34, 1234.5)]
     assert shown == ["0.123 ms", "1.23 ms", "12.3 ms", "1,234 ms"]
     assert (amount(3 << 20, "B"), amount(3 << 30, "B")) == ("3.00 MiB", "3.00 GiB")
 
 
-def test_four_files_are_written(tmp_path):
+def test_four_files_are_written(tmp_path: Path) -> None:
     files = write_files(report(), tmp_path)
     assert [f.name for f in files] == [f"report.{s}" for s in ("json", "csv", "md", "html")]
     assert read_report(files[0]) == report()
 
 
-def test_the_default_picture_is_a_megapixel(tmp_path):
+def test_the_default_picture_is_a_megapixel(tmp_path: Path) -> None:
     assert read_image(default_picture(tmp_path)).shape == (900, 1200, 3)
 
 
 @pytest.fixture
-def edge(monkeypatch, capsys):
-    def run(*arguments):
+def edge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Edge:
+    """Runs the command line in this process: arguments -> exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["edgevlm", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -277,12 +288,12 @@ def edge(monkeypatch, capsys):
     return run
 
 
-def saved(path, made: Report):
+def saved(path: Path, made: Report) -> Path:
     path.write_text(to_json(made), encoding="utf-8")
     return path
 
 
-def test_compare_ends_with_3_when_something_got_worse(edge, tmp_path):
+def test_compare_ends_with_3_when_something_got_worse(edge: Edge, tmp_path: Path) -> None:
     a = saved(tmp_path / "a.json", report())
     b = saved(tmp_path / "b.json", report(with_metric("vision_ms", [120] * 5)))
     code, out, err = edge("bench", "compare", a, b)
@@ -293,7 +304,7 @@ def test_compare_ends_with_3_when_something_got_worse(edge, tmp_path):
     assert edge("bench", "compare", a, b, "--threshold", "0.1")[0] == 3
 
 
-def test_bad_input_is_one_line(edge, tmp_path):
+def test_bad_input_is_one_line(edge: Edge, tmp_path: Path) -> None:
     a = saved(tmp_path / "a.json", report())
     for arguments, code, message in (
         (("compare", a, a, "--threshold", "fast"), 2, "'fast' is no number"),
@@ -314,7 +325,9 @@ def test_bad_input_is_one_line(edge, tmp_path):
         assert len(err.splitlines()) == 1 and err.startswith("edgevlm: ")
 
 
-def test_an_interrupted_bench_prints_what_it_has_and_ends_with_130(edge, tmp_path, monkeypatch):
+def test_an_interrupted_bench_prints_what_it_has_and_ends_with_130(
+    edge: Edge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     partial = report(complete=False, notes=("interrupted: not everything was measured",))
     monkeypatch.setattr(runner, "run_plan", lambda *a: partial)
     code, out, err = edge("bench", "--out", tmp_path / "out")
@@ -323,7 +336,7 @@ def test_an_interrupted_bench_prints_what_it_has_and_ends_with_130(edge, tmp_pat
     assert not read_report(tmp_path / "out" / "report.json").complete
 
 
-def test_bench_pico_from_end_to_end(edge, tmp_path):
+def test_bench_pico_from_end_to_end(edge: Edge, tmp_path: Path) -> None:
     out_dir = tmp_path / "out"
     code, out, _ = edge("bench", "--quick", "--runs", 1, "--tokens", 4, "--out", out_dir)
     assert code == 0 and "first token, new picture" in out
@@ -336,5 +349,5 @@ def test_bench_pico_from_end_to_end(edge, tmp_path):
     assert set(only.unavailable) <= {
         "load_cold_ms", "energy_j", "temperature_c", "frequency_mhz",
     }  # fmt: skip
-    name, shortest_ms = made.shortest_stage()
-    assert made.overhead_ms < 0.01 * shortest_ms, name
+    shortest = made.shortest_stage()
+    assert shortest is not None and made.overhead_ms < 0.01 * shortest[1], shortest

@@ -2,9 +2,11 @@
 
 import shutil
 from collections import Counter, namedtuple
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -37,13 +39,13 @@ GEMMA = {
 LLAMA = {k: v for k, v in GEMMA.items() if k != "head_dim"}
 
 
-def paligemma(kind: str, **text) -> Source:
+def paligemma(kind: str, **text: Any) -> Source:
     """What is told of a small PaliGemma."""
     config = {"model_type": "paligemma", "image_token_index": 900, "vision_config": VISION}
     return Source({"config.json": config | {"text_config": GEMMA | {"model_type": kind} | text}})
 
 
-def llava(projector: str, **text) -> Source:
+def llava(projector: str, **text: Any) -> Source:
     """What is told of a small MobileVLM; 8 x 8 patches, as the pooling projector needs some."""
     config = {"model_type": "mobilevlm", "mm_projector_type": projector} | LLAMA | text
     tower = VISION | {"model_type": "clip_vision_model", "image_size": 112}
@@ -72,7 +74,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_a_synthetic_bundle_answers(kind, tmp_path):
+def test_a_synthetic_bundle_answers(kind: str, tmp_path: Path) -> None:
     synthetic.make(tmp_path / "made", "synthetic-small", SMALL[kind], "q4_k_m")
     open_bundle(tmp_path / "made", check="full")
     picture = np.random.default_rng(0).integers(0, 256, (80, 90, 3), np.uint8)
@@ -84,13 +86,13 @@ def test_a_synthetic_bundle_answers(kind, tmp_path):
         assert vlm.ask("hello", picture, max_tokens=3).tokens.image == vlm.manifest.image.tokens
 
 
-def types(path: Path) -> dict[str, tuple]:
+def types(path: Path) -> dict[str, tuple[str | int, ...]]:
     """Tensor name -> type and shape."""
     return {t.name: (t.tensor_type.name, *t.shape) for t in GGUFReader(path).tensors}
 
 
 @pytest.fixture(scope="module")
-def plain_decoders(tmp_path_factory) -> dict[str, Path]:
+def plain_decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Half-precision decoders of nine layers: keys and values shared by many heads, by none, and
     in one matrix with the queries; the output table tied to the input's and its own.
     """
@@ -112,7 +114,9 @@ NINE_LAYERS = {
     [("own", q) for q in QUANTS if not precisions.quant(q).direct]
     + [("shared", "q4_k_m"), ("shared", "iq4_xs"), ("fused", "q4_k_m"), ("fused", "q5_k_m")],
 )
-def test_every_tensor_has_the_type_that_llama_cpp_gives_it(name, quant, plain_decoders, tmp_path):
+def test_every_tensor_has_the_type_that_llama_cpp_gives_it(
+    name: str, quant: str, plain_decoders: dict[str, Path], tmp_path: Path
+) -> None:
     expected = tmp_path / "expected.gguf"
     stage = Stage(None, "quantize", 1, "B")
     tools.quantize(plain_decoders[name], expected, precisions.quant(quant).ftype, stage)
@@ -121,7 +125,7 @@ def test_every_tensor_has_the_type_that_llama_cpp_gives_it(name, quant, plain_de
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_weights_are_sane_numbers_of_the_size_that_was_foretold(quant, tmp_path):
+def test_weights_are_sane_numbers_of_the_size_that_was_foretold(quant: str, tmp_path: Path) -> None:
     synthetic.make(tmp_path / "made", "synthetic-small", SMALL["gemma"], quant)
     tensors = GGUFReader(tmp_path / "made" / "decoder.gguf").tensors
     _, model = synthetic.describe(SMALL["gemma"], "small")
@@ -135,7 +139,7 @@ def test_weights_are_sane_numbers_of_the_size_that_was_foretold(quant, tmp_path)
             assert 0.01 < values.std() < 0.04, tensor.name
 
 
-def heavy(path: Path) -> Counter:
+def heavy(path: Path) -> Counter[str]:
     """How often each costly operation stands in a graph."""
     kinds = ("MatMulInteger", "MatMul", "Conv", "Softmax", "LayerNormalization", "Erf", "Tanh",
              "Sigmoid", "DynamicQuantizeLinear", "HardSwish", "HardSigmoid")  # fmt: skip
@@ -143,7 +147,7 @@ def heavy(path: Path) -> Counter:
     return Counter(n.op_type for n in nodes if n.op_type in kinds)
 
 
-CHECKPOINTS = {
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "paligemma": write_paligemma,
     "tinygptv": partial(write_tinygptv, stage=4),
     **{p: partial(write_llava, projector=p) for p in ("mlp2x_gelu", "ldpnet", "ldpnetv2")},
@@ -151,7 +155,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_graphs_do_what_exported_ones_do(name, tmp_path):
+def test_graphs_do_what_exported_ones_do(name: str, tmp_path: Path) -> None:
     source = CHECKPOINTS[name](tmp_path / "source")
     exported = export_bundle(source, tmp_path / "out", quant="f16", verify=False)
     model = pipeline.read(source).model
@@ -161,7 +165,7 @@ def test_graphs_do_what_exported_ones_do(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_name_has_a_family_that_reads_its_config(name):
+def test_every_name_has_a_family_that_reads_its_config(name: str) -> None:
     _, model = synthetic.describe(MODELS[name], name)
     side = model.vision.image_size
     assert f"-{side}" in name or side in (336, 448)
@@ -169,7 +173,7 @@ def test_every_name_has_a_family_that_reads_its_config(name):
     assert len(vocabulary(model).tokens) == model.decoder.n_vocab
 
 
-def test_words_of_the_models_own_prompts_are_one_token_each(tmp_path):
+def test_words_of_the_models_own_prompts_are_one_token_each(tmp_path: Path) -> None:
     synthetic.make(tmp_path / "made", "synthetic-small", MODEL, "q8_0")
     with edgevlm.load(tmp_path / "made") as vlm:
         decoder = vlm.engines.decoder
@@ -184,7 +188,9 @@ MODEL = llava("linear", vocab_size=4000)
 Disk = namedtuple("Disk", "total used free")
 
 
-def test_a_full_disk_is_seen_before_the_first_byte(tmp_path, monkeypatch):
+def test_a_full_disk_is_seen_before_the_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(10**12, 10**12, 10**9))
     with pytest.raises(BenchError, match=r"llava-1.5-7b-q4_k_m takes 4\.\d GB, 1.0 GB are free"):
@@ -192,7 +198,9 @@ def test_a_full_disk_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     assert not (tmp_path / "home").exists()
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "home").write_text("a file", encoding="utf-8")
     monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(synthetic, "MODELS", {"small": SMALL["gemma"]})
@@ -200,10 +208,10 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
         synthetic.synthetic("small", "q8_0")
 
 
-def test_a_synthetic_bundle_is_made_once(tmp_path, monkeypatch):
+def test_a_synthetic_bundle_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
     monkeypatch.setattr(synthetic, "MODELS", {"small": SMALL["gemma"]})
-    started = []
+    started: list[str] = []
     first = synthetic.synthetic("small", "q8_0", started.append)
     again = synthetic.synthetic("small", "q8_0", started.append)
     assert started == ["small-q8_0"] and first == again

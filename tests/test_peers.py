@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from edgevlm.benchmarks.latency.report import PeerResult
 from edgevlm.benchmarks.peers import run
 from edgevlm.benchmarks.peers.__main__ import main
 from edgevlm.benchmarks.peers.run import Comparison, Peer, beside, known, own_pythons
@@ -23,6 +26,7 @@ from edgevlm.models import built_in
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.tinygptv import write_tinygptv
 
+Make = Callable[[dict[str, Any]], Bundle]
 TIMES = {"encode_ms", "prefill_ms", "first_token_ms", "token_ms"}
 
 
@@ -33,7 +37,7 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def compared(bundle: Bundle, picture: Path, *only: str, **options) -> dict:
+def compared(bundle: Bundle, picture: Path, *only: str, **options: Any) -> dict[str, PeerResult]:
     """Results by title, of one turn."""
     # One thread: those of several wait for one another by spinning, for long on a busy machine.
     asked = Comparison(
@@ -43,7 +47,9 @@ def compared(bundle: Bundle, picture: Path, *only: str, **options) -> dict:
 
 
 @pytest.mark.parametrize("projector", ["ldpnet", "ldpnetv2"])
-def test_llama_cpp_answers_from_the_same_weights(projector, picture, tmp_path):
+def test_llama_cpp_answers_from_the_same_weights(
+    projector: str, picture: Path, tmp_path: Path
+) -> None:
     source = write_llava(tmp_path / "source", projector=projector, size=96)
     bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
     found = compared(bundle, picture, "mtmd", checkpoint=source)
@@ -54,8 +60,8 @@ def test_llama_cpp_answers_from_the_same_weights(projector, picture, tmp_path):
 
 
 def test_transformers_answers_a_paligemma_with_the_same_positions(
-    paligemma_checkpoint, paligemma_bundle, picture
-):
+    paligemma_checkpoint: Path, paligemma_bundle: Bundle, picture: Path
+) -> None:
     found = compared(paligemma_bundle, picture, "transformers_cpu", "mtmd",
                      checkpoint=paligemma_checkpoint)  # fmt: skip
     theirs = found["transformers"]
@@ -64,7 +70,7 @@ def test_transformers_answers_a_paligemma_with_the_same_positions(
     assert "no siglip tower" in found["llama.cpp, multimodal"].error
 
 
-def test_pytorch_answers_a_tinygptv_with_the_same_positions(picture, tmp_path):
+def test_pytorch_answers_a_tinygptv_with_the_same_positions(picture: Path, tmp_path: Path) -> None:
     source = write_tinygptv(tmp_path / "source")
     bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
     found = compared(bundle, picture, "tinygptv_torch", checkpoint=source)
@@ -74,10 +80,10 @@ def test_pytorch_answers_a_tinygptv_with_the_same_positions(picture, tmp_path):
 
 
 @pytest.fixture
-def small_synthetic(tmp_path, monkeypatch):
+def small_synthetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a synthetic bundle of a config."""
 
-    def make(config) -> Bundle:
+    def make(config: dict[str, Any]) -> Bundle:
         for module in (synthetic, sys.modules["edgevlm.benchmarks.peers.material"]):
             monkeypatch.setattr(module, "MODELS", {"small": Source({"config.json": config})})
         monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
@@ -86,7 +92,7 @@ def small_synthetic(tmp_path, monkeypatch):
     return make
 
 
-def test_a_synthetic_model_needs_no_checkpoint(picture, small_synthetic):
+def test_a_synthetic_model_needs_no_checkpoint(picture: Path, small_synthetic: Make) -> None:
     vision = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
               "num_attention_heads": 2, "patch_size": 14, "image_size": 56}  # fmt: skip
     text = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
@@ -105,8 +111,8 @@ def test_a_synthetic_model_needs_no_checkpoint(picture, small_synthetic):
 
 
 def test_transformers_computes_in_float32_whatever_the_published_config_says(
-    picture, small_synthetic
-):
+    picture: Path, small_synthetic: Make
+) -> None:
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
               "num_attention_heads": 2, "patch_size": 14, "image_size": 28}  # fmt: skip
     text = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "head_dim": 128,
@@ -118,7 +124,7 @@ def test_transformers_computes_in_float32_whatever_the_published_config_says(
     assert not found.error and set(found.metrics) == TIMES | {"peak_rss_bytes"}
 
 
-def test_without_a_checkpoint_the_decoder_still_answers(picture):
+def test_without_a_checkpoint_the_decoder_still_answers(picture: Path) -> None:
     found = compared(open_bundle(built_in()), picture, "llama_text", "mtmd", "transformers_cpu")
     text = found["llama.cpp, text alone"]
     assert set(text.metrics) == {"prefill_ms", "token_ms", "peak_rss_bytes"}
@@ -136,7 +142,7 @@ PEERS = {
 
 
 @pytest.fixture
-def few(tmp_path, monkeypatch) -> dict[str, Path]:
+def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Peers of a few lines beside edgevlm; every turn is noted."""
     files = {}
     for name, code in PEERS.items():
@@ -149,7 +155,9 @@ def few(tmp_path, monkeypatch) -> dict[str, Path]:
     return files
 
 
-def test_a_peer_that_cannot_says_why_and_is_not_asked_again(few, picture, tmp_path):
+def test_a_peer_that_cannot_says_why_and_is_not_asked_again(
+    few: dict[str, Path], picture: Path, tmp_path: Path
+) -> None:
     asked = Comparison(
         open_bundle(built_in()), picture, "caption en", rounds=2, tokens=2, threads=1
     )
@@ -163,24 +171,26 @@ def test_a_peer_that_cannot_says_why_and_is_not_asked_again(few, picture, tmp_pa
 
 
 @pytest.mark.parametrize("python", [None, sys.executable], ids=["ours", "its own"])
-def test_a_peer_that_ends_at_once_is_heard_to_the_last_word(python, few, picture, monkeypatch):
+def test_a_peer_that_ends_at_once_is_heard_to_the_last_word(
+    python: str | None, few: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     pythons = {"dies": python} if python else {}
     found = compared(open_bundle(built_in()), picture, "dies", pythons=pythons)
     assert found["DIES"].error == "its process ended with status 9 (out of memory)"
 
 
-def test_a_peer_may_have_a_python_of_its_own(few, picture):
+def test_a_peer_may_have_a_python_of_its_own(few: dict[str, Path], picture: Path) -> None:
     found = compared(open_bundle(built_in()), picture, "good", pythons={"good": sys.executable})
     assert not found["GOOD"].error
     found = compared(open_bundle(built_in()), picture, "good", pythons={"good": "/no/python"})
     assert "python cannot be started" in found["GOOD"].error
 
 
-def test_an_interrupt_leaves_what_there_is(few, picture):
+def test_an_interrupt_leaves_what_there_is(few: dict[str, Path], picture: Path) -> None:
     turns = []
 
-    def progress(text):
+    def progress(text: str) -> None:
         turns.append(text)
         if "REFUSES" in text:
             raise KeyboardInterrupt
@@ -192,7 +202,7 @@ def test_an_interrupt_leaves_what_there_is(few, picture):
     assert [r.title for r in found.results] == ["edgevlm", "GOOD"] and not found.complete
 
 
-def test_unknown_peers_and_pythons_are_refused(picture):
+def test_unknown_peers_and_pythons_are_refused(picture: Path) -> None:
     with pytest.raises(BenchError, match="'mtdm' is no peer; there are ours, "):
         compared(open_bundle(built_in()), picture, "mtdm")
     with pytest.raises(BenchError, match="'x' is no peer"):
@@ -201,7 +211,7 @@ def test_unknown_peers_and_pythons_are_refused(picture):
         own_pythons(["mtmd"])
 
 
-def test_the_command_prints_a_table(few, picture):
+def test_the_command_prints_a_table(few: dict[str, Path], picture: Path) -> None:
     done = CliRunner().invoke(
         main,
         [str(built_in()), "-i", str(picture), "--rounds", "1", "--tokens", "2", "--threads", "1"],
