@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import edgevlm
+from edgevlm import VLM
 from edgevlm.bundle import open_bundle
 from edgevlm.models import BUILT_IN, installed, resolve
 
@@ -19,12 +21,12 @@ CIRCLE = (43, 48, 167, 172)
 
 
 @pytest.fixture(scope="module")
-def pico():
+def pico() -> Iterator[VLM]:
     with edgevlm.load() as vlm:
         yield vlm
 
 
-def test_it_is_the_default_and_goes_by_its_name():
+def test_it_is_the_default_and_goes_by_its_name() -> None:
     assert resolve(None) == installed()[BUILT_IN]
     bundle = open_bundle(resolve(BUILT_IN), check="full")
     assert bundle.manifest.name == BUILT_IN
@@ -32,7 +34,7 @@ def test_it_is_the_default_and_goes_by_its_name():
     assert bundle.manifest.parity and all(s.ok for s in bundle.manifest.parity)
 
 
-def test_it_fits_in_twelve_megabytes():
+def test_it_fits_in_twelve_megabytes() -> None:
     assert sum(f.stat().st_size for f in resolve(None).iterdir()) < 12e6
 
 
@@ -50,11 +52,11 @@ def test_it_fits_in_twelve_megabytes():
         ("caption en", "a red circle, a blue square, a yellow triangle and a green star"),
     ],
 )
-def test_it_answers_about_drawn_shapes(pico, prompt, answer):
+def test_it_answers_about_drawn_shapes(pico: VLM, prompt: str, answer: str) -> None:
     assert pico.ask(prompt, image=SHAPES).text == answer
 
 
-def test_it_finds_a_shape(pico):
+def test_it_finds_a_shape(pico: VLM) -> None:
     (box,) = pico.detect("circle", image=SHAPES)
     drawn = CIRCLE
     assert box.label == "circle"
@@ -64,13 +66,14 @@ def test_it_finds_a_shape(pico):
     assert width * height / (areas - width * height) > 0.5
 
 
-def test_it_reads_a_word_and_nothing_where_there_is_none(pico):
+def test_it_reads_a_word_and_nothing_where_there_is_none(pico: VLM) -> None:
     assert pico.ocr(image=ROOT / "examples" / "sign.png").text == "OPEN"
     assert pico.ocr(image=SHAPES).text == ""
 
 
-def test_a_prompt_that_the_locale_cannot_hold_is_refused_with_the_cure():
-    command = [sys.executable, "-m", "edgevlm", "ask", "опиши".encode(), "-i", str(SHAPES)]
+def test_a_prompt_that_the_locale_cannot_hold_is_refused_with_the_cure() -> None:
+    prompt = "опиши".encode()
+    command: list[str | bytes] = [sys.executable, "-m", "edgevlm", "ask", prompt, "-i", str(SHAPES)]
     ascii = os.environ | {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     refused = subprocess.run(command, capture_output=True, env=ascii)
     assert (refused.returncode, refused.stdout) == (1, b"")
@@ -82,7 +85,7 @@ def test_a_prompt_that_the_locale_cannot_hold_is_refused_with_the_cure():
     ).returncode
 
 
-def test_the_first_command_of_the_readme():
+def test_the_first_command_of_the_readme() -> None:
     prompt = "answer en what shape is red?"
     command = [sys.executable, "-m", "edgevlm", "ask", prompt, "-i", str(SHAPES)]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

@@ -33,11 +33,13 @@ SQUARE_OF_FOUR = (CIRCLE, SQUARE, TRIANGLE, STAR)
         (STAR, "below", None),
     ],
 )
-def test_in_a_square_of_four_it_is_the_one_beside_not_the_one_across(anchor, side, answer):
+def test_in_a_square_of_four_it_is_the_one_beside_not_the_one_across(
+    anchor: Thing, side: str, answer: Thing | None
+) -> None:
     assert on_side(anchor, side, SQUARE_OF_FOUR) is answer
 
 
-def test_in_a_row_it_is_the_neighbour():
+def test_in_a_row_it_is_the_neighbour() -> None:
     row = (at("circle", 0.2, 0.5), at("square", 0.5, 0.48), at("star", 0.8, 0.52))
     assert on_side(row[0], "right", row) is row[1]
     assert on_side(row[2], "left", row) is row[1]
@@ -46,7 +48,7 @@ def test_in_a_row_it_is_the_neighbour():
     assert on_side(column[0], "below", column) is column[1]
 
 
-def test_the_only_one_on_a_side_may_lie_across():
+def test_the_only_one_on_a_side_may_lie_across() -> None:
     assert on_side(CIRCLE, "right", (CIRCLE, STAR)) is STAR
     assert on_side(CIRCLE, "below", (CIRCLE, STAR)) is STAR
 
@@ -59,11 +61,11 @@ def test_the_only_one_on_a_side_may_lie_across():
         (at("square", 0.6, 0.42), at("star", 0.6, 0.18)),  # equally near
     ],
 )
-def test_where_a_person_might_waver_nothing_is_asked(others):
+def test_where_a_person_might_waver_nothing_is_asked(others: tuple[Thing, ...]) -> None:
     assert on_side(CIRCLE, "right", (CIRCLE, *others)) is None
 
 
-def test_ordered_scenes_stand_in_rows_and_columns():
+def test_ordered_scenes_stand_in_rows_and_columns() -> None:
     asked = 0
     for k in range(30):
         scene = make_scene(Random(f"ordered {k}"), word_share=0.0, ordered_share=1.0)
@@ -77,7 +79,7 @@ def test_ordered_scenes_stand_in_rows_and_columns():
     assert asked > 60  # two neighbours each, on average
 
 
-def test_contested_sides_are_asked_of_only_where_several_objects_lie():
+def test_contested_sides_are_asked_of_only_where_several_objects_lie() -> None:
     alone = (CIRCLE, SQUARE)
     assert contested_position(alone, Random(0)) is None
     asked = position(alone, Random(0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edgevlm.benchmarks.scenes.textured_scenes import Thing, Word
-from workshop.pico.batches import BatchPlan, build
+from workshop.pico.batches import Batch, BatchPlan, build
 from workshop.pico.checkpoint import load_checkpoint
 from workshop.pico.initial import NEW_CHANNELS, NEW_LAYER
 from workshop.pico.letters import (
@@ -28,6 +28,7 @@ from workshop.pico.optimiser import set_gradients
 from workshop.pico.pages import make_page, pages_path, read_words
 from workshop.pico.reading import LetterTraining, with_letters
 from workshop.pico.schedule import ReadingSchedule
+from workshop.pico.shards import Facts
 from workshop.pico.spelling import SpellingTraining, spare_units
 from workshop.pico.targets import LETTERS, Lexicon, letter_slots
 from workshop.pico.tokenizer import Tokenizer
@@ -38,13 +39,13 @@ SMALL = PicoConfig(vision_width=64, vision_heads=2, vision_ff=32, width=128, hea
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def pictures() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (4, 112, 112, 3), generator=generator).to(torch.uint8)
 
 
 @pytest.fixture
-def small():
+def small() -> Pico:
     torch.manual_seed(0)
     model = Pico(SMALL)
     for name, p in model.named_parameters():
@@ -54,7 +55,9 @@ def small():
 
 
 @torch.no_grad()
-def test_new_channels_leave_the_older_ones_as_they_were(small, pictures):
+def test_new_channels_leave_the_older_ones_as_they_were(
+    small: Pico, pictures: torch.Tensor
+) -> None:
     letters = LetterChannels(SMALL.vision_width, SMALL.vision_layers, SMALL.grid)
     code = LetterHeads().code
     older = older_state(small, pictures)
@@ -72,7 +75,7 @@ def test_new_channels_leave_the_older_ones_as_they_were(small, pictures):
     assert not torch.allclose(written[..., -CHANNELS:], rows[..., -CHANNELS:], atol=1)
 
 
-def test_the_first_rows_hold_a_word_and_its_end():
+def test_the_first_rows_hold_a_word_and_its_end() -> None:
     word = torch.tensor([[7, 3, -1, -1, -1], [1, 2, 3, 4, 5], [-1] * 5])
     nothing = torch.full((3, 64, 2), -1)
     alone = torch.tensor([True, True, False])
@@ -82,7 +85,7 @@ def test_the_first_rows_hold_a_word_and_its_end():
     assert torch.equal(CODES @ CODES.T, CHANNELS * torch.eye(END + 1))
 
 
-def test_letters_lie_where_they_are_drawn():
+def test_letters_lie_where_they_are_drawn() -> None:
     box = (0.1, 0.25, 0.9, 0.5)
     word = Word("No", box, ((0.1, 0.25, 0.5, 0.5), (0.5, 0.25, 0.9, 0.5)))
     letter, place = letter_slots((word,), 8)
@@ -94,7 +97,7 @@ def test_letters_lie_where_they_are_drawn():
     assert {LETTERS[k] for k in letter[16:24].ravel() if k >= 0} == {"N", "o"}
 
 
-def test_pages_hold_words_inside_the_picture():
+def test_pages_hold_words_inside_the_picture() -> None:
     drawn = [make_page(Random(f"test {k}")) for k in range(40)]
     counts = [len(words) for _, words in drawn]
     assert min(counts) == 0 and 1 in counts and max(counts) > 5
@@ -105,15 +108,15 @@ def test_pages_hold_words_inside_the_picture():
             assert 0 <= word.box[0] < word.box[2] <= 1 and 0 <= word.box[1] < word.box[3] <= 1
 
 
-def test_gradients_are_summed_over_parts():
+def test_gradients_are_summed_over_parts() -> None:
     one, other = (torch.ones(2, requires_grad=True) for _ in range(2))
     with ThreadPoolExecutor(2) as threads:
         set_gradients([one, other], [1.0, 2.0, 4.0], lambda part: (part * one).sum(), threads)
-    assert one.grad.tolist() == [7.0, 7.0] and other.grad is None
+    assert one.grad is not None and one.grad.tolist() == [7.0, 7.0] and other.grad is None
 
 
 @pytest.fixture
-def folder(tmp_path, pictures):
+def folder(tmp_path: Path, pictures: torch.Tensor) -> Path:
     """Pages as write_pages leaves them: noise, with one word each."""
     (tmp_path / "pages").mkdir()
     n = 64
@@ -138,7 +141,7 @@ SHORT = ReadingSchedule(
 )
 
 
-def test_letters_are_learnt_and_resumed(folder, small):
+def test_letters_are_learnt_and_resumed(folder: Path, small: Pico) -> None:
     training = LetterTraining(folder, small, SHORT)
     before = {name: value.clone() for name, value in training.trained.items()}
     training.run(save_every=3)
@@ -158,19 +161,20 @@ def test_letters_are_learnt_and_resumed(folder, small):
         rtol=1e-3,
         atol=1e-4,
     )
-    gain = wide.vision_tower.vision_model.encoder.layers[0].layer_norm1.weight[-1].detach()
+    gains = wide.get_parameter("vision_tower.vision_model.encoder.layers.0.layer_norm1.weight")
+    gain = gains[-1].detach()
     assert float(gain) == pytest.approx(float(mean[0]) * (64 / 128) ** 0.5 / QUIET, rel=1e-3)
     pictures, words = read_words(folder / "pages", [0])
     assert len(pictures) == len(words) == 64 and {len(word) for word in words} == {2}
 
 
 @pytest.fixture(scope="module")
-def asked():
+def asked() -> list[Batch]:
     """Slices of scenes and of words, as SpellingTraining is given them."""
     lexicon = Lexicon(Tokenizer(TOKENIZER))
     seen = np.zeros((8, 112, 112, 3), np.uint8)
     things = (Thing("circle", "red", (0.1, 0.1, 0.4, 0.4)),)
-    facts = {
+    facts: dict[str, list[Facts]] = {
         "packed": [(things, None)] * 8,
         "true": [((), Word(text, (0, 0, 1, 1), ())) for text in ("cat", "Dog", "IS", "e") * 2],
     }
@@ -181,15 +185,17 @@ def asked():
 
 
 @torch.no_grad()
-def test_units_that_add_nothing_are_found(small, asked):
-    weight = small.language_model.model.layers[1].mlp.down_proj.weight
+def test_units_that_add_nothing_are_found(small: Pico, asked: list[Batch]) -> None:
+    weight = small.get_parameter("language_model.model.layers.1.mlp.down_proj.weight")
     weight[:, [3, 5]] *= 1e-4
     weight[:, [4, 6]] *= 1e2
     found = [set(units.tolist()) for units in spare_units(small, asked[:1])]
     assert found[1] >= {3, 5} and not found[1] & {4, 6}
 
 
-def test_the_decoder_learns_to_spell_and_the_rest_stays(tmp_path, small, asked):
+def test_the_decoder_learns_to_spell_and_the_rest_stays(
+    tmp_path: Path, small: Pico, asked: list[Batch]
+) -> None:
     scenes, words = asked
     before = {name: value.clone() for name, value in small.state_dict().items()}
     spare = [torch.tensor([3, 5])] * SMALL.layers
@@ -202,7 +208,8 @@ def test_the_decoder_learns_to_spell_and_the_rest_stays(tmp_path, small, asked):
     trained = load_checkpoint(tmp_path / "hf-latest").state_dict()
 
     def same(name: str) -> Tensor:
-        return trained[name] == before[name].half().float()
+        equal: Tensor = trained[name] == before[name].half().float()
+        return equal
 
     table = "language_model.model.embed_tokens.weight"
     layers = "language_model.model.layers."

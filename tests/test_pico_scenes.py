@@ -2,28 +2,39 @@
 
 import string
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from edgevlm.benchmarks.scenes.assets import ASSETS, FACE_NAMES, WORD_FACES, font, object_bitmaps
+from edgevlm.benchmarks.scenes.assets import (
+    ASSETS,
+    FACE_NAMES,
+    WORD_FACES,
+    Face,
+    font,
+    object_bitmaps,
+)
 from edgevlm.benchmarks.scenes.evaluate import GENERATORS, held_out
 from edgevlm.benchmarks.scenes.kinds import OBJECTS
 
 
-def drawn(letters: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
+def drawn(letters: ImageFont.FreeTypeFont, text: str) -> NDArray[np.uint8]:
     canvas = Image.new("L", (400, 80))
     ImageDraw.Draw(canvas).text((10, 10), text, font=letters, fill=255)
     return np.asarray(canvas)
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_held_out_scenes_need_no_font_of_the_machine(generator, monkeypatch):
+def test_held_out_scenes_need_no_font_of_the_machine(
+    generator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = []
     truetype = ImageFont.truetype
 
-    def watched(file, *args, **options):
+    def watched(file: Any, *args: Any, **options: Any) -> Any:
         if isinstance(file, str):  # else Pillow's own
             opened.append(file)
         return truetype(file, *args, **options)
@@ -40,7 +51,7 @@ def test_held_out_scenes_need_no_font_of_the_machine(generator, monkeypatch):
     }
 
 
-def test_the_sheet_holds_every_drawing_of_every_object():
+def test_the_sheet_holds_every_drawing_of_every_object() -> None:
     bitmaps = object_bitmaps()
     assert {kind: len(found) for kind, found in bitmaps.items()} == {
         kind: len(symbols) for kind, symbols in OBJECTS.items()
@@ -59,10 +70,10 @@ def test_the_sheet_holds_every_drawing_of_every_object():
 
 
 @pytest.mark.parametrize("face", WORD_FACES)
-def test_a_face_has_every_letter(face):
+def test_a_face_has_every_letter(face: Face) -> None:
     family, style = font(face, 20).getname()
     name = FACE_NAMES[face.number]
-    assert (family.replace(" ", ""), style) == (
+    assert family and (family.replace(" ", ""), style) == (
         name.removesuffix("-Bold"),
         "Bold" if name.endswith("-Bold") else "Book",
     )
@@ -72,6 +83,6 @@ def test_a_face_has_every_letter(face):
     assert all(letter.any() for letter in seen)
 
 
-def test_the_faces_are_told_apart():
+def test_the_faces_are_told_apart() -> None:
     every = {drawn(font(face, 30), "Rag").tobytes() for face in (None, *WORD_FACES)}
     assert len(every) == len(FACE_NAMES) + 1

@@ -1,5 +1,6 @@
 """What pico's training tells patches and words about a scene."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -10,7 +11,7 @@ from edgevlm.benchmarks.scenes import questions
 from edgevlm.benchmarks.scenes.kinds import COLOURS, KINDS
 from edgevlm.benchmarks.scenes.phrasings import SIDES
 from edgevlm.benchmarks.scenes.textured_scenes import Thing
-from workshop.pico.targets import RELATIONS, Lexicon, flipped, patch_targets
+from workshop.pico.targets import RELATIONS, Lexicon, Named, flipped, patch_targets
 from workshop.pico.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parent.parent / "workshop/pico/checkpoint"
@@ -26,8 +27,8 @@ def lexicon() -> Lexicon:
     return Lexicon(Tokenizer(CHECKPOINT / "tokenizer.model"))
 
 
-def described(named):
-    def of(names, index):
+def described(named: Named) -> tuple[object, ...]:
+    def of(names: Sequence[str], index: int) -> str | None:
         return names[index] if index >= 0 else None
 
     return (named.number, of(KINDS, named.kind), of(COLOURS, named.colour), named.box)
@@ -43,7 +44,9 @@ def described(named):
         ("caption en", []),
     ],
 )
-def test_nouns_and_colours_of_a_prompt_know_their_things(lexicon, prompt, meant):
+def test_nouns_and_colours_of_a_prompt_know_their_things(
+    lexicon: Lexicon, prompt: str, meant: list[tuple[object, ...]]
+) -> None:
     ids = lexicon.tokenizer.prompt_ids(prompt)
     asked = questions.Question(prompt, "", "colour")
     found = lexicon.named(asked, ids, THINGS, 10)
@@ -51,7 +54,7 @@ def test_nouns_and_colours_of_a_prompt_know_their_things(lexicon, prompt, meant)
     assert all(ids[named.column - 10] in lexicon.kinds | lexicon.colours for named in found)
 
 
-def test_every_word_of_an_answer_knows_what_comes_next(lexicon):
+def test_every_word_of_an_answer_knows_what_comes_next(lexicon: Lexicon) -> None:
     detect = questions.Question("detect circle", "", "detect")
     detect = detect._replace(answer=questions.detection_text(["circle"], THINGS))
     answer = lexicon.tokenizer.answer_ids(detect.answer, "detect")
@@ -65,7 +68,7 @@ def test_every_word_of_an_answer_knows_what_comes_next(lexicon):
     assert lexicon.written(colour, lexicon.tokenizer.answer_ids("blue", "colour"), THINGS, 0) == []
 
 
-def test_patches_know_how_many_there_are_and_in_which_order():
+def test_patches_know_how_many_there_are_and_in_which_order() -> None:
     grid = 8
     targets = patch_targets([(THINGS, None)], grid)
     cell = int(STAR.centre[1] * grid) * grid + int(STAR.centre[0] * grid)
@@ -79,19 +82,19 @@ def test_patches_know_how_many_there_are_and_in_which_order():
     assert (last["rank"], last["nth of kind"], last["of name"]) == (0, 1, 2)
 
 
-def kinds_beside(indices, things):
+def kinds_beside(indices: Iterable[int], things: tuple[Thing, ...]) -> dict[str, str | None]:
     kinds = [things[k].kind if k >= 0 else None for k in indices]
     return dict(zip(SIDES, kinds, strict=True))
 
 
-def test_patches_know_what_is_beside_their_thing():
+def test_patches_know_what_is_beside_their_thing() -> None:
     grid = 8
     low = Thing("square", "green", (0.4, 0.7, 0.6, 0.9))
     ears = [Thing("star", "red", (x, 0.1, x + 0.2, 0.3)) for x in (0.2, 0.6)]
     scenes = [THINGS, (low, *ears)]
     targets = patch_targets([(things, None) for things in scenes], grid)
 
-    def beside(scene, thing):
+    def beside(scene: int, thing: Thing) -> dict[str, str | None]:
         cell = int(thing.centre[1] * grid) * grid + int(thing.centre[0] * grid)
         assert scenes[scene][targets["thing"][scene, cell]] == thing
         return kinds_beside(targets["beside"][scene, cell], scenes[scene])
@@ -112,7 +115,9 @@ def test_patches_know_what_is_beside_their_thing():
 @pytest.mark.parametrize(
     ("task", "kind"), [("position", "circle"), ("colour", None)], ids=["a side", "a colour"]
 )
-def test_a_noun_knows_what_is_beside_its_thing_where_a_side_is_asked_of(lexicon, task, kind):
+def test_a_noun_knows_what_is_beside_its_thing_where_a_side_is_asked_of(
+    lexicon: Lexicon, task: str, kind: str | None
+) -> None:
     asked = questions.Question("answer en what is left of the star?", "circle", task)
     (named,) = lexicon.named(asked, lexicon.tokenizer.prompt_ids(asked.prompt), THINGS, 0)
     beside = [*named.beside, named.asked]
@@ -125,7 +130,7 @@ def test_a_noun_knows_what_is_beside_its_thing_where_a_side_is_asked_of(lexicon,
         assert prompt[named.side_column] == lexicon.tokenizer.word_id("left")
 
 
-def test_a_mirror_turns_pictures_and_places_alike():
+def test_a_mirror_turns_pictures_and_places_alike() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
     turned, facts = flipped(picture, [(THINGS, None)])
     assert np.array_equal(turned[0], picture[0, :, ::-1])
@@ -136,7 +141,7 @@ def test_a_mirror_turns_pictures_and_places_alike():
     assert asked is None or asked.answer in KINDS
 
 
-def test_the_answer_about_a_side_knows_where_its_thing_is(lexicon):
+def test_the_answer_about_a_side_knows_where_its_thing_is(lexicon: Lexicon) -> None:
     asked = questions.Question("answer en what is right of the circle?", "star", "position")
     answer = lexicon.tokenizer.answer_ids("star", "position")
     (named,) = lexicon.written(asked, answer, (FIRST, STAR), 12)

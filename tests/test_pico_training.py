@@ -10,9 +10,9 @@ import torch
 
 from edgevlm.benchmarks.scenes.kinds import KINDS
 from edgevlm.benchmarks.scenes.textured_scenes import Thing
-from workshop.pico.batches import BatchPlan, Meant, Texts, build
+from workshop.pico.batches import Batch, BatchPlan, Meant, Texts, build
 from workshop.pico.initial import NEW, NEW_CHANNELS, NEW_LAYER, grown
-from workshop.pico.model import Pico, PicoConfig, rotate
+from workshop.pico.model import DecoderLayer, Pico, PicoConfig, VisionLayer, rotate
 from workshop.pico.neighbours import (
     Neighbours,
     beside_codes,
@@ -40,7 +40,7 @@ NEIGHBOURS["beside"][0, 9, 0] = 1
 SIZES = {"vision_width": 32, "vision_ff": 32, "width": 24, "heads": 2, "head_dim": 8, "ff": 16}
 
 
-def text(model: Pico, layers: list[torch.Tensor] | None = None):
+def text(model: Pico, layers: list[torch.Tensor] | None = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(1, 3, 112, 112, generator=generator)
     ids = torch.tensor([[1, 2, 3, 4]])
@@ -50,14 +50,14 @@ def text(model: Pico, layers: list[torch.Tensor] | None = None):
 
 
 @torch.no_grad()
-def test_new_layers_and_channels_change_nothing_at_first():
+def test_new_layers_and_channels_change_nothing_at_first() -> None:
     torch.manual_seed(0)
     small = Pico(PicoConfig(**SIZES, vision_layers=6, layers=4))
     large = Pico(PicoConfig(**SIZES | {"width": SIZES["width"] + NEW_CHANNELS}))
     for model in (small, large):
         for module in model.modules():
             if type(module).__name__ == "_RmsNorm":
-                torch.nn.init.normal_(module.weight, std=0.3)
+                torch.nn.init.normal_(module.get_parameter("weight"), std=0.3)
     large.load_state_dict(grown(small.state_dict(), large))
     before = small.logits(text(small))
     # Up to float32's rounding of a root.
@@ -68,11 +68,12 @@ def test_new_layers_and_channels_change_nothing_at_first():
     text(large, layers)
     held, copied = (layers[k][0, -4:, -NEW_CHANNELS:] for k in (NEW_LAYER - 1, NEW_LAYER))
     assert not held.any() and (copied[:, : SIZES["head_dim"]] > 0.1).all()
-    large.language_model.model.layers[NEW_LAYER].mlp.down_proj.weight.fill_(0.1)
+    feed = f"language_model.model.layers.{NEW_LAYER}.mlp.down_proj.weight"
+    large.get_parameter(feed).fill_(0.1)
     assert not torch.allclose(large.logits(text(large)), before, atol=1e-2)
 
 
-def test_new_channels_hold_what_features_say_of_the_neighbours():
+def test_new_channels_hold_what_features_say_of_the_neighbours() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(32, SIZES["width"] + NEW_CHANNELS)
     linear.weight.data[-NEW_CHANNELS:] = 0
@@ -89,7 +90,7 @@ def test_new_channels_hold_what_features_say_of_the_neighbours():
     assert float((held_beside(rows).argmax(-1) == kinds)[:, ::2].float().mean()) > 0.95
 
 
-def test_codes_tell_kinds_apart_on_every_side():
+def test_codes_tell_kinds_apart_on_every_side() -> None:
     for side in range(4):
         held = torch.zeros(len(KINDS), 5 + NEW_CHANNELS)
         for kind in range(len(KINDS)):
@@ -100,7 +101,7 @@ def test_codes_tell_kinds_apart_on_every_side():
         assert held_beside(held)[:, side].argmax(-1).tolist() == list(range(len(KINDS)))
 
 
-def test_what_comes_before_new_layers_stays(tmp_path: Path):
+def test_what_comes_before_new_layers_stays(tmp_path: Path) -> None:
     shutil.copy(CHECKPOINT / "tokenizer.model", tmp_path)
     trainer = Trainer(tmp_path, PicoConfig(**SIZES), CONTINUED)
     groups = [g for part in trainer.optimisers for o in part for g in o.param_groups]
@@ -118,7 +119,7 @@ def test_what_comes_before_new_layers_stays(tmp_path: Path):
     assert rates == (0.0, CONTINUED.inherited, 1.0)
 
 
-def one_batch(trainer: Trainer, mode: str):
+def one_batch(trainer: Trainer, mode: str) -> Batch:
     things = (
         Thing("circle", "red", (0.1, 0.1, 0.4, 0.4)),
         Thing("cat", None, (0.6, 0.1, 0.9, 0.5)),
@@ -132,7 +133,9 @@ def one_batch(trainer: Trainer, mode: str):
     ("mode", "step", "learning"),
     [("vision", 50, NEW[:1]), ("packed", 100, "language_model.")],
 )
-def test_first_the_encoder_learns_then_the_decoder(tmp_path: Path, mode, step, learning):
+def test_first_the_encoder_learns_then_the_decoder(
+    tmp_path: Path, mode: str, step: int, learning: tuple[str, ...] | str
+) -> None:
     shutil.copy(CHECKPOINT / "tokenizer.model", tmp_path)
     sizes = SIZES | {"width": SIZES["width"] + NEW_CHANNELS}
     trainer = Trainer(tmp_path, PicoConfig(**sizes), CONTINUED)
@@ -147,10 +150,11 @@ def test_first_the_encoder_learns_then_the_decoder(tmp_path: Path, mode, step, l
 
 
 @torch.no_grad()
-def test_heads_are_shown_where_the_neighbours_are():
+def test_heads_are_shown_where_the_neighbours_are() -> None:
     torch.manual_seed(0)
     model = Pico(PicoConfig(**SIZES))
     layer = model.vision_tower.vision_model.encoder.layers[-1]
+    assert isinstance(layer, VisionLayer)
     neighbours = Neighbours(32)
     patches = torch.randn(1, 64, 32)
     losses = neighbours.losses(layer, patches, layer(patches), NEIGHBOURS)
@@ -165,7 +169,7 @@ def test_heads_are_shown_where_the_neighbours_are():
 
 
 @torch.no_grad()
-def test_a_noun_is_shown_the_object_whose_side_is_asked_about():
+def test_a_noun_is_shown_the_object_whose_side_is_asked_about() -> None:
     torch.manual_seed(0)
     model = Pico(PicoConfig(**SIZES | {"width": SIZES["width"] + NEW_CHANNELS}))
     rows = model.image_rows(model.features(torch.randn(2, 3, 112, 112)))
@@ -190,9 +194,10 @@ def test_a_noun_is_shown_the_object_whose_side_is_asked_about():
     )
     things = torch.full((2, 64), -1)
     things[1, 9] = 1
-    layers = []
+    layers: list[torch.Tensor] = []
     model.hidden(rows, texts.ids, texts.positions, texts.mask, layers)
     layer = model.language_model.model.layers[NEW_LAYER]
+    assert isinstance(layer, DecoderLayer)
     losses = noun_losses(layer, layers, texts, {"thing": things})
 
     normed = layer.input_layernorm(layers[NEW_LAYER - 1][1])
