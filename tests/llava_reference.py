@@ -6,6 +6,7 @@ Knows the checkpoint's own names and nothing of edgevlm's.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from tests.checkpoints.llava import MEAN, STD, Tiny
 from tests.checkpoints.llava_tensors import tensors
 
 Float = npt.NDArray[np.float32]
+Weights = dict[str, torch.Tensor]
+hf: Any = transformers
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
@@ -59,7 +62,7 @@ class Original:
         )
         # llava/model/builder.py: use_fast=False, which a tokenizer of bytes has no class for.
         bytes_only = tiny.vocabulary == "llama3"
-        kind = transformers.AutoTokenizer if bytes_only else transformers.LlamaTokenizer
+        kind = hf.AutoTokenizer if bytes_only else hf.LlamaTokenizer
         self.tokenizer = kind.from_pretrained(folder)
 
     def _stored(self, name: str, value: Float) -> torch.Tensor:
@@ -68,9 +71,9 @@ class Original:
         dtype = torch.float32 if exact else getattr(torch, self.tiny.dtype)
         return torch.from_numpy(value).to(dtype).float()
 
-    def _tower(self, state):
+    def _tower(self, state: Weights) -> nn.Module:
         t = self.tiny
-        config = transformers.CLIPVisionConfig(
+        config = hf.CLIPVisionConfig(
             hidden_size=t.vision_width,
             intermediate_size=t.vision_mlp,
             num_hidden_layers=t.vision_layers,
@@ -79,14 +82,14 @@ class Original:
             patch_size=t.patch,
             attn_implementation="eager",
         )
-        tower = transformers.CLIPVisionModel(config).eval()
+        tower: nn.Module = hf.CLIPVisionModel(config).eval()
         tower.load_state_dict({k.removeprefix(VISION): v for k, v in state.items()})
         return tower
 
-    def _decoder(self, state):
+    def _decoder(self, state: Weights) -> Any:
         t = self.tiny
         name = {"llava_mistral": "Mistral", "llava_phi": "Phi3"}.get(t.model_type, "Llama")
-        config = getattr(transformers, f"{name}Config")(
+        config = getattr(hf, f"{name}Config")(
             hidden_size=t.width,
             intermediate_size=t.mlp,
             num_hidden_layers=t.layers,
@@ -100,7 +103,7 @@ class Original:
             tie_word_embeddings=t.tied,
             attn_implementation="eager",
         )
-        kind = getattr(transformers, f"{name}ForCausalLM")
+        kind = getattr(hf, f"{name}ForCausalLM")
         decoder = kind(config).eval()
         missing, unexpected = decoder.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= ({"lm_head.weight"} if t.tied else set())
@@ -113,15 +116,15 @@ class Original:
         square = np.full((side, side, 3), [int(255 * m) for m in MEAN], np.uint8)
         top, left = (side - height) // 2, (side - width) // 2
         square[top : top + height, left : left + width] = picture
-        processor = transformers.CLIPImageProcessor(
+        processor = hf.CLIPImageProcessor(
             size={"shortest_edge": self.tiny.size},
             crop_size={"height": self.tiny.size, "width": self.tiny.size},
             image_mean=MEAN,
             image_std=STD,
         )
-        return processor(
-            square, return_tensors="pt", input_data_format="channels_last"
-        ).pixel_values
+        made = processor(square, return_tensors="pt", input_data_format="channels_last")
+        pixels: torch.Tensor = made.pixel_values
+        return pixels
 
     def ids(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids on both sides of the picture: llava/mm_utils.py, tokenizer_image_token."""
@@ -139,7 +142,8 @@ class Original:
         embed = self.decoder.get_input_embeddings()
         parts = [embed(torch.tensor([before])), rows, embed(torch.tensor([after + answer]))]
         logits = self.decoder(inputs_embeds=torch.cat(parts, 1)).logits[0]
-        return logits[-1 - len(answer) :].numpy()
+        found: Float = logits[-1 - len(answer) :].numpy()
+        return found
 
 
 def connector(tiny: Tiny) -> nn.Module:
@@ -157,17 +161,15 @@ class LdpNet(nn.Module):
 
     def __init__(self, d: int, width: int) -> None:
         super().__init__()
-        self.model = nn.Module()
-        self.model.mlp = nn.Sequential(
-            nn.Identity(), nn.Linear(d, width), nn.GELU(), nn.Linear(width, width)
-        )
-        self.model.mb_block = nn.Sequential(nn.Identity(), Block(width, 1), Block(width, 2))
+        mlp = nn.Sequential(nn.Identity(), nn.Linear(d, width), nn.GELU(), nn.Linear(width, width))
+        blocks = nn.Sequential(nn.Identity(), Block(width, 1), Block(width, 2))
+        self.model = nn.ModuleDict({"mlp": mlp, "mb_block": blocks})
 
-    def forward(self, x):
-        x = self.model.mlp(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.model["mlp"](x)
         n, tokens, width = x.shape
         side = int(tokens**0.5)
-        x = self.model.mb_block(x.permute(0, 2, 1).reshape(n, width, side, side))
+        x = self.model["mb_block"](x.permute(0, 2, 1).reshape(n, width, side, side))
         return x.flatten(2).permute(0, 2, 1)
 
 
@@ -176,24 +178,31 @@ class Block(nn.Module):
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
-        excite = nn.Module()
-        excite.fc1 = nn.Conv2d(width, width // 4, 1)
-        excite.fc2 = nn.Conv2d(width // 4, width, 1)
         self.block = nn.Sequential(
             nn.Sequential(
                 nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), Norm(width)
             ),
-            excite,
+            Excitation(width),
             nn.Sequential(nn.Conv2d(width, width, 1, bias=False), Norm(width)),
         )
         self.stride = stride
 
-    def forward(self, x):
-        y = F.hardswish(self.block[0](x))
-        gates = F.adaptive_avg_pool2d(y, 1)
-        gates = self.block[1].fc2(F.relu(self.block[1].fc1(gates)))
-        y = self.block[2](y * F.hardsigmoid(gates))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.block[2](self.block[1](F.hardswish(self.block[0](x))))
         return x + y if self.stride == 1 else y
+
+
+class Excitation(nn.Module):
+    """torchvision's SqueezeExcitation with a hard sigmoid."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(width, width // 4, 1)
+        self.fc2 = nn.Conv2d(width // 4, width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates = self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(x, 1))))
+        return x * F.hardsigmoid(gates)
 
 
 class Norm(nn.GroupNorm):
@@ -202,7 +211,7 @@ class Norm(nn.GroupNorm):
     def __init__(self, width: int) -> None:
         super().__init__(1, width, eps=1e-5)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, width, height, side = x.shape
         pixels = x.permute(0, 2, 3, 1).reshape(-1, width)
         return super().forward(pixels).reshape(n, height, side, width).permute(0, 3, 1, 2)
@@ -213,14 +222,15 @@ class LdpNetV2(nn.Module):
 
     def __init__(self, d: int, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Module()
-        self.mlp.mlp = nn.Sequential(nn.Linear(d, width), nn.GELU(), nn.Linear(width, width))
-        self.peg = nn.Module()
-        self.peg.peg = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, groups=width))
+        mlp = nn.Sequential(nn.Linear(d, width), nn.GELU(), nn.Linear(width, width))
+        self.mlp = nn.ModuleDict({"mlp": mlp})
+        peg = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, groups=width))
+        self.peg = nn.ModuleDict({"peg": peg})
 
-    def forward(self, x):
-        x = self.mlp.mlp(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.mlp["mlp"](x)
         n, tokens, width = x.shape
         side = int(tokens**0.5)
         x = F.adaptive_avg_pool2d(x.permute(0, 2, 1).reshape(n, width, side, side), (12, 12))
-        return (self.peg.peg(x) + x).flatten(2).transpose(1, 2)
+        x = self.peg["peg"](x) + x
+        return x.flatten(2).transpose(1, 2)

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ FILES = {"vision": "vision.onnx", "projector": "projector.onnx", "decoder": "dec
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     """A sound bundle whose components hold arbitrary bytes."""
     root = tmp_path / "bundle"
     root.mkdir()
@@ -40,14 +42,14 @@ def folder(tmp_path):
     return root
 
 
-def edit(folder, change):
+def edit(folder: Path, change: Callable[[Any], object]) -> None:
     path = folder / MANIFEST
     data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     path.write_text(json.dumps(data), encoding="utf-8")
 
 
-def test_what_is_written_is_read(folder):
+def test_what_is_written_is_read(folder: Path) -> None:
     bundle = open_bundle(folder, check="full")
     assert isinstance(bundle.manifest, Manifest)
     assert bundle.manifest.image == fakes.vlm().manifest.image
@@ -56,7 +58,7 @@ def test_what_is_written_is_read(folder):
 
 
 @pytest.fixture
-def several(folder):
+def several(folder: Path) -> Path:
     """The same bundle with a second vision encoder of 500 bytes, qdq8."""
     path = folder / "vision.qdq8.onnx"
     path.write_bytes(b"q" * 500)
@@ -65,7 +67,7 @@ def several(folder):
     return folder
 
 
-def test_vision_encoders_are_found_by_precision(several):
+def test_vision_encoders_are_found_by_precision(several: Path) -> None:
     bundle = open_bundle(several, check="full")
     assert bundle.vision_precisions == ("f32", "qdq8")
     assert bundle.vision("f32") == bundle.path("vision") == several / "vision.onnx"
@@ -78,12 +80,12 @@ def test_vision_encoders_are_found_by_precision(several):
     assert open_bundle(several) == bundle
 
 
-def test_a_bundle_from_before_alternatives_is_read(folder):
+def test_a_bundle_from_before_alternatives_is_read(folder: Path) -> None:
     edit(folder, lambda m: m.pop("alternatives"))
     assert open_bundle(folder).vision_precisions == ("f32",)
 
 
-def test_a_damaged_alternative_is_named(several):
+def test_a_damaged_alternative_is_named(several: Path) -> None:
     path = several / "vision.qdq8.onnx"
     path.write_bytes(b"Q" + b"q" * 499)
     with pytest.raises(BundleCorrupt, match=r"vision.qdq8.onnx: was changed"):
@@ -98,14 +100,16 @@ def test_a_damaged_alternative_is_named(several):
         ({"colour": "red"}, "unknown key 'alternatives.qdq8.colour'"),
     ],
 )
-def test_a_wrong_alternative_is_refused(several, change, problem):
+def test_a_wrong_alternative_is_refused(
+    several: Path, change: dict[str, Any], problem: str
+) -> None:
     edit(several, lambda m: m["alternatives"]["qdq8"].update(change))
     with pytest.raises(BundleCorrupt) as caught:
         open_bundle(several)
     assert problem in str(caught.value)
 
 
-def test_an_alternative_is_another_precision_in_another_file(several):
+def test_an_alternative_is_another_precision_in_another_file(several: Path) -> None:
     edit(several, lambda m: m["components"]["vision"].update(precision="qdq8"))
     with pytest.raises(BundleCorrupt, match="another qdq8"):
         open_bundle(several)
@@ -115,7 +119,7 @@ def test_an_alternative_is_another_precision_in_another_file(several):
         open_bundle(several)
 
 
-def test_extra_norms_are_stated_and_false_where_a_manifest_is_silent(folder):
+def test_extra_norms_are_stated_and_false_where_a_manifest_is_silent(folder: Path) -> None:
     manifest = open_bundle(folder).manifest
     decoder = dataclasses.replace(manifest.decoder, extra_norms=True)
     bundles.write_manifest(folder, dataclasses.replace(manifest, decoder=decoder))
@@ -125,7 +129,7 @@ def test_extra_norms_are_stated_and_false_where_a_manifest_is_silent(folder):
 
 
 @pytest.mark.parametrize("name", FILES.values())
-def test_a_damaged_component_is_named(folder, name):
+def test_a_damaged_component_is_named(folder: Path, name: str) -> None:
     path = folder / name
     whole = path.read_bytes()
     for data, problem in (
@@ -143,22 +147,19 @@ def test_a_damaged_component_is_named(folder, name):
         open_bundle(folder)
 
 
-def test_large_files_are_sampled_on_load_and_hashed_in_full(folder, monkeypatch):
+def test_large_files_are_sampled_on_load_and_hashed_in_full(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bundles, "WHOLE_BYTES", 100)
     monkeypatch.setattr(bundles, "BLOCK_BYTES", 4)
     path = folder / "decoder.gguf"
-    edit(
-        folder,
-        lambda m: m["components"]["decoder"].update(files=[dataclasses.asdict(record(path))]),
-    )
-    for name in ("vision", "projector"):
-        other = folder / FILES[name]
-        edit(
-            folder,
-            lambda m, n=name, o=other: m["components"][n].update(
-                files=[dataclasses.asdict(record(o))]
-            ),
-        )
+
+    def record_anew(manifest: dict[str, Any]) -> None:
+        for name, file in FILES.items():
+            found = dataclasses.asdict(record(folder / file))
+            manifest["components"][name].update(files=[found])
+
+    edit(folder, record_anew)
     open_bundle(folder)
     whole = path.read_bytes()
     path.write_bytes(b"x" + whole[1:])
@@ -186,7 +187,9 @@ def test_large_files_are_sampled_on_load_and_hashed_in_full(folder, monkeypatch)
         (lambda m: m.update(format=0), "never released"),
     ],
 )
-def test_a_manifest_with_a_wrong_key_is_refused(folder, change, problem):
+def test_a_manifest_with_a_wrong_key_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], object], problem: str
+) -> None:
     edit(folder, change)
     with pytest.raises(BundleCorrupt, match=MANIFEST) as caught:
         open_bundle(folder)
@@ -194,26 +197,26 @@ def test_a_manifest_with_a_wrong_key_is_refused(folder, change, problem):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "1"}', "\udcff"])
-def test_a_manifest_that_is_no_json_object_is_refused(folder, text):
+def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(BundleCorrupt):
         open_bundle(folder)
 
 
-def test_a_newer_format_asks_for_an_upgrade(folder):
+def test_a_newer_format_asks_for_an_upgrade(folder: Path) -> None:
     edit(folder, lambda m: m.update(format=99, invention=True))
     with pytest.raises(BundleTooNew, match="format 99 is newer than 2.*upgrade"):
         open_bundle(folder)
 
 
-def test_no_bundle(tmp_path):
+def test_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleNotFound, match="no such bundle folder"):
         open_bundle(tmp_path / "nowhere")
     with pytest.raises(BundleNotFound, match="not a bundle"):
         open_bundle(tmp_path)
 
 
-def test_writing_is_all_or_nothing(tmp_path):
+def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
     out = tmp_path / "new" / "model"
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error), writing(out) as part:
@@ -227,14 +230,14 @@ def test_writing_is_all_or_nothing(tmp_path):
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_folders_above_stay_where_somebody_uses_them(tmp_path):
+def test_folders_above_stay_where_somebody_uses_them(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), writing(tmp_path / "new" / "model"):
         (tmp_path / "new" / "notes").write_text("x", encoding="utf-8")
         raise RuntimeError
     assert list(tmp_path.rglob("*")) == [tmp_path / "new", tmp_path / "new" / "notes"]
 
 
-def test_writing_replaces_a_bundle_and_nothing_else(folder, tmp_path):
+def test_writing_replaces_a_bundle_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     with writing(folder) as part:
         (part / "edgevlm.json").write_text("x", encoding="utf-8")
@@ -247,7 +250,9 @@ def test_writing_replaces_a_bundle_and_nothing_else(folder, tmp_path):
 
 
 @pytest.fixture(params=["empty", "bundle", "current", "link", "link to a bundle", "root of a disk"])
-def existing(request, folder, tmp_path, monkeypatch):
+def existing(
+    request: pytest.FixtureRequest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
     """A folder that exists, as OUT names it, and the folder itself."""
     real = folder
     if "bundle" not in request.param:
@@ -264,7 +269,9 @@ def existing(request, folder, tmp_path, monkeypatch):
     return real, real
 
 
-def test_a_folder_that_exists_is_filled_and_not_replaced(existing, folder):
+def test_a_folder_that_exists_is_filled_and_not_replaced(
+    existing: tuple[Path, Path], folder: Path
+) -> None:
     out, real = existing
     kept, whole = real.stat().st_ino, {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(RuntimeError), writing(out) as part:
@@ -282,11 +289,13 @@ def test_a_folder_that_exists_is_filled_and_not_replaced(existing, folder):
 
 @pytest.mark.parametrize("error", [OSError(16, "busy"), KeyboardInterrupt()])
 @pytest.mark.parametrize("last", range(8))
-def test_a_bundle_that_cannot_be_replaced_stays(folder, monkeypatch, error, last):
+def test_a_bundle_that_cannot_be_replaced_stays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | KeyboardInterrupt, last: int
+) -> None:
     """Four files go away and four come, whichever is the one that cannot be moved."""
     rename, moved = Path.rename, []
 
-    def fails_at_last(path, target):
+    def fails_at_last(path: Path, target: Path) -> None:
         rename(path, target)
         moved.append(path)
         if len(moved) > last:
@@ -301,7 +310,9 @@ def test_a_bundle_that_cannot_be_replaced_stays(folder, monkeypatch, error, last
     assert open_bundle(folder, "full")
 
 
-def test_what_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "file"
     file.write_text("precious", encoding="utf-8")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
@@ -318,7 +329,7 @@ def test_what_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
         assert str(caught.value).startswith(f"{out}: ") and problem in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "nowhere"]
 
-    def refuses(path, *_, **__):
+    def refuses(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuses)
@@ -326,7 +337,7 @@ def test_what_cannot_be_written_is_refused_at_the_start(tmp_path, monkeypatch):
         writing(tmp_path / "out").__enter__()
 
 
-def test_format_1_is_read_and_becomes_the_newest_when_it_is_written(folder):
+def test_format_1_is_read_and_becomes_the_newest_when_it_is_written(folder: Path) -> None:
     edit(folder, lambda m: m.update(format=1))
     manifest = open_bundle(folder).manifest
     assert manifest == open_bundle(folder).manifest
@@ -339,7 +350,7 @@ def test_format_1_is_read_and_becomes_the_newest_when_it_is_written(folder):
         open_bundle(folder)
 
 
-def test_picos_manifest_is_of_format_1():
+def test_picos_manifest_is_of_format_1() -> None:
     assert json.loads((built_in() / MANIFEST).read_text(encoding="utf-8"))["format"] == 1
     assert {*open_bundle(built_in()).manifest.components} == {"vision", "projector", "decoder"}
 
@@ -347,13 +358,13 @@ def test_picos_manifest_is_of_format_1():
 DECODING = ("prompt", "decoder", "answer", "token_embedding")
 
 
-def without_decoder(manifest):
+def without_decoder(manifest: dict[str, Any]) -> None:
     del manifest["components"]["decoder"]
     for key in DECODING:
         del manifest[key]
 
 
-def test_a_bundle_may_have_no_decoder(folder):
+def test_a_bundle_may_have_no_decoder(folder: Path) -> None:
     edit(folder, without_decoder)
     manifest = open_bundle(folder).manifest
     assert {*manifest.components} == {"vision", "projector"}
@@ -362,22 +373,25 @@ def test_a_bundle_may_have_no_decoder(folder):
 
 
 @pytest.mark.parametrize("key", DECODING)
-def test_a_decoder_is_described_whole(folder, key):
+def test_a_decoder_is_described_whole(folder: Path, key: str) -> None:
     edit(folder, lambda m: m.pop(key))
     with pytest.raises(BundleCorrupt, match=f"missing key '{key}'"):
         open_bundle(folder)
 
 
 @pytest.mark.parametrize("roles", [(), ("projector",), ("decoder", "projector"), ("vision",)])
-def test_a_projector_and_a_vision_encoder_go_together(folder, roles):
+def test_a_projector_and_a_vision_encoder_go_together(folder: Path, roles: tuple[str, ...]) -> None:
     edit(folder, lambda m: [m["components"].pop(r) for r in FILES if r not in roles])
     with pytest.raises(BundleCorrupt, match="'components' must be of"):
         open_bundle(folder)
 
 
-def test_a_family_says_which_components_it_needs(tmp_path, monkeypatch):
+def test_a_family_says_which_components_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(built_in(), tmp_path / "eyes")
-    edit(tmp_path / "eyes", lambda m: (m.update(format=2), without_decoder(m)))
+    edit(tmp_path / "eyes", lambda m: m.update(format=2))
+    edit(tmp_path / "eyes", without_decoder)
     with pytest.raises(BundleCorrupt, match="has no decoder, which paligemma needs"):
         edgevlm.load(tmp_path / "eyes")
     able = dataclasses.replace(family.by_name("paligemma", ""), needs=("vision", "projector"))

@@ -12,14 +12,14 @@ from edgevlm.cli import cli
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_command_reference_is_in_step():
+def test_the_command_reference_is_in_step() -> None:
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert generate["TARGET"].read_text(encoding="utf-8") == generate["reference"](), (
         "run `make docs`"
     )
 
 
-def test_help_texts_name_the_thing_that_an_option_sets():
+def test_help_texts_name_the_thing_that_an_option_sets() -> None:
     for option in _options(cli):
         assert option.help and not re.match(r"(Of|What|Which|How|Where|Whether) ", option.help), (
             option.name
@@ -35,13 +35,13 @@ def _options(command: click.Command) -> Iterator[click.Option]:
             yield from _options(child)
 
 
-def test_links_in_the_documentation_lead_somewhere():
+def test_links_in_the_documentation_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
-def test_the_two_commands_of_the_readme_are_a_line_each():
+def test_the_two_commands_of_the_readme_are_a_line_each() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     first, second = (
         i for i, line in enumerate(lines) if line.startswith(("python3 -m venv", "make "))
@@ -52,7 +52,7 @@ def test_the_two_commands_of_the_readme_are_a_line_each():
         assert (lines[i - 1], lines[i + 1]) == ("```sh", "```")
 
 
-def test_python_in_the_readme_compiles():
+def test_python_in_the_readme_compiles() -> None:
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )

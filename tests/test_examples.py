@@ -4,7 +4,9 @@ import doctest
 import inspect
 import runpy
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ BOX = "<loc0000><loc0000><loc0512><loc0512> circle"
 
 
 @pytest.fixture
-def picture(tmp_path, monkeypatch):
+def picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(edgevlm, "load", lambda: fakes.vlm(BOX))
     Image.fromarray(np.full((60, 80, 3), 200, np.uint8)).save(tmp_path / "in.png")
     return str(tmp_path / "in.png")
@@ -33,18 +35,26 @@ def picture(tmp_path, monkeypatch):
         ("choose", ["what?", BOX, "a square"], "a square"),
     ],
 )
-def test_example(example, arguments, expected, picture, tmp_path, monkeypatch, capsys):
+def test_example(
+    example: str,
+    arguments: list[str],
+    expected: str,
+    picture: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / f"{example}.py"))["main"](picture, *arguments)
     assert expected in capsys.readouterr().out
 
 
-def test_every_example_is_short():
+def test_every_example_is_short() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) < 30, path
 
 
-def documented():
+def documented() -> Iterator[Any]:
     """What a user may call: public functions and classes, and their methods."""
     for thing in [edgevlm, *(getattr(edgevlm, name) for name in edgevlm.__all__)]:
         if isinstance(thing, type) and not issubclass(thing, Exception):
@@ -55,7 +65,7 @@ def documented():
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch, paligemma_checkpoint):
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paligemma_checkpoint: Path) -> None:
     """The files that examples name, in the working directory."""
     shutil.copyfile(EXAMPLES / "shapes.png", tmp_path / "photo.png")
     shutil.copyfile(EXAMPLES / "sign.png", tmp_path / "sign.png")
@@ -63,7 +73,7 @@ def files(tmp_path, monkeypatch, paligemma_checkpoint):
     monkeypatch.chdir(tmp_path)
 
 
-def test_examples_in_docstrings(files):
+def test_examples_in_docstrings(files: None) -> None:
     runner = doctest.DocTestRunner()
     finder = doctest.DocTestFinder(recurse=False)
     found = [t for thing in documented() for t in finder.find(thing, globs={"edgevlm": edgevlm})]

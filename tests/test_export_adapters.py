@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import edgevlm
 from edgevlm.bundle import Bundle
@@ -66,20 +67,21 @@ def exported(source: Path, out: Path, **options: Any) -> Bundle:
     return export_bundle(source, out, quant="f32", vision_precision="fp32", **options)
 
 
-def values(path: Path) -> dict[str, np.ndarray]:
+def values(path: Path) -> dict[str, NDArray[np.float32]]:
     return {t.name: t.float32() for t in read_tensors(path)}
 
 
-def merged(base: Path, adapter: Path, module: str, scale: float) -> np.ndarray:
+def merged(base: Path, adapter: Path, module: str, scale: float) -> NDArray[np.float32]:
     """W + scale * B @ A, plainly."""
     own = values(adapter / "adapter_model.safetensors")
     a, b = (own[f"{PREFIX}{module}.lora_{x}.weight"] for x in "AB")
     whole = values(base / "model.safetensors")[f"{module}.weight"]
     product = b.reshape(len(b), -1) @ a.reshape(len(a), -1)
-    return whole + np.float32(scale) * product.reshape(whole.shape)
+    total: NDArray[np.float32] = whole + np.float32(scale) * product.reshape(whole.shape)
+    return total
 
 
-def test_an_adapter_in_the_checkpoints_own_folder(base: Path, tmp_path: Path):
+def test_an_adapter_in_the_checkpoints_own_folder(base: Path, tmp_path: Path) -> None:
     """As transformers' from_pretrained of such a folder adds it where peft is installed."""
     source = Path(shutil.copytree(base, tmp_path / "tuned"))
     write_adapter(source, shapes_of(base), [Q], r=8, lora_alpha=16, target_modules=["q_proj"])
@@ -115,7 +117,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_matrix_is_the_sum_that_peft_makes(name: str, base: Path, tmp_path: Path):
+def test_every_matrix_is_the_sum_that_peft_makes(name: str, base: Path, tmp_path: Path) -> None:
     options, scale = CONFIGS[name]
     adapter = write_adapter(tmp_path / "adapter", shapes_of(base), MODULES, **options)
     expected = [merged(base, adapter, m, scale) for m in (Q, MODULES[2])]
@@ -141,7 +143,7 @@ def renamed(name: str) -> str:
 
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])
 @pytest.mark.parametrize("names", ["old", "new"])
-def test_it_is_verified_in_every_part(base: Path, names: str, weights: str, tmp_path: Path):
+def test_it_is_verified_in_every_part(base: Path, names: str, weights: str, tmp_path: Path) -> None:
     shapes, modules = shapes_of(base), EVERYWHERE
     if names == "new":
         shapes = {renamed(name): shape for name, shape in shapes.items()}
@@ -155,7 +157,7 @@ def test_it_is_verified_in_every_part(base: Path, names: str, weights: str, tmp_
     assert f"adapter/adapter_model.{weights}" in {r.file for r in bundle.manifest.source}
 
 
-def test_what_was_trained_whole_replaces_the_bases(base: Path, tmp_path: Path):
+def test_what_was_trained_whole_replaces_the_bases(base: Path, tmp_path: Path) -> None:
     names = ["multi_modal_projector.linear.weight", "multi_modal_projector.linear.bias"]
     biases = [f"{TOWER}self_attn.q_proj.bias", f"{TOWER}layer_norm1.bias"]
     shapes = shapes_of(base)
@@ -178,7 +180,7 @@ def test_what_was_trained_whole_replaces_the_bases(base: Path, tmp_path: Path):
     np.testing.assert_array_equal(found.float32(), own[PREFIX + names[0]])
 
 
-def test_an_adapter_of_llava_in_transformers_layout(llava: Path, tmp_path: Path):
+def test_an_adapter_of_llava_in_transformers_layout(llava: Path, tmp_path: Path) -> None:
     shapes = shapes_of(llava)
     modules = [Q, UP, "multi_modal_projector.linear_2", "language_model.lm_head", f"{TOWER}mlp.fc2"]
     adapter = write_adapter(tmp_path / "adapter", shapes, modules)
@@ -198,7 +200,7 @@ def test_an_adapter_of_llava_in_transformers_layout(llava: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear", "ldpnet"])
 @pytest.mark.parametrize("named", [True, False])
-def test_llavas_own_lora(projector: str, named: bool, tmp_path: Path):
+def test_llavas_own_lora(projector: str, named: bool, tmp_path: Path) -> None:
     """A decoder of LLaMA's, an adapter with the model's config, and a projector trained whole."""
     base, tuned = write_llava_lora(tmp_path, projector=projector, layers=1)
     how = {"adapter": tuned} if named else {}
@@ -211,7 +213,7 @@ def test_llavas_own_lora(projector: str, named: bool, tmp_path: Path):
     assert {"adapter/non_lora_trainables.bin", "adapter/config.json"} <= files
 
 
-def test_llavas_projector_that_was_trained_alone(tmp_path: Path):
+def test_llavas_projector_that_was_trained_alone(tmp_path: Path) -> None:
     base, tuned = write_llava_lora(tmp_path, projector="mlp2x_gelu", layers=1, lora=False)
     bundle = exported(base, tmp_path / "out", adapter=tuned)
     assert all(stage.ok for stage in bundle.manifest.parity)
@@ -227,7 +229,7 @@ def test_llavas_projector_that_was_trained_alone(tmp_path: Path):
     assert "4 tensors taken whole" in prepared(base).placed.notes[0]
 
 
-def test_a_projector_beside_weights_that_have_one_is_only_mentioned(tmp_path: Path):
+def test_a_projector_beside_weights_that_have_one_is_only_mentioned(tmp_path: Path) -> None:
     source = write_llava(tmp_path / "source", layers=1)
     write_projector(source, {"model.mm_projector.0.weight": np.ones((1, 1), np.float32)})
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "scheduler.pt"):
@@ -241,7 +243,7 @@ def test_a_projector_beside_weights_that_have_one_is_only_mentioned(tmp_path: Pa
 @pytest.mark.parametrize(
     "name", ["pytorch_lora_weights.safetensors", "style.lora", "my_adapter.pt"]
 )
-def test_adapters_of_other_kinds_are_not_passed_over(name: str, base: Path, tmp_path: Path):
+def test_adapters_of_other_kinds_are_not_passed_over(name: str, base: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(base, tmp_path / "source"))
     write_state(
         source / "x.safetensors", {"lora_unet.lora_down": np.ones(1, np.float32)}, "float32"
@@ -251,7 +253,7 @@ def test_adapters_of_other_kinds_are_not_passed_over(name: str, base: Path, tmp_
         prepared(source)
 
 
-def test_an_adapter_without_its_config(base: Path, tmp_path: Path):
+def test_an_adapter_without_its_config(base: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(base, tmp_path / "source"))
     write_adapter(source, shapes_of(base), MODULES)
     (source / "adapter_config.json").unlink()
@@ -263,7 +265,9 @@ def test_an_adapter_without_its_config(base: Path, tmp_path: Path):
         prepared(source)
 
 
-def test_the_base_is_found_where_the_adapter_says(base: Path, tmp_path: Path, monkeypatch):
+def test_the_base_is_found_where_the_adapter_says(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = write_adapter(
         tmp_path / "vqa", shapes_of(base), MODULES, base_model_name_or_path=str(base)
     )
@@ -290,7 +294,9 @@ def test_the_base_is_found_where_the_adapter_says(base: Path, tmp_path: Path, mo
         ("./nowhere", "is an adapter of ./nowhere, which is not here (./nowhere: there is no such"),
     ],
 )
-def test_an_adapter_whose_base_is_not_here(named, says: str, base: Path, tmp_path: Path):
+def test_an_adapter_whose_base_is_not_here(
+    named: str | None, says: str, base: Path, tmp_path: Path
+) -> None:
     adapter = write_adapter(
         tmp_path / "vqa", shapes_of(base), MODULES, base_model_name_or_path=named
     )
@@ -299,7 +305,7 @@ def test_an_adapter_whose_base_is_not_here(named, says: str, base: Path, tmp_pat
     assert says in str(raised.value) and "edgevlm export BASE OUT --adapter" in str(raised.value)
 
 
-def test_whole_weights_beside_an_adapter_of_another_base(base: Path, tmp_path: Path):
+def test_whole_weights_beside_an_adapter_of_another_base(base: Path, tmp_path: Path) -> None:
     """They may hold it already."""
     source = Path(shutil.copytree(base, tmp_path / "source"))
     write_adapter(source, shapes_of(base), MODULES, base_model_name_or_path="google/paligemma")
@@ -313,7 +319,7 @@ def test_whole_weights_beside_an_adapter_of_another_base(base: Path, tmp_path: P
         prepared(source, other)
 
 
-def test_a_tokenizer_or_processor_of_the_adapters_own(base: Path, tmp_path: Path):
+def test_a_tokenizer_or_processor_of_the_adapters_own(base: Path, tmp_path: Path) -> None:
     """Trainers save both into every folder; they are the base's, or nobody would know whose."""
     adapter = write_adapter(tmp_path / "vqa", shapes_of(base), MODULES)
     for name in ("tokenizer.model", "tokenizer_config.json", "preprocessor_config.json"):
@@ -336,7 +342,7 @@ def test_a_tokenizer_or_processor_of_the_adapters_own(base: Path, tmp_path: Path
         prepared(base, adapter)
 
 
-def test_an_adapter_in_a_folder_below(base: Path, tmp_path: Path):
+def test_an_adapter_in_a_folder_below(base: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path / "run" / "default", shapes_of(base), MODULES)
     with pytest.raises(SourceError, match="has adapters in folders below it; name default"):
         prepared(tmp_path / "run")
@@ -363,7 +369,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_plain_lora_is_refused_by_name(name: str, base: Path, tmp_path: Path):
+def test_what_is_no_plain_lora_is_refused_by_name(name: str, base: Path, tmp_path: Path) -> None:
     config, says = REFUSED[name]
     adapter = write_adapter(tmp_path / "adapter", shapes_of(base), MODULES, **config)
     with pytest.raises(SourceError) as raised:
@@ -406,8 +412,8 @@ def cut(own: dict[str, Any]) -> None:
     ],
 )
 def test_tensors_that_are_of_no_weight_are_refused_by_name(
-    change, says: str, base: Path, tmp_path: Path
-):
+    change: Callable[[dict[str, Any]], object], says: str, base: Path, tmp_path: Path
+) -> None:
     adapter = write_adapter(
         tmp_path / "adapter", shapes_of(base), MODULES, target_modules="all-linear"
     )
@@ -421,10 +427,10 @@ def test_tensors_that_are_of_no_weight_are_refused_by_name(
 
 
 @pytest.mark.parametrize("kind", ["lora", "whole"])
-def test_one_of_two_uses_of_a_table_is_refused(kind: str, base: Path, tmp_path: Path):
+def test_one_of_two_uses_of_a_table_is_refused(kind: str, base: Path, tmp_path: Path) -> None:
     table, shapes = "language_model.model.embed_tokens", shapes_of(base)
     whole = [f"{table}.weight"] if kind == "whole" else []
-    saved = {"modules_to_save": ["embed_tokens"]} if kind == "whole" else {}
+    saved: dict[str, Any] = {"modules_to_save": ["embed_tokens"]} if kind == "whole" else {}
     adapter = write_adapter(tmp_path / "adapter", shapes, [Q], whole=whole, **saved)
     if kind == "lora":
         own = values(adapter / "adapter_model.safetensors")
@@ -442,14 +448,14 @@ def test_one_of_two_uses_of_a_table_is_refused(kind: str, base: Path, tmp_path: 
         assert "1 tensor taken whole" in prepared(base, adapter).placed.notes[0]
 
 
-def test_a_family_that_is_assembled_has_its_adapters_elsewhere(base: Path, tmp_path: Path):
+def test_a_family_that_is_assembled_has_its_adapters_elsewhere(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", shapes_of(base), MODULES)
     source = write_tinygptv(tmp_path / "source", **SMALL)
     with pytest.raises(SourceError, match="a tinygptv has its adapters in a part of its own"):
         prepared(source, adapter)
 
 
-def test_nothing_is_read_before_it_is_needed(base: Path, tmp_path: Path):
+def test_nothing_is_read_before_it_is_needed(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", shapes_of(base), MODULES)
     matrix = prepared(base, adapter).parts["decoder"]["layers.0.self_attn.q_proj.weight"]
     (adapter / "adapter_model.safetensors").unlink()
@@ -460,7 +466,7 @@ def test_nothing_is_read_before_it_is_needed(base: Path, tmp_path: Path):
 @pytest.mark.parametrize("family", ["paligemma", "llava"])
 def test_a_wrong_merge_is_noticed(
     family: str, base: Path, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """The comparison adds the adapter as the model runs, and shares nothing with the merging."""
     source = base if family == "paligemma" else llava
     adapter = write_adapter(tmp_path / "adapter", shapes_of(source), [Q, UP])
@@ -471,7 +477,7 @@ def test_a_wrong_merge_is_noticed(
     assert raised.value.stage == "prefill"
 
 
-def test_the_command_line_merges_one(base: Path, tmp_path: Path):
+def test_the_command_line_merges_one(base: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from edgevlm.cli import cli

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.vocabulary import n_pieces, write_json
 from tests.test_export_byte_pairs import ids
 
-WRITERS: dict[str, Any] = {
+WRITERS: dict[str, Callable[[Path], Path]] = {
     "gemma": lambda folder: write_paligemma(folder, layers=1),
     "llama": lambda folder: write_llava(folder, layout="hf", layers=1),
     "not-legacy": lambda folder: write_llava(folder, layout="hf", layers=1, legacy=False),
@@ -70,7 +71,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_token_that_must_stand_alone_is_refused(verify: bool, tmp_path: Path):
+def test_a_token_that_must_stand_alone_is_refused(verify: bool, tmp_path: Path) -> None:
     source = with_tokens("gemma", tmp_path / "words", AddedToken("gizmo", single_word=True))
     with pytest.raises(SourceError) as raised:
         export_bundle(source, tmp_path / "out", verify=verify)
@@ -82,7 +83,9 @@ def test_a_token_that_must_stand_alone_is_refused(verify: bool, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize(("token", "says"), ODD)
-def test_attributes_that_llama_cpp_lacks_are_refused(kind: str, token, says: str, tmp_path: Path):
+def test_attributes_that_llama_cpp_lacks_are_refused(
+    kind: str, token: AddedToken, says: str, tmp_path: Path
+) -> None:
     with pytest.raises(SourceError) as raised:
         prepared(with_tokens(kind, tmp_path / "source", token))
     assert f"added token 'gizmo' {says}" in str(raised.value)
@@ -110,8 +113,8 @@ def test_attributes_that_llama_cpp_lacks_are_refused(kind: str, token, says: str
     ],
 )
 def test_tokens_that_are_found_elsewhere_in_a_text_are_refused(
-    kind: str, tokens, says: str, tmp_path: Path
-):
+    kind: str, tokens: list[str | AddedToken], says: str, tmp_path: Path
+) -> None:
     with pytest.raises(SourceError) as raised:
         prepared(with_tokens(kind, tmp_path / "source", *tokens))
     assert says in str(raised.value)
@@ -131,7 +134,9 @@ def test_tokens_that_are_found_elsewhere_in_a_text_are_refused(
     ],
     ids=str,
 )
-def test_other_tokens_have_the_ids_of_transformers(kind: str, token, tmp_path: Path):
+def test_other_tokens_have_the_ids_of_transformers(
+    kind: str, token: str | AddedToken, tmp_path: Path
+) -> None:
     source = with_tokens(kind, tmp_path / "source", token)
     text = str(token)
     tries = ["a {0}s{0} {0}{0}", "a there {0}there", "a {0}\r\n\t{0}", "a \u2581{0}\u2581 {0}é"]
@@ -142,7 +147,7 @@ def test_other_tokens_have_the_ids_of_transformers(kind: str, token, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_special_token_is_text_where_a_user_types_it(kind: str, tmp_path: Path):
+def test_a_special_token_is_text_where_a_user_types_it(kind: str, tmp_path: Path) -> None:
     odd = AddedToken("[SEP]", lstrip=True, single_word=True, special=True)
     source = with_tokens(kind, tmp_path / "source", odd, "SEP", special=True)
     job = prepared(source)
@@ -153,7 +158,7 @@ def test_a_special_token_is_text_where_a_user_types_it(kind: str, tmp_path: Path
         assert not set(row) & set(control)
 
 
-def test_a_token_of_a_template_that_asks_for_its_surroundings(tmp_path: Path):
+def test_a_token_of_a_template_that_asks_for_its_surroundings(tmp_path: Path) -> None:
     source = write_llava(tmp_path / "source", layout="hf", vocabulary="phi3", layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         found = json.loads((source / name).read_text(encoding="utf-8"))
@@ -177,8 +182,8 @@ def test_a_token_of_a_template_that_asks_for_its_surroundings(tmp_path: Path):
     ids=str,
 )
 def test_the_comparison_finds_them_too(
-    kind: str, tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+    kind: str, tokens: list[str | AddedToken], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Were one not refused before, a text made of it would show."""
     monkeypatch.setattr(vocabulary, "check_attributes", lambda *_, **__: None)
     job = prepared(with_tokens(kind, tmp_path / "source", *tokens))
@@ -198,11 +203,11 @@ SIGNS = [
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_the_sign_for_a_space_may_be_typed(kind: str, tmp_path: Path):
+def test_the_sign_for_a_space_may_be_typed(kind: str, tmp_path: Path) -> None:
     assert differing(WRITERS[kind](tmp_path / "source"), SIGNS, tmp_path) == []
 
 
-def test_runs_of_spaces_are_spaces_again_in_an_answer(paligemma_bundle: Bundle):
+def test_runs_of_spaces_are_spaces_again_in_an_answer(paligemma_bundle: Bundle) -> None:
     with edgevlm.load(paligemma_bundle.folder) as vlm:
         decoder = vlm.engines.decoder
         for text in ("a  b", "   ", "\u2581\u2581x\n  y", "def f():\n    return"):
@@ -210,7 +215,7 @@ def test_runs_of_spaces_are_spaces_again_in_an_answer(paligemma_bundle: Bundle):
             assert said == text.replace("\u2581", " ")
 
 
-def test_a_control_token_that_merging_would_make_of_a_text(tmp_path: Path):
+def test_a_control_token_that_merging_would_make_of_a_text(tmp_path: Path) -> None:
     """llama.cpp merges two neighbours into any token of the vocabulary, whatever its type."""
     from sentencepiece import sentencepiece_model_pb2
 
@@ -229,7 +234,7 @@ def test_a_control_token_that_merging_would_make_of_a_text(tmp_path: Path):
     assert 2 not in row
 
 
-def test_a_tokenizer_without_bytes_is_refused(tmp_path: Path):
+def test_a_tokenizer_without_bytes_is_refused(tmp_path: Path) -> None:
     from sentencepiece import sentencepiece_model_pb2
 
     source = write_llava(tmp_path / "source", layers=1)
@@ -242,7 +247,7 @@ def test_a_tokenizer_without_bytes_is_refused(tmp_path: Path):
         prepared(source)
 
 
-def test_pieces_that_no_merge_makes_are_refused(tmp_path: Path):
+def test_pieces_that_no_merge_makes_are_refused(tmp_path: Path) -> None:
     """As transformers 5 converts a tokenizer.model without a tokenizer.json beside it."""
     source = write_paligemma(tmp_path / "source", tokenizer="json", layers=1)
     found = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
@@ -267,7 +272,9 @@ def cut_at_digits(data: dict[str, Any]) -> None:
         (lambda d: d["model"].update(ignore_merges=True), "its ignore_merges is True"),
     ],
 )
-def test_ways_of_cutting_that_llama_cpp_does_not_have(change, says: str, tmp_path: Path):
+def test_ways_of_cutting_that_llama_cpp_does_not_have(
+    change: Callable[[dict[str, Any]], object], says: str, tmp_path: Path
+) -> None:
     source = write_paligemma(tmp_path / "source", tokenizer="json", layers=1)
     found = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     change(found)
@@ -277,7 +284,7 @@ def test_ways_of_cutting_that_llama_cpp_does_not_have(change, says: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["my-Phi-3", "phi3", "modern-bert"])
-def test_a_name_changes_no_token(name: str, tmp_path: Path):
+def test_a_name_changes_no_token(name: str, tmp_path: Path) -> None:
     """llama.cpp gives tokens attributes of its own, or fails, where a model is called so."""
     source = write_paligemma(tmp_path / "source", layers=1)
     bundle = export_bundle(source, tmp_path / "out", quant="f32", verify=False, name=name)
@@ -287,7 +294,7 @@ def test_a_name_changes_no_token(name: str, tmp_path: Path):
         assert vlm.engines.decoder.tokenize("a<loc0000>  b")[1:3] == [first, 44]
 
 
-def test_where_spaces_go_is_read_where_the_tokenizer_is(tmp_path: Path):
+def test_where_spaces_go_is_read_where_the_tokenizer_is(tmp_path: Path) -> None:
     """tokenizer.json decides for transformers, whatever `legacy` says beside it."""
     source = write_llava(tmp_path / "source", layout="hf", layers=1)
     config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))

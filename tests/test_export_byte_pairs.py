@@ -12,7 +12,7 @@ from typing import Any
 
 import gguf
 import pytest
-from transformers import AutoTokenizer, CodeGenTokenizerFast, GPT2TokenizerFast
+import transformers
 
 from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.source import Checkpoint, read_json
@@ -33,6 +33,7 @@ from tests.checkpoints.vocabulary import write_json
 from tests.multilingual import PROMPTS
 
 TEXTS = [*corpus(), *(q for questions in PROMPTS.values() for q in questions), "I'LL we'Ve 12345"]
+hf: Any = transformers
 # What a decoder's metadata says beside the vocabulary; nothing of it matters to tokens.
 DECODER = Llama(
     hidden_size=32,
@@ -85,8 +86,8 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("files", ["pair", "json"])
-def test_gpt2(files: str, gpt2: Path, tmp_path: Path):
-    tokenizer = GPT2TokenizerFast(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt"))
+def test_gpt2(files: str, gpt2: Path, tmp_path: Path) -> None:
+    tokenizer = hf.GPT2TokenizerFast(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt"))
     if files == "json":
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "vocab.json").unlink()
@@ -100,9 +101,9 @@ def test_gpt2(files: str, gpt2: Path, tmp_path: Path):
     assert table.specials == {"bos": end, "eos": end} | ({"unk": end} if files == "json" else {})
 
 
-def test_codegen(gpt2: Path, tmp_path: Path):
+def test_codegen(gpt2: Path, tmp_path: Path) -> None:
     """Microsoft's Phi-2: GPT-2 with runs of spaces and tabs that are one token."""
-    tokenizer = CodeGenTokenizerFast(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt"))
+    tokenizer = hf.CodeGenTokenizerFast(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt"))
     n = len(tokenizer)
     tokenizer.add_tokens([" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)])
     tokenizer.save_pretrained(tmp_path)
@@ -111,9 +112,9 @@ def test_codegen(gpt2: Path, tmp_path: Path):
     assert (table.tokens[n].text, table.tokens[n].type) == (" " * 31, USER_DEFINED)
 
 
-def test_llama3(tmp_path: Path):
+def test_llama3(tmp_path: Path) -> None:
     byte_vocabulary.write_llama3(tmp_path, added=("<pad>",))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
     n = byte_vocabulary.n_pieces()
     table = compare(tmp_path, n + 7, tokenizer, tmp_path)
     assert table.pre == "llama-bpe"
@@ -129,7 +130,7 @@ def test_llama3(tmp_path: Path):
     assert {table.tokens[i].type for i in found} == {NORMAL}
 
 
-def test_merges_that_never_make_a_piece_of_the_vocabulary(tmp_path: Path):
+def test_merges_that_never_make_a_piece_of_the_vocabulary(tmp_path: Path) -> None:
     """LLaMA-3 takes a piece that is in its vocabulary whole, other files of its kind do not."""
     byte_vocabulary.write_llama3(tmp_path)
     data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
@@ -137,9 +138,8 @@ def test_merges_that_never_make_a_piece_of_the_vocabulary(tmp_path: Path):
     for ignore, pre in ((True, "llama-bpe"), (False, "smaug-bpe")):
         data["model"]["ignore_merges"] = ignore
         write_json(tmp_path / "tokenizer.json", data)
-        table = compare(
-            tmp_path, byte_vocabulary.n_pieces(), AutoTokenizer.from_pretrained(tmp_path), tmp_path
-        )
+        tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
+        table = compare(tmp_path, byte_vocabulary.n_pieces(), tokenizer, tmp_path)
         assert table.pre == pre
 
 
@@ -182,7 +182,7 @@ def twins(data: dict[str, Any]) -> None:
 )
 def test_what_llama_cpp_would_read_differently_is_refused(
     damage: Callable[[dict[str, Any]], None], says: str, tmp_path: Path
-):
+) -> None:
     byte_vocabulary.write_llama3(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
@@ -193,7 +193,7 @@ def test_what_llama_cpp_would_read_differently_is_refused(
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_pair_of_files_of_another_kind_is_refused(tmp_path: Path):
+def test_a_pair_of_files_of_another_kind_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "vocab.json", {"a": 0})
     write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
     with pytest.raises(SourceError, match="belongs to a Qwen2Tokenizer"):

@@ -213,4 +213,4 @@ def test_an_interrupt_while_a_tensor_is_written_is_one(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        writable(np.zeros(3, np.float16)).tofile(Interrupted())
+        writable(np.zeros(3, np.float16)).tofile(Interrupted())  # type: ignore[arg-type]

@@ -104,10 +104,14 @@ def hub(paligemma_checkpoint: Path) -> Iterator[tuple[str, list[str]]]:
 @contextmanager
 def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """A hub whose one repository is a folder."""
-    handler = type("Tiny", (Hub,), {"folder": folder, "asked": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+
+    class Tiny(Hub):
+        asked = []
+
+    Tiny.folder = folder
+    with ThreadingHTTPServer(("127.0.0.1", 0), Tiny) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", handler.asked
+        yield f"http://127.0.0.1:{server.server_port}", Tiny.asked
         server.shutdown()
 
 

@@ -194,8 +194,8 @@ def legacy(path: Path) -> None:
     saved(path, weights(), _use_new_zipfile_serialization=False)
 
 
-def cut(keep: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(keep(saved(path, weights()).read_bytes())) and None
+def cut(keep: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(keep(saved(path, weights()).read_bytes()))
 
 
 def text(path: Path) -> None:
@@ -224,8 +224,8 @@ def short_record(path: Path) -> None:
     rewritten(saved(path, weights()), drop=drop, put={"data/1": struct.pack("<2f", 1, 2)})
 
 
-def state(value: Any) -> Callable[[Path], None]:
-    return lambda path: saved(path, value) and None
+def state(value: Any) -> Callable[[Path], object]:
+    return lambda path: saved(path, value)
 
 
 @pytest.mark.parametrize(

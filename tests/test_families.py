@@ -6,7 +6,7 @@ A new family adds its tiny checkpoints to CHECKPOINTS and passes everything belo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -53,16 +53,16 @@ def bundle(checkpoint: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def vlm(bundle: Bundle):
+def vlm(bundle: Bundle) -> Iterator[VLM]:
     with edgevlm.load(bundle.folder) as loaded:
         yield loaded
 
 
-def test_every_family_is_here():
+def test_every_family_is_here() -> None:
     assert {name for name, _ in CHECKPOINTS.values()} == set(family.known())
 
 
-def test_it_answers_like_the_original(bundle: Bundle):
+def test_it_answers_like_the_original(bundle: Bundle) -> None:
     parity = {s.stage: s for s in bundle.manifest.parity}
     assert [*parity] == [*STAGES, "greedy"]
     assert all(s.ok for s in parity.values())
@@ -73,7 +73,7 @@ def test_it_answers_like_the_original(bundle: Bundle):
 
 
 @pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
-def test_quantized_it_stays_within_its_bounds(checkpoint: Path, quant: str, tmp_path: Path):
+def test_quantized_it_stays_within_its_bounds(checkpoint: Path, quant: str, tmp_path: Path) -> None:
     bundle = export_bundle(checkpoint, tmp_path / quant, quant=quant, vision_precision="int8")
     parity = {s.stage: s for s in bundle.manifest.parity}
     assert [*parity] == STAGES
@@ -81,28 +81,28 @@ def test_quantized_it_stays_within_its_bounds(checkpoint: Path, quant: str, tmp_
     assert parity["divergence"].worst > 1e-6  # something was rounded
 
 
-def test_the_manifest_survives_writing_and_reading(bundle: Bundle):
+def test_the_manifest_survives_writing_and_reading(bundle: Bundle) -> None:
     reopened = open_bundle(bundle.folder, check="full").manifest
     assert reopened == bundle.manifest
     with pytest.raises(schema.SchemaError, match="unknown key 'x'"):
         schema.read(Manifest, {**dataclasses.asdict(reopened), "x": 1})
 
 
-def test_pixels_are_the_encoders_and_repeatable(vlm: VLM):
+def test_pixels_are_the_encoders_and_repeatable(vlm: VLM) -> None:
     spec = vlm.manifest.image
     pixels = preprocess(PICTURE, spec)
-    assert (pixels.shape, pixels.dtype) == ((3, spec.size, spec.size), np.float32)
+    assert pixels.shape == (3, spec.size, spec.size) and pixels.dtype == np.float32
     np.testing.assert_array_equal(pixels, preprocess(PICTURE.copy(), spec))
 
 
-def test_a_picture_takes_the_rows_that_the_manifest_says(vlm: VLM):
+def test_a_picture_takes_the_rows_that_the_manifest_says(vlm: VLM) -> None:
     rows = vlm.embed_image(PICTURE)
     assert rows.shape == (vlm.manifest.image.tokens, vlm.manifest.decoder.n_embd)
     assert rows.dtype == np.float32 and np.isfinite(rows).all()
     assert vlm.ask("x", PICTURE, max_tokens=1).tokens.image == len(rows)
 
 
-def test_embedding_rows_are_the_tables(vlm: VLM):
+def test_embedding_rows_are_the_tables(vlm: VLM) -> None:
     place = vlm.manifest.token_embedding
     assert (place.rows, place.width) == (
         vlm.manifest.decoder.n_vocab,
@@ -113,7 +113,7 @@ def test_embedding_rows_are_the_tables(vlm: VLM):
 
 
 @pytest.mark.parametrize("text", ["<image>", "<bos><eos>", "<pad>", "<|end|></s><|eot_id|>"])
-def test_user_text_never_becomes_a_marker(vlm: VLM, text: str):
+def test_user_text_never_becomes_a_marker(vlm: VLM, text: str) -> None:
     decoder = vlm.engines.decoder
     tokens = decoder.tokenize(text)
     assert not {decoder.bos, *vlm.manifest.answer.stop_tokens} & set(tokens)
@@ -121,14 +121,14 @@ def test_user_text_never_becomes_a_marker(vlm: VLM, text: str):
     assert vlm.ask(text, PICTURE, max_tokens=1).tokens.image == vlm.manifest.image.tokens
 
 
-def test_every_task_has_a_prompt_that_can_be_asked(vlm: VLM):
+def test_every_task_has_a_prompt_that_can_be_asked(vlm: VLM) -> None:
     for task, words in vlm.manifest.prompt.tasks.items():
         prompt = vlm.task(task, "a cat", language="de" if "{language}" in words else "en")
         assert "{" not in prompt
         assert vlm.ask(prompt, PICTURE, max_tokens=2).tokens.generated <= 2
 
 
-def test_the_answer_streams_as_the_reply_says(vlm: VLM):
+def test_the_answer_streams_as_the_reply_says(vlm: VLM) -> None:
     answer = vlm.stream("caption en", PICTURE, max_tokens=12)
     pieces = list(answer)
     assert "".join(p.text for p in pieces) == answer.reply.text

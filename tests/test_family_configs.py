@@ -46,7 +46,7 @@ def _more(source: Source) -> Source:
 SOURCES = {name: _more(source) for name, source in MODELS.items()}
 # The name of a type or of nothing that is read; neither is ever described with another.
 SKIPPED = {("config.json", "model_type")}
-WRONG = (None, "wide", [], {}, [7], {"a": 1}, 7.5, -1, 0, True)
+WRONG: tuple[object, ...] = (None, "wide", [], {}, [7], {"a": 1}, 7.5, -1, 0, True)
 
 
 def _paths(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

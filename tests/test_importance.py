@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edgevlm.bundle import Bundle
 from edgevlm.errors import ExportError
@@ -73,9 +75,10 @@ def test_columns_that_matter_are_kept_nearer(
     assert errors["weighed"] < 0.95 * errors["plain"]
 
 
-def values(path: Path, name: str) -> np.ndarray:
+def values(path: Path, name: str) -> NDArray[np.float32]:
     (tensor,) = (t for t in gguf.GGUFReader(path).tensors if t.name == name)
-    return gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
+    found = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
+    return np.asarray(found, np.float32)
 
 
 # llama.cpp spends seconds on the tables of each other IQ type, however small the model;
@@ -115,7 +118,7 @@ def test_what_needs_a_matrix_says_so_and_no_more(paligemma_bundle: Bundle, tmp_p
 
 
 def test_an_export_weighs_by_itself(small_checkpoint: Path, small: Bundle, tmp_path: Path) -> None:
-    wanted = {"quant": "iq2_xs", "vision_precision": "fp32", "verify": False}
+    wanted: dict[str, Any] = {"quant": "iq2_xs", "vision_precision": "fp32", "verify": False}
     direct = export_bundle(small_checkpoint, tmp_path / "direct", **wanted)
     assert sorted(p.name for p in direct.folder.iterdir()) == [
         "decoder.gguf", "edgevlm.json", "projector.onnx", "vision.onnx",

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -18,7 +20,9 @@ import edgevlm
 from edgevlm.bundle import Bundle
 from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle
+from edgevlm.image import RGB
 from edgevlm.prompt import Exchange, Image, Tokens
+from edgevlm.runtimes.engines import Float
 from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.sampling import Sampling
 from tests import published
@@ -37,7 +41,7 @@ VICUNA_PIECES = (
 )
 
 
-def greedy(vlm: edgevlm.VLM, picture: np.ndarray, prompt: str, n: int) -> tuple[np.ndarray, list]:
+def greedy(vlm: edgevlm.VLM, picture: RGB, prompt: str, n: int) -> tuple[Float, list[int]]:
     """Logits [1 + n, n_vocab] after the prompt and after each of the n likeliest tokens."""
     request = prepare(vlm.engines, [Exchange(prompt, 1)], [picture], Sampling(max_tokens=n))
     prefill(vlm.engines, request, input_blocks(vlm.engines, request), n)
@@ -50,7 +54,7 @@ def greedy(vlm: edgevlm.VLM, picture: np.ndarray, prompt: str, n: int) -> tuple[
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_it_answers_like_the_original(name: str, tmp_path: Path):
+def test_it_answers_like_the_original(name: str, tmp_path: Path) -> None:
     from tests.llava_reference import Original
 
     options = ORIGINALS[name]
@@ -69,7 +73,7 @@ def ask_and_chat(bundle: Bundle, folder: Path) -> None:
     """The command line answers about the picture, and goes on about it in a chat."""
     PIL.Image.fromarray(PICTURE).save(folder / "picture.png")
     about = ["-m", str(bundle.folder), "-i", str(folder / "picture.png"), "--max-tokens", "3"]
-    edgevlm = [sys.executable, "-m", "edgevlm"]
+    edgevlm: list[str | bytes] = [sys.executable, "-m", "edgevlm"]
     utf8 = os.environ | {"PYTHONUTF8": "1"}  # as the prompt is, whatever the locale
     ask = [*edgevlm, "ask", PROMPT.encode(), "--json", *about]
     asked = subprocess.run(ask, capture_output=True, env=utf8)
@@ -82,7 +86,7 @@ def ask_and_chat(bundle: Bundle, folder: Path) -> None:
     assert talked.stdout.decode().startswith(reply["text"])
     # The second question follows the first and its answer.
     told = re.search(r"text (\d+), cached (\d+)", talked.stderr.decode())
-    assert int(told[1]) > reply["tokens"]["text"] + 3
+    assert told and int(told[1]) > reply["tokens"]["text"] + 3
     # What comes before the question is not read again.
     assert int(told[2]) > bundle.manifest.image.tokens
 
@@ -103,20 +107,24 @@ def ask_and_chat(bundle: Bundle, folder: Path) -> None:
     ],
 )
 def test_transformers_layout_answers_like_transformers(
-    layout: str, options: dict, text: str, tmp_path: Path
-):
+    layout: str, options: dict[str, Any], text: str, tmp_path: Path
+) -> None:
     import torch
-    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration
+    import transformers
+
+    hf: Any = transformers
 
     source = write_llava(tmp_path / layout, layout=layout, **options)
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
     with edgevlm.load(bundle.folder) as vlm:
         ours, tokens = greedy(vlm, PICTURE, "what is it?", 16)
-    model = LlavaForConditionalGeneration.from_pretrained(
+    model = hf.LlavaForConditionalGeneration.from_pretrained(
         source, attn_implementation="eager", dtype=torch.float32
     ).eval()
-    pixels = CLIPImageProcessor.from_pretrained(source)(PICTURE, return_tensors="pt").pixel_values
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    pixels = hf.CLIPImageProcessor.from_pretrained(source)(
+        PICTURE, return_tensors="pt"
+    ).pixel_values
+    tokenizer = hf.AutoTokenizer.from_pretrained(source)
     ids = tokenizer(text.format("<image>" * bundle.manifest.image.tokens))["input_ids"]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids + tokens]), pixel_values=pixels).logits
@@ -136,7 +144,7 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("name", ["mobilepalo", "llava-phi3", "llava-llama3"])
-def test_a_chat_goes_on_as_the_original_does(name: str, tmp_path: Path):
+def test_a_chat_goes_on_as_the_original_does(name: str, tmp_path: Path) -> None:
     from tests.llava_reference import Original
 
     options = ORIGINALS[name]
@@ -165,7 +173,7 @@ def test_a_chat_goes_on_as_the_original_does(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ["llava-phi3", "llava-llama3"])
 def test_token_ids_where_templates_have_tokens_of_their_own(
     name: str, begins: bool, tmp_path: Path
-):
+) -> None:
     """With a tokenizer that puts the begin token before a text and with one that does not."""
     from tests.llava_reference import Original
 
@@ -200,7 +208,7 @@ def without_begin(source: Path) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", ["small", pytest.param("LLaMA", marks=published.needed)])
-def test_token_ids_in_ten_languages(vocabulary: str, tmp_path: Path):
+def test_token_ids_in_ten_languages(vocabulary: str, tmp_path: Path) -> None:
     questions = [question for questions in PROMPTS.values() for question in questions]
     tokenizer = published.LLAMA
     if vocabulary == "small":
@@ -208,7 +216,7 @@ def test_token_ids_in_ten_languages(vocabulary: str, tmp_path: Path):
         tokenizer = tmp_path / "tokenizer.model"
         tokenizer.write_bytes(llama_model((*questions[::2], *VICUNA_PIECES), 2500))
     source = write_llava(tmp_path / "source", tokenizer=tokenizer, layers=1)
-    how = {"quant": "f16", "vision_precision": "fp32", "verify": False}
+    how: dict[str, Any] = {"quant": "f16", "vision_precision": "fp32", "verify": False}
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     before, after = VICUNA_PIECES
     with edgevlm.load(export_bundle(source, tmp_path / "out", **how).folder) as vlm:
@@ -219,7 +227,7 @@ def test_token_ids_in_ten_languages(vocabulary: str, tmp_path: Path):
             assert request.segments == [Tokens((1,)), first, Image(0), last], question
 
 
-def test_what_questions_share_is_read_once(tmp_path: Path):
+def test_what_questions_share_is_read_once(tmp_path: Path) -> None:
     """A second question reads only its own words, one about another picture not the words before
     it; the logits are the same to the last bit.
     """
@@ -248,7 +256,9 @@ def test_what_questions_share_is_read_once(tmp_path: Path):
         assert np.array_equal(kept, fresh)
 
 
-def test_state_of_a_cancelled_prefill_is_not_taken_for_another(tmp_path: Path, monkeypatch):
+def test_state_of_a_cancelled_prefill_is_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from edgevlm.runtimes.engines import Cancelled
     from edgevlm.runtimes.llama.decoder import LlamaDecoder
 
@@ -257,15 +267,15 @@ def test_state_of_a_cancelled_prefill_is_not_taken_for_another(tmp_path: Path, m
     decode_rows = LlamaDecoder._decode_rows
     with edgevlm.load(bundle.folder) as vlm:
         fresh, _ = greedy(vlm, PICTURE, PROMPT, 4)
-        read = []
+        read: list[int] = []
 
-        def cancelled_in_the_question(decoder, rows, positions):
+        def cancelled(decoder: LlamaDecoder, rows: Float, positions: Sequence[int]) -> None:
             if read:
                 raise Cancelled
             read.append(len(rows))
             decode_rows(decoder, rows, positions)
 
-        monkeypatch.setattr(LlamaDecoder, "_decode_rows", cancelled_in_the_question)
+        monkeypatch.setattr(LlamaDecoder, "_decode_rows", cancelled)
         vlm.ask(PROMPT, PICTURE[:, ::-1], max_tokens=1)
         assert read == [bundle.manifest.image.tokens]
         monkeypatch.undo()
@@ -273,7 +283,7 @@ def test_state_of_a_cancelled_prefill_is_not_taken_for_another(tmp_path: Path, m
     assert np.array_equal(again, fresh)
 
 
-def test_the_named_tower_wins_over_the_copy_inside(tmp_path: Path):
+def test_the_named_tower_wins_over_the_copy_inside(tmp_path: Path) -> None:
     inside = write_llava(tmp_path / "inside", seed=1)
     write_llava(tmp_path / "apart", seed=2, tower="folder")
     tower = tmp_path / "apart-tower"
@@ -305,7 +315,9 @@ def test_the_named_tower_wins_over_the_copy_inside(tmp_path: Path):
         ({"tower_config": {"model_type": "siglip_vision_model"}, "tower": "folder"}, ["siglip"]),
     ],
 )
-def test_what_is_not_known_is_refused_in_one_line(options, words, tmp_path: Path):
+def test_what_is_not_known_is_refused_in_one_line(
+    options: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
     source = write_llava(tmp_path / "source", **options)
     with pytest.raises(SourceError) as raised:
         export_bundle(source, tmp_path / "out")
@@ -313,19 +325,19 @@ def test_what_is_not_known_is_refused_in_one_line(options, words, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_template_needs_its_tokens(tmp_path: Path):
+def test_a_template_needs_its_tokens(tmp_path: Path) -> None:
     source = write_llava(tmp_path / "source")
     with pytest.raises(SourceError, match=r"needs <\|end\|>, which the tokenizer lacks"):
         export_bundle(source, tmp_path / "out", template="phi3_instruct")
 
 
-def test_a_missing_tower_says_how_to_name_one(tmp_path: Path):
+def test_a_missing_tower_says_how_to_name_one(tmp_path: Path) -> None:
     source = write_llava(tmp_path / "source", tower="folder", config={"mm_vision_tower": "./none"})
     with pytest.raises(SourceError, match="--vision-tower"):
         export_bundle(source, tmp_path / "out")
 
 
-def test_pictures_are_padded_unless_they_are_to_be_cropped(tmp_path: Path):
+def test_pictures_are_padded_unless_they_are_to_be_cropped(tmp_path: Path) -> None:
     source = write_llava(tmp_path / "source")
     for fit in (None, "crop"):
         out = tmp_path / str(fit)

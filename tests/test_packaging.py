@@ -87,14 +87,14 @@ def layer(name: str) -> int:
     return hits[0] if hits else LAYERS.index(("edgevlm.api", "edgevlm"))
 
 
-def test_every_package_on_disk_is_in_setup_cfg():
+def test_every_package_on_disk_is_in_setup_cfg() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     listed = set(config["options"]["packages"].split())
     assert listed == {name for name, path in modules().items() if path.name == "__init__.py"}
 
 
-def test_every_file_of_data_is_in_setup_cfg():
+def test_every_file_of_data_is_in_setup_cfg() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     data = config["options.package_data"]
@@ -109,7 +109,7 @@ def test_every_file_of_data_is_in_setup_cfg():
 
 
 @pytest.mark.parametrize("name", modules())
-def test_modules_import_only_downwards(name):
+def test_modules_import_only_downwards(name: str) -> None:
     for imported in imports(modules()[name]):
         if imported.split(".")[0] == "edgevlm":
             assert layer(imported) <= layer(name), f"{name} imports {imported}"
@@ -118,14 +118,14 @@ def test_modules_import_only_downwards(name):
             assert not (mine and theirs and mine != theirs), f"{name} imports {imported}"
 
 
-def test_nothing_shipped_imports_the_workshop_or_the_tests():
+def test_nothing_shipped_imports_the_workshop_or_the_tests() -> None:
     for name, path in modules().items():
         outside = {i for i in imports(path) if i.split(".")[0] in ("tests", "workshop")}
         assert not outside, f"{name} imports {outside}"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_is_imported_only_where_it_belongs(engine):
+def test_an_engine_is_imported_only_where_it_belongs(engine: str) -> None:
     for name, path in modules().items():
         if any(i.split(".")[0] == engine for i in imports(path)):
             assert any(within(name, home) for home in ENGINES[engine]), name
@@ -145,7 +145,7 @@ def text_in_the_locales_encoding(node: ast.AST) -> bool:
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS.values(), "tests", "docs", "examples"])
-def test_text_is_utf8_whatever_the_locale(folder):
+def test_text_is_utf8_whatever_the_locale(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not text_in_the_locales_encoding(node), f"{path}: {ast.unparse(node)}"
@@ -157,13 +157,13 @@ def loaded_after(statement: str) -> set[str]:
     return set(out.stdout.split())
 
 
-def test_import_edgevlm_loads_nothing_heavy():
+def test_import_edgevlm_loads_nothing_heavy() -> None:
     heavy = {"onnxruntime", "llama_cpp", "torch", "transformers", "onnx", "numpy", "PIL", "rich"}
     assert not heavy & loaded_after("import edgevlm")
     assert not (heavy | {"gguf"}) & loaded_after("import edgevlm.cli, edgevlm.export")
 
 
-def test_reading_a_gguf_loads_ggml_alone():
+def test_reading_a_gguf_loads_ggml_alone() -> None:
     read = """
 from edgevlm.gguf_file import opened
 from edgevlm.models import built_in
@@ -175,12 +175,12 @@ with opened(built_in() / "decoder.gguf") as file:
         Library("nothing", ggml_free=(None,)).ggml_free()
 
 
-def test_public_names_are_sorted_and_there():
+def test_public_names_are_sorted_and_there() -> None:
     assert edgevlm.__all__ == sorted(edgevlm.__all__)
     assert all(hasattr(edgevlm, name) for name in edgevlm.__all__)
 
 
-def test_the_changelog_names_this_version():
+def test_the_changelog_names_this_version() -> None:
     versions = re.findall(
         r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from edgevlm import schema
@@ -17,7 +19,7 @@ from edgevlm.export import export_bundle
 from edgevlm.export.options import ReadOptions
 from edgevlm.export.pipeline import read
 from edgevlm.families import llava, paligemma, tinygptv
-from edgevlm.image import preprocess
+from edgevlm.image import RGB, preprocess
 from edgevlm.specs import ImageSpec
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
@@ -29,6 +31,7 @@ RNG = np.random.default_rng(3)
 WIDE = RNG.integers(0, 256, (50, 90, 3), np.uint8)
 TALL = RNG.integers(0, 256, (101, 67, 3), np.uint8)
 PLAIN, NESTED = "preprocessor_config.json", "processor_config.json"
+State = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stated(request: pytest.FixtureRequest):
+def stated(request: pytest.FixtureRequest) -> Iterator[State]:
     """A function that has a checkpoint's processor say something else, until the test is over."""
     kept: list[tuple[Path, bytes | None]] = []
 
@@ -69,11 +72,12 @@ def image(folder: Path, **options: Any) -> ImageSpec:
     return read(folder, ReadOptions(**options)).model.image
 
 
-def transformers_pixels(folder: Path, picture: np.ndarray, **options: Any) -> np.ndarray:
+def transformers_pixels(folder: Path, picture: RGB, **options: Any) -> NDArray[np.float32]:
     """What transformers' own class for the folder makes of a picture."""
-    from transformers import AutoImageProcessor
+    import transformers
 
-    processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    hf: Any = transformers
+    processor = hf.AutoImageProcessor.from_pretrained(folder, use_fast=False)
     made = processor(Image.fromarray(picture), return_tensors="np", **options)
     return np.asarray(made["pixel_values"][0], np.float32)
 
@@ -111,11 +115,13 @@ SIZES = [
 
 @pytest.mark.parametrize("file", [PLAIN, NESTED])
 @pytest.mark.parametrize("changes", BOTH, ids=str)
-def test_siglip_pixels_are_those_of_transformers(siglip: Path, stated, changes, file: str):
+def test_siglip_pixels_are_those_of_transformers(
+    siglip: Path, stated: State, changes: dict[str, Any], file: str
+) -> None:
     same_pixels(stated(siglip, changes, file), image(siglip))
 
 
-def test_a_fast_processor_with_all_that_it_writes(siglip: Path, stated):
+def test_a_fast_processor_with_all_that_it_writes(siglip: Path, stated: State) -> None:
     more = ("crop_size", "device", "disable_grouping", "do_center_crop", "do_pad", "pad_size")
     nulls = dict.fromkeys((*more, "input_data_format", "return_tensors"))
     said = {"data_format": "channels_first", "default_to_square": False, "resample": 2}
@@ -123,7 +129,7 @@ def test_a_fast_processor_with_all_that_it_writes(siglip: Path, stated):
     same_pixels(stated(siglip, nulls | said), image(siglip))
 
 
-def test_a_bilinear_processor_is_exported_as_one(clip: Path, stated, tmp_path: Path):
+def test_a_bilinear_processor_is_exported_as_one(clip: Path, stated: State, tmp_path: Path) -> None:
     source = stated(clip, {"resample": 2})
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
     assert bundle.manifest.image.resample == "bilinear"
@@ -133,14 +139,16 @@ def test_a_bilinear_processor_is_exported_as_one(clip: Path, stated, tmp_path: P
 
 @pytest.mark.parametrize("kind", ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeature"])
 @pytest.mark.parametrize("changes", [*BOTH, *SIZES], ids=str)
-def test_clip_pixels_are_those_of_transformers(clip: Path, stated, changes, kind: str):
+def test_clip_pixels_are_those_of_transformers(
+    clip: Path, stated: State, changes: dict[str, Any], kind: str
+) -> None:
     named = {"image_processor_type": kind}
     if kind == "CLIPFeature":
         named = {"image_processor_type": "absent", "feature_extractor_type": "CLIPFeatureExtractor"}
     same_pixels(stated(clip, changes | named), image(clip))
 
 
-def test_a_llava_with_siglips_processor(clip: Path, stated):
+def test_a_llava_with_siglips_processor(clip: Path, stated: State) -> None:
     """The defaults are those of the class that the file names."""
     absent = dict.fromkeys(("image_mean", "image_std", "crop_size", "do_center_crop"), "absent")
     size = {"size": {"height": 48, "width": 48}, "image_processor_type": "SiglipImageProcessor"}
@@ -158,7 +166,9 @@ PADDED = [
 
 @pytest.mark.parametrize("kind", ["LlavaImageProcessor", "absent"])
 @pytest.mark.parametrize("changes", [*PADDED, *SIZES], ids=str)
-def test_llava_pixels_are_those_of_transformers(clip: Path, stated, changes, kind: str):
+def test_llava_pixels_are_those_of_transformers(
+    clip: Path, stated: State, changes: dict[str, Any], kind: str
+) -> None:
     named = {"image_processor_type": kind, "feature_extractor_type": "absent", "do_pad": True}
     same_pixels(stated(clip, named | changes), image(clip))
     assert image(clip).fit == "pad"
@@ -195,8 +205,13 @@ def test_llava_pixels_are_those_of_transformers(clip: Path, stated, changes, kin
 @pytest.mark.parametrize("file", [PLAIN, NESTED])
 @pytest.mark.parametrize("source", ["siglip", "clip"])
 def test_what_a_manifest_cannot_say_is_refused_by_name(
-    source: str, file: str, changes, says: str, stated, request: pytest.FixtureRequest
-):
+    source: str,
+    file: str,
+    changes: dict[str, Any],
+    says: str,
+    stated: State,
+    request: pytest.FixtureRequest,
+) -> None:
     if source == "clip" and set(changes) == {"size"} and "height" in str(changes["size"]):
         changes = changes | {"do_center_crop": False}
     folder = stated(request.getfixturevalue(source), changes, file)
@@ -222,20 +237,22 @@ def test_what_a_manifest_cannot_say_is_refused_by_name(
         ),
     ],
 )
-def test_what_clip_cuts_must_be_what_its_tower_takes(clip: Path, stated, changes, says: str):
+def test_what_clip_cuts_must_be_what_its_tower_takes(
+    clip: Path, stated: State, changes: dict[str, Any], says: str
+) -> None:
     with pytest.raises(SourceError) as raised:
         image(stated(clip, changes))
     assert says in str(raised.value)
 
 
-def test_siglip_cuts_nothing_out(siglip: Path, stated):
+def test_siglip_cuts_nothing_out(siglip: Path, stated: State) -> None:
     with pytest.raises(SourceError, match="size is 56; only height and width are known"):
         image(stated(siglip, {"size": 56}))
     with pytest.raises(SourceError, match="do_center_crop is True; a SiglipImageProcessor ignores"):
         image(stated(siglip, {"do_center_crop": True}))
 
 
-def test_two_files_must_agree(siglip: Path, stated):
+def test_two_files_must_agree(siglip: Path, stated: State) -> None:
     """transformers 4 reads the one, 5 the other."""
     plain = json.loads((siglip / PLAIN).read_text(encoding="utf-8"))
     folder = stated(siglip, {})
@@ -257,8 +274,8 @@ def test_two_files_must_agree(siglip: Path, stated):
     ],
 )
 def test_a_processor_that_counts_other_rows_is_refused(
-    source: str, processor, says: str, stated, request: pytest.FixtureRequest
-):
+    source: str, processor: dict[str, Any], says: str, stated: State, request: pytest.FixtureRequest
+) -> None:
     folder = stated(request.getfixturevalue(source), {})
     default = {"vision_feature_select_strategy": "default"}
     write_json(folder / NESTED, default | processor)
@@ -270,7 +287,7 @@ def test_a_processor_that_counts_other_rows_is_refused(
     assert image(folder).tokens == (144 if source == "clip" else 16)
 
 
-def test_the_tower_of_an_original_brings_its_processor(tmp_path: Path):
+def test_the_tower_of_an_original_brings_its_processor(tmp_path: Path) -> None:
     source = write_llava(tmp_path / "source", tower="folder", layers=1)
     tower = tmp_path / "source-tower"
     write_json(source / PLAIN, {"image_mean": [0.1, 0.1, 0.1]})
@@ -287,7 +304,7 @@ def test_the_tower_of_an_original_brings_its_processor(tmp_path: Path):
         image(source)
 
 
-def test_a_tower_inside_is_read_as_its_named_folder_says(tmp_path: Path):
+def test_a_tower_inside_is_read_as_its_named_folder_says(tmp_path: Path) -> None:
     write_llava(tmp_path / "source", tower="folder", layers=1)
     tower = tmp_path / "source-tower"
     write_json(
@@ -306,7 +323,7 @@ def test_a_tower_inside_is_read_as_its_named_folder_says(tmp_path: Path):
     )
 
 
-def test_tinygptv_reads_pictures_as_the_run_of_its_stage(tmp_path: Path):
+def test_tinygptv_reads_pictures_as_the_run_of_its_stage(tmp_path: Path) -> None:
     mean = [0.3, 0.4, 0.5]
 
     def says(changes: dict[str, Any]) -> Path:
@@ -324,7 +341,7 @@ def test_tinygptv_reads_pictures_as_the_run_of_its_stage(tmp_path: Path):
         image(says({"image_size": 112}))
 
 
-READINGS = {
+READINGS: dict[str, tuple[Any, Callable[..., Path], dict[str, Any]]] = {
     "paligemma": (paligemma, write_paligemma, {}),
     "llava-hf": (llava, write_llava, {"layout": "hf"}),
     "llava": (llava, write_llava, {"tower": "folder"}),
@@ -336,7 +353,7 @@ READINGS = {
 @pytest.mark.parametrize("name", READINGS)
 def test_a_wrong_reading_of_the_processor_is_noticed(
     name: str, wrong: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """The comparison is with the checkpoint's own processor, not with the exporter's reading."""
     module, write, options = READINGS[name]
     read = module._image
@@ -354,7 +371,7 @@ def test_a_wrong_reading_of_the_processor_is_noticed(
     assert raised.value.stage == "pixels"
 
 
-def test_manifests_of_before_are_still_read():
+def test_manifests_of_before_are_still_read() -> None:
     old = {"size": 8, "tokens": 4, "mean": [0.5] * 3, "std": [0.5] * 3, "fit": "crop"}
     assert schema.read(ImageSpec, old).rescale == 1 / 255
     spec = ImageSpec(8, 4, (0.0,) * 3, (1.0,) * 3, resample="box", resize=9, fill=(1, 2, 3))

@@ -6,6 +6,7 @@ import errno
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import pytest
@@ -26,7 +27,10 @@ def contents(bundle: Bundle) -> dict[str, str]:
 def test_the_bytes_of_a_direct_export(
     paligemma_checkpoint: Path, paligemma_bundle: Bundle, tmp_path: Path
 ) -> None:
-    wanted = {"quant": "q4_k_m", "vision_precision": ["qdq8", "fp32", "int4", "fp16"]}
+    wanted: dict[str, Any] = {
+        "quant": "q4_k_m",
+        "vision_precision": ["qdq8", "fp32", "int4", "fp16"],
+    }
     direct = export_bundle(paligemma_checkpoint, tmp_path / "direct", verify=False, **wanted)
     made = requantize_bundle(paligemma_bundle.folder, tmp_path / "made", verify=False, **wanted)
     assert contents(made) == contents(direct)
@@ -52,7 +56,7 @@ def test_from_halves_of_a_checkpoint_in_halves(tmp_path: Path) -> None:
 def test_what_is_not_named_stays_and_what_changes_is_measured_anew(
     paligemma_checkpoint: Path, tmp_path: Path
 ) -> None:
-    options = {"quant": "f16", "vision_precision": "fp16"}
+    options: dict[str, Any] = {"quant": "f16", "vision_precision": "fp16"}
     old = export_bundle(paligemma_checkpoint, tmp_path / "old", name="mine", **options)
     made = requantize_bundle(old.folder, tmp_path / "new", quant="q8_0")
     manifest = open_bundle(tmp_path / "new", "full").manifest

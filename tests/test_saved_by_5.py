@@ -21,7 +21,7 @@ from tests.checkpoints.tinygptv import write_tinygptv
 from tests.checkpoints.vocabulary import write_json
 from tests.tinygptv_sources import SMALL
 
-LLAMA3 = {"vocabulary": "llama3", "kv_heads": 2, "text_config": {"rope_theta": 5e5}}
+LLAMA3: dict[str, Any] = {"vocabulary": "llama3", "kv_heads": 2, "text_config": {"rope_theta": 5e5}}
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "paligemma-1": partial(write_paligemma, tokenizer="json"),
     "paligemma-2": partial(write_paligemma, version=2, tokenizer="both", layout="b"),
@@ -43,7 +43,7 @@ def prepared(folder: Path) -> Job:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_it_is_exported_and_verified(name: str, tmp_path: Path):
+def test_it_is_exported_and_verified(name: str, tmp_path: Path) -> None:
     source = WRITERS[name](tmp_path / name)
     before = prepared(source).model
     as_saved_by_5(source, **STATED)
@@ -56,7 +56,7 @@ def test_it_is_exported_and_verified(name: str, tmp_path: Path):
     assert "processor_config.json" in {record.file for record in manifest.source}
 
 
-def test_only_the_processor_and_the_tokenizer_config_are_new(tmp_path: Path):
+def test_only_the_processor_and_the_tokenizer_config_are_new(tmp_path: Path) -> None:
     """tokenizer.model beside a tokenizer_config.json of 5."""
     source = write_paligemma(tmp_path / "source")
     found = json.loads((source / "preprocessor_config.json").read_text(encoding="utf-8")) | STATED
@@ -78,7 +78,7 @@ def config(source: Path, **changes: Any) -> Path:
     return source
 
 
-def test_rotary_positions_by_kind_of_layer(tmp_path: Path):
+def test_rotary_positions_by_kind_of_layer(tmp_path: Path) -> None:
     source = as_saved_by_5(write_paligemma(tmp_path / "source", version=2, tokenizer="json"))
     one = {"rope_type": "default", "rope_theta": 2e4}
     config(source, rope_parameters={"full_attention": one, "sliding_attention": one})
@@ -97,14 +97,16 @@ def test_rotary_positions_by_kind_of_layer(tmp_path: Path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0 is known"),
     ],
 )
-def test_rotary_positions_that_llama_cpp_would_turn_otherwise(rope, says: str, tmp_path: Path):
+def test_rotary_positions_that_llama_cpp_would_turn_otherwise(
+    rope: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     source = as_saved_by_5(write_llava(tmp_path / "source", layout="hf", layers=1))
     with pytest.raises(SourceError) as raised:
         prepared(config(source, rope_parameters={"rope_type": "default", "rope_theta": 1e4} | rope))
     assert says in str(raised.value)
 
 
-def test_a_phi_of_tinygptv(tmp_path: Path):
+def test_a_phi_of_tinygptv(tmp_path: Path) -> None:
     source = write_tinygptv(tmp_path / "source", layout="split", tokenizer_kind="fast", **SMALL)
     for name, changes in (
         ("config.json", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}}),
@@ -119,7 +121,7 @@ def test_a_phi_of_tinygptv(tmp_path: Path):
     assert all(stage.ok for stage in bundle.manifest.parity)
 
 
-def test_rotary_positions_stated_twice(tmp_path: Path):
+def test_rotary_positions_stated_twice(tmp_path: Path) -> None:
     """As transformers 4 saves what it read of 5's files."""
     source = as_saved_by_5(write_llava(tmp_path / "source", layout="hf", layers=1, **LLAMA3))
     with pytest.raises(SourceError, match="rope_theta is 10000.0, but 500000.0 in rope_parameters"):

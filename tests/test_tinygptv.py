@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from edgevlm.export.gguf import tools
 from edgevlm.export.gguf.decoder import DecoderSource, write_gguf
 from edgevlm.export.parity.corpus import corpus
 from edgevlm.image import preprocess
-from edgevlm.prompt import Exchange, Image, Tokens
+from edgevlm.prompt import Exchange, Image, Segment, Tokens
+from edgevlm.runtimes.engines import Float
 from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.sampling import Sampling
 from tests import published
@@ -43,6 +45,7 @@ SIDES = {
     "minigptv2": ("###Human: <Img>", "</Img> {}###Assistant: "),
     "training": ("[INST] <Img>", "</Img> {}  [/INST]"),
 }
+Terminal = Callable[..., tuple[str, str]]
 
 
 def original(folder: Path, stage: int) -> Original:
@@ -55,14 +58,15 @@ def original(folder: Path, stage: int) -> Original:
     )
 
 
-def tokenizer(folder: Path):
-    from transformers import AutoTokenizer
+def tokenizer(folder: Path) -> Any:
+    import transformers
 
+    hf: Any = transformers
     phi = folder / "phi-2" if (folder / "phi-2").is_dir() else folder
-    return AutoTokenizer.from_pretrained(phi, use_fast=not (phi / "vocab.json").is_file())
+    return hf.AutoTokenizer.from_pretrained(phi, use_fast=not (phi / "vocab.json").is_file())
 
 
-def greedy(vlm: edgevlm.VLM, prompt: str, n: int) -> tuple[np.ndarray, list[int], list]:
+def greedy(vlm: edgevlm.VLM, prompt: str, n: int) -> tuple[Float, list[int], Sequence[Segment]]:
     """Logits [1 + n, n_vocab], the n likeliest tokens in turn, and the prompt's segments."""
     request = prepare(vlm.engines, [Exchange(prompt, 1)], [PICTURE], Sampling(max_tokens=n))
     prefill(vlm.engines, request, input_blocks(vlm.engines, request), n)
@@ -75,7 +79,9 @@ def greedy(vlm: edgevlm.VLM, prompt: str, n: int) -> tuple[np.ndarray, list[int]
 
 
 @pytest.fixture(scope="module", params=ORIGINALS)
-def made(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[Path, Bundle, dict[str, Any]]:
+def made(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Bundle, dict[str, Any]]:
     """A checkpoint, its verified unquantized bundle, and what it was made of."""
     options = ORIGINALS[request.param]
     folder = tmp_path_factory.mktemp("tinygptv")
@@ -84,7 +90,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[Path, Bundle
     return source, bundle, options
 
 
-def test_every_stage_answers_like_the_original(made):
+def test_every_stage_answers_like_the_original(made: tuple[Path, Bundle, dict[str, Any]]) -> None:
     source, bundle, options = made
     assert all(stage.ok for stage in bundle.manifest.parity)
     reference = original(source, options["stage"])
@@ -99,14 +105,16 @@ def test_every_stage_answers_like_the_original(made):
     before, after = SIDES["demo_v2" if options["stage"] == 4 else "vicuna0"]
     ids = tokenizer(source)
     expected = ids(before)["input_ids"], ids(after.format(PROMPT))["input_ids"]
-    before, after = (Tokens(tuple(ids)) for ids in expected)
-    assert segments == [before, Image(0), after]
+    first, last = (Tokens(tuple(ids)) for ids in expected)
+    assert segments == [first, Image(0), last]
     theirs = reference.logits(PICTURE, expected, tokens)
     assert np.abs(ours - theirs).max() < 5e-3
     assert theirs[:-1].argmax(1).tolist() == tokens
 
 
-def test_the_command_line_answers_chats_and_detects(made, tmp_path: Path, terminal):
+def test_the_command_line_answers_chats_and_detects(
+    made: tuple[Path, Bundle, dict[str, Any]], tmp_path: Path, terminal: Terminal
+) -> None:
     _, bundle, _ = made
     PIL.Image.fromarray(PICTURE).save(tmp_path / "picture.png")
     about = ["-m", bundle.folder, "-i", tmp_path / "picture.png", "--max-tokens", "3"]
@@ -116,14 +124,14 @@ def test_the_command_line_answers_chats_and_detects(made, tmp_path: Path, termin
     talked, notes = terminal("chat", *about, stdin=f"{PROMPT}\nand now?\n/stats\n")
     assert talked.startswith(reply["text"])
     told = re.search(r"text (\d+), cached (\d+)", notes)
-    assert int(told[1]) > reply["tokens"]["text"] + 3 and int(told[2]) > 8
+    assert told and int(told[1]) > reply["tokens"]["text"] + 3 and int(told[2]) > 8
     terminal("detect", "a cat", "-o", tmp_path / "boxes.png", *about)
     with PIL.Image.open(tmp_path / "boxes.png") as drawn:
         assert drawn.size == (90, 50)
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
     """Runs the command line in this process: arguments -> stdout, stderr; it must succeed."""
 
     def run(*arguments: object, stdin: str = "") -> tuple[str, str]:
@@ -138,7 +146,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
-def test_what_came_from_where_is_recorded(made):
+def test_what_came_from_where_is_recorded(made: tuple[Path, Bundle, dict[str, Any]]) -> None:
     source, bundle, options = made
     records = {record.piece: record for record in bundle.manifest.pieces}
     stage, adapters = records["stage"], bool(options.get("adapters", "0.2"))
@@ -161,7 +169,7 @@ def test_what_came_from_where_is_recorded(made):
 
 
 @pytest.mark.parametrize("template", SIDES)
-def test_templates_are_the_originals(template: str, tmp_path: Path):
+def test_templates_are_the_originals(template: str, tmp_path: Path) -> None:
     source = write_tinygptv(tmp_path / "source", stage=4)
     prompt = prepared(source, template=template).model.prompt
     before, after = SIDES[template]
@@ -173,7 +181,7 @@ def test_templates_are_the_originals(template: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("vocabulary", ["small", pytest.param("GPT-2", marks=published.needed)])
-def test_token_ids_are_those_of_phis_tokenizer(vocabulary: str, tmp_path: Path):
+def test_token_ids_are_those_of_phis_tokenizer(vocabulary: str, tmp_path: Path) -> None:
     own = {"tokenizer": published.GPT2, "n_vocab": 51200} if vocabulary == "GPT-2" else {}
     source = write_tinygptv(tmp_path / "source", **own, width=32, heads=1, layers=1, **SMALL)
     job, gguf = prepared(source), tmp_path / "decoder.gguf"
@@ -194,7 +202,9 @@ def test_token_ids_are_those_of_phis_tokenizer(vocabulary: str, tmp_path: Path):
         assert ids[:4] == [[50257], [50287], [21017], [64, 21017, 48902, 25, 220]]
 
 
-def test_the_gguf_has_the_layout_that_the_runtime_expects(made):
+def test_the_gguf_has_the_layout_that_the_runtime_expects(
+    made: tuple[Path, Bundle, dict[str, Any]],
+) -> None:
     import gguf
 
     source, bundle, options = made
@@ -216,7 +226,7 @@ def test_the_gguf_has_the_layout_that_the_runtime_expects(made):
         assert np.array_equal(stored, np.concatenate(layers))
 
 
-def test_a_chat_is_read_as_one_text(tmp_path: Path):
+def test_a_chat_is_read_as_one_text(tmp_path: Path) -> None:
     """The original tokenizes all that follows the picture anew with every question."""
     source = write_tinygptv(tmp_path / "source")
     bundle = export_bundle(

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from edgevlm.errors import SourceError
+from edgevlm.parts.phi2 import Phi2
+from edgevlm.parts.qformer import QFormer
 from tests.checkpoints.tinygptv import write_tinygptv
 from tests.tinygptv_sources import SMALL, prepared
 
@@ -94,7 +96,9 @@ WEIGHTS = "phi-2/pytorch_model.bin"
         ("phi-2/tokenizer_config.json", set_to(tokenizer_class="XTokenizer"), ["XTokenizer"]),
     ],
 )
-def test_what_would_answer_nonsense_is_refused(file: str, change, words, tmp_path: Path):
+def test_what_would_answer_nonsense_is_refused(
+    file: str, change: Callable[[dict[str, Any]], object], words: list[str], tmp_path: Path
+) -> None:
     source = write_tinygptv(tmp_path / "source", weights="bin", **SMALL)
     edited(source / file, change)
     with pytest.raises(SourceError) as raised:
@@ -104,14 +108,14 @@ def test_what_would_answer_nonsense_is_refused(file: str, change, words, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_pickles_are_never_run(tmp_path: Path):
+def test_pickles_are_never_run(tmp_path: Path) -> None:
     source = write_tinygptv(tmp_path / "source", **SMALL)
     edited(source / STAGE, lambda saved: {**saved, "config": Path("run")})
     with pytest.raises(SourceError, match=r"Stage3.pth: wants to run pathlib.*was refused"):
         prepared(source)
 
 
-def test_files_are_known_by_what_they_hold(tmp_path: Path):
+def test_files_are_known_by_what_they_hold(tmp_path: Path) -> None:
     source = write_tinygptv(tmp_path / "source", **SMALL)
     (source / "pieces").mkdir()
     for old, new in ((EVA, "pieces/a.pth"), (BLIP2, "pieces/b.bin"), (STAGE, "checkpoint_49.pth")):
@@ -138,7 +142,7 @@ def test_files_are_known_by_what_they_hold(tmp_path: Path):
         prepared(source, parts={"tower": stage4})
 
 
-def test_what_files_leave_open_can_be_stated(tmp_path: Path):
+def test_what_files_leave_open_can_be_stated(tmp_path: Path) -> None:
     source = write_tinygptv(tmp_path / "source", said=False, name="checkpoint_4.pth", **SMALL)
     with pytest.raises(SourceError, match=r"checkpoint_4.pth does not say .*--set stage=1 to 4"):
         prepared(source)
@@ -147,6 +151,7 @@ def test_what_files_leave_open_can_be_stated(tmp_path: Path):
     edited(source / PHI, set_to(partial_rotary_factor=0.5))
     stated = {"stage": "1", "partial_rotary_factor": "0.5", "lora_alpha": "8", "vision_heads": "4"}
     model = prepared(source, settings=stated).model
+    assert isinstance(model.text, Phi2)
     assert (model.text.rotary_dim, model.text.lora_alpha) == (16, 8)
     assert model.vision.num_attention_heads == 4
     for name, value, words in (
@@ -159,7 +164,7 @@ def test_what_files_leave_open_can_be_stated(tmp_path: Path):
             prepared(source, settings={**stated, name: value})
 
 
-def test_only_39_blocks_of_the_tower_are_run(tmp_path: Path):
+def test_only_39_blocks_of_the_tower_are_run(tmp_path: Path) -> None:
     source = write_tinygptv(
         tmp_path / "source", vision_layers=39, vision_width=88, vision_mlp=16, q_layers=1
     )
@@ -170,7 +175,7 @@ def test_only_39_blocks_of_the_tower_are_run(tmp_path: Path):
     assert "blocks.*.mlp.fc1.weight" in eva.unused and "blocks.*.mlp.fc1.weight x39" in eva.used
 
 
-def test_a_later_piece_wins(tmp_path: Path):
+def test_a_later_piece_wins(tmp_path: Path) -> None:
     """As in the original, whose load_state_dict takes every name that its model has."""
     source = write_tinygptv(tmp_path / "source", **SMALL)
     norm = {"ln_vision.weight": torch.full((176,), 3.0), "ln_vision.bias": torch.zeros(176)}
@@ -182,10 +187,16 @@ def test_a_later_piece_wins(tmp_path: Path):
     assert (vision["embeddings.class_embedding"].float32() == 2).all()
 
 
-def test_heads_of_the_qformer_are_berts_where_its_config_is_there(tmp_path: Path):
+def qformer(source: Path) -> QFormer:
+    found = prepared(source).model.projector
+    assert isinstance(found, QFormer)
+    return found
+
+
+def test_heads_of_the_qformer_are_berts_where_its_config_is_there(tmp_path: Path) -> None:
     source = write_tinygptv(tmp_path / "source", **SMALL)
-    assert prepared(source).model.projector.num_attention_heads == 2
+    assert qformer(source).num_attention_heads == 2
     (source / "bert-base-uncased").mkdir()
     bert = {"model_type": "bert", "num_attention_heads": 4}
     (source / "bert-base-uncased/config.json").write_text(json.dumps(bert), encoding="utf-8")
-    assert prepared(source).model.projector.num_attention_heads == 4
+    assert qformer(source).num_attention_heads == 4

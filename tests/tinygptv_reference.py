@@ -110,7 +110,7 @@ class Original:
 
     def _attend(self, x: Tensor, source: Tensor, p: str) -> Tensor:
         q, k, v = (
-            self.linear(s, f"{p}self.{n}").unflatten(-1, (-1, 64)).transpose(1, 2)
+            torch.unflatten(self.linear(s, f"{p}self.{n}"), -1, (-1, 64)).transpose(1, 2)
             for n, s in (("query", x), ("key", source), ("value", source))
         )
         read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -165,7 +165,8 @@ class Original:
 
 def load(path: Path) -> dict[str, Any]:
     """A .pth file."""
-    return torch.load(path, weights_only=True)
+    saved: dict[str, Any] = torch.load(path, weights_only=True)
+    return saved
 
 
 def read_phi(folder: Path) -> dict[str, Tensor]:

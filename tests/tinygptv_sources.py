@@ -7,6 +7,7 @@ from typing import Any
 
 from edgevlm.export import pipeline
 from edgevlm.export.components import Job
+from edgevlm.export.options import ReadOptions
 
 # Sizes of write_tinygptv for tests that look at files and not at answers.
 SMALL = {"vision_layers": 1, "q_layers": 2, "mlp": 64, "middle": 16}
@@ -14,4 +15,4 @@ SMALL = {"vision_layers": 1, "q_layers": 2, "mlp": 64, "middle": 16}
 
 def prepared(source: Path, **options: Any) -> Job:
     """What `edgevlm export` knows of a source before it writes anything."""
-    return pipeline.read(source, pipeline.ReadOptions(**options))
+    return pipeline.read(source, ReadOptions(**options))
