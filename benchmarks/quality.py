@@ -1,4 +1,4 @@
-"""How near a bundle's answers are to a reference's: two precisions of one model, side by side.
+"""Distance of a bundle's answers from a reference's: two precisions of one model, side by side.
 
 Both see the same drawn scenes and are asked the same; the candidate then reads the reference's
 greedy answers, so that every next-token distribution is compared after the same words. Each engine
@@ -129,7 +129,7 @@ def _cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def _watch(bundle: Path, options: LoadOptions, scenes: int, follow: Path | None) -> dict[str, Any]:
-    """What `observe` writes, with the engines in this process."""
+    """Observations as `observe` writes them, with the engines in this process."""
     from edgevlm.runtimes.loading import load_bundle
 
     with load_bundle(bundle, options) as vlm:

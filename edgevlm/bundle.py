@@ -65,7 +65,7 @@ class Component:
 
 @dataclass(frozen=True)
 class StageParity:
-    """How far one stage lies from the source: `worst` by `metric`, allowed up to `tolerance`."""
+    """One stage's distance from the source: `worst` by `metric`, allowed up to `tolerance`."""
 
     stage: str
     metric: str
@@ -74,13 +74,13 @@ class StageParity:
 
     @property
     def ok(self) -> bool:
-        """Whether the stage is within its tolerance."""
+        """True if the stage is within its tolerance."""
         return self.worst <= self.tolerance
 
 
 @dataclass(frozen=True)
 class PieceRecord:
-    """What a model that was assembled from several files took from one of them.
+    """The record of one weight file of a model that was assembled from several.
 
     `used` are the tensors that are in the bundle, `replaced` those of which a later piece had its
     own, `unused` those that the model never reads. Layers are counted, not listed:

@@ -1,4 +1,4 @@
-"""What can go wrong, one class for each thing a caller can do differently.
+"""Errors, one class for each thing a caller can do differently.
 
     EdgeVLMError
     ├ BundleError

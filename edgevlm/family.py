@@ -1,4 +1,4 @@
-"""What a family of models must state: one object, data and small functions, no engine.
+"""Description of a model family: one object, data and small functions, no engine.
 
 A family is one file in edgevlm/families/ that ends in `FAMILY = Family(...)`; it is found by its
 file name. The exporter asks it what a checkpoint's config means and which tensor is which; the
@@ -93,7 +93,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """What a family may look at: a checkpoint's JSON files by name, the shapes of its tensors.
+    """A checkpoint as families see it: its JSON files by name, the shapes of its tensors.
 
     A vision tower that is a checkpoint of its own has all its names behind TOWER, a piece behind
     its name and a slash; what a file of weights says beside its tensors is its `config.json`, and
@@ -148,7 +148,7 @@ class Model:
         return tuple(f"vision.{start}" for start in self.vision.unread)
 
     def prefixed(self, text: str) -> str:
-        """What the tokenizer makes of a text given to it alone, before it cuts it up."""
+        """A text with the prefix that the tokenizer puts before it when it is given alone."""
         # SentencePiece's sign is a space to it.
         own = self.prefix_once and text.startswith((self.prefix, "\u2581"))
         return text if own or not text else self.prefix + text

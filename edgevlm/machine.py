@@ -1,4 +1,4 @@
-"""How many cores and how much memory this process may use.
+"""Cores and memory that this process may use.
 
 The smallest of what the machine has, what the process is bound to, and what the control groups of
 its container allow: a program in `docker run --cpus 1 --memory 4g` sees every core and all memory

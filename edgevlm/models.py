@@ -24,7 +24,7 @@ def _home() -> Path | None:
 
 
 def directory() -> Path:
-    """Where named models lie: $EDGEVLM_HOME/models or the user's data folder."""
+    """The folder of named models: $EDGEVLM_HOME/models or the user's data folder."""
     if home := _home():
         return home / "models"
     import platformdirs
@@ -33,7 +33,7 @@ def directory() -> Path:
 
 
 def cache_directory() -> Path:
-    """What can be made again: $EDGEVLM_HOME/cache or the user's cache folder."""
+    """The folder of what can be made again: $EDGEVLM_HOME/cache or the user's cache folder."""
     if home := _home():
         return home / "cache"
     import platformdirs

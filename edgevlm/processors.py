@@ -79,7 +79,7 @@ _MAY_BE_NULL = ("size", "crop_size", "image_mean", "image_std")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a processor does: its class, every setting, and the file that states them ("" where
+    """A picture processor's class, every setting of it, and the file that states them ("" where
     there is none).
     """
 
@@ -95,7 +95,7 @@ class Settings:
 
 
 def default_settings(kind: str, side: int, beside: str = "") -> tuple[Settings, tuple[str, ...]]:
-    """What a class does for a tower of `side` pixels where no file says anything, and a note of it
+    """A class's settings for a tower of `side` pixels where no file states any, and a note of it
     for the manifest, with what is known `beside`.
     """
     values = dict(_DEFAULTS[kind])
@@ -186,7 +186,7 @@ def _means_something(key: str, value: Any) -> bool:
 def image_spec(
     found: Settings, side: int, tokens: int, *, pad: bool = False, max_pictures: int = 1
 ) -> ImageSpec:
-    """How the processor makes pixels for a tower of `side` pixels.
+    """Translates a processor's settings for a tower of `side` pixels.
 
     With `pad` its caller puts a picture into the middle of a square of the mean colour first, as
     LLaVA's own code does. Raises FileError.
@@ -255,7 +255,7 @@ def check_rows(files: Mapping[str, Config], side: int, tokens: int) -> None:
 
 
 def _fit(found: Settings, side: int, pad: bool) -> tuple[Fit, int]:
-    """How a picture becomes a square, and the side that it is resized to."""
+    """The way a picture becomes a square, and the side that it is resized to."""
     if not found.values["do_resize"]:
         raise found.refusal("do_resize", "only true is known")
     resize, keeps_shape = _size(found)

@@ -1,4 +1,4 @@
-"""How the next token is chosen: one frozen dataclass, checked once."""
+"""Sampling options: one frozen dataclass, checked once."""
 
 from __future__ import annotations
 

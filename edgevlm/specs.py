@@ -1,4 +1,4 @@
-"""What a bundle states about its model, as plain frozen data: picture, prompt, decoder, answer.
+"""A model's specs as plain frozen data: picture, prompt, decoder, answer.
 
 A family fills these from a checkpoint's config, the bundle stores them, the runtime obeys them.
 None of them knows an engine.
@@ -17,7 +17,7 @@ Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How a picture becomes pixels float32 [3, size, size].
+    """Preprocessing of a picture to pixels, float32 [3, size, size].
 
     `size` is the side in pixels, `tokens` the image embeddings of one such square. `rescale`
     is what bytes are multiplied by; `mean` and `std` are per channel on the scale that comes of it.
@@ -41,7 +41,7 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """How a question becomes the decoder's input.
+    """Layout of the decoder's input around a question.
 
     `template` lists the parts in order. A part is `{image}` (the embeddings of every picture),
     `{bos}` (the begin token), `{id:N}` (the token with that id) or text, in which `{prompt}` stands
@@ -82,7 +82,7 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class AnswerSpec:
-    """How an answer ends, how long it may be when the caller does not say, and what is left out.
+    """Stop tokens of an answer, its default length, and what is left out of it.
 
     With `strip`, blanks around it are no part of it, nor is a `role` ("Assistant:") that a model
     says before it. The repetition penalty counts `penalized` tokens as if the answer had them.
@@ -98,7 +98,7 @@ class AnswerSpec:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where the token-embedding table lies in the GGUF file, so that single rows can be read.
+    """Location of the token-embedding table in the GGUF file, so that single rows can be read.
 
     `offset` is in bytes from the start of the file, `type` a ggml type name such as "Q6_K", the
     shape is [rows, width].

@@ -95,7 +95,7 @@ class Cutter:
         return tuple(found)
 
     def _begins_with_space(self, text: str) -> bool:
-        """Whether the tokenizer puts one before the whole text."""
+        """True if the tokenizer puts a space before the whole text."""
         if self.spaces not in ("start", "first"):
             return False
         added = self.tokenizer.added

@@ -1,4 +1,4 @@
-"""What edgevlm hands back: answers, their measurements, boxes. Units stand in the names."""
+"""Results: answers, their measurements, boxes. Units stand in the names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FlashAttention = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Where the tokens of one answer went.
+    """Token counts of one answer.
 
     `image` and `text` are the positions of the prompt; `cached` says how many of them did not
     have to be computed again (image embeddings that were known, or a KV cache that was kept);
@@ -33,7 +33,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long each stage of one answer took, in milliseconds of wall time.
+    """Wall time of each stage of one answer, in milliseconds.
 
     `load_ms` is the time the model took to load, whichever answer it was for. `first_token_ms`
     runs from the request to the first token of the answer, `total_ms` to its end; `decode_ms` is
@@ -116,7 +116,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a part of a model runs: what was asked for, what really runs it, and why.
+    """Placement of one part of a model: the device asked for, the one that really runs it, and why.
 
     `asked` is the caller's word ("auto", "gpu"), `device` the word of what runs ("cpu",
     "openvino:npu"), `engine` the engine's own name for it, `hardware` the device's name where the
@@ -151,7 +151,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Devices:
-    """Where encoder and decoder of a loaded model run."""
+    """Placements of a loaded model's encoder and decoder."""
 
     vision: Placement
     decoder: Placement
@@ -159,7 +159,7 @@ class Devices:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a loaded model really runs with.
+    """Settings that a loaded model really runs with.
 
     `threads` are those of both engines; `repacking` says whether llama.cpp re-orders quantized
     weights at load. `kv` is the type of the KV cache ("f32", "f16", "q8_0"). `flash_attention` is
@@ -178,7 +178,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a long stage has come: `done` of `total` in `unit` ("B", "tensors", "layers")."""
+    """Progress of a long stage: `done` of `total` in `unit` ("B", "tensors", "layers")."""
 
     stage: str
     done: int

@@ -1,4 +1,4 @@
-"""From a published checkpoint to a bundle: `export_bundle` is the door.
+"""Exports a published checkpoint to a bundle: `export_bundle` is the door.
 
 Importing this package loads nothing heavy; torch, optimum and onnx are needed when an export runs.
 """
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an export would make of a source; `pieces` and `notes` are the manifest's."""
+    """A source as an export would read it; `pieces` and `notes` are the manifest's."""
 
     name: str
     family: str

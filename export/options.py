@@ -17,9 +17,7 @@ Location = str | os.PathLike[str]
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How a source is read, where its files leave something out or open; `export_bundle` says what
-    each option means.
-    """
+    """Choices for what a source's files leave out or open; `export_bundle` says what each means."""
 
     name: str | None = None
     vision_tower: Location | None = None
@@ -55,7 +53,7 @@ class WriteOptions:
         calibration: Location | None = None,
         verify: bool = True,
     ) -> WriteOptions:
-        """From names of precisions; an `imatrix` of None is one where llama.cpp insists on it.
+        """Options by name; without a choice of `imatrix` one is made where llama.cpp insists on it.
 
         Raises ExportError for a name that is not known and for choices that disagree.
         """

@@ -208,7 +208,7 @@ def describe(checkpoint: Checkpoint, options: ReadOptions = AS_FOUND) -> tuple[F
 
 
 def _path(checkpoint: Checkpoint, file: str) -> Path:
-    """Where a file lies that a family knows by its key in Source.files."""
+    """The path of a file that a family knows by its key in Source.files."""
     piece, _, name = file.rpartition("/")
     inside = checkpoint.pieces.get(piece, checkpoint)
     return inside.folder / name

@@ -11,7 +11,7 @@ from edgevlm.errors import ExportError
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far logits may lie from the float32 source's.
+    """Bounds on the logits' distance from the float32 source's.
 
     `logit` is the largest difference of one, in standard deviations of the source's logits; `kl`
     the mean divergence of the next token's distribution, in nats.
@@ -52,7 +52,7 @@ class VisionPrecision:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which nodes of a tower stay in float32.
+    """The choice of a tower's nodes that stay in float32.
 
     First those whose noise (export/onnx/quantize.py says what that is for each precision) is beyond
     one of `limits`, which are tried in turn until the features are near enough; then, if none was
@@ -172,12 +172,12 @@ def vision_precisions(names: str | Sequence[str]) -> tuple[VisionPrecision, ...]
 
 
 def recipe(precision: str) -> Recipe:
-    """How towers are brought to a precision other than fp32."""
+    """The recipe for towers in a precision other than fp32."""
     return _RECIPES[precision]
 
 
 def wants_imatrix(precision: Quant, asked: bool | None) -> bool:
-    """Whether an importance matrix is made: as asked, and where llama.cpp insists on one.
+    """True if an importance matrix is made: as asked, and where llama.cpp insists on one.
 
     Raises ExportError where the two disagree.
     """

@@ -1,4 +1,4 @@
-"""Which precisions a kind of device gets: a table, to be read and to be argued with.
+"""Precisions for each kind of device: a table, to be read and to be argued with.
 
 What an explicit option says comes first. Only the laptop's set was measured on hardware.
 """

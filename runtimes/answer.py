@@ -76,7 +76,7 @@ class Answer:
 
 
 class _Draft:
-    """What there is of an answer so far."""
+    """The answer so far."""
 
     def __init__(self, model: Engines, request: Request, turn: Turn, load_ms: float) -> None:
         self._family = model.family

@@ -1,4 +1,4 @@
-"""What the runtime asks of its engines: protocols, nothing of onnxruntime or llama.cpp."""
+"""Protocols of the runtime's engines; nothing of onnxruntime or llama.cpp."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Block:
     positions: npt.NDArray[np.int32]
 
     def same(self, other: Block) -> bool:
-        """Whether the decoder computes the same from it after the same blocks."""
+        """True if the decoder computes the same from it after the same blocks."""
         return (
             self.attention == other.attention
             and np.array_equal(self.positions, other.positions)
@@ -66,7 +66,7 @@ class VisionEncoder(Protocol):
 
     @property
     def provider(self) -> str:
-        """What really runs it, in the engine's own words."""
+        """The provider that really runs it, in the engine's own words."""
 
     def features(self, pixels: Float) -> Float:
         """Pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]."""
@@ -96,7 +96,7 @@ class TextDecoder(Protocol):
 
     @property
     def settings(self) -> RunSettings:
-        """What it really runs with."""
+        """Settings that it really runs with."""
 
     @property
     def bos(self) -> int:

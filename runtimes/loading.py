@@ -25,7 +25,7 @@ from edgevlm.types import Devices, Placement
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is wanted to run; None follows the measured rules (`rules.py`).
+    """Options of loading a model; None follows the measured rules (`rules.py`).
 
     threads: of both engines. device: what both parts run on; vision_device and decoder_device
     override it for one. repack: whether llama.cpp re-orders quantized weights at load. kv: type of
@@ -144,7 +144,7 @@ def open_decoder(
 
 
 def _stays(spec: DecoderSpec, exact: bool) -> str:
-    """Why a decoder is better left on the CPU; empty where it is not."""
+    """A reason to leave the decoder on the CPU; empty where there is none."""
     if exact:
         return "the decoder is in f32, for the CPU's exact numbers"
     if spec.extra_norms:

@@ -1,4 +1,4 @@
-"""How much memory this process holds, and held at most."""
+"""Memory that this process holds, and held at most."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class ImagePart(TypedDict):
 
 
 class Message(TypedDict):
-    """What a user or the assistant says, in the form that other APIs have.
+    """A message of the user or the assistant, in the form that other APIs have.
 
     An answer of the model's may be given as its Reply, whose tokens are then read as they were
     said. Pictures stand where the model's template has them, whatever the order in `content`.

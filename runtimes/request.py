@@ -1,4 +1,4 @@
-"""From exchanges and pictures to the blocks that the decoder reads, every stage timed.
+"""Turns exchanges and pictures into the blocks that the decoder reads, every stage timed.
 
 Pictures become image embeddings (encoder, projector, cache), texts token embeddings (tokenizer,
 embedding table); both are joined in the order of the model's template.
@@ -41,7 +41,7 @@ class Bitmap:
 
     @cached_property
     def key(self) -> str:
-        """What its embeddings are kept by; hashed when it is first needed."""
+        """The cache key of its embeddings; hashed when it is first needed."""
         return fingerprint(self.rgb)
 
     def plan(self, spec: ImageSpec) -> Plan:

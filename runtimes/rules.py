@@ -17,7 +17,7 @@ from edgevlm.machine import physical_cores
 
 @dataclass(frozen=True)
 class Facts:
-    """What rules may depend on.
+    """Facts that rules may depend on.
 
     cores: physical cores that this process may keep busy. features: llama.cpp's words for what the
     processor can do, such as "AVX2". decoder: the decoder's precision, such as "q4_k_m".

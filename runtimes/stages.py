@@ -30,7 +30,7 @@ from edgevlm.sampling import Sampling
 
 @dataclass(frozen=True)
 class Stages:
-    """What an answer about one picture is made of.
+    """Every stage of an answer about one picture.
 
     pixels: float32 [1, 3, size, size]. features: float32 [1, patches, width]. embeddings: float32
     [1, tokens, n_embd]. prompt_ids: int32 [n]. logits: float32 [1 + n, n_vocab], after the prefix

@@ -1,4 +1,4 @@
-"""Whose turn it is: which request, of which thread, may use a model's engines. Knows no engine."""
+"""Turns of requests, from several threads, at a model's engines. Knows no engine."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Documentation that something checks."""
 
+import ast
 import re
 import runpy
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ import click
 from edgevlm.cli import cli
 
 ROOT = Path(__file__).parent.parent
+CODE = ("edgevlm", "export", "runtimes", "benchmarks", "workshop")
+# A text that opens so says what a thing is about and not what it is.
+QUESTION = re.compile(r"(Of|What|Whatever|Which|Who|Whose|How|Where|Whether|Why|When)\b")
 
 
 def test_the_command_reference_is_in_step() -> None:
@@ -21,9 +25,25 @@ def test_the_command_reference_is_in_step() -> None:
 
 def test_help_texts_name_the_thing_that_an_option_sets() -> None:
     for option in _options(cli):
-        assert option.help and not re.match(r"(Of|What|Which|How|Where|Whether) ", option.help), (
-            option.name
-        )
+        assert option.help and not QUESTION.match(option.help), option.name
+
+
+def test_docstrings_open_with_a_noun_or_a_verb_phrase() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{name}"
+        for path, name, text in _docstrings()
+        if QUESTION.match(text)
+    ]
+    assert not wrong
+
+
+def _docstrings() -> Iterator[tuple[Path, str, str]]:
+    """(file, name, text) of every docstring, each file once: links are not followed."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in (p for folder in CODE for p in sorted((ROOT / folder).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, documented) and (text := ast.get_docstring(node)):
+                yield path, getattr(node, "name", "the module"), text
 
 
 def _options(command: click.Command) -> Iterator[click.Option]:

@@ -1,1 +1,1 @@
-"""What edgevlm is made and measured with; no part of the installed package."""
+"""Tools that edgevlm is made and measured with; not installed."""

@@ -1,4 +1,4 @@
-"""How far each precision and each published layout lies from the original, on tiny random models.
+"""Distance of each precision and each published layout from the original, on tiny random models.
 
     python -m workshop.exactness [--only tinygpt-v] [--out docs/exactness.md]
 

@@ -1,4 +1,4 @@
-"""What adding a decoder's norms to llama.cpp's graph costs.
+"""Cost of adding a decoder's norms to llama.cpp's graph.
 
     python -m workshop.hook_cost BUNDLE
 

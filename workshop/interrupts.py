@@ -41,7 +41,7 @@ _AGAIN_S = 0.05
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run; `faults` are what must not be."""
+    """The outcome of one run; `faults` are what must not be."""
 
     code: int
     seconds: float

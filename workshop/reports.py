@@ -140,7 +140,7 @@ def _sections(reports: Mapping[str, Report]) -> Iterator[Section]:
 
 
 def _instructions(report: Report) -> str:
-    """What the processor has for 8-bit products, which quantized models live on."""
+    """The processor's instructions for 8-bit products, which quantized models live on."""
     return next((p.int8_instructions for p in report.physics), "instructions not known")
 
 

@@ -103,7 +103,7 @@ _CALLS: dict[str, Callable[[VLM, str, Any], Any]] = {
 
 
 def _growth(mebibytes: list[float]) -> str:
-    """How memory went after the warm-up, and whether that is flat."""
+    """Growth of memory after the warm-up, and whether it is flat."""
     warm = mebibytes[int(len(mebibytes) * _WARM_UP) :]
     half = len(warm) // 2
     early, late = np.median(warm[:half]), np.median(warm[half:])

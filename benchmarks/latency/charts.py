@@ -1,4 +1,4 @@
-"""Which plots a report shows, and of what."""
+"""Plots of a report."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def compare(a: Report, b: Report, *, threshold: float, force: bool = False) -> l
 
 
 def verdict(a: Metric, b: Metric, threshold: float) -> Verdict:
-    """Whether B differs from A by more than `threshold` (a part of A) and by more than the noise.
+    """The verdict on B: a difference beyond `threshold` (a share of A) and beyond the noise counts.
 
     The noise of a difference is that of both medians, added as independent errors are.
     """

@@ -1,4 +1,4 @@
-"""What a bundle needs at least: bytes read and operations done, stage by stage.
+"""Least cost of an answer: bytes read and operations done, stage by stage.
 
 The decoder's numbers come from its tensor table. The graphs' are estimates from the size of their
 files: one multiply-add for every weight and position, attention left out (4 % in SigLIP-So400m at

@@ -1,4 +1,4 @@
-"""What a report may hold beyond edgevlm's own times: other projects' and the answers' quality."""
+"""Optional sections of a report: other projects' times, and the answers' quality."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SCENES = 100
 
 @dataclass(frozen=True)
 class Extras:
-    """What else to measure. `peer_rounds` are turns of every peer, `checkpoint` is what the
+    """Extra measurements. `peer_rounds` are turns of every peer, `checkpoint` is what the
     measured bundle was made of, `tower` what that leaves out, `pythons` are those of peers that
     have their own, `reference` is the bundle with which answers are compared.
     """

@@ -43,7 +43,7 @@ class Configuration:
 
 @dataclass
 class Gathered:
-    """What the rounds of one configuration have brought so far; `failed` says why no more come."""
+    """Results of one configuration's rounds so far; `failed` says why no more come."""
 
     configuration: Configuration
     samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -69,14 +69,14 @@ class Gathered:
         }
 
     def settled(self, target: float) -> bool:
-        """Whether the spread of what users wait for is below `target`."""
+        """True if the spread of what users wait for is below `target`."""
         metrics = self.metrics()
         spreads = [metrics[name].spread if name in metrics else None for name in _WATCHED]
         return all(spread is not None and spread <= target for spread in spreads)
 
     @property
     def measured(self) -> bool:
-        """Whether a pair of answers has come, which is the least that makes a result."""
+        """True once a pair of answers has come, which is the least that makes a result."""
         return "generated" in self.facts
 
     def result(self, needs: Cost, physics: Physics | None, target: float) -> Result:

@@ -1,4 +1,4 @@
-"""Which machine and which software a report is from."""
+"""Machine and software that a report is from."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def software() -> dict[str, str]:
 
 
 def differences(a: Machine, b: Machine) -> list[str]:
-    """What makes two machines different ones for a comparison; empty for the same."""
+    """Differences that forbid a comparison of two machines; empty for the same."""
     found = []
     for name in ("cpu", "architecture", "physical_cores", "usable_cores"):
         if (x := getattr(a, name)) != (y := getattr(b, name)):

@@ -31,7 +31,7 @@ _QUESTION = "What is in the picture?"
 
 @dataclass(frozen=True)
 class Job:
-    """What one round measures, as the parent sends it to the worker.
+    """The task of one round, as the parent sends it to the worker.
 
     prompt: None for the model's own caption prompt. tokens: length of every answer. A pair is an
     answer about a new picture and one about the same again; there are at least one and at most
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """What the worker reports: samples by metric, and facts about the configuration."""
+    """A report of the worker's: samples by metric, and facts about the configuration."""
 
     samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -86,7 +86,7 @@ def measure(job: Job, open_model: Open, memory: Memory, sensors: Sensors, emit: 
 
 @dataclass(frozen=True)
 class _Round:
-    """What the answers of a round share."""
+    """State shared by the answers of a round."""
 
     job: Job
     prompt: str
@@ -230,7 +230,7 @@ class _Marking:
 
 
 def overhead_ms(batches: int = 21, times: int = 100) -> float:
-    """What the stopwatch reads for a stage that does nothing: the median of several means, so that
+    """The stopwatch's reading for a stage that does nothing: the median of several means, so that
     another program's turn on this core is not taken for the stopwatch's.
     """
     means = []

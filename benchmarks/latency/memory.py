@@ -59,7 +59,7 @@ class Memory:
         return int(match[1]) if match else None
 
     def why_not_cold(self, before: int | None, folder: Path) -> str:
-        """Why the load since `before` was not a cold one; "" if it was."""
+        """The reason why the load since `before` was not a cold one; "" if it was."""
         after = self.bytes_read()
         if before is None or after is None:
             return "whether the files came from storage cannot be read here"

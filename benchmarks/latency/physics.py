@@ -1,4 +1,4 @@
-"""What this machine can do at most: memory bandwidth and arithmetic, measured with numpy.
+"""Limits of this machine: memory bandwidth and arithmetic, measured with numpy.
 
 `python -m edgevlm.benchmarks.latency.physics` prints both, in a process whose environment has set
 the threads of numpy's BLAS before numpy was imported.

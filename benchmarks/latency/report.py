@@ -23,7 +23,7 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a metric is: its unit, which way is better, and one line for readers."""
+    """A metric's unit, the direction that is better, and one line for readers."""
 
     unit: str
     better: Better
@@ -61,7 +61,7 @@ QUANTITIES: Mapping[str, Quantity] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a report was made. `power` says what is known of governor, mains and battery;
+    """The machine of a report. `power` says what is known of governor, mains and battery;
     `load_average` is the number of other runnable processes just before (None: not readable).
     """
 
@@ -78,7 +78,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Physics:
-    """What numpy reached here with `threads` threads: the limits that stages are held against.
+    """Rates that numpy reached here with `threads` threads, as limits to hold the stages against.
 
     `int8_ratio` is how many times more 8-bit than float32 multiply-adds the processor's
     instructions allow, by `int8_instructions`.
@@ -119,7 +119,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Workload:
-    """What was asked: picture (name, SHA-256 of the file, size in pixels), prompt, token counts.
+    """The question: picture (name, SHA-256 of the file, size in pixels), prompt, token counts.
 
     `generated` tokens are drawn greedily and the end token is not obeyed, so that every answer of
     a configuration does the same work. `long_context` is the depth of the long-context rate.
@@ -138,9 +138,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Settings:
-    """What ran: device asked for, provider that really ran the encoder and the precision of its
-    file, threads, llama.cpp's repacking and features, what really ran the decoder, the type of its
-    cache, what gave the energy ("" for what is not known).
+    """Settings of a run: device asked for, provider that really ran the encoder and the precision
+    of its file, threads, llama.cpp's repacking and features, what really ran the decoder, the
+    type of its cache, the sensor of the energy ("" for what is not known).
     """
 
     device: str
@@ -168,13 +168,13 @@ class Limit:
 
     @property
     def percent(self) -> float:
-        """How much of the limit is reached; 100 is as fast as the physics allow."""
+        """Share of the limit that is reached; 100 is as fast as the physics allow."""
         return 100 * self.floor_ms / self.measured_ms if self.measured_ms else 0.0
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What a bundle's precisions change of its answers, beside those of `reference`.
+    """Changes of a bundle's answers by its precisions, beside those of `reference`.
 
     Cosines are means over rows, `logit_kl` is the mean divergence of the next token's distribution
     in nats, `top1_agreement` the share of positions with the same likeliest token. `accuracy` is

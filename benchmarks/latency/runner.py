@@ -35,7 +35,7 @@ _MOST_ROUNDS = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure and for how long.
+    """Configurations to measure, and for how long.
 
     prompt: None for each model's own. tokens: length of every answer. runs: number of rounds; None
     repeats until the spread is below `target_spread` or `budget_s` seconds a configuration are

@@ -56,7 +56,7 @@ def amount(value: float, unit: str) -> str:
 
 
 def count(n: int, thing: str) -> str:
-    """Such as "1 thread" or "2 threads"."""
+    """A count with its noun: "1 thread", "2 threads"."""
     return f"{n} {thing}{'' if n == 1 else 's'}"
 
 
@@ -66,7 +66,7 @@ def title(report: Report) -> str:
 
 
 def warnings(report: Report) -> list[str]:
-    """What a reader must know before trusting a number."""
+    """Warnings for readers before they trust a number."""
     found = list(report.notes)
     if made_up := [r.name for r in report.results if r.model.synthetic]:
         found.append(
@@ -145,7 +145,7 @@ def _times(peer: PeerResult, ours: PeerResult, name: str) -> str:
 
 
 def quality_sections(report: Report) -> Iterator[Section]:
-    """What the precisions cost, where it was measured."""
+    """Sections on the cost of the precisions, where it was measured."""
     found = [(r.name, r.quality) for r in report.results if r.quality]
     if not found:
         return

@@ -71,7 +71,7 @@ class Sensors:
 
     @property
     def energy(self) -> str:
-        """What `joules` goes by, "" for nothing."""
+        """The sensor that `joules` reads, "" for none."""
         if self._zones:
             return "RAPL, the whole processor package"
         return "battery, the whole machine" if self.read().battery_w else ""
@@ -105,7 +105,7 @@ class Sensors:
 
 
 def power_mode(root: Path = SYS) -> tuple[str, ...]:
-    """What is known of the machine's power: governor, energy preference, boost, mains, battery."""
+    """Known facts of the machine's power: governor, energy preference, boost, mains, battery."""
     cpu = root / "devices/system/cpu"
     found = [
         ("governor", _text(cpu / "cpu0/cpufreq/scaling_governor")),
@@ -123,7 +123,7 @@ def power_mode(root: Path = SYS) -> tuple[str, ...]:
 
 
 def _watts(supply: Path) -> float | None:
-    """What a battery gives now; None for mains, one that charges, one that does not tell."""
+    """A battery's output now; None for mains, one that charges, one that does not tell."""
     if _text(supply / "status") != "Discharging":
         return None
     if power := _number(supply / "power_now"):

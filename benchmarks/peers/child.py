@@ -18,8 +18,8 @@ _LONGEST = 200
 
 
 def turn(file: str, task: dict[str, Any]) -> dict[str, Any]:
-    """What the peer in `file` answers, with its version and this process's peak memory; or why it
-    does not, under "error".
+    """The answer of the peer in `file`, with its version and this process's peak memory; or, under
+    "error", why there is none.
     """
     try:
         peer = runpy.run_path(file)
@@ -50,7 +50,7 @@ def _peak_bytes() -> int | None:
 
 
 def main() -> None:
-    """Whatever a library prints goes to stderr; stdout carries the answer alone."""
+    """Asks a peer; what libraries print goes to stderr, stdout carries the answer alone."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     print(json.dumps(turn(sys.argv[1], json.loads(sys.stdin.read()))), file=out, flush=True)

@@ -1,4 +1,4 @@
-"""What peers read instead of a bundle: the decoder, llama.cpp's projector file, the config."""
+"""Files that peers read in place of a bundle: decoder, llama.cpp's projector file, config."""
 
 from __future__ import annotations
 

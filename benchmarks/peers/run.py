@@ -50,10 +50,10 @@ class Peer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What to compare: a bundle, the checkpoint that it came from (None: what can be done without),
-    the vision tower that this one leaves out, a picture, the user's words; over `rounds` turns,
-    `tokens` after the first. `pythons` names the Python of a peer that has one of its own; `only`
-    names the peers to ask, () for all.
+    """A comparison to make: a bundle, the checkpoint that it came from (None: what can be done
+    without), the vision tower that this one leaves out, a picture, the user's words; over `rounds`
+    turns, `tokens` after the first. `pythons` names the Python of a peer that has one of its own;
+    `only` names the peers to ask, () for all.
     """
 
     bundle: Bundle

@@ -43,7 +43,7 @@ def hsv_rgb(hue: float, saturation: float, value: float) -> Rgb:
 
 
 def distance(one: Rgb, other: Rgb) -> float:
-    """How far apart two colours are: Euclidean, with green weighted as the eye does."""
+    """Distance of two colours: Euclidean, with green weighted as the eye does."""
     return math.sqrt(
         sum(w * (a - b) ** 2 for w, a, b in zip((0.8, 1.4, 0.8), one, other, strict=True))
     )

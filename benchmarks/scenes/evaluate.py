@@ -40,7 +40,7 @@ _SINGULAR = {plural(kind): kind for kind in KINDS}
 
 
 class Answerer(Protocol):
-    """What can be measured."""
+    """A model that can be measured."""
 
     def answers(self, picture: Image.Image, prompts: Sequence[str]) -> list[str]:
         """One answer for each prompt about the picture."""
@@ -179,7 +179,7 @@ def caption_names(text: str) -> Counter[str]:
 
 
 def matched(things: list[Thing], answer: str, label: str) -> int:
-    """How many objects have a box of their own in the answer, with the right label and IoU above
+    """Number of objects with a box of their own in the answer, with the right label and IoU above
     one half.
     """
     boxes = []

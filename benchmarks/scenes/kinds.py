@@ -1,4 +1,4 @@
-"""What pico knows by name: shapes, colours and everyday objects. Data only."""
+"""Kinds that pico can name: shapes, colours and everyday objects. Data only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How people ask: several forms of every question. Data only."""
+"""Phrasings: several forms of every question. Data only."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ LOC_STEP = 8  # boxes are taught on every eighth of PaliGemma's 1024 places: 0.8
 
 
 class Question(NamedTuple):
-    """What a user types, what pico should answer, and the task it counts for."""
+    """A user's question, pico's right answer, and the task it counts for."""
 
     prompt: str
     answer: str
@@ -92,7 +92,7 @@ def ask(forms: tuple[str, ...], task: str, answer: str, rng: Random, **words: st
 
 
 def reading_order(things: Things) -> list[Thing]:
-    """From the top left to the bottom right; height counts more than width."""
+    """Sorts things from the top left to the bottom right; height counts more than width."""
     return sorted(things, key=lambda t: t.centre[1] + 0.35 * t.centre[0])
 
 
@@ -180,7 +180,7 @@ def what(things: Things, rng: Random) -> Question | None:
 
 
 def count(things: Things, rng: Random) -> Question | None:
-    """Of a kind, a colour, a coloured kind or everything; now and then of something absent."""
+    """Counts a kind, a colour, a coloured kind or everything; now and then something absent."""
     draw = rng.random()
     shapes_only = all(t.colour for t in things)
     if draw < 0.25:
@@ -322,7 +322,7 @@ def _prefer_many(things: Things, rng: Random) -> str:
 
 
 def _alike_kinds(things: Things, rng: Random) -> tuple[str, ...]:
-    """Where to look for something absent: shapes among shapes, objects among objects, mostly."""
+    """Kinds to choose something absent from: shapes among shapes, objects among objects, mostly."""
     if rng.random() < 0.2:
         return KINDS
     return SHAPES if rng.choice(things).colour else tuple(OBJECTS)

@@ -1,4 +1,4 @@
-"""What lies left of, right of, above or below what."""
+"""Sides: things left of, right of, above or below others."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def on_side(anchor: Thing, side: str, things: Things) -> Thing | None:
 
 
 def _beyond(anchor: Thing, side: str, things: Things) -> list[tuple[float, float, Thing]]:
-    """What is on that side or level with the anchor: how far along, how far across, and what."""
+    """Things on that side of the anchor or level with it: distance along, across, and the thing."""
     places = [(*_along(anchor, t, side), t) for t in things if t is not anchor]
     return [place for place in places if place[0] > -0.02]
 
@@ -68,7 +68,7 @@ def _far(place: tuple[float, float, Thing]) -> float:
 
 
 def _along(anchor: Thing, other: Thing, side: str) -> tuple[float, float]:
-    """How far ``other`` lies on that side of ``anchor``, and how far across."""
+    """Distances of ``other`` from ``anchor``: along that side, and across."""
     dx = other.centre[0] - anchor.centre[0]
     dy = other.centre[1] - anchor.centre[1]
     return {

@@ -110,8 +110,8 @@ def _object_count(rng: Random) -> int:
 
 
 def _cast(count: int, rng: Random) -> list[tuple[str, str | None]]:
-    """Who is in the scene: shapes only, objects only or both, with repetitions often enough to
-    count.
+    """Draws the things of a scene: shapes only, objects only or both, with repetitions often enough
+    to count.
     """
     share = rng.choices((0.0, 1.0, 0.5), (58, 22, 20))[0]
     named = [_one(rng, share) for _ in range(count)]

@@ -87,7 +87,7 @@ def write_decoder(path: Path, name: str, model: Model, quant: str) -> None:
 
 
 def decoder_bytes(model: Model, quant: str) -> int:
-    """How large the tensors of such a decoder are."""
+    """Size of such a decoder's tensors."""
     source = DecoderSource(random_part(model.text), model.text, Vocabulary((), {}), "")
     return sum(_bytes(shape, kind) for _, shape, kind in _plan(source, quant))
 

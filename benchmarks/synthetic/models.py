@@ -1,4 +1,4 @@
-"""Which models can be made: a name, and what a family is told of the published checkpoint.
+"""Models that can be made: a name, and what a family is told of the published checkpoint.
 
 To add one, add its entry here; its family says the rest.
 """

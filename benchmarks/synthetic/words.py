@@ -27,7 +27,7 @@ which who why with write you answer caption detect en ocr segment person people 
 
 
 def vocabulary(model: Model) -> Vocabulary:
-    """As many rows as the decoder has: special tokens, all bytes, letters, words, fillers."""
+    """A vocabulary of the decoder's size: special tokens, all bytes, letters, words, fillers."""
     rows = model.decoder.n_vocab
     words = sorted(set(_COMMON.split()) | set(_words(model)))
     tokens = [Token(f"<{name}>", 0.0, UNKNOWN if name == "unk" else CONTROL) for name in _SPECIALS]

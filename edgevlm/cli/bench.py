@@ -203,7 +203,7 @@ def _extras(
     pythons: tuple[str, ...],
     reference: str | None,
 ) -> Extras:
-    """What else to measure; an unknown bundle, peer or Python is refused before anything runs."""
+    """Extra measurements; an unknown bundle, peer or Python is refused before anything runs."""
     from edgevlm.benchmarks.latency.extras import Extras
     from edgevlm.bundle import open_bundle
     from edgevlm.models import resolve

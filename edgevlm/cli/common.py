@@ -94,7 +94,7 @@ def json_option(command: Command) -> Command:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the common options say."""
+    """Values of the common options."""
 
     model: str | None
     stats: bool

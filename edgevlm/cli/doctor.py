@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Aside)
 @click.option("-m", "--model", envvar="EDGEVLM_MODEL", metavar="MODEL",
-              help="Whose devices to show  [env: EDGEVLM_MODEL; default: built-in]")  # fmt: skip
+              help="Model to check  [env: EDGEVLM_MODEL; default: built-in]")  # fmt: skip
 def doctor(model: str | None) -> None:
     """Show what this machine has and lacks, and what a model would use of it.
 

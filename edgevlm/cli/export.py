@@ -148,7 +148,7 @@ def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
 
 
 def _report(found: Inspection) -> str:
-    """What an export would make of its source, as text."""
+    """Describes an inspected source as text."""
     from edgevlm.cli.models import pieces_text
 
     decoder, image = found.decoder, found.image

@@ -80,7 +80,7 @@ def verify(model: str) -> None:
 
 
 def parity_table(bundle: Bundle) -> Table:
-    """How far each stage lies from the source, as it was measured at export."""
+    """A table of each stage's distance from the source, as measured at export."""
     table = _table("stage", "metric", "worst", "tolerance", "")
     for stage in bundle.manifest.parity:
         table.add_row(
@@ -94,8 +94,8 @@ def parity_table(bundle: Bundle) -> Table:
 
 
 def pieces_text(pieces: Sequence[PieceRecord], notes: Sequence[str], *, used: bool = False) -> str:
-    """What an assembled model left over of its files, and how it settled what they left open; with
-    `used` also what it took.
+    """Lists the tensors that an assembled model did not use, with `used` also those that it took,
+    and the notes of its export.
     """
     lines = []
     for piece in pieces:

@@ -16,7 +16,7 @@ def err_console() -> Console:
 
 
 def summary(console: Console, bundle: Bundle) -> None:
-    """What it was made of, the comparison, the size, and what to do next."""
+    """Prints a new bundle's source, parity and size, and the next command."""
     from edgevlm.cli.models import parity_table, pieces_text
 
     if bundle.manifest.pieces:

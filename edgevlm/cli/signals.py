@@ -98,8 +98,8 @@ def _exception(number: int) -> BaseException:
 
 
 def ignore() -> None:
-    """From now on, signals do nothing: the work is done, and only Python's own end is left, which
-    an interrupt would turn into a traceback.
+    """Ignores signals from now on: the work is done, and only Python's own end is left, which an
+    interrupt would turn into a traceback.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

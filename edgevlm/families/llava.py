@@ -96,7 +96,7 @@ def _describe(source: Source) -> Model:
 
 
 def _is_own(config: Config) -> bool:
-    """Whether it is a config of the original projects, which called theirs "llava" at first."""
+    """True for a config of the original projects, which called theirs "llava" at first."""
     kind = config["model_type"]
     first = kind == "llava" and "text_config" not in config and "mm_vision_tower" in config
     return first or kind in _OWN_LAYOUT
@@ -240,7 +240,7 @@ def _spaces(source: Source, own: bool) -> Spaces:
 
 
 def _around(config: Config, template: Template) -> tuple[str, str]:
-    """What stands before the picture and after it."""
+    """Texts of the prompt before the picture and after it."""
     opened, closed = _FRAME if config.get("mm_use_im_start_end") else ("", "")
     return template.before + opened, f"{closed}\n{{prompt}}{template.after}"
 

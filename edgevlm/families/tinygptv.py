@@ -330,7 +330,9 @@ def _layers(shapes: Shapes, start: str) -> int:
 
 
 def _notes(source: Source, vision: EvaTower) -> Iterator[str]:
-    """What the pieces left open; raises ValueError for a stage's file without TinyGPT-V's norms."""
+    """Notes on what the weight files do not say; raises ValueError for a stage's file without
+    TinyGPT-V's norms.
+    """
     file, names = source.origins[_STAGE], [n for n in source.shapes if n.startswith(f"{_STAGE}/")]
     for norm in ("q_layernorm", "k_layernorm", "post_layernorm"):
         if not any(n.endswith(f".{norm}.weight") for n in names):

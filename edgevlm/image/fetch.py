@@ -60,7 +60,7 @@ def read_stream(stream: Any) -> tuple[bytes, str]:
 
 
 def download(url: str) -> tuple[bytes, str]:
-    """What a http or https URL answers, redirects followed, and its name for messages.
+    """Downloads a http or https URL, redirects followed: the body, and its name for messages.
 
     Raises ImageError.
     """
@@ -78,7 +78,7 @@ def download(url: str) -> tuple[bytes, str]:
 
 
 def user_agent() -> str:
-    """What edgevlm calls itself when it asks a server."""
+    """edgevlm's User-Agent header."""
     python = ".".join(platform.python_version_tuple()[:2])
     return f"edgevlm/{metadata.version('edgevlm')} Python-urllib/{python}"
 

@@ -37,7 +37,7 @@ _BASE64 = re.compile(r"[\w+/\r\n-]{40,}={0,2}", re.ASCII)
 
 
 def looks_like(data: bytes) -> str:
-    """What bytes that Pillow does not read seem to be, with the cure; empty if nobody knows."""
+    """The likely format of bytes that Pillow does not read, with the cure; empty if unknown."""
     head = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     for pattern, kind in _KINDS:
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
@@ -46,7 +46,7 @@ def looks_like(data: bytes) -> str:
 
 
 def is_base64(text: str) -> bool:
-    """Whether a text is a picture in base64 rather than a name."""
+    """True if a text is a picture in base64 rather than a name."""
     text = text.strip()
     return bool(_BASE64.fullmatch(text)) and (len(text) > 1024 or bool(_BASE64_PICTURE.match(text)))
 

@@ -46,7 +46,7 @@ def _located(name: str) -> Path | str | None:
 
 
 def _readings(name: str) -> Iterator[str]:
-    """What a name may mean, the most literal first."""
+    """Possible meanings of a name, the most literal first."""
     yield name
     text = name.strip()
     yield text

@@ -18,7 +18,7 @@ MAX_RESIZED = 1 << 27
 
 @dataclass(frozen=True)
 class Plan:
-    """What is cut out of a picture.
+    """The canvas of a picture and the squares that are cut out of it.
 
     `canvas` is the width and height that the picture has after resizing and padding, `tiles` are
     the squares that the encoder sees of it, as left, top, right and bottom, row by row. With

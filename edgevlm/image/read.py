@@ -181,7 +181,7 @@ def _to_rgb(picture: Image.Image, name: str) -> RGB:
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """How a loaded picture is turned upright; None where nothing readable says that it lies."""
+    """The transposition that turns a picture upright; None without a readable EXIF orientation."""
     try:
         return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
     # Damaged EXIF is told in as many kinds as damaged pictures, and says nothing of the pixels.

@@ -21,7 +21,7 @@ _PLAIN = "%!$&'()*+,/:;=@[]~"
 
 @dataclass(frozen=True)
 class Address:
-    """Where a picture is asked for.
+    """A picture's address, taken apart for the request.
 
     `url` is percent-encoded and has no credentials; `authorization` is the header they make, or
     empty; `shown` is how a message names the address.
@@ -97,7 +97,7 @@ def data_url_bytes(text: str) -> bytes:
 
 
 def _base64(data: bytes) -> bytes:
-    """Also without padding, in lines, or in the alphabet for URLs."""
+    """Decodes base64, also without padding, in lines, or in the alphabet for URLs."""
     data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
 

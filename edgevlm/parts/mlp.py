@@ -9,7 +9,7 @@ from edgevlm.parts import Connector, Shapes, linear_map
 
 @dataclass(frozen=True, kw_only=True)
 class Mlp(Connector):
-    """As many linear maps as `depth` says, with exact GELU between them."""
+    """A connector of `depth` linear maps, with exact GELU between them."""
 
     out_features: int
     depth: int

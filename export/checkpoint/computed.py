@@ -19,7 +19,7 @@ from edgevlm.export.checkpoint.tensors import Raw, Tensor, to_float32
 
 @dataclass(frozen=True)
 class _Computed:
-    """What every computed tensor has in common; `name` and `file` stand in messages."""
+    """Base of the computed tensors; `name` and `file` stand in messages."""
 
     name: str
     file: Path

@@ -1,4 +1,4 @@
-"""Where a source is: a folder on this machine, or a model on the Hugging Face hub."""
+"""Finds a source: a folder on this machine, or a model on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _record(path: Path, file: IO[bytes], entry: zipfile.ZipInfo) -> tuple[int, i
 
 
 def _load(path: Path) -> Any:
-    """What a torch file holds, with tensors that have no data."""
+    """Loads a torch file with tensors that have no data."""
     try:
         with warnings.catch_warnings(), FakeTensorMode():
             warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
-"""Which tensor is which: every one of a checkpoint's has its place in the model, or is left over.
+"""Maps the checkpoint's tensors to their canonical names.
 
-Of a model that is assembled from several files, the record of what came from where is made here.
+Keeps the record of a model that is assembled from several weight files: what came from which.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _pairs(a: Tensor, b: Tensor) -> Iterator[tuple[Any, Any]]:
 
 
 def at(tensor: Tensor) -> str:
-    """How messages name a tensor."""
+    """A tensor's file and name, for messages."""
     return f"{tensor.file}: {tensor.name}"
 
 

@@ -35,11 +35,11 @@ class Tensor(Protocol):
 
     @property
     def name(self) -> str:
-        """As the file calls it, for messages."""
+        """Its name in the file, for messages."""
 
     @property
     def file(self) -> Path:
-        """Where its values come from, for messages."""
+        """The file that holds its values, for messages."""
 
     @property
     def dtype(self) -> str:
@@ -47,7 +47,7 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As numpy counts it."""
+        """Its dimensions, in numpy's order."""
 
     @property
     def elements(self) -> int:

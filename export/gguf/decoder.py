@@ -44,7 +44,7 @@ _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class DecoderSource:
-    """What a GGUF is made of: tensors by canonical name, config, vocabulary, the model's name."""
+    """The content of a GGUF: tensors by canonical name, config, vocabulary, the model's name."""
 
     tensors: Weights
     config: Decoder
@@ -53,7 +53,7 @@ class DecoderSource:
 
     @property
     def precision(self) -> str:
-        """What the source's matrices are in; "f32", which holds any of them, where they differ."""
+        """The source's precision; "f32", which holds any of them, where its matrices differ."""
         kinds = {t.dtype.lower() for t in self.tensors.values() if len(t.shape) > 1}
         return kinds.pop() if len(kinds) == 1 else "f32"
 
@@ -209,7 +209,7 @@ def _vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
 
 
 def embedding_place(path: Path) -> TensorPlace:
-    """Where the token-embedding table lies in a GGUF file."""
+    """Locates the token-embedding table in a GGUF file."""
     with opened(path) as file:
         table = file.tensors().get(TOKEN_EMBEDDING)
     if not table:

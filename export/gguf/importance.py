@@ -35,7 +35,7 @@ _OBJECTS = ("circle", "cat", "person", "text")
 
 
 def collect(folder: Path, manifest: Manifest, pictures: Path | None) -> Matrix:
-    """What flows into each matrix of the decoder of a bundle; `pictures` is a folder of more.
+    """The importance matrix of a bundle's decoder; `pictures` is a folder of more pictures.
 
     The decoder must be in f32, f16 or bf16. Raises ImageError, or ExportError if it cannot answer.
     """

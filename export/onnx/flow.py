@@ -1,4 +1,4 @@
-"""What flows through a float32 graph while it sees pictures: the range and power of its tensors.
+"""Range and power of every tensor of a float32 graph while it sees pictures.
 
 Static quantization takes its ranges from here, and every precision learns here which linear maps it
 would hurt. Only three numbers of each tensor leave the graph, however large the picture.
@@ -21,7 +21,7 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Flow:
-    """Of one tensor, float64 [pictures]: the smallest and largest value, and the mean square."""
+    """Statistics of one tensor, float64 [pictures]: smallest and largest value, mean square."""
 
     low: Float64
     high: Float64

@@ -1,4 +1,4 @@
-"""What the torch modules of towers and connectors have in common."""
+"""Torch modules shared by towers and connectors."""
 
 from __future__ import annotations
 

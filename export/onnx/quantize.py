@@ -53,8 +53,8 @@ Write = Callable[[Graph, Path, Collection[str]], None]
 
 @dataclass(frozen=True)
 class _Scheme:
-    """How a precision is made: whether its noise needs the flow of every node or of the maps'
-    inputs alone, the noise of each node, and the writer that leaves some in float32.
+    """A precision's recipe: whether its noise needs the flow of every node or of the maps' inputs
+    alone, the noise of each node, and the writer that leaves some in float32.
     """
 
     every_node: bool

@@ -43,7 +43,7 @@ Arrays = dict[str, Array]
 
 
 def available() -> bool:
-    """Whether transformers, the reference, is installed."""
+    """True if transformers, the reference, is installed."""
     return importlib.util.find_spec("transformers") is not None
 
 
@@ -159,7 +159,7 @@ def _greedy(quant: Quant, ours: Arrays, source: Arrays) -> StageParity:
 
 
 def encoded(ours: Arrays, source: Arrays, cosine: float, of: str = "") -> list[StageParity]:
-    """What the encoder and, after it, the projector make of a picture."""
+    """Compares the outputs of the encoder and of the projector behind it."""
     return [
         StageParity(name + of, "1 - cosine", distance(*_same_shape(ours, source, name)), cosine)
         for name in ("features", "embeddings")
@@ -178,7 +178,7 @@ def _alternatives(
 
 
 def rows(vision: Path, projector: Path, pixels: Array) -> Arrays:
-    """What an encoder and a projector make of pixels: "features" and "embeddings"."""
+    """Runs an encoder and a projector on pixels: "features" and "embeddings"."""
     from edgevlm.export.onnx import storage
 
     features = storage.run(vision, "pixels", pixels)
@@ -215,7 +215,7 @@ def probe(
     n_tokens: int,
     tokens: Array | None = None,
 ) -> Arrays:
-    """What the bundle makes of a picture and a prompt, all stages, from a child process.
+    """Runs the bundle on a picture and a prompt in a child process; returns all stages.
 
     The answer is its own, or `tokens` where another's is to be read.
     """

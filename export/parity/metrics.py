@@ -1,4 +1,4 @@
-"""How far two engines' numbers lie apart."""
+"""Distances between two engines' numbers."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ GATED: Mapping[str, str | tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Graph:
-    """What llama.cpp's graph of an architecture expects of a GGUF.
+    """GGUF names and metadata that llama.cpp's graph of an architecture expects.
 
     layer: GGUF's names of a layer's tensors -> the canonical name, or those of matrices that are
         stacked one below the other.
@@ -60,7 +60,7 @@ class Graph:
 
 
 def graph(config: Decoder) -> Graph:
-    """What llama.cpp's graph expects of a decoder."""
+    """Looks up llama.cpp's graph for a decoder's config."""
     found = room(config).GRAPH
     assert isinstance(found, Graph)
     return found

@@ -67,7 +67,7 @@ class LlamaDevice:
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What a decoder's parts need on a device, in bytes.
+    """Memory that a decoder needs on a device, in bytes.
 
     layers: the weights of each layer. output: those of the last projection and norm. position: the
     KV cache of one position in one layer. work: the largest intermediate results of one batch.
@@ -88,7 +88,7 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class Offload:
-    """Where a decoder runs: `layers` of it on `device`, None for the CPU."""
+    """A decoder's placement: `layers` of it on `device`, None for the CPU."""
 
     device: LlamaDevice | None = None
     layers: int = 0
@@ -128,7 +128,7 @@ def candidates(word: str, devices: Sequence[LlamaDevice]) -> list[LlamaDevice]:
 
 
 def install_line(word: str) -> str:
-    """What to do to get a back end on this system."""
+    """The line that installs a back end on this system."""
     wanted = [b for b in BACKENDS if word in (b.kind, b.word) or base(word) == b.word]
     lines = [b.install for b in wanted if sys.platform in b.systems]
     if not lines:
@@ -137,7 +137,7 @@ def install_line(word: str) -> str:
 
 
 def layers_that_fit(needs: LayerBytes, free_bytes: int, context_length: int) -> int:
-    """How many layers of a decoder fit a device, the output counted as one; 0 to all + 1."""
+    """Number of a decoder's layers that fit a device, the output counted as one; 0 to all + 1."""
     positions = min(context_length, _PLANNED_POSITIONS)
     room = free_bytes - _SPARE_BYTES
     fitting = (
@@ -147,7 +147,7 @@ def layers_that_fit(needs: LayerBytes, free_bytes: int, context_length: int) -> 
 
 
 def offload(device: LlamaDevice, needs: LayerBytes, context_length: int) -> Offload:
-    """As many layers on a device as fit; raises EngineError where none does."""
+    """Puts as many layers on a device as fit; raises EngineError where none does."""
     layers = layers_that_fit(needs, device.free_bytes, context_length)
     if layers:
         return Offload(device, layers)
@@ -167,7 +167,7 @@ def refused(word: str, notes: Sequence[str]) -> EngineError:
 
 
 def placement(word: str, where: Offload, n_layers: int, notes: Sequence[str]) -> Placement:
-    """What `Placement` says of a decoder of `n_layers` layers, the output counted as one."""
+    """The `Placement` of a decoder of `n_layers` layers, the output counted as one."""
     device = where.device
     return Placement(
         asked=word,

@@ -108,7 +108,7 @@ class LlamaDecoder:
         self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
 
     def listen(self) -> Importance:
-        """From now on, sums up what flows into the layers' matrices."""
+        """Sums up what flows into the layers' matrices from now on."""
         self._free_context()
         self._hook = heard = Importance(self._hook)
         return heard
@@ -362,5 +362,5 @@ class LlamaDecoder:
 
 
 def _batch(block: Block) -> int:
-    """How many rows of a block are read at once."""
+    """Number of a block's rows that are read at once."""
     return _CAUSAL_BATCH if block.attention == "causal" else len(block.rows)

@@ -1,4 +1,4 @@
-"""What is rewritten in llama.cpp's graph, as arithmetic on arrays. Knows no engine.
+"""Edits of llama.cpp's graph, as arithmetic on arrays. Knows no engine.
 
 A node is known by llama.cpp's name for it, "ffn_up-3" in layer 3. The attention's output, projected
 and with its bias, has no name there; here it is ATTENTION with the layer.

@@ -1,4 +1,4 @@
-"""What llama.cpp offers, what it says, and what a decoder needs of it, by ggml's C API."""
+"""llama.cpp's devices, features and log, and a decoder's memory needs, by ggml's C API."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def offloaded() -> tuple[int, int]:
 
 
 def flash_attention() -> FlashAttention:
-    """What llama.cpp chose for the last context that it could; "auto" if it did not say."""
+    """llama.cpp's choice for the last context that left it one; "auto" if it did not say."""
     found: dict[bytes, FlashAttention] = {b"enabled": "on", b"disabled": "off"}
     return found.get(_flash_attention[0], "auto")
 
 
 def cpu_features() -> list[str]:
-    """What this build of llama.cpp uses of the processor, such as AVX2."""
+    """Processor features that this build of llama.cpp uses, such as AVX2."""
     quiet()
     found: list[bytes] = re.findall(rb"(\w+) = 1", llama_cpp.llama_print_system_info())
     return [name.decode() for name in found]
@@ -125,7 +125,7 @@ def check_heads(path: Path, spec: DecoderSpec) -> None:
 
 
 def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
-    """What the parts of the decoder in a GGUF file need on a device.
+    """Memory that the decoder in a GGUF file needs on a device.
 
     `exact` keeps the KV cache in float32, otherwise float16. Raises BundleCorrupt if it is no GGUF.
     """

@@ -24,7 +24,7 @@ from edgevlm.specs import DecoderSpec
 
 
 class _TensorHead(ctypes.Structure):
-    """How a ggml_tensor begins."""
+    """The first fields of a ggml_tensor."""
 
     _fields_ = (("type", c_int), ("buffer", c_void_p))
 
@@ -109,7 +109,7 @@ class GraphHook:
         return self._error is None
 
     def _wants(self, tensor: int) -> bool:
-        """Whether a node is to be visited, once it is computed."""
+        """True for a node that is to be visited, once it is computed."""
         name = _ggml.ggml_get_name(tensor)
         if self._next and _ggml.ggml_op_desc(tensor) == b"ADD":
             # ggml names it by its number; an ADD with a name is one further on, of another kind.
@@ -219,7 +219,7 @@ def _multiplied(tensor: int) -> str | None:
 
 
 def graph_hook(path: Path, spec: DecoderSpec, *, exact: bool) -> GraphHook | None:
-    """What a decoder needs so that its graph is the original's; None where llama.cpp's own is.
+    """The hook that makes a decoder's graph the original's; None where llama.cpp's own is.
 
     `exact` asks for float32 throughout. Raises BundleCorrupt where the GGUF at `path` lacks norms
     that the manifest states, or holds some that it does not.

@@ -1,4 +1,4 @@
-"""Which provider runs the vision encoder: the choices tried in turn, every refusal with a reason.
+"""Chooses the vision encoder's provider: each is tried in turn, every refusal has a reason.
 
 Knows the table of providers and `Ort`, not onnxruntime. A provider is taken when it opens the
 graphs, runs nodes of them, and computes what the CPU computes; by `auto` when it is faster, too.
@@ -29,7 +29,7 @@ _FALLBACK = Offer(CPU, "")
 
 @dataclass(frozen=True)
 class Wish:
-    """What the encoder is to run on and how.
+    """The device and settings wanted for the encoder.
 
     word: the device asked for. cpu_precisions: of the vision encoder, best first on the CPU.
     spin: whether onnxruntime's workers wait busily.

@@ -29,7 +29,7 @@ _RUNS = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the first use found: the worst cosine of a row, and milliseconds for a picture.
+    """Result of a first use: the worst cosine of a row, and milliseconds for a picture.
 
     `cpu_ms` is the CPU's time at the precision that it runs best; what follows says what all this
     was found for.
@@ -45,7 +45,7 @@ class Verdict:
 
     @property
     def sound(self) -> bool:
-        """Whether the device may be used."""
+        """True if the device may be used."""
         return self.cosine >= BOUND
 
 
@@ -99,7 +99,7 @@ class Memory:
         self._folder = folder
 
     def recall(self, key: str) -> Verdict | None:
-        """What was found for this key, or None; a damaged file counts as none."""
+        """The verdict for this key, or None; a damaged file counts as none."""
         try:
             data: Any = json.loads(self._path(key).read_text(encoding="utf-8"))
             return schema.read(Verdict, data)

@@ -1,4 +1,4 @@
-"""What edgevlm asks of onnxruntime; the only module of the runtime that imports it.
+"""onnxruntime's sessions and devices; the only module of the runtime that imports it.
 
 Everything goes through `Ort.module`, so that a stand-in can answer in its place.
 """
@@ -28,7 +28,7 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class Counts:
-    """How many of a graph's nodes a provider runs, of how many."""
+    """Number of a graph's nodes that a provider runs, and of all of them."""
 
     placed: int
     total: int
@@ -45,11 +45,11 @@ class Ort:
 
     @property
     def version(self) -> str:
-        """Of onnxruntime."""
+        """onnxruntime's version."""
         return str(self.module.__version__)
 
     def offers(self, virtual: bool = False) -> list[Offer]:
-        """What is installed here, in the order of the table of providers.
+        """Installed providers and their devices, in the order of the table of providers.
 
         `virtual` adds devices that are not here: plugins make them up to compile for them.
         """
@@ -76,7 +76,7 @@ class Ort:
         return get() if get else ()
 
     def _there(self, provider: Provider) -> bool:
-        """Whether a provider that is chosen by name has its device, where one can know."""
+        """True if a provider that is chosen by name has its device, where one can know."""
         if provider.word != "openvino":
             return True
         devices: list[str] = self.module.capi._pybind_state.get_available_openvino_device_ids()
@@ -169,7 +169,7 @@ class Ort:
 
 
 def counts(session: Any, provider: Provider) -> Counts:
-    """How many nodes of a session's graph run on a provider."""
+    """Counts the nodes of a session's graph that run on a provider."""
     placed = total = 0
     for part in session.get_provider_graph_assignment_info():
         n = len(part.get_nodes())

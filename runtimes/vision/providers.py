@@ -282,7 +282,7 @@ def candidates(word: str, offers: Sequence[Offer]) -> list[Offer]:
 
 
 def install_line(word: str) -> str:
-    """What to do to get a device on this system."""
+    """The line that installs a device's package on this system."""
     wanted = [
         p
         for p in PROVIDERS

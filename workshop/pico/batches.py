@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Meant:
-    """What states refer to, see targets.Named: int64 [n, 9] (row * t + column, left, number, kind,
+    """Referents of states, see targets.Named: int64 [n, 9] (row * t + column, left, number, kind,
     colour, asked, side, thing, row * t + the side word's column), boxes, float32 [n, 4], and the
     kinds beside, int64 [n, 4].
     """
@@ -85,7 +85,7 @@ class Texts:
 
 @dataclass
 class Batch:
-    """What one training step needs."""
+    """The input of one training step."""
 
     pictures: Tensor  # uint8 [n, side, side, 3]
     patches: dict[str, Tensor]
@@ -94,7 +94,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the batches of one phase are built."""
+    """The make-up of one phase's batches."""
 
     n_pictures: int
     text_length: int = 160  # packed rows
@@ -272,7 +272,7 @@ def _answers(
 def choose_scenes(
     facts: list[Facts], rng: Random, word_share: float, object_share: float
 ) -> list[int]:
-    """Which scenes of a shard are used, and in which order: so many with words, with objects."""
+    """Chooses scenes of a shard, and their order: so many with words, with objects."""
     indices = list(range(len(facts)))
     rng.shuffle(indices)
     words = [k for k in indices if facts[k][1] is not None][: round(SCENES_USED * word_share)]

@@ -79,7 +79,7 @@ class MaskHead(nn.Module):
         nn.init.normal_(self.linear.weight, std=width**-0.5)
 
     def loss(self, layers: list[Tensor], targets: dict[str, Tensor]) -> Tensor:
-        """What the layers made of the patches -> mean cross entropy of the pixels' masks."""
+        """Layers' outputs for the patches -> mean cross entropy of the pixels' masks."""
         patches = layers[MASK_LAYER]
         logits = self.linear(F.layer_norm(patches, patches.shape[-1:]))
         mask = targets["mask"]

@@ -1,4 +1,4 @@
-"""What pico's weights are before they are trained."""
+"""Initial weights of pico."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _SLOT_LAYER, _MIDDLE_LAYER = 6, 4  # what goes into them is asked for letters
 
 
 class Older(NamedTuple):
-    """What the older channels of a picture's patches are: ``seen`` float32 [n, patches,
+    """The older channels of a picture's patches: ``seen`` float32 [n, patches,
     (1 + 3 * READ_LAYERS) * width], the patch embedding and, of each of the first layers, what
     attention sees, its heads and what the feed-forward sees; ``loudness`` float32 [n, patches,
     2 * layers + 1], by what every norm divides, relative to its mean.
@@ -45,7 +45,7 @@ class Older(NamedTuple):
 
 
 class Printed(NamedTuple):
-    """What is printed in pictures. ``letter`` and its ``place`` in its word int64 [n, patches,
+    """Letters and words in pictures. ``letter`` and its ``place`` in its word int64 [n, patches,
     slots], -1 where there is none; ``word`` int64 [n, LONGEST], -1 behind its end; ``alone`` and
     ``blank`` bool [n], whether the word is the only one, whether there are no letters at all.
     """
@@ -130,8 +130,8 @@ class LetterChannels(nn.Module):
         return self._normed(x, older.loudness[..., -1:]), inputs, attentions
 
     def _normed(self, x: Tensor, loudness: Tensor) -> Tensor:
-        """What a norm over all channels makes of the new ones while they are too quiet to matter to
-        it: they lose, by their share of the width, of their mean.
+        """The new channels behind a norm over all of them while they are too quiet to matter to it:
+        they lose, by their share of the width, of their mean.
         """
         normed = (x - self.share * x.mean(-1, keepdim=True)) / loudness
         if self.training and self.roughness:
@@ -140,7 +140,7 @@ class LetterChannels(nn.Module):
 
 
 class LetterHeads(nn.Module):
-    """What the channels are asked. ``code`` stays: it says what the image rows are to hold."""
+    """Heads on the letters' channels. ``code`` stays: it says what the image rows are to hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class LetterHeads(nn.Module):
 
 
 def word_rows(printed: Printed) -> Tensor:
-    """What the first image rows should hold: int64 [n, N_ROWS], -1 where no word stands alone."""
+    """Targets of the first image rows: int64 [n, N_ROWS], -1 where no word stands alone."""
     word = F.pad(printed.word, (0, 1), value=-1)
     return torch.where(word >= 0, word, END).masked_fill(~printed.alone[:, None], -1)
 

@@ -56,7 +56,7 @@ class _VisionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def heads(self, x: Tensor) -> Tensor:
-        """What the heads fetch, side by side: [n, patches, width]."""
+        """The heads' outputs, side by side: [n, patches, width]."""
         q, k, v = (
             f(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
             for f in (self.q_proj, self.k_proj, self.v_proj)

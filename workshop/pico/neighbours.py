@@ -33,7 +33,7 @@ class Neighbours(nn.Module):
     def losses(
         self, layer: VisionLayer, before: Tensor, features: Tensor, targets: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What goes into the layer and what comes out [n, patches, width] -> one scalar each."""
+        """The layer's input and output [n, patches, width] -> one scalar each."""
         right = _neighbours(targets)
         log_p = layer.log_attention(before, len(SIDES))
         looked = -log_p.masked_fill(~right, -1e9).logsumexp(-1)[right.any(-1)]
@@ -111,8 +111,8 @@ def _least_squares(features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def held_beside(states: Tensor) -> Tensor:
-    """What states [..., width] hold in NEW_CHANNELS of the kinds on each side, as logits
-    [..., sides, kinds]; twice as sharp as the channels are when equally loud.
+    """States [..., width] -> logits of the kinds on each side [..., sides, kinds], as NEW_CHANNELS
+    hold them; twice as sharp as the channels are when equally loud.
     """
     channels = F.rms_norm(states[..., -NEW_CHANNELS:], (NEW_CHANNELS,))
     by_side: Tensor = torch.unflatten(channels, -1, (len(SIDES), -1))
@@ -140,7 +140,7 @@ KIND_CODES = _kind_codes(NEW_CHANNELS // len(SIDES))
 
 
 def _neighbours(targets: dict[str, Tensor]) -> Tensor:
-    """Which patch shows what is on which side of a patch's object: bool [n, sides, p, p]."""
+    """The patches that show what is on each side of a patch's object: bool [n, sides, p, p]."""
     beside = targets["beside"].transpose(1, 2)[..., None]
     return (beside == targets["thing"][:, None, None]) & (beside >= 0)
 

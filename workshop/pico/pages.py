@@ -113,5 +113,5 @@ def read_words(folder: Path, shards: Iterable[int]) -> tuple[np.ndarray, list[st
 
 
 def pages_path(folder: Path, index: int) -> Path:
-    """Where a shard of pages lies."""
+    """The path of a shard of pages."""
     return folder / f"pages-{index:05d}.npz"

@@ -1,4 +1,4 @@
-"""What a trained encoder makes of pages, remembered on disk.
+"""A cache on disk of a trained encoder's outputs for pages.
 
 The encoder stays as it is while its letters' channels learn, so it need see a picture only once: a
 step is several times as fast.

@@ -1,4 +1,4 @@
-"""What a training that can be stopped and gone on with is made of."""
+"""Base of trainings that can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Resumable:
         self.step += 1
 
     def mask_gradients(self) -> None:
-        """Where not all of a parameter may change."""
+        """Masks gradients, where not all of a parameter may change."""
 
     def note(self, losses: dict[str, Tensor]) -> None:
         """Remembers losses for the next report."""

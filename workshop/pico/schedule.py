@@ -1,4 +1,4 @@
-"""How long pico is trained on what, and how fast."""
+"""Pico's training schedule."""
 
 from __future__ import annotations
 

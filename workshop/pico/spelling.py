@@ -1,4 +1,4 @@
-"""How a decoder learns to say what letters.py writes into the first image rows, forgetting nothing.
+"""Trains the decoder to say what letters.py writes into the first image rows, forgetting nothing.
 
 Only what other tasks hardly use learns: embeddings, queries, and units of the feed-forwards that
 say next to nothing, in whose place new ones start. Its answers about scenes are held to those of
@@ -67,7 +67,7 @@ class SpareMlp(nn.Module):
 
 @torch.no_grad()
 def spare_units(model: Pico, scenes: Iterable[Batch]) -> list[Tensor]:
-    """Of each decoder layer the units, int64 [n], that add next to nothing to what is said of
+    """The units of each decoder layer, int64 [n], that add next to nothing to what is said of
     scenes.
     """
     feeds = [cast(DecoderLayer, layer).mlp for layer in model.language_model.model.layers]
@@ -233,7 +233,7 @@ class SpellingTraining(Resumable):
         return self.KEPT_WEIGHT * kept + self.SILENCE_WEIGHT * silence
 
     def _silence(self, batch: Batch, rows: Tensor) -> Tensor:
-        """What the end costs as the answer to ``ocr`` where there is nothing to read."""
+        """The loss of the end token as the answer to ``ocr`` where there is nothing to read."""
         some = batch.pictures[: self.N_SILENT].numpy()
         (texts,) = self._asked(some, [""] * len(some)).texts
         return _answer_loss(_log_probs(self.model, rows, texts), texts).mean()

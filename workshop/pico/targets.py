@@ -1,4 +1,4 @@
-"""What the encoder's patches and the nouns of a prompt should know about a scene.
+"""Training targets of the encoder's patches and of a prompt's nouns.
 
 An answer says little about where it came from: what every patch shows, and what every noun of a
 prompt refers to, teaches the way there.
@@ -35,7 +35,7 @@ MOST = 7  # classes of each relation: 0..6
 
 
 class Named(NamedTuple):
-    """What the token at a column of a row refers to; -1 where its things differ or there are none.
+    """The referent of the token at a column of a row; -1 where its things differ or there are none.
 
     ``left`` counts the things an answer has still to name, -1 in a prompt; ``box`` is that of the
     first thing in reading order. Where a prompt asks about a side, ``thing`` is the index of what
@@ -57,7 +57,7 @@ class Named(NamedTuple):
 
 
 class Lexicon:
-    """Which token means which kind or colour."""
+    """Tokens of the kinds and colours."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -169,7 +169,7 @@ def flipped(pictures: np.ndarray, facts: list[Facts]) -> tuple[np.ndarray, list[
 
 
 def patch_targets(facts: list[Facts], grid: int) -> dict[str, np.ndarray]:
-    """What lies under each patch; -1 where a head has nothing to learn.
+    """Targets of each patch; -1 where a head has nothing to learn.
 
     kind, colour, letter, letter_index: int64 [n, grid * grid(, slots)]; relations: int64 [n, grid *
     grid, len(RELATIONS)]; thing: int64 [n, grid * grid], which of the scene's; beside: int64 [n,
@@ -196,7 +196,7 @@ def patch_targets(facts: list[Facts], grid: int) -> dict[str, np.ndarray]:
 
 
 def shape_masks(picture: np.ndarray, things: tuple[Thing, ...], config: PicoConfig) -> np.ndarray:
-    """Which cells of each patch a shape covers: int8 [patches, cells], -1 where it is not known.
+    """Cells of each patch that a shape covers: int8 [patches, cells], -1 where it is not known.
 
     Read off the picture: inside its box a shape is what is nearer in colour to the box's middle
     than to the ground around its corners.
@@ -280,7 +280,7 @@ def _mark_things(out: dict[str, np.ndarray], things: tuple[Thing, ...], grid: in
 
 
 def letter_slots(words: tuple[Word, ...], grid: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which letter of LETTERS lies under each part of each patch, and which of its word it is:
+    """Letters of LETTERS under each part of each patch, and their indices in the word:
     int64 [grid * grid, LETTER_SLOTS], -1 where there is none.
     """
     letter = np.full((grid * grid, LETTER_SLOTS), -1, np.int64)

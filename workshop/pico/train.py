@@ -293,7 +293,7 @@ class Trainer:
         return self.neighbours.losses(last, layers[-2], features, batch.patches)
 
     def _changed(self, rows: Tensor, layers: list[Tensor]) -> Tensor:
-        """By which share of their variance the last layer changes the image rows: what it adds
+        """Share of their variance by which the last layer changes the image rows: what it adds
         should stand where the projector does not look yet, or all that the decoder knows of rows
         has to be learnt again.
         """

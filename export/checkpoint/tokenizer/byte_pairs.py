@@ -44,7 +44,7 @@ class BytePairs:
 
 
 def is_byte_level(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint's tokenizer is one of bytes."""
+    """True if a checkpoint's tokenizer is a byte-level one."""
     if (checkpoint.folder / "tokenizer.model").is_file():
         return False
     fast = checkpoint.configs.get(FAST)

@@ -1,4 +1,4 @@
-"""Where llama.cpp's tokenizer would give other ids than transformers', seen without running it.
+"""Refuses vocabularies for which llama.cpp would give other ids than transformers.
 
 llama.cpp takes user-defined tokens out of a text first, the longest first and whatever stands
 around them. SentencePiece's pieces it merges whenever two neighbours together are a token of any
@@ -77,7 +77,7 @@ def check_merges(vocab: Mapping[str, int], merged: Collection[str], where: str) 
 
 
 def is_misread(name: str) -> bool:
-    """Whether llama.cpp takes a model's name for that of a tokenizer with rules of its own."""
+    """True if llama.cpp takes a model's name for that of a tokenizer with rules of its own."""
     return bool(_GUESSED.search(name))
 
 
@@ -98,7 +98,7 @@ def _split(text: str, vocab: Collection[str]) -> tuple[str, str] | None:
 
 
 def _is_run(text: str) -> bool:
-    """Whether it is one character again and again, which every way of cutting finds."""
+    """True for one character again and again, which every way of cutting finds."""
     return len(set(text)) == 1
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer's side files say beyond its vocabulary: whole tokens, roles, the begin token.
+"""A tokenizer's side files: whole tokens, roles, the begin token.
 
 Knows tokenizer_config.json, added_tokens.json and the last part of tokenizer.json.
 """
@@ -66,7 +66,7 @@ def _entry(i: int, entry: Config) -> Entry:
 
 
 def role_texts(checkpoint: Checkpoint, role: str) -> tuple[str, ...]:
-    """What the token of a role may be called: as stated, or else as usual."""
+    """Names that the token of a role may have: as stated, or else the usual ones."""
     stated = _content(_config(checkpoint).get(f"{role}_token"))
     return (stated,) if stated else ROLES[role]
 
@@ -90,7 +90,7 @@ def control_texts(checkpoint: Checkpoint) -> set[str]:
 
 
 def describe(checkpoint: Checkpoint) -> Tokenizer:
-    """What a family may know of the tokenizer."""
+    """The tokenizer as families see it."""
     special, fast = special_texts(checkpoint), checkpoint.configs.get(FAST, {})
     added: dict[str, AddedToken] = {}
     for e in entries(checkpoint).values():
@@ -105,7 +105,7 @@ def describe(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _prepends(fast: Config) -> Literal["every", "first"] | None:
-    """Where a tokenizer.json puts a space; None where it does so in neither of these ways."""
+    """Texts that a tokenizer.json puts a space before; None if neither every one nor the first."""
     normalizer, cut = fast.get("normalizer") or {}, fast.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer])
     if any(step.get("type") == "Prepend" for step in steps):
@@ -114,7 +114,7 @@ def _prepends(fast: Config) -> Literal["every", "first"] | None:
 
 
 def _begins(processor: Any) -> bool:
-    """Whether a post-processor of tokenizer.json puts a token before a text."""
+    """True if a post-processor of tokenizer.json puts a token before a text."""
     steps = (processor or {}).get("processors", [processor or {}])
     templates = [step["single"] for step in steps if step.get("type") == "TemplateProcessing"]
     return any("SpecialToken" in template[0] for template in templates)

@@ -128,7 +128,7 @@ def _add(table: dict[int, Token], i: int, text: str, kind: int) -> None:
 
 
 def _mark_specials(table: dict[int, Token], checkpoint: Checkpoint) -> None:
-    """What the tokenizer's config gives a role is special in transformers, listed or not, and the
+    """Marks tokens with a role as special: they are so in transformers, listed or not, and the
     usual signs of roles are no text to SentencePiece.
     """
     special = special_texts(checkpoint).union(*ROLES.values())
@@ -236,7 +236,7 @@ def _bpe(path: Path, data: Config, model: Model, added: Collection[str]) -> list
 
 
 def _replaces_spaces(data: Config, model: Model) -> bool:
-    """Whether spaces become the space piece, with one before texts where `model` says so."""
+    """True if spaces become the space piece, with one before texts where `model` says so."""
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     normalizer, cut = data.get("normalizer"), data.get("pre_tokenizer")

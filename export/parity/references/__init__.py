@@ -19,7 +19,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Request:
-    """What both sides answer: a picture uint8 [h, w, 3], the user's words, a number of tokens."""
+    """The question to both sides: picture uint8 [h, w, 3], the user's words, number of tokens."""
 
     image: NDArray[np.uint8]
     prompt: str

@@ -86,7 +86,7 @@ class Added:
         return set(self._halves)
 
     def added(self, name: str) -> Tensor | None:
-        """What is added to a module's weight, for a model that is no module."""
+        """The adapter's addition to a module's weight, for a model that is no module."""
         pair = self._halves.get(name)
         if pair is None:
             return None

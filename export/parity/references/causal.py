@@ -1,4 +1,4 @@
-"""What references share whose decoder reads words, a picture and words from left to right."""
+"""Base of references whose decoder reads text, a picture and text from left to right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _hf: Any = transformers
 
 
 class Seen(NamedTuple):
-    """What became of a picture: pixels [1, 3, size, size], features [1, patches, width] and
+    """Stages of a picture: pixels [1, 3, size, size], features [1, patches, width] and
     embeddings [1, rows, n_embd].
     """
 

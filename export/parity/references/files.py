@@ -1,4 +1,4 @@
-"""What transformers itself makes of a checkpoint's files: its picture processor, its tokenizer.
+"""A checkpoint's picture processor and tokenizer, as transformers itself reads the files.
 
 Shares nothing with the exporter's reading of the same files, which is compared with it.
 """
@@ -20,7 +20,7 @@ _hf: Any = transformers
 
 
 def has_processor(folder: Path) -> bool:
-    """Whether a folder says how pictures are read."""
+    """True if a folder states its picture processor."""
     nested = _json(folder / "processor_config.json").get("image_processor")
     return (folder / "preprocessor_config.json").is_file() or bool(nested)
 
