@@ -43,7 +43,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Quality:
+class MeasuredQuality:
     """A candidate against its reference.
 
     features_cosine, embeddings_cosine: mean cosine of the encoder's and the projector's rows.
@@ -64,7 +64,7 @@ class Quality:
 
 def measure(
     candidate: Path, reference: Path, scenes: int = 100, *, threads: int | None = None
-) -> Quality:
+) -> MeasuredQuality:
     """Compares two bundles of one model over drawn scenes; raises BenchError.
 
     The time goes into the scenes: eight questions each for pico, one answer for other models.
@@ -108,11 +108,11 @@ def observe(
     return target
 
 
-def compare(candidate: Path, reference: Path) -> Quality:
+def compare(candidate: Path, reference: Path) -> MeasuredQuality:
     """The quality that two files of `observe` show."""
     with np.load(candidate) as ours, np.load(reference) as theirs:
         top = ours["logits"].argmax(-1) == theirs["logits"].argmax(-1)
-        return Quality(
+        return MeasuredQuality(
             features_cosine=_cosine(ours["features"], theirs["features"]),
             embeddings_cosine=_cosine(ours["embeddings"], theirs["embeddings"]),
             logit_kl=divergence(ours["logits"], theirs["logits"]),

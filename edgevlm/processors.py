@@ -78,7 +78,7 @@ _MAY_BE_NULL = ("size", "crop_size", "image_mean", "image_std")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProcessorSettings:
     """A picture processor's class, every setting of it, and the file that states them ("" where
     there is none).
     """
@@ -94,7 +94,9 @@ class Settings:
         return FileError(self.file, f"{key} is {self.values.get(key)!r}{absent}; {known}")
 
 
-def default_settings(kind: str, side: int, beside: str = "") -> tuple[Settings, tuple[str, ...]]:
+def default_settings(
+    kind: str, side: int, beside: str = ""
+) -> tuple[ProcessorSettings, tuple[str, ...]]:
     """A class's settings for a tower of `side` pixels where no file states any, and a note of it
     for the manifest, with what is known `beside`.
     """
@@ -104,12 +106,12 @@ def default_settings(kind: str, side: int, beside: str = "") -> tuple[Settings, 
     else:
         values["size"] = {"height": side, "width": side}
     note = f"no {PREPROCESSOR}: pictures as {kind} reads them unless told{beside}"
-    return Settings("", kind, values, {}), (note,)
+    return ProcessorSettings("", kind, values, {}), (note,)
 
 
 def find_settings(
     files: Mapping[str, Config], default: str, known: Collection[str], folder: str = ""
-) -> Settings | None:
+) -> ProcessorSettings | None:
     """The settings in the files of a folder ("" or TOWER), None where there are none.
 
     `default` is the class where no file names one, `known` are those that the family's code runs.
@@ -127,7 +129,7 @@ def find_settings(
     return found[0] if found else None
 
 
-def _check_same(plain: Settings, nested: Settings) -> None:
+def _check_same(plain: ProcessorSettings, nested: ProcessorSettings) -> None:
     """Refuses two files that differ: transformers 4 reads the one and 5 the other."""
     a, b = _comparable(plain), _comparable(nested)
     for key in a:
@@ -139,7 +141,7 @@ def _check_same(plain: Settings, nested: Settings) -> None:
             )
 
 
-def _comparable(found: Settings) -> dict[str, Any]:
+def _comparable(found: ProcessorSettings) -> dict[str, Any]:
     """The settings, those that may be written in several ways in one of them."""
     values = {"image_processor_type": found.kind}
     values |= {key: found.values[key] for key in _DEFAULTS[found.kind]}
@@ -152,7 +154,7 @@ def _comparable(found: Settings) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def _settings(file: str, stated: Config, default: str, known: Collection[str]) -> Settings:
+def _settings(file: str, stated: Config, default: str, known: Collection[str]) -> ProcessorSettings:
     named = stated.get("image_processor_type") or stated.get("feature_extractor_type") or default
     kind = str(named).removesuffix("Fast").removesuffix("Pil")
     kind = kind.replace("FeatureExtractor", "ImageProcessor")
@@ -170,7 +172,7 @@ def _settings(file: str, stated: Config, default: str, known: Collection[str]) -
             values[key] = value
         elif values.get(key) and key not in _MAY_BE_NULL:
             raise FileError(file, f"{key} is null, which transformers 4 and 5 read differently")
-    found = Settings(file, kind, values, stated)
+    found = ProcessorSettings(file, kind, values, stated)
     for key in stated:
         if key not in _DEFAULTS[kind] and key not in _INERT and _means_something(key, stated[key]):
             raise found.refusal(key, f"a {kind} ignores it; remove it if the model was trained so")
@@ -184,7 +186,7 @@ def _means_something(key: str, value: Any) -> bool:
 
 
 def image_spec(
-    found: Settings, side: int, tokens: int, *, pad: bool = False, max_pictures: int = 1
+    found: ProcessorSettings, side: int, tokens: int, *, pad: bool = False, max_pictures: int = 1
 ) -> ImageSpec:
     """Translates a processor's settings for a tower of `side` pixels.
 
@@ -254,7 +256,7 @@ def check_rows(files: Mapping[str, Config], side: int, tokens: int) -> None:
         )
 
 
-def _fit(found: Settings, side: int, pad: bool) -> tuple[Fit, int]:
+def _fit(found: ProcessorSettings, side: int, pad: bool) -> tuple[Fit, int]:
     """The way a picture becomes a square, and the side that it is resized to."""
     if not found.values["do_resize"]:
         raise found.refusal("do_resize", "only true is known")
@@ -275,7 +277,7 @@ def _fit(found: Settings, side: int, pad: bool) -> tuple[Fit, int]:
     return "pad" if pad else "crop" if keeps_shape else "stretch", resize
 
 
-def _size(found: Settings) -> tuple[int, bool]:
+def _size(found: ProcessorSettings) -> tuple[int, bool]:
     """The side that a picture is resized to, and whether it is the short side of its own shape."""
     size = found.values["size"]
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
@@ -287,7 +289,7 @@ def _size(found: Settings) -> tuple[int, bool]:
     return size, True
 
 
-def _square(found: Settings, key: str, size: Any) -> int:
+def _square(found: ProcessorSettings, key: str, size: Any) -> int:
     if isinstance(size, Mapping):
         sides = [size["height"], size["width"]] if set(size) == {"height", "width"} else []
     else:
@@ -298,7 +300,7 @@ def _square(found: Settings, key: str, size: Any) -> int:
     return int(sides[0])
 
 
-def _resample(found: Settings) -> Resample:
+def _resample(found: ProcessorSettings) -> Resample:
     number = found.values["resample"]
     if isinstance(number, bool) or number not in _RESAMPLE:
         names = ", ".join(f"{n} ({name})" for n, name in _RESAMPLE.items())
@@ -306,7 +308,7 @@ def _resample(found: Settings) -> Resample:
     return _RESAMPLE[number]
 
 
-def _rescale(found: Settings) -> float:
+def _rescale(found: ProcessorSettings) -> float:
     if not found.values["do_rescale"]:
         return 1.0
     factor = found.values["rescale_factor"]
@@ -315,7 +317,7 @@ def _rescale(found: Settings) -> float:
     return float(factor)
 
 
-def _channels(found: Settings, key: str) -> tuple[float, float, float]:
+def _channels(found: ProcessorSettings, key: str) -> tuple[float, float, float]:
     value = found.values[key]
     three = [value] * 3 if _is_number(value) else value
     if not isinstance(three, (list, tuple)) or len(three) != 3 or not all(map(_is_number, three)):
@@ -328,7 +330,7 @@ def _is_number(value: Any) -> bool:
     return plain and math.isfinite(value)
 
 
-def _colour(found: Settings, mean: tuple[float, float, float]) -> tuple[int, int, int]:
+def _colour(found: ProcessorSettings, mean: tuple[float, float, float]) -> tuple[int, int, int]:
     """The mean as the colour of a square."""
     red, green, blue = (int(x * 255) for x in mean)
     if not all(0 <= x <= 255 for x in (red, green, blue)):

@@ -15,8 +15,8 @@ from PIL import Image
 from edgevlm import VLM
 from edgevlm.benchmarks.latency import runner, stats
 from edgevlm.benchmarks.latency.gather import Configuration, configurations
-from edgevlm.benchmarks.latency.measure import Job, measure, overhead_ms
-from edgevlm.benchmarks.latency.memory import Memory
+from edgevlm.benchmarks.latency.measure import RoundTask, measure, overhead_ms
+from edgevlm.benchmarks.latency.memory import MemoryMarks
 from edgevlm.benchmarks.latency.physics import int8_instructions
 from edgevlm.benchmarks.latency.report import (
     QUANTITIES,
@@ -68,12 +68,12 @@ def machine_files(root: Path, energy_uj: int | None = None, status: str = "Disch
     return root
 
 
-def job(picture: Path, **changes: Any) -> Job:
-    given = Job(str(picture.parent), str(picture), "auto", None, None, 8, 3, 60.0)
+def job(picture: Path, **changes: Any) -> RoundTask:
+    given = RoundTask(str(picture.parent), str(picture), "auto", None, None, 8, 3, 60.0)
     return dataclasses.replace(given, **changes)
 
 
-def events_of(job: Job, sensors: Sensors) -> list[dict[str, Any]]:
+def events_of(job: RoundTask, sensors: Sensors) -> list[dict[str, Any]]:
     """A round on fake engines, as the worker's lines."""
 
     def open_model(loaded: Callable[[str], None]) -> VLM:
@@ -82,12 +82,12 @@ def events_of(job: Job, sensors: Sensors) -> list[dict[str, Any]]:
         return fakes.vlm("ab")  # shorter than any answer of a measurement
 
     found: list[dict[str, Any]] = [{"facts": FACTS}]
-    measure(job, open_model, Memory(), sensors, lambda e: found.append(dataclasses.asdict(e)))
+    measure(job, open_model, MemoryMarks(), sensors, lambda e: found.append(dataclasses.asdict(e)))
     return [*json.loads(json.dumps(found)), {"done": True}]
 
 
 def fake_round(sensors_root: Path) -> runner.Round:
-    def run(job: Job) -> runner.Events:
+    def run(job: RoundTask) -> runner.Events:
         yield from events_of(job, Sensors(sensors_root))
 
     return run
@@ -97,13 +97,13 @@ def no_physics(threads: int, flags: Sequence[str]) -> Physics:
     return Physics(threads, 1e10, 1e11, 4.0, "VNNI")
 
 
-def plan(picture: Path, *names: str, **options: Any) -> runner.Plan:
+def plan(picture: Path, *names: str, **options: Any) -> runner.BenchPlan:
     bundle = open_bundle(built_in())
     configurations = tuple(Configuration(n, bundle, picture) for n in names or ("pico",))
-    return runner.Plan(configurations, **{"tokens": 8, "pairs": 3} | options)
+    return runner.BenchPlan(configurations, **{"tokens": 8, "pairs": 3} | options)
 
 
-def report_of(plan: runner.Plan, root: Path, run: runner.Round | None = None) -> Report:
+def report_of(plan: runner.BenchPlan, root: Path, run: runner.Round | None = None) -> Report:
     run = run or fake_round(root)
     return runner.run_plan(plan, "edgevlm bench", run_round=run, with_physics=no_physics)
 
@@ -214,7 +214,7 @@ def test_power_mode_names_governor_and_battery(tmp_path: Path) -> None:
 def test_configurations_take_turns(picture: Path, tmp_path: Path) -> None:
     seen = []
 
-    def run(job: Job) -> runner.Events:
+    def run(job: RoundTask) -> runner.Events:
         seen.append(job.threads)
         yield from events_of(job, Sensors(tmp_path))
 
@@ -226,10 +226,12 @@ def test_configurations_take_turns(picture: Path, tmp_path: Path) -> None:
     assert report.complete and report.notes == ()
 
 
-def steady(n_rounds: list[Job], value: Callable[[int], float] = lambda i: 100.0) -> runner.Round:
+def steady(
+    n_rounds: list[RoundTask], value: Callable[[int], float] = lambda i: 100.0
+) -> runner.Round:
     """Rounds of one pair each, with a given time to the first token."""
 
-    def run(job: Job) -> runner.Events:
+    def run(job: RoundTask) -> runner.Events:
         n_rounds.append(job)
         yield {"facts": FACTS | {"vision_positions": 4}}
         ms = value(len(n_rounds))
@@ -243,22 +245,22 @@ def steady(n_rounds: list[Job], value: Callable[[int], float] = lambda i: 100.0)
 
 
 def test_rounds_end_when_the_spread_is_small(picture: Path, tmp_path: Path) -> None:
-    rounds: list[Job] = []
+    rounds: list[RoundTask] = []
     result = report_of(plan(picture), tmp_path, steady(rounds)).results[0]
     assert len(rounds) == 3 and result.settled
 
 
 def test_rounds_end_when_the_budget_does(picture: Path, tmp_path: Path) -> None:
-    rounds: list[Job] = []
+    rounds: list[RoundTask] = []
     noisy = steady(rounds, lambda i: 100.0 * i)
     result = report_of(plan(picture, budget_s=0.0), tmp_path, noisy).results[0]
     assert len(rounds) == 3 and not result.settled
 
 
 def test_an_interrupted_run_leaves_a_partial_report(picture: Path, tmp_path: Path) -> None:
-    rounds: list[Job] = []
+    rounds: list[RoundTask] = []
 
-    def run(job: Job) -> runner.Events:
+    def run(job: RoundTask) -> runner.Events:
         if len(rounds) == 1:
             raise KeyboardInterrupt
         yield from steady(rounds)(job)
@@ -272,7 +274,7 @@ def test_an_interrupted_run_leaves_a_partial_report(picture: Path, tmp_path: Pat
 def test_an_interrupt_before_anything_was_measured_is_an_error(
     picture: Path, tmp_path: Path
 ) -> None:
-    def run(job: Job) -> runner.Events:
+    def run(job: RoundTask) -> runner.Events:
         raise KeyboardInterrupt
         yield
 
@@ -281,9 +283,9 @@ def test_an_interrupt_before_anything_was_measured_is_an_error(
 
 
 def test_one_failing_configuration_does_not_lose_the_others(picture: Path, tmp_path: Path) -> None:
-    rounds: list[Job] = []
+    rounds: list[RoundTask] = []
 
-    def run(job: Job) -> runner.Events:
+    def run(job: RoundTask) -> runner.Events:
         if job.threads == 7:
             raise BenchError("no such engine")
         yield from steady(rounds)(job)

@@ -9,7 +9,7 @@ from edgevlm.benchmarks.latency import extras
 from edgevlm.benchmarks.latency.extras import Extras, with_extras
 from edgevlm.benchmarks.latency.gather import Configuration
 from edgevlm.benchmarks.latency.report import Beside, Quality, Report, to_json
-from edgevlm.benchmarks.latency.runner import Plan
+from edgevlm.benchmarks.latency.runner import BenchPlan
 from edgevlm.benchmarks.peers import run
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import BenchError
@@ -20,10 +20,10 @@ from workshop import reports
 QUALITY = Quality("pico", 0.9, 0.8, 0.1, 0.7, {})
 
 
-def measured(*names: str) -> tuple[Report, Plan]:
+def measured(*names: str) -> tuple[Report, BenchPlan]:
     """A report and the plan that it is of: one bundle, one picture, several thread counts."""
     bundle = open_bundle(built_in())
-    plan = Plan(tuple(Configuration(name, bundle, Path("a.png")) for name in names), tokens=8)
+    plan = BenchPlan(tuple(Configuration(name, bundle, Path("a.png")) for name in names), tokens=8)
     return report(*map(result, names)), plan
 
 

@@ -24,8 +24,8 @@ from edgevlm.benchmarks.latency.report import (
     Beside,
     Limit,
     Machine,
-    Model,
-    Part,
+    MeasuredComponent,
+    MeasuredModel,
     PeerResult,
     Physics,
     Quality,
@@ -54,8 +54,8 @@ def result(name: str = "pico", factor: float = 1.0, **changes: Any) -> Result:
     del metrics["energy_j"]
     given = Result(
         name=name,
-        model=Model("pico", False, "paligemma", "apache-2.0", 7 << 20,
-                    {"vision": Part("int8", 5, {"v.onnx": "ab"})}),
+        model=MeasuredModel("pico", False, "paligemma", "apache-2.0", 7 << 20,
+                    {"vision": MeasuredComponent("int8", 5, {"v.onnx": "ab"})}),
         workload=Workload("a.png", "c0de", (80, 60), "caption en", 64, 4, 64, 32, 480),
         settings=Settings("auto", "CPUExecutionProvider", 2, True, ("AVX2",)),
         rounds=5,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm.benchmarks.quality import Quality
+from edgevlm.benchmarks.quality import MeasuredQuality
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import ExportError
 from edgevlm.models import resolve
@@ -32,7 +32,7 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
 
 def test_a_line_says_how_far_a_precision_is_from_the_reference() -> None:
     row = precisions.Row("vision", "int8", open_bundle(resolve(None)))
-    near = Quality(0.99984, 0.99991, 0.0029, 0.98, 100, {"all": 0.94})
+    near = MeasuredQuality(0.99984, 0.99991, 0.0029, 0.98, 100, {"all": 0.94})
     reference = precisions.Measured(row, replace(near, accuracy={"all": 0.95}), None)
     section = precisions._vision([reference, precisions.Measured(row, near, None)], "T", 0.95)
     assert len(section.head) == len(section.rows[1])

@@ -21,10 +21,10 @@ import click
 from edgevlm.benchmarks.latency.files import default_picture
 from edgevlm.benchmarks.latency.gather import Configuration
 from edgevlm.benchmarks.latency.report import Report, Result
-from edgevlm.benchmarks.latency.runner import Plan, run_plan
+from edgevlm.benchmarks.latency.runner import BenchPlan, run_plan
 from edgevlm.benchmarks.latency.sections import Section
 from edgevlm.benchmarks.latency.tables import section_markdown
-from edgevlm.benchmarks.quality import Quality, compare, observe
+from edgevlm.benchmarks.quality import MeasuredQuality, compare, observe
 from edgevlm.bundle import Bundle, open_bundle, write_manifest
 from edgevlm.errors import ExportError
 from edgevlm.export import (
@@ -70,7 +70,7 @@ class Measured:
     """A row with its quality, and its speed where that was measured."""
 
     row: Row
-    quality: Quality
+    quality: MeasuredQuality
     speed: Result | None
 
 
@@ -113,11 +113,11 @@ def _decoder_at(whole: Bundle, folder: Path, name: str, matrix: Matrix | None) -
     return Bundle(folder, manifest)
 
 
-def qualities(made: Sequence[Row], work: Path, scenes: int) -> list[Quality]:
+def qualities(made: Sequence[Row], work: Path, scenes: int) -> list[MeasuredQuality]:
     """Every row against the first, as many at a time as there are cores."""
     reference = observe(made[0].bundle.folder, work / "reference.npz", scenes, threads=1)
 
-    def one(i: int) -> Quality:
+    def one(i: int) -> MeasuredQuality:
         row, target = made[i], work / f"{i}.npz"
         seen = observe(row.bundle.folder, target, scenes, follow=reference, threads=1, kv=row.kv)
         return compare(seen, reference)
@@ -129,7 +129,7 @@ def qualities(made: Sequence[Row], work: Path, scenes: int) -> list[Quality]:
 def speeds(made: Sequence[Row], work: Path, runs: int) -> Report:
     """Stages and memory of every row, in turn; rows with a cache of another type are left out."""
     picture = default_picture(work)
-    plan = Plan(
+    plan = BenchPlan(
         tuple(Configuration(f"{r.half} {r.name}", r.bundle, picture) for r in made if not r.kv),
         tokens=_TOKENS,
         runs=runs,
@@ -192,7 +192,7 @@ def _begin(m: Measured) -> tuple[str, str]:
     return m.row.name, f"{m.row.bytes / 1e6:.2f} MB"
 
 
-def _end(q: Quality, reference: float) -> tuple[str, str, str, str]:
+def _end(q: MeasuredQuality, reference: float) -> tuple[str, str, str, str]:
     right = q.accuracy["all"]
     return (
         f"{q.logit_kl:.2g}",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgevlm.benchmarks.latency.gather import Configuration
 from edgevlm.benchmarks.latency.report import Quality, Report
-from edgevlm.benchmarks.latency.runner import INTERRUPTED, Plan
+from edgevlm.benchmarks.latency.runner import INTERRUPTED, BenchPlan
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import EdgeVLMError
 
@@ -31,7 +31,7 @@ class Extras:
 
 
 def with_extras(
-    report: Report, plan: Plan, extras: Extras, progress: Callable[[str], None]
+    report: Report, plan: BenchPlan, extras: Extras, progress: Callable[[str], None]
 ) -> Report:
     """The report with what `extras` asks for; Ctrl-C leaves the rest out and says so."""
     try:
@@ -45,7 +45,7 @@ def with_extras(
 
 
 def _with_peers(
-    report: Report, plan: Plan, extras: Extras, progress: Callable[[str], None]
+    report: Report, plan: BenchPlan, extras: Extras, progress: Callable[[str], None]
 ) -> Report:
     from edgevlm.benchmarks.peers.run import Comparison, beside
 
@@ -77,7 +77,7 @@ def _with_peers(
     return report
 
 
-def _each_once(plan: Plan, measured: Mapping[str, str]) -> Iterator[Configuration]:
+def _each_once(plan: BenchPlan, measured: Mapping[str, str]) -> Iterator[Configuration]:
     """The first measured configuration of each bundle and picture."""
     seen = set()
     for one in plan.configurations:
@@ -87,7 +87,7 @@ def _each_once(plan: Plan, measured: Mapping[str, str]) -> Iterator[Configuratio
 
 
 def _with_quality(
-    report: Report, plan: Plan, reference: Path, progress: Callable[[str], None]
+    report: Report, plan: BenchPlan, reference: Path, progress: Callable[[str], None]
 ) -> Report:
     bundles = {one.name: one.bundle for one in plan.configurations}
     other, known = open_bundle(reference), dict[Path, Quality | None]()

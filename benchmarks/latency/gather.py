@@ -13,8 +13,8 @@ from typing import Any
 from edgevlm.benchmarks.latency.cost import Cost, limits
 from edgevlm.benchmarks.latency.report import (
     QUANTITIES,
-    Model,
-    Part,
+    MeasuredComponent,
+    MeasuredModel,
     Physics,
     Result,
     Settings,
@@ -109,13 +109,15 @@ class Gathered:
         return {name: self.unavailable.get(name, "not reached") for name in missing}
 
 
-def _model(bundle: Bundle) -> Model:
+def _model(bundle: Bundle) -> MeasuredModel:
     manifest = bundle.manifest
     parts = {
-        name: Part(c.precision, sum(f.bytes for f in c.files), {f.file: f.sha256 for f in c.files})
+        name: MeasuredComponent(
+            c.precision, sum(f.bytes for f in c.files), {f.file: f.sha256 for f in c.files}
+        )
         for name, c in manifest.components.items()
     }
-    return Model(
+    return MeasuredModel(
         name=manifest.name,
         synthetic=manifest.name.startswith(PREFIX),
         family=manifest.family,

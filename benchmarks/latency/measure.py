@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from edgevlm.benchmarks.latency.memory import Memory
+from edgevlm.benchmarks.latency.memory import MemoryMarks
 from edgevlm.benchmarks.latency.sensors import Sensors
 from edgevlm.errors import PromptError
 from edgevlm.runtimes.engines import Float, VisionEncoder, sequential
@@ -30,7 +30,7 @@ _QUESTION = "What is in the picture?"
 
 
 @dataclass(frozen=True)
-class Job:
+class RoundTask:
     """The task of one round, as the parent sends it to the worker.
 
     prompt: None for the model's own caption prompt. tokens: length of every answer. A pair is an
@@ -62,23 +62,25 @@ Emit = Callable[[Event], None]
 Open = Callable[[Callable[[str], None]], VLM]
 
 
-def measure(job: Job, open_model: Open, memory: Memory, sensors: Sensors, emit: Emit) -> None:
+def measure(
+    task: RoundTask, open_model: Open, memory: MemoryMarks, sensors: Sensors, emit: Emit
+) -> None:
     """Runs one round and emits what it found, piece by piece. Raises EdgeVLMError."""
     memory.mark("base")
-    cold = memory.drop_file_cache(Path(job.folder))
+    cold = memory.drop_file_cache(Path(task.folder))
     before = memory.bytes_read()
     vlm = open_model(memory.mark)
-    why_not = cold or memory.why_not_cold(before, Path(job.folder))
+    why_not = cold or memory.why_not_cold(before, Path(task.folder))
     if why_not:
         emit(Event(unavailable={"load_cold_ms": why_not}))
     else:
         emit(Event({"load_cold_ms": (vlm.load_ms,)}))
-    prompt = job.prompt if job.prompt is not None else _default_prompt(vlm)
+    prompt = task.prompt if task.prompt is not None else _default_prompt(vlm)
     with vlm:
-        _answers(_Round(job, prompt, sensors, emit), vlm, memory)
+        _answers(_Round(task, prompt, sensors, emit), vlm, memory)
         facts = {"energy": sensors.energy}
         emit(Event(memory.samples(), facts, sensors.unavailable()))
-        emit(_bare_decode(vlm.engines, job.tokens))
+        emit(_bare_decode(vlm.engines, task.tokens))
     gc.collect()
     with open_model(lambda _: None) as again:
         emit(Event({"load_warm_ms": (again.load_ms,)}))
@@ -88,26 +90,26 @@ def measure(job: Job, open_model: Open, memory: Memory, sensors: Sensors, emit: 
 class _Round:
     """State shared by the answers of a round."""
 
-    job: Job
+    task: RoundTask
     prompt: str
     sensors: Sensors
     emit: Emit
 
 
-def _answers(shared: _Round, vlm: VLM, memory: Memory) -> None:
+def _answers(shared: _Round, vlm: VLM, memory: MemoryMarks) -> None:
     encoder = _Marking(vlm.engines.encoder, memory)
     reply = _ask(shared, endless(vlm, encoder), warm=False)[0]
     memory.mark("answered")
     cold = {"first_token_cold_ms": (reply.timings.first_token_ms,)}
     shared.emit(Event(cold, {"vision_positions": encoder.positions}))
     start, asked = time.perf_counter(), endless(vlm, vlm.engines.encoder)
-    for _ in range(shared.job.pairs):
+    for _ in range(shared.task.pairs):
         asked.forget()
         reply, samples = _ask(shared, asked, warm=True)
         again = _ask(shared, asked, warm=False)[0]
         samples["first_token_cached_ms"] = (again.timings.first_token_ms,)
         shared.emit(Event(samples, _workload(shared, reply, again)))
-        if time.perf_counter() - start > shared.job.seconds:
+        if time.perf_counter() - start > shared.task.seconds:
             return
 
 
@@ -123,14 +125,14 @@ def endless(vlm: VLM, encoder: VisionEncoder) -> VLM:
 
 def _ask(shared: _Round, vlm: VLM, *, warm: bool) -> tuple[Reply, dict[str, tuple[float, ...]]]:
     """One whole answer; its samples are taken only where `warm` says they count."""
-    job, sensors = shared.job, shared.sensors
+    task, sensors = shared.task, shared.sensors
     before, cpu = sensors.read(), time.process_time()
-    answer = vlm.stream(shared.prompt, job.image, max_tokens=job.tokens)
+    answer = vlm.stream(shared.prompt, task.image, max_tokens=task.tokens)
     elapsed = [piece.elapsed_ms for piece in answer if piece.token_ids]
     cpu_s, after, reply = time.process_time() - cpu, sensors.read(), answer.reply
-    if reply.tokens.generated < job.tokens:
+    if reply.tokens.generated < task.tokens:
         raise PromptError(
-            f"the context leaves room for {reply.tokens.generated} of {job.tokens} tokens; "
+            f"the context leaves room for {reply.tokens.generated} of {task.tokens} tokens; "
             "ask for fewer or shorten the prompt"
         )
     if not warm:
@@ -203,7 +205,7 @@ def _default_prompt(vlm: VLM) -> str:
 class _Marking:
     """A VisionEncoder that notes its positions and the memory after the first picture."""
 
-    def __init__(self, encoder: VisionEncoder, memory: Memory) -> None:
+    def __init__(self, encoder: VisionEncoder, memory: MemoryMarks) -> None:
         self._encoder, self._memory = encoder, memory
         self.provider = encoder.provider
         self.positions = 0

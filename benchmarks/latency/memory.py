@@ -13,7 +13,7 @@ _IO = Path("/proc/self/io")
 _COLD_PART = 0.5
 
 
-class Memory:
+class MemoryMarks:
     """Resident size at marks: "base", "vision" and "decoder" loaded, picture "seen", "answered".
 
     Pages of memory-mapped weights count once they are touched, so a component is what its load and

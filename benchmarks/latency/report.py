@@ -97,7 +97,7 @@ class Physics:
 
 
 @dataclass(frozen=True)
-class Part:
+class MeasuredComponent:
     """A component of the bundle: precision, bytes on disk, SHA-256 of its files by name."""
 
     precision: str
@@ -106,7 +106,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Model:
+class MeasuredModel:
     """The bundle that was measured; `synthetic` ones have random weights, of the real sizes."""
 
     name: str
@@ -114,7 +114,7 @@ class Model:
     family: str
     license: str
     bytes: int
-    components: Mapping[str, Part]
+    components: Mapping[str, MeasuredComponent]
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Result:
     """
 
     name: str
-    model: Model
+    model: MeasuredModel
     workload: Workload
     settings: Settings
     rounds: int

@@ -21,7 +21,7 @@ from edgevlm import cleanup
 from edgevlm.benchmarks.latency.cost import Cost, cost
 from edgevlm.benchmarks.latency.gather import Configuration, Gathered
 from edgevlm.benchmarks.latency.machine import software, this_machine
-from edgevlm.benchmarks.latency.measure import Job
+from edgevlm.benchmarks.latency.measure import RoundTask
 from edgevlm.benchmarks.latency.physics import measure_physics
 from edgevlm.benchmarks.latency.report import VERSION, Physics, Report, Result
 from edgevlm.errors import BenchError
@@ -34,7 +34,7 @@ _MOST_ROUNDS = 10
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """Configurations to measure, and for how long.
 
     prompt: None for each model's own. tokens: length of every answer. runs: number of rounds; None
@@ -53,11 +53,11 @@ class Plan:
 
 
 Events = Generator[Mapping[str, Any], None, None]
-Round = Callable[[Job], Events]
+Round = Callable[[RoundTask], Events]
 
 
 def run_plan(
-    plan: Plan,
+    plan: BenchPlan,
     command: str,
     progress: Callable[[Progress], None] = lambda _: None,
     run_round: Round | None = None,
@@ -97,7 +97,7 @@ def run_plan(
 
 
 def _rounds(
-    plan: Plan, gathered: list[Gathered], progress: Callable[[Progress], None], run: Round
+    plan: BenchPlan, gathered: list[Gathered], progress: Callable[[Progress], None], run: Round
 ) -> None:
     open_ones = list(gathered)
     while open_ones:
@@ -107,11 +107,11 @@ def _rounds(
         open_ones = [one for one in open_ones if not _done(plan, one)]
 
 
-def _most(plan: Plan) -> int:
+def _most(plan: BenchPlan) -> int:
     return plan.runs or _MOST_ROUNDS
 
 
-def _done(plan: Plan, one: Gathered) -> bool:
+def _done(plan: BenchPlan, one: Gathered) -> bool:
     if one.failed or one.rounds >= _most(plan):
         return True
     if plan.runs or one.rounds < _FEWEST_ROUNDS:
@@ -119,9 +119,9 @@ def _done(plan: Plan, one: Gathered) -> bool:
     return one.settled(plan.target_spread) or one.seconds >= plan.budget_s
 
 
-def _one_round(plan: Plan, one: Gathered, run: Round) -> None:
+def _one_round(plan: BenchPlan, one: Gathered, run: Round) -> None:
     configuration = one.configuration
-    job = Job(
+    task = RoundTask(
         folder=str(configuration.bundle.folder.absolute()),
         image=str(configuration.image.absolute()),
         device=configuration.device,
@@ -133,7 +133,7 @@ def _one_round(plan: Plan, one: Gathered, run: Round) -> None:
     )
     start = time.perf_counter()
     try:
-        with closing(run(job)) as events:
+        with closing(run(task)) as events:
             for event in events:
                 one.add(event)
         one.rounds += 1
@@ -143,7 +143,7 @@ def _one_round(plan: Plan, one: Gathered, run: Round) -> None:
 
 
 def _results(
-    plan: Plan, gathered: list[Gathered], physics: Mapping[int, Physics]
+    plan: BenchPlan, gathered: list[Gathered], physics: Mapping[int, Physics]
 ) -> Iterator[Result]:
     # Reading the tensor table takes seconds where the vocabulary is large.
     costs: dict[Path, Cost] = {}
@@ -156,7 +156,7 @@ def _results(
             yield one.result(needs, limits, plan.target_spread)
 
 
-def child_round(job: Job) -> Events:
+def child_round(task: RoundTask) -> Events:
     """Runs a round in a child process and yields its events; raises BenchError if it fails.
 
     The child is ended when the caller stops listening.
@@ -175,7 +175,7 @@ def child_round(job: Job) -> Events:
         assert process.stdin and process.stdout
         # A child that died at once is told of below, by its status and last words.
         with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(asdict(job)))
+            process.stdin.write(json.dumps(asdict(task)))
             process.stdin.close()
         done = False
         for line in process.stdout:

@@ -1,4 +1,4 @@
-"""`python -m edgevlm.benchmarks.latency.worker`: one round; a Job as JSON in, Events as lines out.
+"""`python -m edgevlm.benchmarks.latency.worker`: one round; a RoundTask in, Events out, as JSON.
 
 A process of its own, so that no configuration inherits another's memory, threads or caches. The
 last line is {"error": ...} where the round failed; without it and without "done" it was killed.
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm import schema
-from edgevlm.benchmarks.latency.measure import Event, Job, measure, overhead_ms
-from edgevlm.benchmarks.latency.memory import Memory
+from edgevlm.benchmarks.latency.measure import Event, RoundTask, measure, overhead_ms
+from edgevlm.benchmarks.latency.memory import MemoryMarks
 from edgevlm.benchmarks.latency.sensors import Sensors
 from edgevlm.errors import EdgeVLMError
 from edgevlm.runtimes.llama.ggml import cpu_features
@@ -25,12 +25,12 @@ from edgevlm.runtimes.loading import LoadOptions, load_bundle
 from edgevlm.runtimes.session import VLM
 
 
-def run(job: Job, send: Callable[[dict[str, Any]], None]) -> None:
+def run(task: RoundTask, send: Callable[[dict[str, Any]], None]) -> None:
     """Measures one round with the real engines and sends what it finds."""
     overhead = overhead_ms()
 
     def open_model(loaded: Callable[[str], None]) -> VLM:
-        vlm = load_bundle(Path(job.folder), LoadOptions(job.threads, job.device), loaded)
+        vlm = load_bundle(Path(task.folder), LoadOptions(task.threads, task.device), loaded)
         facts = {
             "threads": vlm.settings.threads,
             "repack": vlm.settings.repacking,
@@ -47,12 +47,12 @@ def run(job: Job, send: Callable[[dict[str, Any]], None]) -> None:
     def emit(event: Event) -> None:
         send(dataclasses.asdict(event))
 
-    measure(job, open_model, Memory(), Sensors(), emit)
+    measure(task, open_model, MemoryMarks(), Sensors(), emit)
     send({"done": True})
 
 
 def main() -> None:
-    """Reads the job from stdin; stdout carries nothing but the events."""
+    """Reads the task from stdin; stdout carries nothing but the events."""
     # Ctrl-C reaches the whole group of processes; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whatever a native library prints goes to stderr.
@@ -63,7 +63,7 @@ def main() -> None:
         print(json.dumps(line), file=out, flush=True)
 
     try:
-        run(schema.read(Job, json.loads(sys.stdin.read())), send)
+        run(schema.read(RoundTask, json.loads(sys.stdin.read())), send)
     except EdgeVLMError as error:
         send({"error": str(error)})
 

@@ -161,7 +161,7 @@ def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ..
     from edgevlm.benchmarks.latency import files
     from edgevlm.benchmarks.latency.extras import with_extras
     from edgevlm.benchmarks.latency.gather import configurations
-    from edgevlm.benchmarks.latency.runner import Plan, run_plan
+    from edgevlm.benchmarks.latency.runner import BenchPlan, run_plan
     from edgevlm.image import read_image
 
     for image in images:
@@ -179,7 +179,7 @@ def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ..
             status.update(f"{progress.stage}: round {progress.done + 1} of {progress.total}")
 
         pictures = images or (files.default_picture(folder),)
-        plan = Plan(configurations(bundles, pictures, devices, threads or (None,)), prompt)
+        plan = BenchPlan(configurations(bundles, pictures, devices, threads or (None,)), prompt)
         plan = replace(plan, runs=1, pairs=5, tokens=16) if quick else plan
         plan = replace(plan, runs=runs or plan.runs, tokens=tokens or plan.tokens)
         with raising():

@@ -39,7 +39,7 @@ from edgevlm.processors import (
     CLIP,
     LLAVA,
     SIGLIP,
-    Settings,
+    ProcessorSettings,
     check_rows,
     default_settings,
     find_settings,
@@ -203,7 +203,7 @@ def _image(
     return image, notes
 
 
-def _settings(source: Source, own: bool) -> Settings | None:
+def _settings(source: Source, own: bool) -> ProcessorSettings | None:
     """The processor that the original's code loads.
 
     LLaVA's own loads CLIPImageProcessor from the tower's folder.

@@ -38,7 +38,7 @@ Flows = Mapping[str, flow.Flow]
 
 
 @dataclass(frozen=True)
-class Graph:
+class FloatGraph:
     """A float32 graph on disk: its linear maps (node -> names of input and weight), the pictures
     it is tried on, and what flows through it (tensor -> flow).
     """
@@ -48,7 +48,7 @@ class Graph:
     flows: Flows
 
 
-Write = Callable[[Graph, Path, Collection[str]], None]
+Write = Callable[[FloatGraph, Path, Collection[str]], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Scheme:
     """
 
     every_node: bool
-    noise: Callable[[Graph], Noise]
+    noise: Callable[[FloatGraph], Noise]
     write: Write
 
 
@@ -104,12 +104,12 @@ def linear_maps(path: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-def _look(source: Path, scheme: _Scheme, pixels: Array) -> Graph:
+def _look(source: Path, scheme: _Scheme, pixels: Array) -> FloatGraph:
     maps = linear_maps(source)
     watched = (
         _outputs(source).values() if scheme.every_node else [given for given, _ in maps.values()]
     )
-    return Graph(source, maps, flow.measure(source, watched, pixels))
+    return FloatGraph(source, maps, flow.measure(source, watched, pixels))
 
 
 def _outputs(path: Path) -> dict[str, str]:
@@ -121,20 +121,20 @@ def _outputs(path: Path) -> dict[str, str]:
     return {n.name: n.output[0] for n in model.graph.node if n.output[0] in floats}
 
 
-def _dynamic_noise(graph: Graph) -> Noise:
+def _dynamic_noise(graph: FloatGraph) -> Noise:
     return {n: graph.flows[given].noise(shared=False) for n, (given, _) in graph.maps.items()}
 
 
-def _static_noise(graph: Graph) -> Noise:
+def _static_noise(graph: FloatGraph) -> Noise:
     return {n: graph.flows[given].noise(shared=True) for n, (given, _) in graph.maps.items()}
 
 
-def _half_noise(graph: Graph) -> Noise:
+def _half_noise(graph: FloatGraph) -> Noise:
     """The share of half precision's range that a node's values take: sums must not overflow."""
     return {n: graph.flows[o].peak / _HALF_MAX for n, o in _outputs(graph.path).items()}
 
 
-def _weight_noise(graph: Graph) -> Noise:
+def _weight_noise(graph: FloatGraph) -> Noise:
     """Noise over signal of rounding a map's weights to 16 even steps in every block."""
     weights = {i.name: i for i in storage.load(graph.path).graph.initializer}
     noise = {}
@@ -148,7 +148,7 @@ def _weight_noise(graph: Graph) -> Noise:
     return noise
 
 
-def _write_half(graph: Graph, target: Path, keep: Collection[str]) -> None:
+def _write_half(graph: FloatGraph, target: Path, keep: Collection[str]) -> None:
     """Weights and arithmetic in float16 between float32 ends.
 
     A provider without half-precision kernels, as onnxruntime's on x86 processors, widens the
@@ -162,13 +162,13 @@ def _write_half(graph: Graph, target: Path, keep: Collection[str]) -> None:
     storage.save(model, target)
 
 
-def _write_dynamic(graph: Graph, target: Path, keep: Collection[str]) -> None:
+def _write_dynamic(graph: FloatGraph, target: Path, keep: Collection[str]) -> None:
     """Weights in 8 bits for each output channel, activations quantized on the fly."""
     maps = {name: parts for name, parts in graph.maps.items() if name not in keep}
     dynamic8.write(graph.path, target, maps)
 
 
-def _write_static(graph: Graph, target: Path, keep: Collection[str]) -> None:
+def _write_static(graph: FloatGraph, target: Path, keep: Collection[str]) -> None:
     """Weights in 8 bits for each output channel, symmetric; inputs in 8 bits at fixed ranges.
 
     QuantizeLinear and DequantizeLinear stand before each linear map, the form that NPU and OpenVINO
@@ -203,7 +203,7 @@ def _write_static(graph: Graph, target: Path, keep: Collection[str]) -> None:
     storage.save(quantizer.model.model, target)
 
 
-def _write_four_bits(graph: Graph, target: Path, keep: Collection[str]) -> None:
+def _write_four_bits(graph: FloatGraph, target: Path, keep: Collection[str]) -> None:
     """Weights in 4 bits with a scale and zero point for every block of INT4_BLOCK."""
     with _unconfigured():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer

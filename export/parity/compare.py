@@ -67,7 +67,7 @@ def verify(job: Job, options: WriteOptions, folder: Path) -> tuple[StageParity, 
         reference = references.of(job)
     stages = [_tokens(job, folder / "decoder.gguf", reference)]
     stage.advance(1)
-    request = references.Request(images.scene(), PROMPT, N_TOKENS)
+    request = references.ParityRequest(images.scene(), PROMPT, N_TOKENS)
     ours = probe(folder, request.image, request.prompt, request.n_tokens)
     stage.advance(1)
     with _explained(job):
@@ -102,7 +102,7 @@ def check(stages: Iterable[StageParity]) -> None:
             raise ParityError(s.stage, s.worst, s.tolerance)
 
 
-def _tokens(job: Job, gguf: Path, reference: references.Source) -> StageParity:
+def _tokens(job: Job, gguf: Path, reference: references.SourceModel) -> StageParity:
     """Every text of the corpus, and those made of the checkpoint's own tokens; raises ParityError
     that names the first text that differs.
     """

@@ -19,7 +19,7 @@ from edgevlm.models import cache_directory
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.vision import first_use
 from edgevlm.runtimes.vision.encoder import OrtEncoder
-from edgevlm.runtimes.vision.first_use import BOUND, Memory, Verdict
+from edgevlm.runtimes.vision.first_use import BOUND, Verdict, Verdicts
 from edgevlm.runtimes.vision.ort import Counts, Ort, Unfit, counts
 from edgevlm.runtimes.vision.providers import CPU, Offer, candidates, pick
 from edgevlm.types import Placement
@@ -67,7 +67,7 @@ class _Opener:
         self.ort = ort
         self._bundle, self._wish = bundle, wish
         self._cache = cache_directory() / "devices"
-        self._memory = Memory(self._cache / "first-use")
+        self._verdicts = Verdicts(self._cache / "first-use")
 
     def open(self, offer: Offer, notes: tuple[str, ...]) -> tuple[OrtEncoder, Placement]:
         """The encoder on one provider; raises Unfit where it should not run there."""
@@ -79,7 +79,7 @@ class _Opener:
         precision = pick(offer.provider.precisions, there)
         files = self._files(precision)
         key = first_use.key(*files, offer.provider.name, offer.word, offer.version, offer.hardware)
-        verdict = self._memory.recall(key)
+        verdict = self._verdicts.recall(key)
         if verdict is not None:
             self._judge(verdict)
         encoder, placed = self._encoder(offer, precision, self._compiled(key))
@@ -87,7 +87,7 @@ class _Opener:
             raise Unfit(f"it runs none of the graphs' {placed.total} nodes")
         if verdict is None:
             verdict = self._first_use(offer, precision, encoder)
-            self._memory.remember(key, verdict)
+            self._verdicts.remember(key, verdict)
             self._judge(verdict)
         return encoder, self._placed(offer, precision, placed, verdict.cosine, notes)
 

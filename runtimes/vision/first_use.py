@@ -92,7 +92,7 @@ def worst_cosine(a: Float, b: Float) -> float:
     return float(np.nan_to_num(cosines, nan=-1.0).min())
 
 
-class Memory:
+class Verdicts:
     """Verdicts by what they were found for, one small JSON file each."""
 
     def __init__(self, folder: Path) -> None:

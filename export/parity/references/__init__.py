@@ -18,7 +18,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Request:
+class ParityRequest:
     """The question to both sides: picture uint8 [h, w, 3], the user's words, number of tokens."""
 
     image: NDArray[np.uint8]
@@ -26,7 +26,7 @@ class Request:
     n_tokens: int
 
 
-class Source(Protocol):
+class SourceModel(Protocol):
     """A source model."""
 
     def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
@@ -35,7 +35,7 @@ class Source(Protocol):
         With `plain` what reads like a special token is text as any other.
         """
 
-    def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
+    def run(self, request: ParityRequest, tokens: NDArray[np.int32]) -> Arrays:
         """Reads the request and then `tokens`, one at a time.
 
         Returns pixels [1, 3, size, size], features [1, patches, width], embeddings
@@ -43,8 +43,8 @@ class Source(Protocol):
         """
 
 
-def of(job: Job) -> Source:
+def of(job: Job) -> SourceModel:
     """The source of an export; raises EngineMissing without torch and transformers."""
     module = importlib.import_module(f"edgevlm.export.parity.references.{job.family.name}")
-    source: Source = module.Reference(job)
+    source: SourceModel = module.Reference(job)
     return source

@@ -35,7 +35,7 @@ def weights(part: Weights) -> dict[str, Tensor]:
 def stages(
     seen: Seen, decoder: Any, around: tuple[list[int], list[int]], tokens: NDArray[np.int32]
 ) -> Arrays:
-    """See references.Source.run; `around` are the token ids on both sides of the picture."""
+    """See references.SourceModel.run; `around` are the token ids on both sides of the picture."""
     embed = decoder.get_input_embeddings()
     before, after = (embed(torch.tensor([ids])) for ids in around)
     logits = _logits(decoder, torch.cat([before, seen.embeddings, after], 1), tokens)

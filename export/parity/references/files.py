@@ -49,7 +49,7 @@ def tokenizer(folder: Path, kind: str = "AutoTokenizer", **options: Any) -> Any:
 
 
 def token_ids(tokenizer: Any, texts: list[str], plain: bool) -> list[list[int]]:
-    """See references.Source."""
+    """See references.SourceModel."""
     how = {"add_special_tokens": False}
     if tokenizer.is_fast:
         how["split_special_tokens"] = plain

@@ -22,7 +22,7 @@ from torch import Tensor
 from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.components import Job
 from edgevlm.export.onnx.trace import quiet
-from edgevlm.export.parity.references import Arrays, Request, files
+from edgevlm.export.parity.references import Arrays, ParityRequest, files
 from edgevlm.export.parity.references.adapters import Added
 from edgevlm.export.parity.references.causal import Seen, stages, weights
 from edgevlm.parts import Connector, Decoder, VisionTower
@@ -57,7 +57,7 @@ _NAMES = (
 
 
 class Reference:
-    """See references.Source."""
+    """See references.SourceModel."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -71,11 +71,11 @@ class Reference:
             self._tokenizer = files.tokenizer(folder, kind)
 
     def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
-        """See references.Source."""
+        """See references.SourceModel."""
         return files.token_ids(self._tokenizer, texts, plain)
 
-    def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
-        """See references.Source."""
+    def run(self, request: ParityRequest, tokens: NDArray[np.int32]) -> Arrays:
+        """See references.SourceModel."""
         model = self._job.model
         with quiet(), torch.inference_mode():
             added, parts = self._added()

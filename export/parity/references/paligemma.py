@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgevlm.errors import EngineMissing, ExportError
 from edgevlm.export.components import Job
 from edgevlm.export.onnx.trace import quiet
-from edgevlm.export.parity.references import Arrays, Request
+from edgevlm.export.parity.references import Arrays, ParityRequest
 
 try:
     import torch
@@ -44,7 +44,7 @@ _NAMES = (
 
 
 class Reference:
-    """See references.Source."""
+    """See references.SourceModel."""
 
     def __init__(self, job: Job) -> None:
         self._folder = job.checkpoint.folder
@@ -52,11 +52,11 @@ class Reference:
         self._processor = load_processor(self._folder)
 
     def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
-        """See references.Source."""
+        """See references.SourceModel."""
         return files.token_ids(self._processor.tokenizer, texts, plain)
 
-    def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
-        """See references.Source."""
+    def run(self, request: ParityRequest, tokens: NDArray[np.int32]) -> Arrays:
+        """See references.SourceModel."""
         with quiet(), _without_bars(), torch.inference_mode():
             model = _load(self._folder)
             if self._adapter:

@@ -22,7 +22,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.components import Job
 from edgevlm.export.onnx.trace import quiet
-from edgevlm.export.parity.references import Arrays, Request, files
+from edgevlm.export.parity.references import Arrays, ParityRequest, files
 from edgevlm.export.parity.references.causal import Seen, stages, weights
 from edgevlm.parts import Connector, Decoder, VisionTower
 from edgevlm.parts.phi2 import Phi2
@@ -33,7 +33,7 @@ _hf: Any = transformers
 
 
 class Reference:
-    """See references.Source."""
+    """See references.SourceModel."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -44,11 +44,11 @@ class Reference:
             self._tokenizer = files.tokenizer(folder, use_fast=not slow)
 
     def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
-        """See references.Source."""
+        """See references.SourceModel."""
         return files.token_ids(self._tokenizer, texts, plain)
 
-    def run(self, request: Request, tokens: NDArray[np.int32]) -> Arrays:
-        """See references.Source."""
+    def run(self, request: ParityRequest, tokens: NDArray[np.int32]) -> Arrays:
+        """See references.SourceModel."""
         model, parts = self._job.model, self._job.parts
         with quiet(), torch.inference_mode():
             pixels = preprocessed(request.image, self._job)
