@@ -36,7 +36,7 @@ def load(
     ...     print(vlm.devices.vision.device, vlm.settings.threads)
     cpu 2
 
-    Raises BundleError for a folder that is no sound bundle, EngineMissing for a device that is not
+    Raises BundleError for a folder without a sound bundle, EngineMissing for a device that is not
     installed, EngineError for one that cannot run its part; "auto" falls back instead.
     """
     from edgevlm.runtimes.loading import LoadOptions, load_bundle

@@ -23,7 +23,7 @@ _LOC_MAX = 1023
 
 def parse_loc(text: str, width: int, height: int) -> list[Box]:
     """Reads `<locY0><locX0><locY1><locX1> label ; …` into boxes in pixels of a width x height
-    picture. Text that is no box is passed over.
+    picture. Text that is not a box is passed over.
     """
     boxes = []
     for match in _LOC.finditer(text):
@@ -35,15 +35,15 @@ def parse_loc(text: str, width: int, height: int) -> list[Box]:
 
 
 # After MiniGPT-v2: a phrase in the picture, where there is one, and its boxes. What stands in
-# braces and is no box does not end the list.
+# braces and is not a box does not end the list.
 _GROUNDED = re.compile(r"(?:<p>([^<>]*)</p>\s*)?(\{[^{}]*\}(?:\s*<delim>\s*\{[^{}]*\})*)")
 _PERCENT = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}", re.ASCII)
 
 
 def parse_percent(text: str, width: int, height: int) -> list[Box]:
     """Reads `<p>label</p> {<X0><Y0><X1><Y1>}<delim>{…}`, hundredths of the picture's sides, into
-    boxes in pixels of a width x height picture. The label may be missing. Text that is no box, and
-    a box that lies outside of the picture or ends before it begins, is passed over.
+    boxes in pixels of a width x height picture. The label may be missing. Text that is not a
+    box, and a box that lies outside of the picture or ends before it begins, is passed over.
     """
     boxes = []
     for group in _GROUNDED.finditer(text):

@@ -214,7 +214,7 @@ def open_bundle(
 def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     if not root.is_dir():
-        raise BundleNotFound(f"{root}: there is no such bundle folder; `edgevlm models` lists some")
+        raise BundleNotFound(f"{root}: no such bundle folder; `edgevlm models` lists some")
     if not path.is_file():
         raise BundleNotFound(
             f"{root}: not a bundle, it has no {MANIFEST}; "

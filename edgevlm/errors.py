@@ -34,7 +34,7 @@ class BundleError(EdgeVLMError):
 
 
 class BundleNotFound(BundleError):
-    """There is no bundle where one was named."""
+    """No bundle where one was named."""
 
 
 class BundleCorrupt(BundleError):

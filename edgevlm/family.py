@@ -246,7 +246,7 @@ def decoder_spec(text: Decoder, attention: Attention, *, extra_norms: bool = Fal
 
 def stop_tokens(files: Mapping[str, Config], decoder: Config, default: int) -> tuple[int, ...]:
     """The end tokens; generation_config.json wins over config.json, that over the decoder's own
-    config and that class's default. Raises ValueError for what is no id.
+    config and that class's default. Raises ValueError for what is not an id.
     """
     found = [c.get("eos_token_id") for c in (decoder, *map(files.get, _ENDS)) if c]
     eos = next((e for e in reversed(found) if e is not None), default)

@@ -182,7 +182,7 @@ def opened(path: Path) -> Iterator[GGUFFile]:
     shapes = c_void_p()
     file = _ggml.gguf_init_from_file(str(path).encode(), _Params(True, ctypes.pointer(shapes)))
     if not file:
-        raise BundleCorrupt(path, "is no GGUF file that llama.cpp can read")
+        raise BundleCorrupt(path, "is not a GGUF file that llama.cpp can read")
     try:
         yield GGUFFile(path, file, shapes)
     finally:

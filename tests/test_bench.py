@@ -308,8 +308,8 @@ def test_a_report_reads_back_as_it_was(picture: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no report"),
-        ("[]", "no report"),
+        ("{", "not a report"),
+        ("[]", "not a report"),
         ('{"version": 1, "colour": 1}', "unknown key 'colour'"),
         ('{"version": 99}', "version 99 is too new"),
     ],

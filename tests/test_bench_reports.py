@@ -307,7 +307,7 @@ def test_compare_ends_with_3_when_something_got_worse(edge: Edge, tmp_path: Path
 def test_bad_input_is_one_line(edge: Edge, tmp_path: Path) -> None:
     a = saved(tmp_path / "a.json", report())
     for arguments, code, message in (
-        (("compare", a, a, "--threshold", "fast"), 2, "'fast' is no number"),
+        (("compare", a, a, "--threshold", "fast"), 2, "'fast' is not a number"),
         (("compare", a, tmp_path / "b.json"), 1, "b.json: cannot be read"),
         (("no-model",), 1, "no such bundle folder"),
         (("--synthetic", "gpt"), 1, "'gpt' cannot be synthesized; choose from paligemma-3b-224"),
@@ -316,7 +316,7 @@ def test_bad_input_is_one_line(edge: Edge, tmp_path: Path) -> None:
         (("--out", a), 2, "is a file"),
         (("--runs", "0"), 2, "0 is not in the range"),
         (("--quality", "none"), 1, "no such bundle folder"),
-        (("--peers", "--peer-python", "mtdm=python3"), 1, "'mtdm' is no peer; there are ours"),
+        (("--peers", "--peer-python", "mtdm=python3"), 1, "unknown peer 'mtdm'; there are ours"),
         (("--peers", "--checkpoint", tmp_path / "none"), 2, "does not exist"),
         (("--checkpoint", tmp_path), 2, "belong to --peers"),
     ):

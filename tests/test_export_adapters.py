@@ -291,7 +291,7 @@ def test_the_base_is_found_where_the_adapter_says(
     ("named", "says"),
     [
         (None, "is an adapter and names no base_model_name_or_path; name its base and it"),
-        ("./nowhere", "is an adapter of ./nowhere, which is not here (./nowhere: there is no such"),
+        ("./nowhere", "is an adapter of ./nowhere, which is not here (./nowhere: no such"),
     ],
 )
 def test_an_adapter_whose_base_is_not_here(
@@ -364,7 +364,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": ["q_proj", "v_proj", "down_proj"], "layers_to_transform": [1]},
         "which target_modules does not name",
     ),
-    "saved": ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, of which there is"),
+    "saved": (
+        {"modules_to_save": ["lm_head"]},
+        "names lm_head, which has no tensor",
+    ),
 }
 
 

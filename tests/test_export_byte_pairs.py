@@ -176,7 +176,7 @@ def twins(data: dict[str, Any]) -> None:
         (lambda data: data.update(normalizer={"type": "NFC"}), "has a normalizer"),
         (lambda data: data["model"].update(end_of_word_suffix="</w>"), "is not a BPE tokenizer of"),
         (lacking_byte, "lacks 1 of the 256 bytes"),
-        (odd_merge, "'a' is no merge of two pieces"),
+        (odd_merge, "invalid merge 'a'"),
         (twins, "are both '<|reserved_special_token_4|>'"),
     ],
 )

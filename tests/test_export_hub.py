@@ -186,7 +186,7 @@ def test_torchs_files_are_taken_where_there_are_no_others(tmp_path: Path) -> Non
         ("org/gated", "access is restricted; accept its licence"),
         ("org/broken", "cannot be downloaded"),
         (f"{REPO}@nowhere", "has no such revision"),
-        ("org/--bad..name", "is no valid name on the hub"),
+        ("org/--bad..name", "is not a valid name on the hub"),
     ],
 )
 def test_models_that_cannot_be_had(
@@ -220,5 +220,5 @@ def test_a_cache_that_cannot_be_written(
 
 @pytest.mark.parametrize("source", ["./org/name", "nowhere", "a/b/c", "../x/y"])
 def test_what_looks_like_a_folder_is_not_asked_of_the_hub(source: str) -> None:
-    with pytest.raises(SourceError, match="there is no such folder"):
+    with pytest.raises(SourceError, match="no such folder"):
         locate(source)

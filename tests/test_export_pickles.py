@@ -122,7 +122,7 @@ def test_a_state_dict_inside_another(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["a"], weights(1)["a"].numpy())
     with pytest.raises(SourceError, match=r"x\.pth: holds no tensors but model, optimizer, epoch"):
         read_pickle(path)
-    with pytest.raises(SourceError, match=r"its entry 'weights' is no state dict"):
+    with pytest.raises(SourceError, match=r"its entry 'weights' is not a state dict"):
         read_pickle(path, "weights")
 
 
@@ -246,8 +246,8 @@ def state(value: Any) -> Callable[[Path], object]:
         (shifted, "b is not where torch expects it"),
         (no_pickle, "torch cannot read it"),
         (short_record, "b is not where torch expects it"),
-        (state(torch.zeros(2)), "is no state dict"),
-        (state([torch.zeros(2)]), "is no state dict"),
+        (state(torch.zeros(2)), "is not a state dict"),
+        (state([torch.zeros(2)]), "is not a state dict"),
         (state({}), "holds no tensors but nothing"),
         (state({"w": torch.zeros(2, 3).t()}), "w is sparse or a view"),
         (state({"w": torch.eye(3).to_sparse()}), "w is sparse or a view"),

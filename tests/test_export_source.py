@@ -275,7 +275,7 @@ def test_a_file_is_no_source(paligemma_checkpoint: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="there is no such folder"):
+    with pytest.raises(SourceError, match="no such folder"):
         job(tmp_path / "nowhere")
 
 

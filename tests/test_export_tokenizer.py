@@ -101,7 +101,7 @@ def test_user_text_never_becomes_a_marker(paligemma_checkpoint: Path, tmp_path: 
 def test_not_a_sentencepiece_model(tmp_path: Path) -> None:
     folder = write_paligemma(tmp_path)
     (folder / "tokenizer.model").write_bytes(b"\xff" * 40)
-    with pytest.raises(SourceError, match=r"tokenizer\.model: is no SentencePiece model"):
+    with pytest.raises(SourceError, match=r"tokenizer\.model: is not a SentencePiece model"):
         vocabulary(folder)
 
 

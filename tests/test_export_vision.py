@@ -357,7 +357,7 @@ def test_a_folder_of_calibration_pictures(paligemma_checkpoint: Path, tmp_path: 
     spec = read(paligemma_checkpoint).model.image
     drawn = images.calibration(spec)
     folder = tmp_path / "pictures"
-    with pytest.raises(ImageError, match="is no folder of calibration pictures"):
+    with pytest.raises(ImageError, match="is not a folder of calibration pictures"):
         images.calibration(spec, folder)
     folder.mkdir()
     (folder / "notes.txt").write_text("no picture", encoding="utf-8")

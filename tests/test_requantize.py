@@ -101,7 +101,7 @@ def small(paligemma_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
         (["--vision-precision", "fp16"], "encoder is in int8, from which fp16 would gain nothing"),
         (["--vision-precision", "qdq8"], "checkpoint again with --vision-precision qdq8"),
         ([], "nothing is to be changed; name --quant or --vision-precision"),
-        (["--quant", "q4_k_m", "--calibration", "nowhere"], "nowhere: is no folder"),
+        (["--quant", "q4_k_m", "--calibration", "nowhere"], "nowhere: is not a folder"),
     ],
 )
 def test_refusals_are_one_line(small: Path, tmp_path: Path, words: list[str], problem: str) -> None:

@@ -138,7 +138,7 @@ def test_files_are_known_by_what_they_hold(tmp_path: Path) -> None:
     given = {"stage": stage4, "eva": source / "pieces/a.pth", "blip2": source / "pieces/b.bin"}
     assert prepared(tmp_path / "phi-2", parts=given).model.image.size == 112
     (tmp_path / "phi-2").rename(source / "phi-2")
-    with pytest.raises(SourceError, match="'tower' is no part of a tinygptv; its parts are eva"):
+    with pytest.raises(SourceError, match="unknown part 'tower' of a tinygptv; its parts are eva"):
         prepared(source, parts={"tower": stage4})
 
 
@@ -156,7 +156,7 @@ def test_what_files_leave_open_can_be_stated(tmp_path: Path) -> None:
     assert model.vision.num_attention_heads == 4
     for name, value, words in (
         ("stage", "5", "stage '5' is not one of"),
-        ("partial_rotary_factor", "x", "'x' is no number"),
+        ("partial_rotary_factor", "x", "'x' is not a number"),
         ("vision_heads", "3", "--set vision_heads=N"),
         ("speed", "9", "'speed' cannot be set for a tinygptv; it knows stage, "),
     ):

@@ -1,7 +1,7 @@
 """`python -m workshop.precisions`: every precision of pico, in one table.
 
 pico is the model to measure on: its float weights are in the repository, and it answers questions
-whose answers are known. Each half is varied alone, the other stays in float32; speed and memory are
+whose answers are known. Each part is varied alone, the other stays in float32; speed and memory are
 measured one bundle after the other, quality with a process for each core.
 """
 
@@ -52,17 +52,17 @@ _QUALITY = ("KL, nats", "top-1", "accuracy", "change")
 
 @dataclass(frozen=True)
 class Row:
-    """One bundle to measure: the half that it varies, the name of its row, and the cache's type."""
+    """One bundle to measure: the part that it varies, the name of its row, and the cache's type."""
 
-    half: str
+    part: str
     name: str
     bundle: Bundle
     kv: str | None = None
 
     @property
     def bytes(self) -> int:
-        """Size of the varied half, in bytes."""
-        return sum(f.bytes for f in self.bundle.manifest.components[self.half].files)
+        """Size of the varied part, in bytes."""
+        return sum(f.bytes for f in self.bundle.manifest.components[self.part].files)
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def rows(work: Path, checkpoint: Path = CHECKPOINT) -> Iterator[Row]:
         needed = matrix if precisions.quant(name).imatrix else None
         yield Row("decoder", name, _decoder_at(whole, work / name, name, needed))
         if name in _WEIGHED:
-            weighed = _decoder_at(whole, work / f"{name}-imatrix", name, matrix)
-            yield Row("decoder", f"{name} + imatrix", weighed)
+            with_matrix = _decoder_at(whole, work / f"{name}-imatrix", name, matrix)
+            yield Row("decoder", f"{name} + imatrix", with_matrix)
     yield Row("decoder", "f16, cache q8_0", open_bundle(work / "f16"), kv="q8_0")
 
 
@@ -130,7 +130,7 @@ def speeds(made: Sequence[Row], work: Path, runs: int) -> Report:
     """Stages and memory of every row, in turn; rows with a cache of another type are left out."""
     picture = default_picture(work)
     plan = BenchPlan(
-        tuple(Configuration(f"{r.half} {r.name}", r.bundle, picture) for r in made if not r.kv),
+        tuple(Configuration(f"{r.part} {r.name}", r.bundle, picture) for r in made if not r.kv),
         tokens=_TOKENS,
         runs=runs,
         pairs=3,
@@ -141,8 +141,8 @@ def speeds(made: Sequence[Row], work: Path, runs: int) -> Report:
 def page(found: Sequence[Measured], report: Report, scenes: int) -> str:
     """Both tables as Markdown, with the machine they were made on."""
     reference = found[0].quality.accuracy["all"]
-    vision = [m for m in found if m.row.half == "vision"]
-    decoder = [m for m in found if m.row.half == "decoder"]
+    vision = [m for m in found if m.row.part == "vision"]
+    decoder = [m for m in found if m.row.part == "decoder"]
     n = f"{2 * scenes} drawn scenes, {found[0].quality.positions} next-token distributions"
     machine = report.machine
     about = (
@@ -233,7 +233,7 @@ def main(out: Path, scenes: int, runs: int) -> None:
         say: Callable[[str], None] = partial(click.echo, err=True)
         made = []
         for row in rows(work):
-            say(f"{row.half} {row.name}")
+            say(f"{row.part} {row.name}")
             made.append(row)
         say(f"quality of {len(made)} bundles")
         quality = qualities(made, work, scenes)
@@ -241,7 +241,7 @@ def main(out: Path, scenes: int, runs: int) -> None:
         report = speeds(made, work, runs)
         by_name = {result.name: result for result in report.results}
         found = [
-            Measured(row, q, None if row.kv else by_name.get(f"{row.half} {row.name}"))
+            Measured(row, q, None if row.kv else by_name.get(f"{row.part} {row.name}"))
             for row, q in zip(made, quality, strict=True)
         ]
         write(out, page(found, report, scenes))

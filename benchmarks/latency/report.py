@@ -295,5 +295,5 @@ def read_report(path: Path) -> Report:
         raise BenchError(f"{path}: cannot be read ({e.strerror or e})") from None
     except ValueError as e:
         raise BenchError(
-            f"{path}: is no report of `edgevlm bench` ({e}); name its JSON file"
+            f"{path}: is not a report of `edgevlm bench` ({e}); name its JSON file"
         ) from None

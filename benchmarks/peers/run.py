@@ -86,9 +86,9 @@ def own_pythons(given: Sequence[str]) -> dict[str, str]:
     pairs = dict(text.partition("=")[::2] for text in given)
     for name, python in pairs.items():
         if name not in known():
-            raise BenchError(f"{name!r} is no peer; there are {', '.join(known())}")
+            raise BenchError(f"unknown peer {name!r}; there are {', '.join(known())}")
         if not shutil.which(python):
-            raise BenchError(f"{python or name!r} is no Python that can be run; write PEER=PYTHON")
+            raise BenchError(f"{python or name!r} cannot be run as a Python; write PEER=PYTHON")
     return pairs
 
 
@@ -135,7 +135,7 @@ def _chosen(comparison: Comparison) -> Iterator[Peer]:
     found = known()
     for name in comparison.only:
         if name not in found:
-            raise BenchError(f"{name!r} is no peer; there are {', '.join(found)}")
+            raise BenchError(f"unknown peer {name!r}; there are {', '.join(found)}")
     for name, peer in found.items():
         if name == OURS or not comparison.only or name in comparison.only:
             yield peer

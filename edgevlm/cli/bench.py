@@ -274,7 +274,7 @@ def _part(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise click.BadParameter(f"threshold {text!r} is no number such as 5% or 0.05")
+        raise click.BadParameter(f"threshold {text!r} is not a number such as 5% or 0.05")
     return value
 
 

@@ -192,7 +192,7 @@ def print_stats(reply: Reply, devices: Devices) -> None:
         table.add_row("peak memory", f"{peak / 2**20:.0f} MiB", "of this process")
     console = Console(stderr=True, markup=False, highlight=False)
     console.print(table)
-    for half, placement in (("vision", devices.vision), ("decoder", devices.decoder)):
-        console.print(f"{half} on {placement}", soft_wrap=True)
+    for part, placement in (("vision", devices.vision), ("decoder", devices.decoder)):
+        console.print(f"{part} on {placement}", soft_wrap=True)
         for note in placement.notes:
             console.print(f"  skipped {note}", style="dim", soft_wrap=True)

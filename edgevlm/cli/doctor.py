@@ -145,10 +145,10 @@ def _settings() -> list[tuple[str, str]]:
 def _used(model: str | None) -> list[tuple[str, str]]:
     rows = []
     with edgevlm.load(model) as vlm:
-        for half, placed in (("vision", vlm.devices.vision), ("decoder", vlm.devices.decoder)):
-            precision = f", {placed.precision}" if placed.precision else ""
-            rows.append((half, f"{placed}{precision}"))
-            rows += [("", f"skipped {note}") for note in placed.notes]
+        for part, placement in (("vision", vlm.devices.vision), ("decoder", vlm.devices.decoder)):
+            precision = f", {placement.precision}" if placement.precision else ""
+            rows.append((part, f"{placement}{precision}"))
+            rows += [("", f"skipped {note}") for note in placement.notes]
     return rows
 
 

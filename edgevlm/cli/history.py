@@ -32,6 +32,6 @@ class _Kept(FileHistory):
         return []
 
     def store_string(self, string: str) -> None:
-        # UnicodeError: what a terminal pastes that is no text, in older prompt_toolkits.
+        # UnicodeError: what a terminal pastes that is not text, in older prompt_toolkits.
         with contextlib.suppress(OSError, UnicodeError):
             super().store_string(without_credentials(string))

@@ -300,7 +300,7 @@ _PARTS = (
     (re.compile(r"(?:model\.language_model|language_model\.model)\.(.+)"), "decoder."),
     (re.compile(r"model\.((?:layers|embed_tokens|norm)\..+)"), "decoder."),
 )
-# CLIP's other half and heads, the last norm (for the class token alone), stored tables.
+# CLIP's text tower and heads, the last norm (for the class token alone), stored tables.
 _UNUSED = re.compile(
     r".*vision_(?:model|tower)\.(?:post_layernorm\..+|embeddings\.position_ids)"
     rf"|{re.escape(TOWER)}(?:text_model\..+|logit_scale|(?:visual|text)_projection\.weight)"

@@ -264,7 +264,7 @@ def _number(source: Source, name: str, default: float) -> float:
     try:
         return float(source.settings.get(name, default))
     except ValueError:
-        raise ValueError(f"{name} {source.settings[name]!r} is no number") from None
+        raise ValueError(f"{name} {source.settings[name]!r} is not a number") from None
 
 
 def _vision(source: Source, shapes: Shapes, size: int) -> EvaTower:
@@ -337,7 +337,8 @@ def _notes(source: Source, vision: EvaTower) -> Iterator[str]:
     for norm in ("q_layernorm", "k_layernorm", "post_layernorm"):
         if not any(n.endswith(f".{norm}.weight") for n in names):
             raise ValueError(
-                f"{file} has no {norm}, a norm that Phi-2 itself lacks; it is no stage of TinyGPT-V"
+                f"{file} has no {norm}, a norm that Phi-2 itself lacks; "
+                "it is not a stage of TinyGPT-V"
             )
     if not any(".lora_A." in n for n in names):
         yield f"{file} has no adapters (LoRA); Phi-2's matrices are used as they are"

@@ -82,7 +82,7 @@ def read_image(source: ImageSource) -> RGB:
         return _decode(*read_stream(source))
     raise ImageError(
         f"an object of type {type(source).__name__}",
-        "is no picture; pass a path, a URL, bytes, an open file, a PIL image or an array",
+        "is not a picture; pass a path, a URL, bytes, an open file, a PIL image or an array",
     )
 
 

@@ -13,7 +13,7 @@ class QFormer(Connector):
     """Learned queries that attend to one another and, in every layer whose number is a multiple of
     `cross_attention_frequency`, to the features; then linear maps to the decoder's width.
 
-    `widths` are what the maps lead to, the decoder's last. The half for text is left out.
+    `widths` are what the maps lead to, the decoder's last. The branch for text is left out.
     """
 
     hidden_size: int

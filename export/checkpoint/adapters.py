@@ -35,7 +35,7 @@ FILES = (CONFIG, *WEIGHTS, *TRAINED)
 CURE = "merge it first (peft's merge_and_unload(), then save_pretrained())"
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".lora")
-# What trainers leave behind that is no weight.
+# What trainers leave behind that is not a weight.
 _HARMLESS = re.compile(
     r"(?:training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)[\w.-]*"
 )
@@ -220,7 +220,7 @@ def _is_adapter(path: Path) -> bool:
 
 
 def check(config: Config, path: Path) -> None:
-    """Refuses by name what is no plain LoRA; raises SourceError."""
+    """Refuses by name what is not a plain LoRA; raises SourceError."""
     for key, known in (
         ("peft_type", ("LORA",)),
         ("bias", (None, "none", "all", "lora_only")),

@@ -49,7 +49,7 @@ def read_source(
     for name in given:
         if name not in names:
             what = ", ".join(names) or "none: a checkpoint of it is whole"
-            raise SourceError(f"{name!r} is no part of a {family.name}; its parts are {what}")
+            raise SourceError(f"unknown part {name!r} of a {family.name}; its parts are {what}")
     if not family.pieces:
         return main
     beside = {f"{f.parent.name}/{CONFIG}": config for f, config in _configs_below(folder)}
@@ -147,7 +147,7 @@ def _missing(family: Family, piece: Piece, folder: Path) -> SourceError:
 def _given(family: Family, name: str, path: Path) -> Checkpoint:
     piece = next(p for p in family.pieces if p.name == name)
     if not path.is_file():
-        raise SourceError(f"{path}: there is no such file (--part {name})")
+        raise SourceError(f"{path}: no such file (--part {name})")
     inside = read_file(path)
     if not _is(piece, inside):
         what = f"has {piece.lacks}" if piece.holds in inside.tensors else f"lacks {piece.holds}"

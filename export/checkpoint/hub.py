@@ -51,9 +51,7 @@ def locate(source: str | os.PathLike[str], report: Report | None = None) -> tupl
         raise SourceError(f"{folder}: is a file; name the checkpoint's folder")
     match = _HUB_ID.fullmatch(os.fspath(source))
     if not match or os.fspath(source).startswith("."):
-        raise SourceError(
-            f"{source}: there is no such folder; name one, or a model on the hub as org/name"
-        )
+        raise SourceError(f"{source}: no such folder; name one, or a model on the hub as org/name")
     return _download(match[1], match[2], report), match[1].split("/")[1]
 
 
@@ -90,7 +88,7 @@ def _download(repo: str, revision: str | None, report: Report | None) -> Path:
             "in with `hf auth login` if it is private"
         ) from None
     except errors.HFValidationError as e:
-        raise SourceError(f"{where}: is no valid name on the hub ({_line(e)})") from None
+        raise SourceError(f"{where}: is not a valid name on the hub ({_line(e)})") from None
     except (OSError, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
         if getattr(e, "filename", None) or getattr(e, "errno", None) in _FULL:
             raise SourceError(

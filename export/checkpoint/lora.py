@@ -26,10 +26,10 @@ _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 
 @dataclass
 class _Pair:
-    """The two halves of a low-rank product, `table` where they are those of an embedding."""
+    """The two factors of a low-rank product, `table` where they are those of an embedding."""
 
     table: bool
-    halves: dict[str, SourceTensor] = field(default_factory=dict)
+    factors: dict[str, SourceTensor] = field(default_factory=dict)
 
 
 def merge(
@@ -55,7 +55,7 @@ def merge(
     if tied and alone and not adapter.config.get("ensure_weight_tying"):
         raise _half(out[EMBED])
     for module, pair in pairs.items():
-        down, up = _halves(module, pair)
+        down, up = _factors(module, pair)
         _check_targeted(adapter.config, module, down)
         target = _target(f"{module}.weight", down, locate, skipped)
         if not target:
@@ -77,7 +77,7 @@ def _sorted(adapter: Adapter) -> tuple[dict[str, _Pair], dict[str, SourceTensor]
     for name, tensor in adapter.tensors.items():
         if match := _LOW_RANK.fullmatch(name):
             pair = pairs.setdefault(match[1], _Pair(table=bool(match[3])))
-            pair.halves[match[2] or match[3]] = tensor
+            pair.factors[match[2] or match[3]] = tensor
         elif "lora_" in name or "token_adapter" in name:
             raise SourceError(f"{_at(tensor)} is of no kind of adapter that is known; {CURE}")
         else:
@@ -89,7 +89,7 @@ def _check_saved(adapter: Adapter, whole: Collection[str]) -> None:
     for module in adapter.config.get("modules_to_save") or ():
         if not any(re.fullmatch(rf"(?:.*\.)?{re.escape(module)}\..+", name) for name in whole):
             raise SourceError(
-                f"{adapter.folder}: modules_to_save names {module}, of which there is no tensor; "
+                f"{adapter.folder}: modules_to_save names {module}, which has no tensor; "
                 "download it again"
             )
 
@@ -106,12 +106,14 @@ def _target(
     return "" if target.startswith(skipped) else target
 
 
-def _halves(module: str, pair: _Pair) -> tuple[SourceTensor, SourceTensor]:
-    for half, other in ("AB", "BA"):
-        if half not in pair.halves:
-            tensor = pair.halves[other]
-            raise SourceError(f"{_at(tensor)} is there without its lora_{half}; download it again")
-    return pair.halves["A"], pair.halves["B"]
+def _factors(module: str, pair: _Pair) -> tuple[SourceTensor, SourceTensor]:
+    for factor, other in ("AB", "BA"):
+        if factor not in pair.factors:
+            tensor = pair.factors[other]
+            raise SourceError(
+                f"{_at(tensor)} is there without its lora_{factor}; download it again"
+            )
+    return pair.factors["A"], pair.factors["B"]
 
 
 def _check_targeted(config: Config, module: str, tensor: SourceTensor) -> None:

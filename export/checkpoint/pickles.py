@@ -36,7 +36,7 @@ def read_pickle(path: Path, key: str | None = None) -> list[SourceTensor]:
     """The tensors of a state dict that torch.save wrote, none of their data; raises SourceError.
 
     `key` names the state dict where the file holds it as one of several entries ({"model": …}).
-    What is no tensor in a state dict is left out.
+    What is not a tensor in a state dict is left out.
     """
     records = _records(path)
     return _tensors(path, _load(path), key, records)
@@ -63,7 +63,9 @@ def _tensors(
         state = state.get(key) if isinstance(state, dict) else None
     where = f"{path}: " if key is None else f"{path}: its entry {key!r} "
     if not isinstance(state, dict):
-        raise SourceError(f"{where}is no state dict; save the model's state_dict() with torch.save")
+        raise SourceError(
+            f"{where}is not a state dict; save the model's state_dict() with torch.save"
+        )
     named = {n: v for n, v in state.items() if isinstance(n, str) and isinstance(v, torch.Tensor)}
     if not named:
         raise SourceError(f"{where}holds no tensors but {_outline(state)}; name the weights' file")

@@ -224,7 +224,7 @@ def tensor_types(path: Path) -> Mapping[str, str]:
 
 
 def _check_quantized(path: Path, quant: Quant) -> None:
-    """llama.cpp falls back where a row is no multiple of a block; refuses a file of fallbacks."""
+    """llama.cpp falls back where a row does not divide into blocks; refuses a file of fallbacks."""
     types = {n: t for n, t in tensor_types(path).items() if n.startswith("blk.")}
     if set(types.values()) <= {"F32", "F16", "BF16"}:
         raise ExportError(

@@ -71,7 +71,7 @@ def check_folder(folder: Path | None) -> list[Path]:
     if folder is None:
         return []
     if not folder.is_dir():
-        raise ImageError(str(folder), "is no folder of calibration pictures")
+        raise ImageError(str(folder), "is not a folder of calibration pictures")
     names = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
     if not names:
         raise ImageError(str(folder), f"holds no picture; it needs some ({', '.join(_SUFFIXES)})")

@@ -1,6 +1,6 @@
 """BLIP-2's Q-Former as a connector: learned queries read the encoder's features.
 
-The half of it that reads text beside the queries (InstructBLIP) is not built. Facts from
+The branch of it that reads text beside the queries (InstructBLIP) is not built. Facts from
 salesforce/LAVIS (blip2_models/Qformer.py) and transformers (models/blip_2), whose names it has.
 """
 

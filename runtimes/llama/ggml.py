@@ -127,7 +127,8 @@ def check_heads(path: Path, spec: DecoderSpec) -> None:
 def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
     """Memory that the decoder in a GGUF file needs on a device.
 
-    `exact` keeps the KV cache in float32, otherwise float16. Raises BundleCorrupt if it is no GGUF.
+    `exact` keeps the KV cache in float32, otherwise float16. Raises BundleCorrupt if it is
+    not a GGUF.
     """
     with opened(path) as file:
         sizes = {name: tensor.n_bytes for name, tensor in file.tensors().items()}

@@ -220,7 +220,7 @@ def preprocessor(size: int) -> dict[str, Any]:
 
 
 def _write_tower(folder: Path, tiny: Tiny, vision: Tensors) -> None:
-    """A CLIP folder as OpenAI published it: both halves, heads, stored position ids, no index."""
+    """A CLIP folder as OpenAI published it: both towers, heads, stored position ids, no index."""
     folder.mkdir(parents=True, exist_ok=True)
     text = {"model_type": "clip_text_model", "hidden_size": 32, "num_hidden_layers": 1}
     config = {

@@ -33,8 +33,8 @@ def main(job: str, models: tuple[str, ...], folder: Path | None, tiny: bool, her
     with tempfile.TemporaryDirectory() as scratch:
         folders = [resolve(m).absolute() for m in models] or [built_in()]
         if tiny:
-            folders += _tiny(Path(scratch), chosen.half)
-        if here and chosen.half == "choice":
+            folders += _tiny(Path(scratch), chosen.part)
+        if here and chosen.part == "choice":
             click.echo(compare.table(compare.CHOICE_HEAD, compare.choices()))
             return
         if not here:
@@ -43,12 +43,12 @@ def main(job: str, models: tuple[str, ...], folder: Path | None, tiny: bool, her
         # Nothing compiled or compared before: the first start is one.
         os.environ["EDGEVLM_HOME"] = scratch
         picture = default_picture(Path(scratch))
-        row = {"vision": compare.vision, "decoder": compare.decoder}[chosen.half]
-        head = {"vision": compare.VISION_HEAD, "decoder": compare.DECODER_HEAD}[chosen.half]
+        row = {"vision": compare.vision, "decoder": compare.decoder}[chosen.part]
+        head = {"vision": compare.VISION_HEAD, "decoder": compare.DECODER_HEAD}[chosen.part]
         click.echo(compare.table(head, [row(f, chosen.word, picture) for f in folders]))
 
 
-def _tiny(scratch: Path, half: str) -> list[Path]:
+def _tiny(scratch: Path, part: str) -> list[Path]:
     """Bundles of both attentions at full precision and at one that is used."""
     from edgevlm.export import export_bundle
     from tests.checkpoints.llava import write_llava
@@ -62,7 +62,7 @@ def _tiny(scratch: Path, half: str) -> list[Path]:
     folders = []
     for source in sources:
         for quant, vision in precisions:
-            folders.append(scratch / f"{source.name}-{vision if half == 'vision' else quant}")
+            folders.append(scratch / f"{source.name}-{vision if part == 'vision' else quant}")
             export_bundle(source, folders[-1], quant=quant, vision_precision=vision, verify=False)
     return folders
 

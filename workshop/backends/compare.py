@@ -1,4 +1,4 @@
-"""One half of a model on another back end beside the CPU: the same numbers, and how fast.
+"""One part of a model on another back end beside the CPU: the same numbers, and how fast.
 
 Both are loaded at once and take turns, so that whatever else the machine does hits both.
 """

@@ -19,14 +19,14 @@ from edgevlm.models import cache_directory
 class Job:
     """One back end: what is compared, its word, what pip installs for it, and with what around.
 
-    half: "vision" or "decoder", or "choice" where only the selection is looked at.
+    part: "vision" or "decoder", or "choice" where only the selection is looked at.
 
     build: environment variables of the installation, run: those of the comparison. needs: what has
     to be on the system beside pip's packages.
     """
 
     name: str
-    half: str
+    part: str
     word: str
     packages: tuple[str, ...]
     build: dict[str, str] = field(default_factory=dict)

@@ -68,7 +68,7 @@ def read_byte_pairs(checkpoint: Checkpoint, kind: str) -> BytePairs:
         raise SourceError(f"{path}: lacks {len(missing)} of the 256 bytes; download it again")
     for merge in found.merges:
         if merge.count(" ") != 1:
-            raise SourceError(f"{path}: {merge!r} is no merge of two pieces; download it again")
+            raise SourceError(f"{path}: invalid merge {merge!r}; download it again")
     return found
 
 

@@ -189,9 +189,11 @@ def _sentencepiece(path: Path, model: Model) -> list[Token]:
         proto.ParseFromString(path.read_bytes())
     except Exception as e:
         # protobuf's DecodeError has no common place in its releases.
-        raise SourceError(f"{path}: is no SentencePiece model ({e}); download it again") from None
+        raise SourceError(
+            f"{path}: is not a SentencePiece model ({e}); download it again"
+        ) from None
     if not proto.pieces:
-        raise SourceError(f"{path}: is no SentencePiece model (it is empty); download it again")
+        raise SourceError(f"{path}: is not a SentencePiece model (it is empty); download it again")
     if proto.trainer_spec.model_type != 2:
         raise SourceError(f"{path}: is not a BPE model, the only kind this exporter knows")
     spec = proto.normalizer_spec

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Names = Iterable[tuple[str, str]]
-_HALF = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.\w+)?(?:\.weight)?")
+_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?(A|B)(?:\.\w+)?(?:\.weight)?")
 
 
 class Added:
@@ -29,14 +29,14 @@ class Added:
         path = folder / "adapter_config.json"
         self._config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         self.whole: dict[str, Tensor] = {}
-        self._halves: dict[str, dict[str, Tensor]] = {}
+        self._factors: dict[str, dict[str, Tensor]] = {}
         self._before: dict[str, str] = {}
         for name, tensor in self._read(folder):
-            half = _HALF.fullmatch(name)
-            before = half[1] if half else name.replace(".base_layer.", ".")
+            factor = _FACTOR.fullmatch(name)
+            before = factor[1] if factor else name.replace(".base_layer.", ".")
             after = next((re.sub(a, b, before) for a, b in names if re.match(a, before)), before)
-            if half:
-                self._halves.setdefault(after, {})[half[2]] = tensor.float()
+            if factor:
+                self._factors.setdefault(after, {})[factor[2]] = tensor.float()
                 self._before[after] = before
             else:
                 self.whole.setdefault(after, tensor.float())
@@ -72,7 +72,7 @@ class Added:
         gives the model the tensors that were trained whole.
         """
         own = dict(model.named_modules())
-        for name, pair in self._halves.items():
+        for name, pair in self._factors.items():
             if name.startswith(start) and name.removeprefix(start) in own:
                 module, scale = own[name.removeprefix(start)], self._scaling(name, len(pair["A"]))
                 module.register_forward_hook(_hook(pair["A"], pair["B"], scale))
@@ -83,11 +83,11 @@ class Added:
 
     def modules(self) -> set[str]:
         """The modules that something is added to."""
-        return set(self._halves)
+        return set(self._factors)
 
     def added(self, name: str) -> Tensor | None:
-        """The adapter's addition to a module's weight, for a model that is no module."""
-        pair = self._halves.get(name)
+        """The adapter's addition to a module's weight, for a model that is not a module."""
+        pair = self._factors.get(name)
         if pair is None:
             return None
         down, up = pair["A"].flatten(1), pair["B"].flatten(1)
