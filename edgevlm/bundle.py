@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from edgevlm import cleanup, schema
 from edgevlm.errors import BundleCorrupt, BundleError, BundleNotFound, BundleTooNew
-from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorPlace
+from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorLocation
 from edgevlm.types import Progress
 
 FORMAT = 2
@@ -79,15 +79,15 @@ class StageParity:
 
 
 @dataclass(frozen=True)
-class PieceRecord:
+class WeightFileRecord:
     """The record of one weight file of a model that was assembled from several.
 
-    `used` are the tensors that are in the bundle, `replaced` those of which a later piece had its
+    `used` are the tensors that are in the bundle, `replaced` those of which a later file had its
     own, `unused` those that the model never reads. Layers are counted, not listed:
     "layers.*.mlp.fc1.bias x32".
     """
 
-    piece: str
+    name: str = field(metadata={"key": "piece"})
     file: str
     used: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class Manifest:
     `components` go by their role. `alternatives` are further vision encoders by precision; the main
     one is in `components`. Without a decoder `prompt`, `decoder`, `answer` and `token_embedding`
     are empty.
-    `pieces` say what came from where in a model that was assembled from several files, `notes` what
+    `weight_files` say what came from where in a model of several weight files, `notes` what
     those left open and how it was settled.
     """
 
@@ -114,12 +114,12 @@ class Manifest:
     prompt: PromptSpec = PromptSpec(())
     decoder: DecoderSpec = DecoderSpec("", "causal", 0, 0, 0, 0)
     answer: AnswerSpec = AnswerSpec(())
-    token_embedding: TensorPlace = TensorPlace(0, "", 0, 0)
+    token_embedding: TensorLocation = TensorLocation(0, "", 0, 0)
     source: tuple[FileRecord, ...] = ()
     parity: tuple[StageParity, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     alternatives: Mapping[str, Component] = field(default_factory=dict)
-    pieces: tuple[PieceRecord, ...] = ()
+    weight_files: tuple[WeightFileRecord, ...] = field(default=(), metadata={"key": "pieces"})
     notes: tuple[str, ...] = ()
 
     @property
@@ -282,7 +282,7 @@ def _check_file(root: Path, entry: FileRecord, check: Check) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes edgevlm.json into a folder that holds the components."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False)
+    text = json.dumps(schema.plain(manifest), indent=1, ensure_ascii=False)
     # A file's name may be no text: a backslash escape is how JSON says that.
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 

@@ -60,26 +60,26 @@ class Tokenizer:
     """A checkpoint's tokenizer as far as prompts depend on it.
 
     `bytes` is true of a byte-level one, which puts no space before a text, `slow` where there is a
-    SentencePiece file for transformers' slow classes; `begins` says whether it puts the begin token
-    before a text. `added` are the tokens that its side files name, by text. `prepends` says where
-    the fast one puts a space: before "every" text between two tokens or the "first", None where
-    there is no tokenizer.json to say it.
+    SentencePiece file for transformers' slow classes; `add_bos` says whether it puts the begin
+    token before a text. `added` are the tokens that its side files name, by text. `prepends` says
+    where the fast one puts a space: before "every" text between two tokens or the "first", None
+    where there is no tokenizer.json to say it.
     """
 
     bytes: bool = False
     slow: bool = True
-    begins: bool = True
+    add_bos: bool = True
     added: Mapping[str, AddedToken] = field(default_factory=dict)
     prepends: Literal["every", "first"] | None = None
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A file of weights that a model is assembled from beside its main checkpoint.
+class WeightFile:
+    """A published file of weights that a model takes beside its main checkpoint.
 
     name: as users type it; the names of its tensors stand behind it and a slash.
     published: the published file's name, for messages.
-    holds: a tensor that tells it from the other pieces, whatever the file is called, and `lacks`
+    holds: a tensor that tells it from the other files, whatever it is called, and `lacks`
         one that it never has.
     strict: whether a tensor that the family does not know stops the export, or is left over.
     """
@@ -95,11 +95,11 @@ class Piece:
 class Source:
     """A checkpoint as families see it: its JSON files by name, the shapes of its tensors.
 
-    A vision tower that is a checkpoint of its own has all its names behind TOWER, a piece behind
-    its name and a slash; what a file of weights says beside its tensors is its `config.json`, and
-    `origins` are the files' own names by piece. JSON files of the folders beside a main checkpoint
-    stand behind "FOLDER/". `template`, `fit` and `settings` are what the user chose or knows better
-    than the checkpoint, None for no choice.
+    A vision tower that is a checkpoint of its own has all its names behind TOWER, a weight file
+    behind its name and a slash; what it says beside its tensors is its `config.json`, and `origins`
+    are the published files' names by weight file. JSON files of the folders beside a main
+    checkpoint stand behind "FOLDER/". `template`, `fit` and `settings` are what the user chose or
+    knows better than the checkpoint, None for no choice.
     """
 
     files: Mapping[str, Config]
@@ -170,7 +170,7 @@ class Family:
         where it is whole; None if no checkpoint of the family leaves it out.
     processor: Source -> folder that the original reads the picture processor from, where that is
         another one and the tower is inside; None if there is no such.
-    pieces: what a model is assembled from beside the checkpoint that `model_types` name, in the
+    weight_files: the files beside the checkpoint that `model_types` name, in the
         order in which the original project loads them: of two tensors with one canonical name the
         later wins. Empty where a checkpoint is whole.
     settings: what users may state that checkpoints leave open, by name, with a line of explanation.
@@ -185,12 +185,12 @@ class Family:
     boxes: Callable[[str, int, int], list[Box]] | None = None
     tower: Callable[[Source], str | None] | None = None
     processor: Callable[[Source], str | None] | None = None
-    pieces: tuple[Piece, ...] = ()
+    weight_files: tuple[WeightFile, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ("vision", "projector", "decoder")
 
 
-def place(
+def locate_by_patterns(
     name: str, parts: Iterable[tuple[re.Pattern[str], str]], unused: re.Pattern[str]
 ) -> str | None:
     """`locate` by patterns: what follows a pattern's prefix stands behind its part's."""

@@ -224,7 +224,7 @@ def image_spec(
 
 def check_rows(files: Mapping[str, Config], side: int, tokens: int) -> None:
     """Raises FileError where a processor writes another number of <image> for a picture than the
-    `tokens` rows that the model makes of it: transformers stops there.
+    `tokens` image embeddings of the model: transformers stops there.
     """
     processor = files.get(PROCESSOR, {})
     nested = processor.get("image_processor") or {}
@@ -235,7 +235,7 @@ def check_rows(files: Mapping[str, Config], side: int, tokens: int) -> None:
     ):
         if stated.get("image_seq_length", tokens) != tokens:
             said = f"image_seq_length is {stated['image_seq_length']!r}"
-            raise FileError(file, f"{said}, config.json makes {tokens} rows of a picture")
+            raise FileError(file, f"{said}, config.json makes {tokens} image embeddings")
     if processor.get("image_token", "<image>") != "<image>":
         raise FileError(
             PROCESSOR, f"image_token is {processor['image_token']!r}; only <image> is known"
@@ -251,7 +251,7 @@ def check_rows(files: Mapping[str, Config], side: int, tokens: int) -> None:
         raise FileError(
             PROCESSOR,
             f"patch_size {patch!r}, num_additional_image_tokens {more!r} and "
-            f"vision_feature_select_strategy {strategy!r} make {rows} rows of a picture, "
+            f"vision_feature_select_strategy {strategy!r} make {rows} image embeddings, "
             f"config.json {tokens}",
         )
 

@@ -39,7 +39,7 @@ class Sampling:
     temperature: 0 is greedy; the chain is repetition penalty, top-k, top-p, min-p, temperature.
     top_k, top_p, min_p: 0, 1 and 0 switch them off.
     repetition_penalty: divides (or multiplies) the logits of tokens that the answer already has.
-    seed: of the random draw, 0..2**32-2; None for a new one each time.
+    seed: random seed, 0..2**32-2; None for a new one each time.
     stop: strings that end the answer; they are not part of it.
     """
 

@@ -22,7 +22,7 @@ def read(cls: type[T], data: Any, where: str = "") -> T:
     """
     if not isinstance(data, dict):
         raise SchemaError(f"{where or 'the file'} must be an object")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {_key(f): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise SchemaError(f"unknown key {_join(where, unknown[0])!r}")
@@ -30,10 +30,24 @@ def read(cls: type[T], data: Any, where: str = "") -> T:
     values = {}
     for name, spec in fields.items():
         if name in data:
-            values[name] = typed(hints[name], data[name], _join(where, name))
+            values[spec.name] = typed(hints[spec.name], data[name], _join(where, name))
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise SchemaError(f"missing key {_join(where, name)!r}")
     return cls(**values)
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as the JSON that `read` reads."""
+    if dataclasses.is_dataclass(value):
+        return {_key(f): plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _key(spec: dataclasses.Field[Any]) -> str:
+    """The key of a field in JSON: its name, unless its metadata has a "key"."""
+    return str(spec.metadata.get("key", spec.name))
 
 
 def _join(where: str, name: str) -> str:

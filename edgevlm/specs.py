@@ -97,7 +97,7 @@ class AnswerSpec:
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class TensorLocation:
     """Location of the token-embedding table in the GGUF file, so that single rows can be read.
 
     `offset` is in bytes from the start of the file, `type` a ggml type name such as "Q6_K", the

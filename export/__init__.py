@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgevlm.bundle import Bundle, PieceRecord
+from edgevlm.bundle import Bundle, WeightFileRecord
 from edgevlm.export import targets
 from edgevlm.export.options import AS_FOUND, ReadOptions, WriteOptions
 from edgevlm.export.precisions import QUANTS, VISION_PRECISIONS
@@ -32,14 +32,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Inspection:
-    """A source as an export would read it; `pieces` and `notes` are the manifest's."""
+    """A source as an export would read it; `weight_files` and `notes` are the manifest's."""
 
     name: str
     family: str
     image: ImageSpec
     prompt: PromptSpec
     decoder: DecoderSpec
-    pieces: tuple[PieceRecord, ...]
+    weight_files: tuple[WeightFileRecord, ...]
     notes: tuple[str, ...]
 
 
@@ -126,8 +126,8 @@ def inspect_source(source: str | os.PathLike[str], options: ReadOptions = AS_FOU
         model.image,
         model.prompt,
         model.decoder,
-        read.placed.pieces,
-        (*model.notes, *read.placed.notes),
+        read.tensors.weight_files,
+        (*model.notes, *read.tensors.notes),
     )
 
 

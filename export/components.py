@@ -19,7 +19,7 @@ from edgevlm.bundle import Component, record, writing
 from edgevlm.errors import ExportError
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.source import Checkpoint
-from edgevlm.export.checkpoint.tensor_map import Placed
+from edgevlm.export.checkpoint.tensor_map import TensorMap
 from edgevlm.export.checkpoint.tensors import DTYPES, Weights
 from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary
 from edgevlm.export.gguf import decoder
@@ -41,7 +41,7 @@ class Job:
     checkpoint: Checkpoint
     family: Family
     model: Model
-    placed: Placed
+    tensors: TensorMap
     vocabulary: Vocabulary
     name: str
     options: ReadOptions
@@ -51,7 +51,7 @@ class Job:
     @property
     def parts(self) -> Mapping[str, Weights]:
         """The tensors of "vision", "projector" and "decoder" by canonical name."""
-        return self.placed.parts
+        return self.tensors.parts
 
 
 def elements(part: Weights) -> int:

@@ -86,17 +86,17 @@ def read(source: Location, options: ReadOptions = AS_FOUND, report: Report | Non
     given = {part: Path(path) for part, path in options.parts.items()}
     checkpoint = with_tower(read_source(folder, given, adapter), options, report)
     family, model = describe(checkpoint, options)
-    if not family.pieces:
+    if not family.weight_files:
         adapter = adapter or adapters.projector_beside(checkpoint, family.locate)
         used = (*checkpoint.files, *(adapter.files if adapter else ()))
         model = replace(model, notes=(*model.notes, *adapters.left_over(checkpoint.folder, used)))
-    placed = assign(checkpoint, family, model, adapter)
+    tensors = assign(checkpoint, family, model, adapter)
     vocabulary = read_vocabulary(checkpoint, model)
     if adapter and adapter.folder != checkpoint.folder:
         _check_beside(adapter, checkpoint, model, vocabulary, options)
     model = replace(model, answer=_resolved(model, vocabulary))
     name = _checked_name(options.name or name)
-    return Job(checkpoint, family, model, placed, vocabulary, name, options, adapter, report)
+    return Job(checkpoint, family, model, tensors, vocabulary, name, options, adapter, report)
 
 
 def _checked_name(name: str) -> str:
@@ -162,22 +162,22 @@ def with_tower(checkpoint: Checkpoint, options: ReadOptions, report: Report | No
             folder, _ = hub.locate(wanted, report)
         except SourceError as e:
             raise SourceError(f"{e} (the vision tower; --vision-tower names another)") from None
-        return replace(checkpoint, pieces={_TOWER: read_checkpoint(folder, tokenizer=False)})
+        return replace(checkpoint, extra={_TOWER: read_checkpoint(folder, tokenizer=False)})
     # The tower is inside, but the original reads pictures as the named one's folder says.
     named = family.processor(_source(checkpoint, options)) if family.processor else None
     settings = read_settings(Path(named), PROCESSORS) if named else None
-    return replace(checkpoint, pieces={_TOWER: settings}) if settings else checkpoint
+    return replace(checkpoint, extra={_TOWER: settings}) if settings else checkpoint
 
 
 def _source(checkpoint: Checkpoint, options: ReadOptions) -> Source:
     files = dict(checkpoint.configs)
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    for piece, inside in checkpoint.pieces.items():
+    for extra, inside in checkpoint.extra.items():
         said = {CONFIG: inside.said} if inside.said else {}
-        files |= {f"{piece}/{name}": config for name, config in {**inside.configs, **said}.items()}
-        shapes |= {f"{piece}/{name}": tensor.shape for name, tensor in inside.tensors.items()}
+        files |= {f"{extra}/{name}": config for name, config in {**inside.configs, **said}.items()}
+        shapes |= {f"{extra}/{name}": tensor.shape for name, tensor in inside.tensors.items()}
     origins = {
-        p: inside.weights[0].name for p, inside in checkpoint.pieces.items() if inside.weights
+        p: inside.weights[0].name for p, inside in checkpoint.extra.items() if inside.weights
     }
     return Source(
         files,
@@ -194,7 +194,7 @@ def describe(checkpoint: Checkpoint, options: ReadOptions = AS_FOUND) -> tuple[F
     """The family of a checkpoint and what its config means; raises UnknownFamily, SourceError."""
     family = family_of(checkpoint)
     # Of a model in several files, not all errors are config.json's.
-    path = checkpoint.folder if family.pieces else checkpoint.config_path
+    path = checkpoint.folder if family.weight_files else checkpoint.config_path
     for name in options.settings:
         if name not in family.settings:
             known = ", ".join(family.settings) or "nothing"
@@ -209,8 +209,8 @@ def describe(checkpoint: Checkpoint, options: ReadOptions = AS_FOUND) -> tuple[F
 
 def _path(checkpoint: Checkpoint, file: str) -> Path:
     """The path of a file that a family knows by its key in Source.files."""
-    piece, _, name = file.rpartition("/")
-    inside = checkpoint.pieces.get(piece, checkpoint)
+    extra, _, name = file.rpartition("/")
+    inside = checkpoint.extra.get(extra, checkpoint)
     return inside.folder / name
 
 
@@ -226,18 +226,18 @@ def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
         prompt=job.model.prompt,
         decoder=job.model.decoder,
         answer=job.model.answer,
-        token_embedding=decoder.embedding_place(folder / decoder.FILE),
+        token_embedding=decoder.embedding_location(folder / decoder.FILE),
         source=_source_records(job),
         versions=_versions(),
-        pieces=job.placed.pieces,
-        notes=(*job.model.notes, *job.placed.notes),
+        weight_files=job.tensors.weight_files,
+        notes=(*job.model.notes, *job.tensors.notes),
     )
 
 
 def _source_records(job: Job) -> tuple[FileRecord, ...]:
     files = [(f, f.name) for f in job.checkpoint.files]
-    for piece, inside in job.checkpoint.pieces.items():
-        files += [(f, f"{piece}/{f.name}") for f in inside.files]
+    for extra, inside in job.checkpoint.extra.items():
+        files += [(f, f"{extra}/{f.name}") for f in inside.files]
     if job.adapter:
         apart = job.adapter.folder != job.checkpoint.folder
         own = [(f, f"adapter/{f.name}" if apart else f.name) for f in job.adapter.files]

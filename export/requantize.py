@@ -42,7 +42,7 @@ _UNTOUCHED = ("tokens", "prompt", "pixels")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Requantization:
     """Checked options for a bundle, whether they change its decoder, and the vision encoder that
     new ones are made from.
     """
@@ -53,7 +53,7 @@ class Plan:
     whole: str | None
 
 
-def run(plan: Plan, out: Path, folder: Path, report: Report | None) -> Bundle:
+def run(plan: Requantization, out: Path, folder: Path, report: Report | None) -> Bundle:
     """Writes the bundle `out`, whose temporary folder is `folder`; see `requantize_bundle`."""
     if out.resolve() == plan.source.folder.resolve():
         raise ExportError(f"{out}: is the bundle itself; choose another folder")
@@ -84,7 +84,7 @@ def plan(
     imatrix: bool | None,
     calibration: Location | None,
     verify: bool,
-) -> Plan:
+) -> Requantization:
     """Checks all that can be before a byte is written; raises BundleError, ExportError."""
     check_path(folder.absolute())
     source = open_bundle(folder, "full")
@@ -102,7 +102,7 @@ def plan(
     images.check_folder(options.calibration)
     if requantized:
         _check_decoder(source, options.quant)
-    return Plan(source, options, requantized, _whole_vision(source, options.vision))
+    return Requantization(source, options, requantized, _whole_vision(source, options.vision))
 
 
 def _check_decoder(source: Bundle, wanted: Quant) -> None:
@@ -127,7 +127,7 @@ def _refused(source: Bundle, part: str, stored: str, wanted: str, option: str) -
     )
 
 
-def _vision_at(plan: Plan, folder: Path, report: Report | None) -> Manifest:
+def _vision_at(plan: Requantization, folder: Path, report: Report | None) -> Manifest:
     """The manifest with the vision encoders of the plan, written into `folder`."""
     from edgevlm.export.onnx import storage
 
@@ -156,7 +156,7 @@ def _vision_at(plan: Plan, folder: Path, report: Report | None) -> Manifest:
 
 
 def _convert(
-    plan: Plan, folder: Path, new: Sequence[tuple[VisionPrecision, Path]], stage: Stage
+    plan: Requantization, folder: Path, new: Sequence[tuple[VisionPrecision, Path]], stage: Stage
 ) -> None:
     """Makes encoders from the one that is whole."""
     from edgevlm.export.onnx import quantize, storage
@@ -182,7 +182,7 @@ def quantized(
     source: Bundle, folder: Path, options: WriteOptions, report: Report | None
 ) -> Manifest:
     """The manifest of `source`, an unquantized bundle, with its decoder at the precision of the
-    options, weighed by an importance matrix where they say so.
+    options, with an importance matrix where they say so.
     """
     matrix = None
     if options.imatrix:
@@ -205,7 +205,7 @@ def decoder_at(
     return replace(
         source.manifest,
         components={**source.manifest.components, "decoder": part},
-        token_embedding=decoder.embedding_place(target),
+        token_embedding=decoder.embedding_location(target),
     )
 
 
@@ -214,7 +214,7 @@ def _copy(source: Bundle, component: Component, folder: Path) -> None:
         shutil.copyfile(source.folder / entry.file, folder / entry.file)
 
 
-def _sources(plan: Plan) -> tuple[FileRecord, ...]:
+def _sources(plan: Requantization) -> tuple[FileRecord, ...]:
     """The checkpoint's files, and the bundle's that went through this."""
     manifest = plan.source.manifest
     used = [c for c in manifest.all_components if c is not manifest.components["projector"]]
@@ -226,7 +226,7 @@ def _untouched(source: Bundle) -> tuple[StageParity, ...]:
     return tuple(s for s in source.manifest.parity if s.stage in _UNTOUCHED)
 
 
-def _compare(plan: Plan, folder: Path) -> list[StageParity]:
+def _compare(plan: Requantization, folder: Path) -> list[StageParity]:
     """One answer of the new bundle against the old one's, stage by stage; each metric says so."""
     source = plan.source
     made = open_bundle(folder)

@@ -19,7 +19,7 @@ from edgevlm.family import Family, Model
 from edgevlm.runtimes.engines import Block
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
-from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorPlace
+from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorLocation
 from edgevlm.types import RunSettings
 
 Float = npt.NDArray[np.float32]
@@ -173,7 +173,7 @@ def vlm(
         ),
         decoder=DecoderSpec("fake", "prefix", _N_EMBD, 1, _N_VOCAB, context_length),
         answer=AnswerSpec(stop_tokens=(_END,)),
-        token_embedding=TensorPlace(0, "F32", _N_VOCAB, _N_EMBD),
+        token_embedding=TensorLocation(0, "F32", _N_VOCAB, _N_EMBD),
     )
     family = Family("fake", "Apache-2.0", (), _not_a_checkpoint, lambda _: None, parse_loc)
     return VLM(manifest, family, FakeEncoder(tokens), FakeDecoder(answers))

@@ -27,7 +27,7 @@ from edgevlm.types import Devices, Placement
 class LoadOptions:
     """Options of loading a model; None follows the measured rules (`rules.py`).
 
-    threads: of both engines. device: what both parts run on; vision_device and decoder_device
+    threads: of both engines. device: of both engines; vision_device and decoder_device
     override it for one. repack: whether llama.cpp re-orders quantized weights at load. kv: type of
     the KV cache, "f16" or "q8_0".
     """

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
-from edgevlm.specs import DecoderSpec, TensorPlace
+from edgevlm.specs import DecoderSpec, TensorLocation
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -173,8 +173,8 @@ def spec(tiny: Tiny) -> DecoderSpec:
     )
 
 
-def place(path: Path) -> TensorPlace:
+def place(path: Path) -> TensorLocation:
     """Where its embedding table lies."""
     (table,) = (t for t in gguf.GGUFReader(path).tensors if t.name == "token_embd.weight")
     width, rows = (int(n) for n in table.shape)
-    return TensorPlace(int(table.data_offset), table.tensor_type.name, rows, width)
+    return TensorLocation(int(table.data_offset), table.tensor_type.name, rows, width)

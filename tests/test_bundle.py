@@ -57,6 +57,21 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert bundle.bytes == 3000
 
 
+def test_weight_files_are_the_manifests_pieces(folder: Path) -> None:
+    manifest = open_bundle(folder).manifest
+    eva = bundles.WeightFileRecord("eva", "eva_vit_g.pth", used=("norm.weight",))
+    bundles.write_manifest(folder, dataclasses.replace(manifest, weight_files=(eva,)))
+    (stored,) = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["pieces"]
+    assert stored == {
+        "piece": "eva",
+        "file": "eva_vit_g.pth",
+        "used": ["norm.weight"],
+        "replaced": [],
+        "unused": [],
+    }
+    assert open_bundle(folder).manifest.weight_files == (eva,)
+
+
 @pytest.fixture
 def several(folder: Path) -> Path:
     """The same bundle with a second vision encoder of 500 bytes, qdq8."""

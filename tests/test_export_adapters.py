@@ -226,7 +226,7 @@ def test_llavas_projector_that_was_trained_alone(tmp_path: Path) -> None:
     # Both in one folder are a model.
     shutil.copy(tuned / "mm_projector.bin", base)
     shutil.copy(tuned / "config.json", base)
-    assert "4 tensors taken whole" in prepared(base).placed.notes[0]
+    assert "4 tensors taken whole" in prepared(base).tensors.notes[0]
 
 
 def test_a_projector_beside_weights_that_have_one_is_only_mentioned(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_whole_weights_beside_an_adapter_of_another_base(base: Path, tmp_path: P
         prepared(source)
     assert "holds a whole model and an adapter of google/paligemma" in str(raised.value)
     assert f"--adapter {source}) if the model is its base" in str(raised.value)
-    assert "3 tensors merged" in prepared(source, source).placed.notes[0]
+    assert "3 tensors merged" in prepared(source, source).tensors.notes[0]
     other = write_adapter(tmp_path / "other", shapes_of(base), MODULES)
     with pytest.raises(SourceError, match="only one can be merged"):
         prepared(source, other)
@@ -448,13 +448,13 @@ def test_one_of_two_uses_of_a_table_is_refused(kind: str, base: Path, tmp_path: 
     if kind == "whole":
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         write_json(adapter / "adapter_config.json", config | {"ensure_weight_tying": True})
-        assert "1 tensor taken whole" in prepared(base, adapter).placed.notes[0]
+        assert "1 tensor taken whole" in prepared(base, adapter).tensors.notes[0]
 
 
 def test_a_family_that_is_assembled_has_its_adapters_elsewhere(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", shapes_of(base), MODULES)
     source = write_tinygptv(tmp_path / "source", **SMALL)
-    with pytest.raises(SourceError, match="a tinygptv has its adapters in a part of its own"):
+    with pytest.raises(SourceError, match="has its adapters in a weight file of its own"):
         prepared(source, adapter)
 
 

@@ -145,7 +145,7 @@ def test_ggml_reads_of_a_file_what_gguf_py_does(paligemma_checkpoint: Path, tmp_
 
 def test_place_of_the_token_embedding(paligemma_checkpoint: Path, tmp_path: Path) -> None:
     path = write(paligemma_checkpoint, tmp_path, "f32")
-    place = decoder.embedding_place(path)
+    place = decoder.embedding_location(path)
     table = np.fromfile(path, np.float32, place.rows * place.width, offset=place.offset)
     expected = source(paligemma_checkpoint).tensors["embed_tokens.weight"].float32()
     assert np.array_equal(table.reshape(place.rows, place.width), expected)

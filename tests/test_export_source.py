@@ -99,7 +99,10 @@ def untied(tensors: Tensors) -> None:
         (drop(NORM), "lacks the tensor for decoder.norm.weight"),
         (drop("multi_modal_projector.linear.bias"), "lacks the tensor for projector.linear.bias"),
         (drop("vision_tower.vision_model.post_layernorm.bias"), "vision.post_layernorm.bias"),
-        (put("language_model.model.layers.3.mlp.up_proj.weight", [[1]]), "has no place"),
+        (
+            put("language_model.model.layers.3.mlp.up_proj.weight", [[1]]),
+            "is not a tensor of this model",
+        ),
         (put("adapter.weight", [1]), "is unknown to the family 'paligemma'"),
         (put(NORM, [1, 2]), "has shape [2], config.json says [256]"),
         (put("model.language_model.norm.weight", [1]), "are the same"),

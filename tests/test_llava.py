@@ -169,16 +169,16 @@ def test_a_chat_goes_on_as_the_original_does(name: str, tmp_path: Path) -> None:
     assert logits[len(said) : -1].argmax(1).tolist() == list(second.token_ids)
 
 
-@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("name", ["llava-phi3", "llava-llama3"])
 def test_token_ids_where_templates_have_tokens_of_their_own(
-    name: str, begins: bool, tmp_path: Path
+    name: str, add_bos: bool, tmp_path: Path
 ) -> None:
     """With a tokenizer that puts the begin token before a text and with one that does not."""
     from tests.llava_reference import Original
 
     source = write_llava(tmp_path / "source", layers=1, **ORIGINALS[name])
-    if not begins:
+    if not add_bos:
         without_begin(source)
     bundle = export_bundle(source, tmp_path / "out", verify=False)
     original = Original(Tiny(layers=1, **ORIGINALS[name]), source)
@@ -201,7 +201,7 @@ def test_token_ids_where_templates_have_tokens_of_their_own(
 
 def without_begin(source: Path) -> None:
     if (source / "tokenizer.json").exists():
-        byte_vocabulary.write_llama3(source, added=("<pad>",), begins=False)
+        byte_vocabulary.write_llama3(source, added=("<pad>",), add_bos=False)
     else:
         config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
         write_json(source / "tokenizer_config.json", config | {"add_bos_token": False})

@@ -175,6 +175,18 @@ with opened(built_in() / "decoder.gguf") as file:
         Library("nothing", ggml_free=(None,)).ggml_free()
 
 
+def test_every_public_class_has_a_name_of_its_own() -> None:
+    # references.of looks this one up by its name in the file of each family.
+    found = {"Reference": "edgevlm.export.parity.references"}
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+                continue
+            other = found.setdefault(node.name, module)
+            looked_up = node.name == "Reference" and within(module, other)
+            assert other == module or looked_up, f"{node.name}: {other} and {module}"
+
+
 def test_public_names_are_sorted_and_there() -> None:
     assert edgevlm.__all__ == sorted(edgevlm.__all__)
     assert all(hasattr(edgevlm, name) for name in edgevlm.__all__)

@@ -268,8 +268,12 @@ def test_two_files_must_agree(siglip: Path, stated: State) -> None:
     [
         ("siglip", {"image_seq_length": 256}, "image_seq_length is 256, config.json makes 16"),
         ("clip", {"patch_size": 14}, "patch_size 14, num_additional_image_tokens 1"),
-        ("clip", {"patch_size": 4, "num_additional_image_tokens": 0}, "make 143 rows"),
-        ("clip", {"patch_size": 4, "vision_feature_select_strategy": "full"}, "make 145 rows"),
+        ("clip", {"patch_size": 4, "num_additional_image_tokens": 0}, "make 143 image embeddings"),
+        (
+            "clip",
+            {"patch_size": 4, "vision_feature_select_strategy": "full"},
+            "make 145 image embeddings",
+        ),
         ("clip", {"image_token": "<|image|>"}, "image_token is '<|image|>'"),
     ],
 )

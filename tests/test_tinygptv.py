@@ -148,7 +148,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 def test_what_came_from_where_is_recorded(made: tuple[Path, Bundle, dict[str, Any]]) -> None:
     source, bundle, options = made
-    records = {record.piece: record for record in bundle.manifest.pieces}
+    records = {record.name: record for record in bundle.manifest.weight_files}
     stage, adapters = records["stage"], bool(options.get("adapters", "0.2"))
     assert [*records][1:] == ["eva", "blip2", "stage"]
     assert stage.file == f"TinyGPT-V_for_Stage{options['stage']}.pth"

@@ -23,7 +23,7 @@ from edgevlm.bundle import (
     writing,
 )
 from edgevlm.errors import BenchError
-from edgevlm.export.gguf.decoder import FILE, embedding_place
+from edgevlm.export.gguf.decoder import FILE, embedding_location
 from edgevlm.export.progress import Stage
 from edgevlm.family import Family, Model, Source, by_model_type
 from edgevlm.models import directory
@@ -82,7 +82,7 @@ def make(destination: Path, name: str, source: Source, quant: str) -> None:
             prompt=model.prompt,
             decoder=model.decoder,
             answer=model.answer,
-            token_embedding=embedding_place(folder / FILE),
+            token_embedding=embedding_location(folder / FILE),
         )
         write_manifest(folder, manifest)
 

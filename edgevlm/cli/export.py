@@ -94,7 +94,7 @@ class _Choices(TypedDict):
     "parts",
     metavar="NAME=FILE",
     multiple=True,
-    help="A file of a model that is assembled from several, where SOURCE is not enough.",
+    help="Weight file of a model that has several, where SOURCE is not enough.",
 )
 @click.option(
     "--set",
@@ -149,7 +149,7 @@ def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
 
 def _report(found: Inspection) -> str:
     """Describes an inspected source as text."""
-    from edgevlm.cli.models import pieces_text
+    from edgevlm.cli.models import weight_files_text
 
     decoder, image = found.decoder, found.image
     lines = [
@@ -159,4 +159,4 @@ def _report(found: Inspection) -> str:
         f"{decoder.n_vocab} tokens, context {decoder.context_length}",
         f"prompt    {''.join(found.prompt.template)!r}",
     ]
-    return "\n".join([*lines, pieces_text(found.pieces, found.notes, used=True)])
+    return "\n".join([*lines, weight_files_text(found.weight_files, found.notes, used=True)])

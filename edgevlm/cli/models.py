@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from edgevlm.bundle import Bundle, Component, PieceRecord, open_bundle
+from edgevlm.bundle import Bundle, Component, WeightFileRecord, open_bundle
 from edgevlm.errors import BundleError
 from edgevlm.models import directory, installed, resolve
 
@@ -65,8 +65,8 @@ def show(model: str) -> None:
         table.add_row(key, value)
     console.print(table)
     console.print(_files(bundle, lambda _: ""))
-    if manifest.pieces or manifest.notes:
-        console.print(pieces_text(manifest.pieces, manifest.notes))
+    if manifest.weight_files or manifest.notes:
+        console.print(weight_files_text(manifest.weight_files, manifest.notes))
     if manifest.parity:
         console.print(parity_table(bundle))
 
@@ -93,17 +93,19 @@ def parity_table(bundle: Bundle) -> Table:
     return table
 
 
-def pieces_text(pieces: Sequence[PieceRecord], notes: Sequence[str], *, used: bool = False) -> str:
+def weight_files_text(
+    files: Sequence[WeightFileRecord], notes: Sequence[str], *, used: bool = False
+) -> str:
     """Lists the tensors that an assembled model did not use, with `used` also those that it took,
     and the notes of its export.
     """
     lines = []
-    for piece in pieces:
-        lines.append(f"{piece.piece:<9} {piece.file}")
+    for file in files:
+        lines.append(f"{file.name:<9} {file.file}")
         for what, names in (
-            ("used", piece.used if used else ()),
-            ("replaced by a later part", piece.replaced),
-            ("never read", piece.unused),
+            ("used", file.used if used else ()),
+            ("replaced by a later file", file.replaced),
+            ("never read", file.unused),
         ):
             if names:
                 lines += [f"  {what}:", *(f"    {name}" for name in names)]

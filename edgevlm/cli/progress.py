@@ -17,10 +17,10 @@ def err_console() -> Console:
 
 def summary(console: Console, bundle: Bundle) -> None:
     """Prints a new bundle's source, parity and size, and the next command."""
-    from edgevlm.cli.models import parity_table, pieces_text
+    from edgevlm.cli.models import parity_table, weight_files_text
 
-    if bundle.manifest.pieces:
-        console.print(pieces_text(bundle.manifest.pieces, bundle.manifest.notes))
+    if bundle.manifest.weight_files:
+        console.print(weight_files_text(bundle.manifest.weight_files, bundle.manifest.notes))
     if bundle.manifest.parity:
         console.print(parity_table(bundle))
     console.print(f"{bundle.folder}: {bundle.bytes / 2**20:.1f} MiB")

@@ -22,7 +22,7 @@ from edgevlm.family import (
     Source,
     Tokenizer,
     decoder_spec,
-    place,
+    locate_by_patterns,
     read_config,
     section,
     setting,
@@ -246,7 +246,7 @@ def _around(config: Config, template: Template) -> tuple[str, str]:
 
 
 def _prompt(config: Config, template: Template, cutter: Cutter, own: bool) -> PromptSpec:
-    begin = ("{bos}",) if cutter.tokenizer.begins else ()
+    begin = ("{bos}",) if cutter.tokenizer.add_bos else ()
     head, tail = _around(config, template)
     if not begin and head.startswith(BEGIN_3):
         # tokenizer_image_token takes the template's begin token for the tokenizer's own, and drops
@@ -309,7 +309,7 @@ _UNUSED = re.compile(
 
 
 def _locate(name: str) -> str | None:
-    return place(name, _PARTS, _UNUSED)
+    return locate_by_patterns(name, _PARTS, _UNUSED)
 
 
 def _tower(source: Source) -> str | None:

@@ -16,7 +16,7 @@ from edgevlm.family import (
     Model,
     Source,
     decoder_spec,
-    place,
+    locate_by_patterns,
     read_config,
     rope_parameters,
     section,
@@ -178,7 +178,7 @@ _UNUSED = re.compile(
 
 
 def _locate(name: str) -> str | None:
-    return place(name, _PARTS, _UNUSED)
+    return locate_by_patterns(name, _PARTS, _UNUSED)
 
 
 FAMILY = Family(

@@ -18,8 +18,8 @@ from edgevlm.family import (
     Config,
     Family,
     Model,
-    Piece,
     Source,
+    WeightFile,
     decoder_spec,
     read_config,
     rope_parameters,
@@ -368,7 +368,7 @@ def _prompt(source: Source, arch: str) -> PromptSpec:
     )
 
 
-# Names in the original's own module tree, which every piece's are brought to -> canonical ones.
+# Names in the original's own module tree, which every file's are brought to -> canonical ones.
 _PHI_LAYER = (
     r"llama_model\.model\.(layers\.\d+\.(?:input_layernorm|post_layernorm|mlp\.fc[12]|self_attn\."
     r"(?:query_key_value|[qkv]_proj|dense|[qk]_layernorm)))"
@@ -419,13 +419,13 @@ _NAMES = tuple(
 )
 # Buffers that some releases stored.
 _UNUSED = re.compile(r".+\.(?:position_ids|rotary_emb\..+)")
-# Where a piece's names belong in that tree: eva_vit_g.pth and Phi-2 do not know of it.
+# Where a weight file's names belong in that tree: eva_vit_g.pth and Phi-2 do not know of it.
 _ROOTS = {"": "llama_model.", _EVA: "visual_encoder."}
 
 
 def _locate(name: str) -> str | None:
-    piece, slash, own = name.rpartition("/")
-    own = _ROOTS.get(piece, "") + own
+    file, _, own = name.rpartition("/")
+    own = _ROOTS.get(file, "") + own
     own = own.replace("llama_model.base_model.model.", "llama_model.", 1)
     if _UNUSED.fullmatch(own):
         return IGNORED
@@ -442,15 +442,15 @@ FAMILY = Family(
     describe=_describe,
     locate=_locate,
     boxes=parse_percent,
-    pieces=(
-        Piece(_EVA, "eva_vit_g.pth", holds="patch_embed.proj.weight"),
-        Piece(
+    weight_files=(
+        WeightFile(_EVA, "eva_vit_g.pth", holds="patch_embed.proj.weight"),
+        WeightFile(
             _BLIP2,
             "blip2_pretrained_flant5xxl.pth",
             holds="query_tokens",
             lacks="llama_proj.weight",
         ),
-        Piece(_STAGE, "TinyGPT-V_for_Stage<N>.pth", holds="llama_proj.weight", strict=True),
+        WeightFile(_STAGE, "TinyGPT-V_for_Stage<N>.pth", holds="llama_proj.weight", strict=True),
     ),
     settings=_SETTINGS,
 )

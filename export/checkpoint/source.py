@@ -37,9 +37,9 @@ _OTHERS = re.compile(r".*\.(bin|pt|pth|ckpt|msgpack|h5|npz)")
 class Checkpoint:
     """A checkpoint folder: parsed JSON files by name, tensors by source name, weight files.
 
-    `pieces` are what the model takes from elsewhere, by name: its vision tower, or the files that
-    it is assembled from. A piece that is a single file has no JSON files; `said` is what it holds
-    beside its tensors. `config` is where its config.json lies, None for the folder.
+    `extra` are the checkpoints beside it, by name: a vision tower, or weight files of the model. A
+    single file has no JSON files; `said` is what it holds beside its tensors. `config` is where its
+    config.json lies, None for the folder.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Checkpoint:
     tensors: Mapping[str, SourceTensor]
     weights: tuple[Path, ...]
 
-    pieces: Mapping[str, Checkpoint] = field(default_factory=dict)
+    extra: Mapping[str, Checkpoint] = field(default_factory=dict)
     said: Config = field(default_factory=dict)
     config: Path | None = None
 
@@ -108,7 +108,7 @@ def read_present(folder: Path, names: Iterable[str]) -> dict[str, Config]:
 
 
 def read_file(path: Path) -> Checkpoint:
-    """A single file of weights, with or without what a training run wrote beside them.
+    """A single weight file, with or without what a training run wrote beside them.
 
     Raises SourceError, and EngineMissing where it is torch's and torch is not there.
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.bundle import PieceRecord
+from edgevlm.bundle import WeightFileRecord
 from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.lora import merge
@@ -26,31 +26,31 @@ from edgevlm.parts import EMBED, LM_HEAD, Decoder, Part, Shapes
 
 
 @dataclass(frozen=True)
-class Placed:
-    """The tensors of "vision", "projector" and "decoder" by canonical name, and the record of an
-    assembled model's pieces; empty for a checkpoint that is whole. `plain` are the tensors that an
-    adapter was merged into, as they are without it; `notes` say what was done.
+class TensorMap:
+    """The tensors of "vision", "projector" and "decoder" by canonical name, and the records of the
+    weight files; none for a checkpoint that is whole. `plain` are the tensors that an adapter was
+    merged into, as they are without it; `notes` say what was done.
     """
 
     parts: Mapping[str, Weights]
-    pieces: tuple[PieceRecord, ...] = ()
+    weight_files: tuple[WeightFileRecord, ...] = ()
     plain: Mapping[str, Weights] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """A tensor, the piece that it came with ("" for the main checkpoint) and its place there."""
+    """A tensor, its weight file ("" for the main checkpoint) and its canonical name."""
 
     tensor: SourceTensor
-    piece: str
+    file: str
     name: str | None
 
 
 def assign(
     checkpoint: Checkpoint, family: Family, model: Model, adapter: Adapter | None = None
-) -> Placed:
-    """Gives every tensor its place, with an adapter merged.
+) -> TensorMap:
+    """Maps every tensor to its canonical name, with an adapter merged.
 
     Raises SourceError when a tensor is missing, left over, or of another shape or type than the
     config says.
@@ -73,8 +73,8 @@ def assign(
         expected = config.tensors()
         found = _canonical(_part(chosen, part), config, expected)
         parts[part] = _complete(found, part, expected, checkpoint)
-    records = _records(checkpoint, family, origins) if family.pieces else ()
-    return Placed(parts, records, plain, notes)
+    records = _records(checkpoint, family, origins) if family.weight_files else ()
+    return TensorMap(parts, records, plain, notes)
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -99,13 +99,13 @@ def _origins(checkpoint: Checkpoint, family: Family, model: Model) -> list[_Orig
     family does not know it.
     """
     found = [_Origin(t, "", family.locate(t.name)) for t in checkpoint.tensors.values()]
-    tower = checkpoint.pieces.get(TOWER.removesuffix("/"))
+    tower = checkpoint.extra.get(TOWER.removesuffix("/"))
     if tower and tower.tensors:
         # A copy inside the checkpoint is rounded; the original projects never look at it.
         found = [o for o in found if not (o.name or "").startswith("vision.")]
-    for piece, inside in checkpoint.pieces.items():
+    for file, inside in checkpoint.extra.items():
         found += [
-            _Origin(t, piece, family.locate(f"{piece}/{t.name}")) for t in inside.tensors.values()
+            _Origin(t, file, family.locate(f"{file}/{t.name}")) for t in inside.tensors.values()
         ]
     return [
         replace(o, name=IGNORED) if (o.name or "").startswith(model.skipped) else o for o in found
@@ -113,16 +113,16 @@ def _origins(checkpoint: Checkpoint, family: Family, model: Model) -> list[_Orig
 
 
 def _chosen(origins: Iterable[_Origin], family: Family) -> dict[str, Tensor]:
-    """The tensor of every canonical name: of several pieces that have it, the last one's."""
-    lenient = {piece.name for piece in family.pieces if not piece.strict}
+    """The tensor of every canonical name: of several files that have it, the last one's."""
+    lenient = {file.name for file in family.weight_files if not file.strict}
     found: dict[str, _Origin] = {}
     for origin in origins:
-        if origin.name is None and origin.piece not in lenient:
+        if origin.name is None and origin.file not in lenient:
             raise SourceError(f"{at(origin.tensor)} is unknown to the family {family.name!r}")
         if not origin.name:
             continue
         other = found.get(origin.name)
-        if other and other.piece == origin.piece:
+        if other and other.file == origin.file:
             raise SourceError(
                 f"{at(origin.tensor)} and {other.tensor.name} are the same; remove one"
             )
@@ -134,10 +134,10 @@ def _complete(found: dict[str, Tensor], part: str, expected: Shapes, where: Chec
     head = found.pop(LM_HEAD, None) if LM_HEAD not in expected else None
     for name, tensor in found.items():
         if name not in expected:
-            raise SourceError(f"{at(tensor)} has no place in this model; check config.json")
+            raise SourceError(f"{at(tensor)} is not a tensor of this model; check config.json")
     for name, shape in expected.items():
         if name not in found:
-            beside = "".join(f", {p.weights[0].name}" for p in where.pieces.values() if p.weights)
+            beside = "".join(f", {p.weights[0].name}" for p in where.extra.values() if p.weights)
             raise SourceError(
                 f"{where.folder}{beside}: lacks the tensor for {part}.{name}; download it again"
             )
@@ -184,18 +184,18 @@ def at(tensor: Tensor) -> str:
 
 def _records(
     checkpoint: Checkpoint, family: Family, origins: list[_Origin]
-) -> tuple[PieceRecord, ...]:
-    last = {o.name: o.piece for o in origins}
+) -> tuple[WeightFileRecord, ...]:
+    last = {o.name: o.file for o in origins}
     records = []
-    for piece in ("", *(p.name for p in family.pieces)):
-        inside = checkpoint.pieces[piece] if piece else checkpoint
-        own = [o for o in origins if o.piece == piece]
+    for file in ("", *(p.name for p in family.weight_files)):
+        inside = checkpoint.extra[file] if file else checkpoint
+        own = [o for o in origins if o.file == file]
         records.append(
-            PieceRecord(
-                piece or checkpoint.configs["config.json"]["model_type"],
-                inside.weights[0].name if piece else checkpoint.folder.resolve().name,
-                used=outline(o.tensor.name for o in own if o.name and last[o.name] == piece),
-                replaced=outline(o.tensor.name for o in own if o.name and last[o.name] != piece),
+            WeightFileRecord(
+                file or checkpoint.configs["config.json"]["model_type"],
+                inside.weights[0].name if file else checkpoint.folder.resolve().name,
+                used=outline(o.tensor.name for o in own if o.name and last[o.name] == file),
+                replaced=outline(o.tensor.name for o in own if o.name and last[o.name] != file),
                 unused=outline(o.tensor.name for o in own if not o.name),
             )
         )

@@ -1,1 +1,1 @@
-"""Language decoders as GGUF: written, weighed by an importance matrix, quantized."""
+"""Language decoders as GGUF: written, quantized with an importance matrix."""

@@ -26,7 +26,7 @@ from edgevlm.export.precisions import Quant
 from edgevlm.export.progress import Report, Stage
 from edgevlm.gguf_file import opened
 from edgevlm.parts import Decoder
-from edgevlm.specs import TensorPlace
+from edgevlm.specs import TensorLocation
 
 if TYPE_CHECKING:
     import gguf
@@ -208,13 +208,13 @@ def _vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_space_prefix(False)
 
 
-def embedding_place(path: Path) -> TensorPlace:
+def embedding_location(path: Path) -> TensorLocation:
     """Locates the token-embedding table in a GGUF file."""
     with opened(path) as file:
         table = file.tensors().get(TOKEN_EMBEDDING)
     if not table:
         raise ExportError(f"{path}: has no {TOKEN_EMBEDDING}")
-    return TensorPlace(table.offset, table.type, table.rows, table.width)
+    return TensorLocation(table.offset, table.type, table.rows, table.width)
 
 
 def tensor_types(path: Path) -> Mapping[str, str]:

@@ -1,6 +1,6 @@
 """The importance matrix of a decoder: from drawn pictures and the model's own prompts.
 
-A text's importance matrix never sees a picture's rows, which are most of what a vision-language
+A text's importance matrix never sees image embeddings, which are most of what a vision-language
 model reads. The bundle answers in a child process, through the runtime, as every answer is made.
 """
 

@@ -25,7 +25,7 @@ from edgevlm.runtimes.llama.hooks import Importance, graph_hook
 from edgevlm.runtimes.llama.sampler import LlamaSampler
 from edgevlm.runtimes.native import Handle
 from edgevlm.sampling import Sampling
-from edgevlm.specs import DecoderSpec, TensorPlace
+from edgevlm.specs import DecoderSpec, TensorLocation
 from edgevlm.types import FlashAttention, RunSettings
 
 # Rows of logits that `extend` computes at once; each costs 4 bytes times the vocabulary.
@@ -58,7 +58,7 @@ class LlamaDecoder:
         self,
         path: Path,
         spec: DecoderSpec,
-        place: TensorPlace,
+        location: TensorLocation,
         *,
         threads: int,
         exact: bool = False,
@@ -100,7 +100,7 @@ class LlamaDecoder:
         # The blocks that the KV cache begins with, and the position of each of its rows.
         self._blocks: tuple[Block, ...] = ()
         self._positions: list[int] = []
-        self._rows = EmbeddingRows(path, place)
+        self._rows = EmbeddingRows(path, location)
         self._context: Handle | None = None
         self._batch: Handle | None = None
         self._n_ctx = self._n_batch = 0

@@ -1,7 +1,7 @@
 """Single rows of the token-embedding table, dequantized from the GGUF file on demand.
 
-A prefix-LM needs text rows beside picture rows in one batch of embeddings, and llama.cpp hands no
-rows out. The table (half a gigabyte in PaliGemma) stays on disk, memory-mapped.
+A prefix-LM needs token embeddings beside image embeddings in one batch, and llama.cpp does
+not hand any out. The table (half a gigabyte in PaliGemma) stays on disk, memory-mapped.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from edgevlm.errors import BundleCorrupt
-from edgevlm.specs import TensorPlace
+from edgevlm.specs import TensorLocation
 
 
 class EmbeddingRows:
-    """The token-embedding table [rows, width] at a place in a GGUF file."""
+    """The token-embedding table [rows, width] at a location in a GGUF file."""
 
-    def __init__(self, path: Path, place: TensorPlace) -> None:
+    def __init__(self, path: Path, location: TensorLocation) -> None:
         try:
-            self._type = GGMLQuantizationType[place.type]
+            self._type = GGMLQuantizationType[location.type]
         except KeyError:
-            raise BundleCorrupt(path, f"token embeddings of unknown type {place.type!r}") from None
+            raise BundleCorrupt(
+                path, f"token embeddings of unknown type {location.type!r}"
+            ) from None
         block, block_bytes = GGML_QUANT_SIZES[self._type]
-        row_bytes = place.width // block * block_bytes
-        if place.offset + place.rows * row_bytes > path.stat().st_size:
+        row_bytes = location.width // block * block_bytes
+        if location.offset + location.rows * row_bytes > path.stat().st_size:
             raise BundleCorrupt(path, "the token embeddings reach beyond its end")
         self._table: npt.NDArray[np.uint8] = np.memmap(
-            path, np.uint8, "r", place.offset, (place.rows, row_bytes)
+            path, np.uint8, "r", location.offset, (location.rows, row_bytes)
         )
 
     def __call__(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -68,17 +68,17 @@ def special_id(text: str) -> int:
     return n_pieces() - len(SPECIALS) + SPECIALS.index(text)
 
 
-def write_llama3(folder: Path, *, added: tuple[str, ...] = (), begins: bool = True) -> None:
+def write_llama3(folder: Path, *, added: tuple[str, ...] = (), add_bos: bool = True) -> None:
     """Writes tokenizer.json and tokenizer_config.json as published, with more tokens behind them.
 
-    Without `begins` nothing puts the begin token before a text, as in the first published files.
+    Without `add_bos` nothing puts the begin token before a text, as in the first published files.
     """
     data = json.loads(tokenizer_json())
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     for i, text in enumerate(added):
         token = {"id": n_pieces() + i, "content": text, **plain, "special": True}
         data["added_tokens"].append(token)
-    if not begins:
+    if not add_bos:
         data["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True}
         data["post_processor"] |= {"trim_offsets": False, "use_regex": True}
     write_json(folder / "tokenizer.json", data)

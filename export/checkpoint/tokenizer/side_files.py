@@ -97,11 +97,11 @@ def describe(checkpoint: Checkpoint) -> Tokenizer:
         odd = ", ".join(sorted(e.attributes & {"single_word", "lstrip"}))
         added[e.text] = AddedToken(e.id, "rstrip" in e.attributes, e.text in special, odd)
     in_bytes = is_byte_level(checkpoint)
-    begins = _config(checkpoint).get("add_bos_token")
-    if in_bytes or (begins is None and _config(checkpoint).get("tokenizer_class") == GENERIC):
-        begins = _begins(fast.get("post_processor"))
+    add_bos = _config(checkpoint).get("add_bos_token")
+    if in_bytes or (add_bos is None and _config(checkpoint).get("tokenizer_class") == GENERIC):
+        add_bos = _adds_bos(fast.get("post_processor"))
     slow = (checkpoint.folder / "tokenizer.model").is_file()
-    return Tokenizer(in_bytes, slow, begins in (None, True), added, _prepends(fast))
+    return Tokenizer(in_bytes, slow, add_bos in (None, True), added, _prepends(fast))
 
 
 def _prepends(fast: Config) -> Literal["every", "first"] | None:
@@ -113,7 +113,7 @@ def _prepends(fast: Config) -> Literal["every", "first"] | None:
     return "first" if cut.get("prepend_scheme") == "first" else None
 
 
-def _begins(processor: Any) -> bool:
+def _adds_bos(processor: Any) -> bool:
     """True if a post-processor of tokenizer.json puts a token before a text."""
     steps = (processor or {}).get("processors", [processor or {}])
     templates = [step["single"] for step in steps if step.get("type") == "TemplateProcessing"]

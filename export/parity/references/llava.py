@@ -92,7 +92,7 @@ class Reference:
         if not self._job.adapter:
             return None, self._job.parts
         names = _OWN_NAMES if self._alone else _NAMES
-        return Added(self._job.adapter.folder, names), self._job.placed.plain
+        return Added(self._job.adapter.folder, names), self._job.tensors.plain
 
     def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
         """The checkpoint's own processor on a picture, padded first where LLaVA's own code does."""
@@ -115,7 +115,7 @@ class Reference:
             places = [checkpoint.folder]
         else:
             # llava/model/multimodal_encoder/clip_encoder.py loads it from the tower's folder.
-            places = [p.folder for p in checkpoint.pieces.values()] + [checkpoint.folder]
+            places = [p.folder for p in checkpoint.extra.values()] + [checkpoint.folder]
         kind = "CLIPImageProcessor" if self._alone else "AutoImageProcessor"
         for folder in places:
             if files.has_processor(folder):

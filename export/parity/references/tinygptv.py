@@ -70,7 +70,7 @@ class Reference:
 def preprocessed(image: NDArray[np.uint8], job: Job) -> Tensor:
     """torchvision's Resize, ToTensor and Normalize of a PIL image, as the stage's run had them."""
     side = job.model.vision.image_size
-    datasets = job.checkpoint.pieces["stage"].said.get("datasets") or {}
+    datasets = job.checkpoint.extra["stage"].said.get("datasets") or {}
     seen = (d["vis_processor"]["train"] for d in datasets.values() if d.get("vis_processor"))
     said: Any = next(seen, {})
     # transformers exports these without saying so to type checkers.

@@ -121,7 +121,12 @@ def test_files_are_known_by_what_they_hold(tmp_path: Path) -> None:
     for old, new in ((EVA, "pieces/a.pth"), (BLIP2, "pieces/b.bin"), (STAGE, "checkpoint_49.pth")):
         (source / old).rename(source / new)
     job = prepared(source)
-    assert [r.file for r in job.placed.pieces] == ["phi-2", "a.pth", "b.bin", "checkpoint_49.pth"]
+    assert [r.file for r in job.tensors.weight_files] == [
+        "phi-2",
+        "a.pth",
+        "b.bin",
+        "checkpoint_49.pth",
+    ]
     write_tinygptv(tmp_path / "other", stage=4, **SMALL)
     (tmp_path / "other/TinyGPT-V_for_Stage4.pth").rename(source / "TinyGPT-V_for_Stage4.pth")
     with pytest.raises(SourceError, match=r"Stage4.pth, checkpoint_49.pth\); .*--part stage=FILE"):
@@ -133,7 +138,7 @@ def test_files_are_known_by_what_they_hold(tmp_path: Path) -> None:
     ):
         prepared(source, parts={"stage": stage4, "blip2": source / "pieces/a.pth"})
     (source / "phi-2").rename(tmp_path / "phi-2")
-    with pytest.raises(SourceError, match="a part of a tinygptv, but not its main checkpoint"):
+    with pytest.raises(SourceError, match="a weight file of a tinygptv, but not its main"):
         prepared(source)
     given = {"stage": stage4, "eva": source / "pieces/a.pth", "blip2": source / "pieces/b.bin"}
     assert prepared(tmp_path / "phi-2", parts=given).model.image.size == 112
@@ -171,11 +176,11 @@ def test_only_39_blocks_of_the_tower_are_run(tmp_path: Path) -> None:
     job = prepared(source)
     assert job.model.vision.num_hidden_layers == 39
     assert any("39 of 40 blocks" in note for note in job.model.notes)
-    (eva,) = (r for r in job.placed.pieces if r.piece == "eva")
+    (eva,) = (r for r in job.tensors.weight_files if r.name == "eva")
     assert "blocks.*.mlp.fc1.weight" in eva.unused and "blocks.*.mlp.fc1.weight x39" in eva.used
 
 
-def test_a_later_piece_wins(tmp_path: Path) -> None:
+def test_a_later_file_wins(tmp_path: Path) -> None:
     """As in the original, whose load_state_dict takes every name that its model has."""
     source = write_tinygptv(tmp_path / "source", **SMALL)
     norm = {"ln_vision.weight": torch.full((176,), 3.0), "ln_vision.bias": torch.zeros(176)}
