@@ -75,7 +75,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A published file of weights that a model takes beside its main checkpoint.
+    """A published weight file that a model takes beside its main checkpoint.
 
     name: as users type it; the names of its tensors stand behind it and a slash.
     published: the published file's name, for messages.
@@ -116,7 +116,7 @@ class Model:
     """A checkpoint's config in edgevlm's words.
 
     `vision`, `projector` and `text` are its parts. `markers` are tokens, by id, that user text can
-    never become; `whole_tokens` are pieces of text that are always one token. `prefix` is what the
+    never become; `whole_tokens` are texts that are always one token. `prefix` is what the
     tokenizer puts before every text, " " for LLaMA's; the template holds it. With `prefix_once` it
     does so only before a whole prompt that has none of its own.
     `original` is the prompt as the original's code writes it: one text, `<image>` and `{prompt}` in
@@ -169,7 +169,7 @@ class Family:
     tower: Source -> folder or hub name of the vision tower that the checkpoint leaves out, None
         where it is whole; None if no checkpoint of the family leaves it out.
     processor: Source -> folder that the original reads the picture processor from, where that is
-        another one and the tower is inside; None if there is no such.
+        another one and the tower is inside; None if there is none.
     weight_files: the files beside the checkpoint that `model_types` name, in the
         order in which the original project loads them: of two tensors with one canonical name the
         later wins. Empty where a checkpoint is whole.

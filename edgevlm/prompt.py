@@ -1,7 +1,7 @@
 """Questions and answers -> typed segments of the decoder's input, in order.
 
-The template belongs to the model, the words to the user: they are joined here as data, part by
-part, so that no text a user types can become a picture or a control token.
+The template belongs to the model, the words to the user: they are joined here as data, item by
+item, so that no text a user types can become a picture or a control token.
 """
 
 from __future__ import annotations
@@ -104,15 +104,15 @@ def _joined(segments: list[Segment]) -> list[Segment]:
 
 def _filled(template: tuple[str, ...], question: str, pictures: list[Image]) -> list[Segment]:
     segments: list[Segment] = []
-    for part in template:
-        if part == "{image}":
+    for item in template:
+        if item == "{image}":
             segments += pictures
-        elif part == "{bos}":
+        elif item == "{bos}":
             segments.append(Begin())
-        elif token := _ID.fullmatch(part):
+        elif token := _ID.fullmatch(item):
             segments.append(Tokens((int(token[1]),)))
         else:
-            segments.append(Text(part.replace("{prompt}", question, 1)))
+            segments.append(Text(item.replace("{prompt}", question, 1)))
     return segments
 
 

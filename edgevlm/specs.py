@@ -43,12 +43,12 @@ class ImageSpec:
 class PromptSpec:
     """Layout of the decoder's input around a question.
 
-    `template` lists the parts in order. A part is `{image}` (the embeddings of every picture),
+    `template` lists the items in order. One is `{image}` (the embeddings of every picture),
     `{bos}` (the begin token), `{id:N}` (the token with that id) or text, in which `{prompt}` stands
-    for the user's words; every text part is tokenized by itself. `tasks` maps a task (caption,
+    for the user's words; every text is tokenized by itself. `tasks` maps a task (caption,
     answer, detect, ocr) to its prompt, in which `{language}` and `{prompt}` are filled in.
     `text_template` is the template of a request without pictures, where it is another. `turn` holds
-    the parts between an answer and the end of the next question, for models that were trained on
+    the items between an answer and the end of the next question, for models that were trained on
     conversations; without `{image}` in it pictures come with the first question only. With `joined`
     the texts of a conversation that follow one another are tokenized as one, answers included,
     where the original code does that.

@@ -1,6 +1,6 @@
-"""A chat template as its original writes it, in one text -> the parts of a prompt spec.
+"""A chat template as its original writes it, in one text -> the items of a prompt spec.
 
-Every part of a prompt is tokenized by itself, without anything put before it. So a text is cut
+Every item of a prompt is tokenized by itself, without anything put before it. So a text is cut
 where its tokens that stand for a whole text are, and gets the spaces that the original's tokenizer
 adds.
 """
@@ -74,14 +74,14 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts texts into parts. `eos` is the id that EOS stands for."""
+    """Cuts texts into a prompt's items. `eos` is the id that EOS stands for."""
 
     tokenizer: Tokenizer
     spaces: Spaces
     eos: int
 
-    def parts(self, text: str, *, goes_on: bool = False) -> tuple[str, ...]:
-        """The parts of a text that the original tokenizes in one go.
+    def cut(self, text: str, *, goes_on: bool = False) -> tuple[str, ...]:
+        """The items of a text that the original tokenizes in one go.
 
         With `goes_on` it continues what was tokenized before. Raises ValueError for a token that
         the tokenizer lacks.
@@ -89,9 +89,9 @@ class Cutter:
         if text and not goes_on and self._begins_with_space(text):
             text = " " + text
         found: list[str] = []
-        for i, (piece, spaced) in enumerate(self._pieces(text)):
+        for i, (item, spaced) in enumerate(self._items(text)):
             space = " " if spaced and self.spaces == "every" and not (goes_on and i == 0) else ""
-            found.append(space + piece)
+            found.append(space + item)
         return tuple(found)
 
     def _begins_with_space(self, text: str) -> bool:
@@ -107,29 +107,29 @@ class Cutter:
 
     def end(self, template: Template) -> int:
         """The token that ends an answer: the first one behind it."""
-        ids = (_ID.fullmatch(part) for part in self.parts(template.again, goes_on=True))
+        ids = (_ID.fullmatch(item) for item in self.cut(template.again, goes_on=True))
         return next(int(found[1]) for found in ids if found)
 
-    def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
-        """(part, whether it is text) in order, without what tokens swallow."""
+    def _items(self, text: str) -> Iterator[tuple[str, bool]]:
+        """(item, whether it is text) in order, without what tokens swallow."""
         names = sorted([*self.tokenizer.added, IMAGE, BOS, EOS], key=len, reverse=True)
         rstrip = False
-        for piece in re.split(f"({'|'.join(map(re.escape, names))})", text):
-            if piece == IMAGE:
+        for item in re.split(f"({'|'.join(map(re.escape, names))})", text):
+            if item == IMAGE:
                 yield "{image}", False
-            elif piece == BOS:
+            elif item == BOS:
                 yield BOS, False
-            elif piece == EOS:
+            elif item == EOS:
                 yield f"{{id:{self.eos}}}", False
-            elif token := self.tokenizer.added.get(piece):
+            elif token := self.tokenizer.added.get(item):
                 yield f"{{id:{token.id}}}", False
-            elif piece := piece.lstrip() if rstrip else piece:
-                if lacking := _TOKEN.search(piece):
+            elif item := item.lstrip() if rstrip else item:
+                if lacking := _TOKEN.search(item):
                     raise ValueError(f"the template needs {lacking[0]}, which the tokenizer lacks")
-                yield piece, True
-            token = self.tokenizer.added.get(piece)
+                yield item, True
+            token = self.tokenizer.added.get(item)
             if token and token.odd:
                 raise ValueError(
-                    f"the template has the token {piece!r} with {token.odd}; only rstrip is known"
+                    f"the template has the token {item!r} with {token.odd}; only rstrip is known"
                 )
             rstrip = token is not None and token.rstrip

@@ -133,7 +133,7 @@ def _check_beside(
 
 
 def _resolved(model: Model, vocabulary: Vocabulary) -> AnswerSpec:
-    """The answer's spec with the pieces of text that are tokens of this vocabulary."""
+    """The answer's spec with the texts that are tokens of this vocabulary."""
     ids = {t.text: i for i, t in enumerate(vocabulary.tokens)}
     stops, penalized = (
         tuple(ids[text] for text in texts if text in ids)

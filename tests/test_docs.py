@@ -38,9 +38,9 @@ def test_docstrings_open_with_a_noun_or_a_verb_phrase() -> None:
 
 
 def _docstrings() -> Iterator[tuple[Path, str, str]]:
-    """(file, name, text) of every docstring, each file once: links are not followed."""
+    """(file, name, text) of every docstring."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in (p for folder in CODE for p in sorted((ROOT / folder).rglob("*.py"))):
+    for path in _sources():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, documented) and (text := ast.get_docstring(node)):
                 yield path, getattr(node, "name", "the module"), text
@@ -55,8 +55,42 @@ def _options(command: click.Command) -> Iterator[click.Option]:
             yield from _options(child)
 
 
+def test_words_that_nobody_says() -> None:
+    """docs/design.md lists them, in backticks in the last column of its table of words."""
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page.partition("\n## Words\n")[2].partition("\n## ")[0]
+    cells = [line.split(" | ")[-1] for line in table.splitlines() if line.startswith("|")]
+    phrases = [phrase for cell in cells for phrase in re.findall("`([^`]+)`", cell)]
+    assert "is no number" in phrases and len(phrases) > 20
+    outlawed = re.compile(rf"\b({'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)
+    texts = [(path, path.read_text(encoding="utf-8").replace(table, "")) for path in _pages()]
+    wrong = [
+        f"{path.relative_to(ROOT)}: {found[0]}"
+        for path, text in [*_strings(), *texts]
+        if (found := outlawed.search(" ".join(text.split())))
+    ]
+    assert not wrong
+
+
+def _strings() -> Iterator[tuple[Path, str]]:
+    """(file, text) of every string in the code: docstrings, help texts, messages."""
+    for path in _sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield path, node.value
+
+
+def _sources() -> Iterator[Path]:
+    """Every Python file once: links are not followed."""
+    yield from (p for folder in CODE for p in sorted((ROOT / folder).rglob("*.py")))
+
+
+def _pages() -> list[Path]:
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+
+
 def test_links_in_the_documentation_lead_somewhere() -> None:
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+    for page in _pages():
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 

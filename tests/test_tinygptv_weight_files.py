@@ -90,7 +90,7 @@ WEIGHTS = "phi-2/pytorch_model.bin"
         (BLIP2, without("ln_vision"), ["vision.post_layernorm"]),
         (BLIP2, without("layer.1.intermediate_query"), ["layer.1.intermediate_query"]),
         (BLIP2, without("query_tokens"), ["blip2_pretrained_flant5xxl.pth", "query_tokens"]),
-        (EVA, without("blocks.0.attn.v_bias"), ["q_bias", "no place"]),
+        (EVA, without("blocks.0.attn.v_bias"), ["q_bias", "not a tensor of this"]),
         (EVA, without("patch_embed"), ["eva_vit_g.pth", "--part eva"]),
         (EVA, lambda s: s.update(pos_embed=s["pos_embed"][:, :-1]), ["15 positions"]),
         ("phi-2/tokenizer_config.json", set_to(tokenizer_class="XTokenizer"), ["XTokenizer"]),

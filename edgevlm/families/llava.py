@@ -253,14 +253,14 @@ def _prompt(config: Config, template: Template, cutter: Cutter, own: bool) -> Pr
         # the first token of what follows the picture, as if that were another.
         tail = tail.removeprefix("\n")
     # LLaVA's own code tokenizes what stands on each side of the picture by itself.
-    joined = cutter.parts(head + IMAGE + tail)
-    asked = (*cutter.parts(head), "{image}", *cutter.parts(tail)) if own else joined
+    joined = cutter.cut(head + IMAGE + tail)
+    asked = (*cutter.cut(head), "{image}", *cutter.cut(tail)) if own else joined
     answered = "{prompt}" + template.after
     return PromptSpec(
         tasks={"caption": "Describe the image.", "ocr": "What is the text in the image?"},
         template=(*begin, *asked),
-        text_template=(*begin, *cutter.parts(template.before + answered)),
-        turn=cutter.parts(template.again + answered, goes_on=True),
+        text_template=(*begin, *cutter.cut(template.before + answered)),
+        turn=cutter.cut(template.again + answered, goes_on=True),
     )
 
 

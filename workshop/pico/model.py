@@ -289,8 +289,8 @@ class Pico(nn.Module):
         return tower.post_layernorm(last), layers
 
     def image_rows(self, features: Tensor) -> Tensor:
-        """Patch features -> decoder input rows [n, patches, width], at the scale of scaled text
-        rows.
+        """Patch features -> decoder input rows [n, patches, width], at the scale of scaled token
+        embeddings.
         """
         out: Tensor = self.multi_modal_projector.linear(features)
         return out

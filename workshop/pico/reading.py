@@ -97,7 +97,7 @@ def with_letters(model: Pico, path: Path) -> Pico:
 def teach_reading(
     folder: Path, checkpoint: Path, schedule: ReadingSchedule, save_every: int
 ) -> None:
-    """Both parts, one after the other. A file of letters that is there is not trained again."""
+    """Trains letters, then spelling. A file of letters that is there is not trained again."""
     model = load_checkpoint(checkpoint)
     if not (folder / LETTERS_FILE).exists():
         letters = LetterTraining(folder, model, schedule)

@@ -85,7 +85,7 @@ class Reference:
             rows = _CONNECTORS[type(model.projector)](features, projector)
             decoder = _decoder(model.text, parts["decoder"], added)
             seen = Seen(pixels, features, rows)
-            return stages(seen, decoder, self._pieces(request.prompt), tokens)
+            return stages(seen, decoder, self._around(request.prompt), tokens)
 
     def _added(self) -> tuple[Added | None, Mapping[str, Weights]]:
         """The adapter, and the parts as they are without it."""
@@ -123,7 +123,7 @@ class Reference:
         side = self._job.model.vision.image_size
         return _hf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
 
-    def _pieces(self, prompt: str) -> tuple[list[int], list[int]]:
+    def _around(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids before and after the picture, from the prompt as one text."""
         text = self._job.model.original.replace("{prompt}", prompt)
         if not self._alone:

@@ -56,14 +56,14 @@ class Reference:
             rows = queries(model.projector, weights(parts["projector"]))(features)
             decoder = language_model(model.text, parts["decoder"])
             seen = Seen(pixels, features, rows)
-            return stages(seen, decoder, self._pieces(request.prompt), tokens)
+            return stages(seen, decoder, self._around(request.prompt), tokens)
 
-    def _pieces(self, prompt: str) -> tuple[list[int], list[int]]:
+    def _around(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids on both sides of the picture (minigpt_base.py, get_context_emb)."""
         template = self._job.model.prompt.template
         begin = [self._tokenizer.bos_token_id] * ("{bos}" in template)
         text = "".join(part for part in template if part != "{bos}").replace("{prompt}", prompt)
-        before, after = (self._tokenizer(piece)["input_ids"] for piece in text.split("{image}"))
+        before, after = (self._tokenizer(side)["input_ids"] for side in text.split("{image}"))
         return begin + before, after
 
 
