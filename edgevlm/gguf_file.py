@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType
 
 from edgevlm.errors import BundleCorrupt, EngineMissing
 from edgevlm.specs import DecoderSpec
+from edgevlm.submodules import submodule
+
+_TYPES = submodule("gguf.constants").GGMLQuantizationType
 
 
 class Library:
@@ -131,7 +133,7 @@ class GGUFFile:
         shape = _ggml.ggml_get_tensor(self._shapes, name)
         rows = max(1, int(_ggml.ggml_nrows(shape)))
         return name.decode(), StoredTensor(
-            GGMLQuantizationType(_ggml.gguf_get_tensor_type(file, i)).name,
+            _TYPES(_ggml.gguf_get_tensor_type(file, i)).name,
             rows,
             int(_ggml.ggml_nelements(shape)) // rows,
             int(_ggml.gguf_get_tensor_size(file, i)),

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,6 +21,7 @@ from edgevlm.export import export_bundle
 from edgevlm.image import RGB, preprocess
 from edgevlm.runtimes.engines import Block, BlockAttention, Float, TextDecoder, sequential
 from edgevlm.runtimes.llama import ggml
+from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.sampling import Sampling
 from edgevlm.types import RunSettings
@@ -276,13 +276,13 @@ def test_threads_do_not_change_the_answer(paligemma_bundle: Bundle, vlm: VLM) ->
 
 def test_all_decoding_runs_on_one_thread(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = set()
-    decode = llama_cpp.llama_decode
+    decode = llama.llama_decode
 
     def noted(*given: Any) -> Any:
         threads.add(threading.get_ident())
         return decode(*given)
 
-    monkeypatch.setattr(llama_cpp, "llama_decode", noted)
+    monkeypatch.setattr(llama, "llama_decode", noted)
     vlm.ask("caption en", PICTURE, max_tokens=3)
     vlm.score("caption en", ["a cat", "a dog"], PICTURE)
     # OpenMP gives every thread a team of workers of its own; two teams slow each other down.
@@ -365,7 +365,7 @@ def test_ctrl_c_while_a_model_is_loaded_is_heard(
 ) -> None:
     """llama.cpp calls Python with its messages, where ctypes would drop the exception."""
 
-    interrupted = llama_cpp.llama_log_callback(lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupted = llama.llama_log_callback(lambda *_: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(ggml, "_collect", interrupted)
     manifest = paligemma_bundle.manifest
     with pytest.raises(KeyboardInterrupt):

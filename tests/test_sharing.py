@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llama_cpp
 import numpy as np
 import pytest
 
@@ -23,6 +22,7 @@ from edgevlm.errors import BundleCorrupt, EdgeVLMError, ModelClosed, PromptError
 from edgevlm.models import built_in
 from edgevlm.runtimes import fakes, turns
 from edgevlm.runtimes.llama import decoder
+from edgevlm.runtimes.llama.bindings import llama
 
 T = TypeVar("T")
 PICTURE = Path(__file__).parent.parent / "examples" / "shapes.png"
@@ -112,13 +112,13 @@ def test_an_open_answer_and_its_sampler_outlive_the_model() -> None:
 
 def test_a_model_whose_load_fails_half_way_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     freed = []
-    free = llama_cpp.llama_model_free
+    free = llama.llama_model_free
 
     def noted(model: object) -> None:
         freed.append(model)
         free(model)
 
-    monkeypatch.setattr(llama_cpp, "llama_model_free", noted)
+    monkeypatch.setattr(llama, "llama_model_free", noted)
     bundle = open_bundle(built_in())
     spec = dataclasses.replace(bundle.manifest.decoder, n_layer=99)
     with pytest.raises(BundleCorrupt, match="another decoder"):

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp as llama
 import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
@@ -20,6 +19,7 @@ from edgevlm.runtimes.engines import Block, Cancelled, Float, count_rows
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
+from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.embedding_rows import EmbeddingRows
 from edgevlm.runtimes.llama.hooks import Importance, graph_hook
 from edgevlm.runtimes.llama.sampler import LlamaSampler

@@ -7,11 +7,10 @@ import re
 from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 
-import llama_cpp
-
 from edgevlm.errors import EngineError
 from edgevlm.gguf_file import Library, opened
 from edgevlm.runtimes.llama.backends import LayerBytes, LlamaDevice, backend
+from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.specs import DecoderSpec
 from edgevlm.types import FlashAttention
 
@@ -50,7 +49,7 @@ _layers = [0, 0]
 _flash_attention = [b""]
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+@llama.llama_log_callback  # type: ignore[untyped-decorator]
 def _collect(level: int, text: bytes, _: object) -> None:
     if level >= _WARN:
         log.append(text.decode("utf-8", "replace").strip())
@@ -63,7 +62,7 @@ def _collect(level: int, text: bytes, _: object) -> None:
 
 def quiet() -> None:
     """Keeps what llama.cpp says to itself and forgets what it said before."""
-    llama_cpp.llama_log_set(_collect, None)
+    llama.llama_log_set(_collect, None)
     log.clear()
     _layers[:] = 0, 0
 
@@ -87,7 +86,7 @@ def flash_attention() -> FlashAttention:
 def cpu_features() -> list[str]:
     """Processor features that this build of llama.cpp uses, such as AVX2."""
     quiet()
-    found: list[bytes] = re.findall(rb"(\w+) = 1", llama_cpp.llama_print_system_info())
+    found: list[bytes] = re.findall(rb"(\w+) = 1", llama.llama_print_system_info())
     return [name.decode() for name in found]
 
 

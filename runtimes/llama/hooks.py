@@ -13,12 +13,12 @@ from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
-import llama_cpp as llama
 import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.gguf_file import Library, opened
+from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.edits import ATTENTION, Edit, ExactGelu, ExtraNorms, Float, Visit
 from edgevlm.specs import DecoderSpec
 

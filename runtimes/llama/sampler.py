@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import llama_cpp as llama
-
+from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.native import Handle
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec
