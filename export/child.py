@@ -7,8 +7,12 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from edgevlm import cleanup
+from edgevlm.errors import ExportError
 
 # `python -m MODULE` without the current folder on the import path, where anything could shadow a
 # module; Python calls that folder "".
@@ -66,3 +70,20 @@ def run(
     ) as process:
         out, err = process.communicate(input, timeout)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def arrays(module: str, folder: Path, given: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The arrays that a module of the runtime writes, run as `MODULE FOLDER IN.npz OUT.npz` with
+    the arrays `given`; `what` it is for stands before its last words in the ExportError.
+    """
+    import numpy as np
+
+    with cleanup.temporary_folder() as scratch:
+        source, target = scratch / "in.npz", scratch / "out.npz"
+        np.savez(source, **given)
+        done = run(command(module, folder, source, target))
+        if done.returncode or not target.exists():
+            lines = done.stderr.strip().splitlines()
+            raise ExportError(f"{what} does not answer ({(lines or ['no reason'])[-1]})")
+        with np.load(target) as found:
+            return {name: found[name] for name in found.files}

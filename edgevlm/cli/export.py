@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import click
 
 from edgevlm.cli.common import OutFolder
+from edgevlm.cli.precisions import precisions
 from edgevlm.cli.progress import ProgressBars, err_console, summary
 from edgevlm.cli.signals import Aside
 from edgevlm.export import (
-    QUANTS,
     TARGETS,
-    VISION_PRECISIONS,
     ReadOptions,
     export_bundle,
     inspect_source,
@@ -43,25 +42,7 @@ class _Choices(TypedDict):
     type=click.Choice(list(TARGETS)),
     help="Kind of device, which picks the precisions not named  [default: laptop]",
 )
-@click.option(
-    "--quant",
-    type=click.Choice(QUANTS),
-    metavar="QUANT",
-    help=f"Precision of the language decoder: {', '.join(QUANTS)}  [default: the target's]",
-)
-@click.option(
-    "--vision-precision",
-    "vision_precisions",
-    type=click.Choice(VISION_PRECISIONS),
-    multiple=True,
-    help="Precision of the vision encoder; repeatable, the main one first  [default: the target's]",
-)
-@click.option(
-    "--verify/--no-verify",
-    default=True,
-    show_default=True,
-    help="Compare every stage with the original (needs memory for it in float32).",
-)
+@precisions("the target's", "the original (needs memory for it in float32)")
 @click.option("--name", metavar="NAME", help="Name of the model  [default: the source's]")
 @click.option(
     "--vision-tower",
@@ -84,12 +65,6 @@ class _Choices(TypedDict):
     help="Fit of a picture into the square  [default: as the checkpoint says]",
 )
 @click.option(
-    "--calibration",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Pictures like those the model will see, for precisions that measure their ranges.",
-)
-@click.option(
     "--part",
     "parts",
     metavar="NAME=FILE",
@@ -102,12 +77,6 @@ class _Choices(TypedDict):
     metavar="NAME=VALUE",
     multiple=True,
     help="A setting that the files leave open or get wrong, such as stage=4.",
-)
-@click.option(
-    "--imatrix/--no-imatrix",
-    default=None,
-    help="Round the decoder's weights by how much they matter to pictures and prompts "
-    "[default: for quants that need it]",
 )
 @click.option("--dry-run", is_flag=True, help="Check SOURCE and say what is in it; write nothing.")
 def export(source: str, out: Path, target: str | None, quant: str | None,

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from edgevlm.bundle import Manifest
-from edgevlm.cleanup import temporary_folder
-from edgevlm.errors import ExportError
 from edgevlm.export import child
 from edgevlm.export.gguf.tools import Matrix
 from edgevlm.export.parity import images
@@ -41,18 +39,10 @@ def collect(folder: Path, manifest: Manifest, pictures: Path | None) -> Matrix:
     """
     seen = images.all_pictures(pictures) * _ROUNDS
     prompts = list(islice(cycle(_prompts(manifest.prompt)), len(seen)))
-    with temporary_folder() as scratch:
-        given, got = scratch / "in.npz", scratch / "out.npz"
-        arrays = {f"image{i}": picture for i, picture in enumerate(seen)}
-        np.savez(given, prompts=np.array(prompts), n_tokens=np.array(_TOKENS), **arrays)  # type: ignore[arg-type]
-        done = child.run(child.command("edgevlm.runtimes.importance", folder, given, got))
-        if done.returncode or not got.exists():
-            lines = done.stderr.strip().splitlines()
-            raise ExportError(
-                f"importance matrix: the model does not answer ({(lines or ['no reason'])[-1]})"
-            )
-        with np.load(got) as found:
-            return {name: found[name] for name in found.files}
+    given = {f"image{i}": picture for i, picture in enumerate(seen)}
+    given |= {"prompts": np.array(prompts), "n_tokens": np.array(_TOKENS)}
+    what = "importance matrix: the model"
+    return child.arrays("edgevlm.runtimes.importance", folder, given, what)
 
 
 def _prompts(spec: PromptSpec) -> list[str]:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.bundle import StageParity
-from edgevlm.cleanup import temporary_folder
 from edgevlm.errors import EdgeVLMError, ExportError, ParityError
 from edgevlm.export import child
 from edgevlm.export.checkpoint.tokenizer import side_files
@@ -219,16 +218,7 @@ def probe(
 
     The answer is its own, or `tokens` where another's is to be read.
     """
-    with temporary_folder() as scratch:
-        given, got = scratch / "in.npz", scratch / "out.npz"
-        follow: Any = {} if tokens is None else {"tokens": tokens}
-        n = np.array(n_tokens)
-        np.savez(given, image=image, prompt=np.array(prompt), n_tokens=n, **follow)
-        done = child.run(child.command("edgevlm.runtimes.stages", folder, given, got))
-        if done.returncode or not got.exists():
-            lines = done.stderr.strip().splitlines()
-            raise ExportError(
-                f"parity: the bundle does not answer ({(lines or ['no reason'])[-1]})"
-            )
-        with np.load(got) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+    given = {"image": image, "prompt": np.array(prompt), "n_tokens": np.array(n_tokens)}
+    if tokens is not None:
+        given["tokens"] = tokens
+    return child.arrays("edgevlm.runtimes.stages", folder, given, "parity: the bundle")

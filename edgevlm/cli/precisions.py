@@ -1,0 +1,60 @@
+"""Options that the commands which write bundles share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgevlm.export import QUANTS, VISION_PRECISIONS
+
+Command = Callable[..., Any]
+
+
+def precisions(default: str, compared: str) -> Callable[[Command], Command]:
+    """Adds the options of precisions; `default` says what holds where one is not named, `compared`
+    what a bundle is compared with.
+    """
+    options = (
+        click.option(
+            "--quant",
+            type=click.Choice(QUANTS),
+            metavar="QUANT",
+            help=f"Precision of the decoder: {', '.join(QUANTS)}  [default: {default}]",
+        ),
+        click.option(
+            "--vision-precision",
+            "vision_precisions",
+            type=click.Choice(VISION_PRECISIONS),
+            multiple=True,
+            help="Precision of the vision encoder; repeatable, the main one first  "
+            f"[default: {default}]",
+        ),
+        click.option(
+            "--verify/--no-verify",
+            default=True,
+            show_default=True,
+            help=f"Compare every stage with {compared}.",
+        ),
+        click.option(
+            "--calibration",
+            type=click.Path(path_type=Path),
+            metavar="FOLDER",
+            help="Pictures like those the model will see, for precisions that measure ranges.",
+        ),
+        click.option(
+            "--imatrix/--no-imatrix",
+            default=None,
+            help="Round the decoder's weights by how much they matter to pictures and prompts "
+            "[default: for quants that need it]",
+        ),
+    )
+
+    def added(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return added
