@@ -22,6 +22,7 @@ def load(
     threads: int | None = None,
     repack: bool | None = None,
     kv: str | None = None,
+    max_tiles: int | None = None,
 ) -> VLM:
     """Loads a model: a bundle folder, the name of an installed one, or None for the built-in pico.
 
@@ -29,7 +30,9 @@ def load(
     "vulkan" (docs/devices.md lists them); vision_device and decoder_device override it for one
     part. threads: None for the physical cores. repack: llama.cpp's weight re-ordering at load; None
     follows what was measured. kv: type of the KV cache, "f16" or "q8_0", half as large; None is
-    f16, and float32 for decoders in f32. `VLM.devices` says what runs where, and why,
+    f16, and float32 for decoders in f32. max_tiles: the most tiles that a picture is cut into by a
+    model that cuts them, its overview among them; fewer are faster and show less, 1 cuts none.
+    `VLM.devices` says what runs where, and why,
     `VLM.settings` how.
 
     >>> with edgevlm.load(device="cpu", threads=2) as vlm:
@@ -45,5 +48,7 @@ def load(
         raise PromptError("threads must be at least 1")
     if kv not in (None, "f16", "q8_0"):
         raise PromptError(f"kv {kv!r} is not known; choose f16 or q8_0")
-    options = LoadOptions(threads, device, repack, vision_device, decoder_device, kv)
+    if max_tiles is not None and max_tiles < 1:
+        raise PromptError("max_tiles must be at least 1")
+    options = LoadOptions(threads, device, repack, vision_device, decoder_device, kv, max_tiles)
     return load_bundle(resolve(model), options)

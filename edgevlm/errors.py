@@ -83,17 +83,21 @@ class PromptError(EdgeVLMError):
 
 
 class ContextOverflow(PromptError):
-    """The request needs more positions than the decoder has; all sizes in tokens."""
+    """The request needs more positions than the decoder has; all sizes in tokens.
 
-    def __init__(self, image: int, text: int, generated: int, context: int) -> None:
+    `tiles` are those that the pictures were cut into.
+    """
+
+    def __init__(self, image: int, text: int, generated: int, context: int, tiles: int = 1) -> None:
         self.image = image
         self.text = text
         self.generated = generated
         self.context = context
+        cure = "lower max_tiles or " if tiles > 1 else ""
         super().__init__(
             f"the request needs {image + text + generated} tokens (image {image}, text {text}, "
-            f"answer {generated}) and the model's context has {context}; shorten the prompt or "
-            "lower max_tokens"
+            f"answer {generated}) and the model's context has {context}; {cure}shorten the prompt "
+            "or lower max_tokens"
         )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgevlm.errors import PromptError
-from edgevlm.specs import PromptSpec
+from edgevlm.image.plan import Plan
+from edgevlm.specs import PictureLayout, PromptSpec
 from edgevlm.types import Reply
 
 
@@ -25,9 +26,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """The embeddings of the picture with this index."""
+    """The embeddings of the picture with this index, `begin` to `end` of them where that is not
+    None.
+    """
 
     index: int
+    begin: int = 0
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,11 @@ def conversation(spec: PromptSpec, exchanges: Sequence[Exchange]) -> list[Segmen
     segments: list[Segment] = []
     seen = 0
     for i, exchange in enumerate(exchanges):
-        template = spec.turn if i else spec.template
-        if not i and not exchange.n_pictures and spec.text_template:
-            template = spec.text_template
+        template, text_template = spec.template, spec.text_template
+        if i:
+            template, text_template = spec.turn, spec.text_turn
+        if not exchange.n_pictures and text_template:
+            template = text_template
         if not template:
             raise PromptError(
                 "this model answers single questions, it was not trained on conversations; "
@@ -87,8 +94,64 @@ def conversation(spec: PromptSpec, exchanges: Sequence[Exchange]) -> list[Segmen
         elif isinstance(exchange.answer, Reply):
             segments.append(Text(exchange.answer.text))
         elif exchange.answer is not None:
-            segments.append(Text(check_text(exchange.answer)))
+            segments.append(Text(spec.reply + check_text(exchange.answer)))
     return _joined(segments) if spec.joined else segments
+
+
+def laid_out(
+    segments: Sequence[Segment], plans: Sequence[Plan], layout: PictureLayout | None
+) -> list[Segment]:
+    """Writes each picture as the layout says, by its plan; all of it as it is where there is none.
+
+    Neighbouring texts become one.
+    """
+    if layout is None:
+        return list(segments)
+    out: list[Segment] = []
+    for segment in segments:
+        if isinstance(segment, Image):
+            out += _picture(segment.index, plans[segment.index], layout)
+        else:
+            out.append(segment)
+    return _joined(out)
+
+
+def _picture(index: int, plan: Plan, layout: PictureLayout) -> Iterator[Segment]:
+    """One picture's items; its embeddings are those of its tiles in order, of equal number."""
+
+    def written(items: tuple[str, ...], image: Image) -> Iterator[Segment]:
+        for item in items:
+            if item == "{image}":
+                yield image
+            elif item in layout.tokens:
+                yield Tokens((layout.tokens[item],))
+            else:
+                yield Text(item)
+
+    rows, columns = plan.grid
+    if not rows or not layout.tile:
+        yield from written(layout.whole, Image(index))
+        return
+    each = plan.rows // plan.n_tiles
+    tiles = [Image(index, i * each, (i + 1) * each) for i in range(plan.n_tiles)]
+    whole = {"none": None, "first": 0, "last": -1}[plan.overview]
+    overview = () if whole is None else tuple(written(layout.overview, tiles.pop(whole)))
+    if plan.overview == "first":
+        yield from overview
+    for row in range(rows):
+        for column in range(columns):
+            place = {"{row}": str(row + 1), "{column}": str(column + 1)}
+            items = tuple(_numbered(item, place) for item in layout.tile)
+            yield from written(items, tiles[row * columns + column])
+        yield from written(layout.line, Image(index))
+    if plan.overview == "last":
+        yield from overview
+
+
+def _numbered(item: str, place: Mapping[str, str]) -> str:
+    for name, number in place.items():
+        item = item.replace(name, number)
+    return item
 
 
 def _joined(segments: list[Segment]) -> list[Segment]:

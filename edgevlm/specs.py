@@ -13,18 +13,42 @@ from typing import Literal
 Attention = Literal["causal", "prefix"]
 Fit = Literal["stretch", "pad", "crop"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+TileRule = Literal["longest-edge"]
+Overview = Literal["none", "first", "last"]
+
+
+@dataclass(frozen=True)
+class TileSpec:
+    """The cutting of a picture into square tiles, each of which the encoder sees by itself.
+
+    `rule` chooses the grid. `longest-edge`: the long side is resized to `longest_edge` pixels, then
+    both sides are stretched to multiples of a tile; a picture of one tile is not cut, and with
+    `split` off none is. `overview` is where the whole picture stands among the tiles, as one more,
+    squeezed from the canvas that they are cut from. `max_tiles` bounds the tiles of a picture, its
+    overview among them, by a coarser grid; 0 is no bound, 1 no cutting.
+    """
+
+    rule: TileRule
+    longest_edge: int = 0
+    split: bool = True
+    overview: Overview = "last"
+    max_tiles: int = 0
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Preprocessing of a picture to pixels, float32 [3, size, size].
+    """Preprocessing of a picture to pixels, float32 [tiles, 3, size, size].
 
-    `size` is the side in pixels, `tokens` the image embeddings of one such square. `rescale`
+    `size` is the side in pixels, `tokens` the image embeddings of one such square. `tiles` says how
+    a picture is cut into several; it is one square where that is None. `rescale`
     is what bytes are multiplied by; `mean` and `std` are per channel on the scale that comes of it.
     `max_pictures` bounds one request. `fit` says how it becomes a square: `stretch` does not keep
     the aspect ratio, `pad` puts it in the middle of a square of the colour `fill` (of `mean` where
     it is None), `crop` keeps only the middle of the long side. `resize` is the side, of `crop` the
     short one, that it is resized to before `size` is cut out of its middle; 0 is `size` itself.
+    `rgb` says when a picture becomes RGB: `first`, which drops its transparency, or `last`, after
+    it was resized as its file has it: transparent pixels then lie on white, and palettes and greys
+    are resized by their nearest pixels.
     """
 
     size: int
@@ -37,6 +61,26 @@ class ImageSpec:
     resize: int = 0
     rescale: float = 1 / 255
     fill: tuple[int, int, int] | None = None
+    tiles: TileSpec | None = None
+    rgb: Literal["first", "last"] = "first"
+
+
+@dataclass(frozen=True)
+class PictureLayout:
+    """Texts and tokens around the image embeddings of a picture.
+
+    Each is a list of items: `{image}`, the embeddings of the whole picture or of one tile, or text.
+    `whole` is a picture that was not cut. Of one that was, every tile is written as `tile`, in
+    which `{row}` and `{column}` count from 1, every line of tiles ends in `line`, and the overview
+    is `overview`; without `tile` it is written as `whole`, too. An item that `tokens` lists is that
+    token; other text is tokenized with the text around it.
+    """
+
+    whole: tuple[str, ...]
+    tile: tuple[str, ...] = ()
+    line: tuple[str, ...] = ()
+    overview: tuple[str, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +95,9 @@ class PromptSpec:
     the items between an answer and the end of the next question, for models that were trained on
     conversations; without `{image}` in it pictures come with the first question only. With `joined`
     the texts of a conversation that follow one another are tokenized as one, answers included,
-    where the original code does that.
+    where the original code does that. `text_turn` is the turn of a question without a picture,
+    where it is another. `picture` is written in place of each `{image}`, and neighbouring texts are
+    then tokenized as one; `reply` stands before an answer that is given as text.
     """
 
     template: tuple[str, ...]
@@ -59,6 +105,9 @@ class PromptSpec:
     turn: tuple[str, ...] = ()
     tasks: Mapping[str, str] = field(default_factory=dict)
     joined: bool = False
+    text_turn: tuple[str, ...] = ()
+    picture: PictureLayout | None = None
+    reply: str = ""
 
 
 @dataclass(frozen=True)

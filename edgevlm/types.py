@@ -16,7 +16,7 @@ class TokenCounts:
     `image` and `text` are the positions of the prompt; `cached` says how many of them did not
     have to be computed again (image embeddings that were known, or a KV cache that was kept);
     `kept` says how many of those the decoder did not read again; `generated` counts the
-    answer without its end token.
+    answer without its end token. `tiles` are the squares that the pictures were cut into.
     """
 
     image: int = 0
@@ -24,6 +24,7 @@ class TokenCounts:
     cached: int = 0
     generated: int = 0
     kept: int = 0
+    tiles: int = 0
 
     @property
     def prompt(self) -> int:
@@ -178,7 +179,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a long stage: `done` of `total` in `unit` ("B", "tensors", "layers")."""
+    """Progress of a long stage: `done` of `total` in `unit` ("B", "tensors", "tiles")."""
 
     stage: str
     done: int

@@ -98,10 +98,15 @@ class _Draft:
         """See Answer."""
         request, boxes = self._request, []
         if self._family.boxes and len(request.sizes) == 1:
-            height, width = request.sizes[0]
+            width, height = request.sizes[0]
             boxes = self._family.boxes(self._text.text, width, height)
         counts = TokenCounts(
-            request.n_image, request.n_text, request.n_cached, len(self._tokens), request.n_kept
+            image=request.n_image,
+            text=request.n_text,
+            cached=request.n_cached,
+            generated=len(self._tokens),
+            kept=request.n_kept,
+            tiles=request.n_tiles,
         )
         return Reply(
             self._text.text, tuple(self._tokens), self._reason, counts, self._timings, tuple(boxes)

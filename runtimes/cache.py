@@ -8,16 +8,20 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.image import Picture
+
 Float = npt.NDArray[np.float32]
 
 # Room for 128 pictures of PaliGemma-3B at 224 px (2 MiB each), 8 at 896 px.
 MAX_BYTES = 256 << 20
 
 
-def fingerprint(rgb: npt.NDArray[np.uint8]) -> str:
+def fingerprint(picture: Picture) -> str:
     """A hash of a picture's pixels and shape; the encoder is the session's own."""
-    digest = hashlib.sha256(repr(rgb.shape).encode())
-    digest.update(np.ascontiguousarray(rgb).data)
+    digest = hashlib.sha256(repr((picture.rgb.shape, picture.indexed)).encode())
+    digest.update(np.ascontiguousarray(picture.rgb).data)
+    if picture.alpha is not None:
+        digest.update(np.ascontiguousarray(picture.alpha).data)
     return digest.hexdigest()
 
 

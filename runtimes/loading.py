@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from edgevlm import family
 from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle
 from edgevlm.errors import BundleCorrupt, EngineError
+from edgevlm.image.plan import limited
 from edgevlm.runtimes import devices, rules
 from edgevlm.runtimes.llama import backends, ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, LlamaDevice, Offload
@@ -29,7 +30,7 @@ class LoadOptions:
 
     threads: of both engines. device: of both engines; vision_device and decoder_device
     override it for one. repack: whether llama.cpp re-orders quantized weights at load. kv: type of
-    the KV cache, "f16" or "q8_0".
+    the KV cache, "f16" or "q8_0". max_tiles: of a picture, where the model cuts it into tiles.
     """
 
     threads: int | None = None
@@ -38,6 +39,7 @@ class LoadOptions:
     vision_device: str | None = None
     decoder_device: str | None = None
     kv: str | None = None
+    max_tiles: int | None = None
 
 
 def load_bundle(
@@ -53,6 +55,7 @@ def load_bundle(
     check_path(folder)
     bundle = open_bundle(folder)
     manifest = bundle.manifest
+    manifest = replace(manifest, image=limited(manifest.image, options.max_tiles))
     kind = family.by_name(manifest.family, str(folder / MANIFEST))
     if lacking := [role for role in kind.needs if role not in manifest.components]:
         raise BundleCorrupt(folder / MANIFEST, f"has no {lacking[0]}, which {kind.name} needs")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -20,33 +20,43 @@ import numpy.typing as npt
 from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
-from edgevlm.image import RGB, ImageSource, preprocess, read_image
+from edgevlm.image import ImageSource, Picture, cut, read_picture
 from edgevlm.image.plan import Plan, plan
-from edgevlm.prompt import Begin, Exchange, Image, Segment, Tokens, conversation
+from edgevlm.prompt import Begin, Exchange, Image, Segment, Tokens, conversation, laid_out
 from edgevlm.runtimes.cache import EmbeddingCache, fingerprint
 from edgevlm.runtimes.engines import Block, TextDecoder, VisionEncoder, sequential
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.sampling import Sampling
 from edgevlm.specs import ImageSpec
-from edgevlm.types import Reply
+from edgevlm.types import Progress, Reply
 
 Float = npt.NDArray[np.float32]
+
+# Tiles in one run of the graphs: the encoder's memory grows with them, and between two runs an
+# answer can be cancelled.
+_TILES_AT_ONCE = 1
 
 
 @dataclass(frozen=True)
 class Bitmap:
-    """A picture that was read, RGB uint8 [h, w, 3], its own copy."""
+    """A picture that was read."""
 
-    rgb: RGB
+    picture: Picture
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        height, width = self.picture.rgb.shape[:2]
+        return width, height
 
     @cached_property
     def key(self) -> str:
         """The cache key of its embeddings; hashed when it is first needed."""
-        return fingerprint(self.rgb)
+        return fingerprint(self.picture)
 
     def plan(self, spec: ImageSpec) -> Plan:
         """Its way to the encoder; raises ImageError where there is none."""
-        return plan(self.rgb.shape[1], self.rgb.shape[0], spec)
+        return plan(*self.size, spec)
 
 
 @dataclass(frozen=True)
@@ -115,24 +125,27 @@ class Stopwatch:
 class Request:
     """A checked request: the segments of its input in order.
 
-    `pictures` are there until they are embeddings, `sizes` are their heights and widths. `n_image`
-    and `n_text` count rows; `max_tokens` is what the context leaves for the answer or less;
-    `n_cached` and `n_kept` are counted when the input is made and read.
+    `pictures` are there until they are embeddings, `sizes` are their widths and heights, `n_tiles`
+    the squares that the encoder sees of them. `n_image` and `n_text` count rows; `max_tokens` is
+    the room for the answer that the context leaves, or less; `n_cached` and `n_kept` are counted
+    when the input is made and read. `progress` is told of every tile.
     """
 
     pictures: list[Bitmap]
     segments: list[Image | Tokens]
     sampling: Sampling
     watch: Stopwatch
+    n_tiles: int
     n_image: int
     n_text: int
     max_tokens: int
     n_cached: int = 0
     n_kept: int = 0
+    progress: Callable[[Progress], None] | None = None
     sizes: tuple[tuple[int, int], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sizes = tuple((p.rgb.shape[0], p.rgb.shape[1]) for p in self.pictures)
+        self.sizes = tuple(p.size for p in self.pictures)
 
 
 def prepare(
@@ -155,16 +168,18 @@ def prepare(
         )
     with watch.timed("image_decode_ms"):
         pictures = read(images)
-    tokenized = [_tokenized(decoder, segment) for segment in filled]
+    plans = [picture.plan(spec.image) for picture in pictures]
+    written = laid_out(filled, plans, spec.prompt.picture)
+    tokenized = [_tokenized(decoder, segment) for segment in written]
     segments = [segment for segment in tokenized if segment != Tokens(())]
-    n_image = sum(picture.plan(spec.image).rows for picture in pictures)
+    n_image, n_tiles = sum(p.rows for p in plans), sum(p.n_tiles for p in plans)
     n_text = sum(len(s.ids) for s in segments if isinstance(s, Tokens))
     context = spec.decoder.context_length
     if n_image + n_text + 1 > context:
-        raise ContextOverflow(n_image, n_text, 1, context)
+        raise ContextOverflow(n_image, n_text, 1, context, n_tiles)
     wanted = sampling.max_tokens or spec.answer.max_tokens
     room = min(wanted, context - n_image - n_text)
-    return Request(pictures, segments, sampling, watch, n_image, n_text, room)
+    return Request(pictures, segments, sampling, watch, n_tiles, n_image, n_text, room)
 
 
 def prepare_last(
@@ -200,7 +215,7 @@ def prepare_last(
 
 def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
     """The pictures, each read if it was not; raises ImageError."""
-    return [i if isinstance(i, Bitmap) else Bitmap(read_image(i)) for i in images]
+    return [i if isinstance(i, Bitmap) else Bitmap(read_picture(i)) for i in images]
 
 
 def _tokenized(decoder: TextDecoder, segment: Segment) -> Image | Tokens:
@@ -233,12 +248,13 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
     """
     with request.watch.timed("prefill_ms"):
         rows = [
-            embeddings[s.index] if isinstance(s, Image) else model.decoder.embed(s.ids)
+            embeddings[s.index][s.begin : s.end]
+            if isinstance(s, Image)
+            else model.decoder.embed(s.ids)
             for s in request.segments
         ]
-    pictures = [i for i, s in enumerate(request.segments) if isinstance(s, Image)]
     prefix = model.manifest.decoder.attention == "prefix"
-    cuts = [] if prefix or not pictures else [pictures[0], pictures[-1] + 1]
+    cuts = [] if prefix else _around_pictures(request.segments)
     blocks: list[Block] = []
     for begin, end in pairwise([0, *cuts, len(rows)]):
         start = sum(len(block.rows) for block in blocks)
@@ -248,6 +264,17 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
     return blocks
 
 
+def _around_pictures(segments: Sequence[Image | Tokens]) -> list[int]:
+    """Indices of the segments at which a picture, with the texts between its tiles, begins or has
+    ended.
+    """
+    ends: dict[int, list[int]] = {}
+    for i, segment in enumerate(segments):
+        if isinstance(segment, Image):
+            ends.setdefault(segment.index, [i, i + 1])[1] = i + 1
+    return [cut for both in ends.values() for cut in both]
+
+
 def _embedded(model: Engines, request: Request, picture: Bitmap) -> Float:
     with request.watch.timed("preprocess_ms"):
         key = picture.key
@@ -255,18 +282,33 @@ def _embedded(model: Engines, request: Request, picture: Bitmap) -> Float:
     if cached is not None:
         request.n_cached += len(cached)
         return cached
-    embedded = encode(model, picture.rgb, request.watch)
+    embedded = encode(model, picture.picture, request.watch, request.progress)
     model.cache.put(key, embedded)
     return embedded
 
 
-def encode(model: Engines, picture: RGB, watch: Stopwatch) -> Float:
-    """RGB uint8 [h, w, 3] -> image embeddings float32 [rows, n_embd]."""
+def encode(
+    model: Engines,
+    picture: Picture,
+    watch: Stopwatch,
+    progress: Callable[[Progress], None] | None = None,
+) -> Float:
+    """A picture -> image embeddings float32 [rows, n_embd], those of its tiles one after another.
+
+    Tiles go through the graphs a few at a time, each different one once.
+    """
     with watch.timed("preprocess_ms"):
-        pixels = preprocess(picture, model.manifest.image)[None]
-    stop = model.encoder.cancel
-    with watch.timed("vision_ms"):
-        features = interruptible(lambda: model.encoder.features(pixels), stop)
-    with watch.timed("projector_ms"):
-        embedded: Float = interruptible(lambda: model.encoder.project(features), stop)[0]
-        return embedded
+        pixels = cut(picture, model.manifest.image)
+        names = [tile.tobytes() for tile in pixels]
+        first = {name: names.index(name) for name in names}
+    encoder, made = model.encoder, list[Float]()
+    for at in range(0, len(first), _TILES_AT_ONCE):
+        tiles = pixels[list(first.values())[at : at + _TILES_AT_ONCE]]
+        with watch.timed("vision_ms"):
+            features = interruptible(partial(encoder.features, tiles), encoder.cancel)
+        with watch.timed("projector_ms"):
+            made += list(interruptible(partial(encoder.project, features), encoder.cancel))
+        if progress:
+            progress(Progress("vision", len(made), len(first), "tiles"))
+    order = {name: i for i, name in enumerate(first)}
+    return np.concatenate([made[order[name]] for name in names])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +29,7 @@ from edgevlm.runtimes.request import (
 )
 from edgevlm.runtimes.turns import Turns
 from edgevlm.sampling import Sampling, SamplingOptions, task_options
-from edgevlm.types import Box, Devices, Placement, Reply, RunSettings
+from edgevlm.types import Box, Devices, Placement, Progress, Reply, RunSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -82,12 +82,15 @@ class VLM:
         self,
         messages: str | Sequence[Message],
         image: Images = None,
+        *,
+        progress: Callable[[Progress], None] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """Starts an answer; iterate over it for its pieces. Pictures are read now.
 
         `messages` are a conversation that ends with a question, or that question alone, about
-        `image`. Raises ImageError, PromptError or ContextOverflow before anything is computed.
+        `image`. `progress` is called after every few tiles of a picture that is cut up. Raises
+        ImageError, PromptError or ContextOverflow before anything is computed.
 
         >>> with edgevlm.load() as vlm:
         ...     for piece in vlm.stream("caption en", "photo.png"):
@@ -98,15 +101,18 @@ class VLM:
         with self._turns.using():
             asked, images = _conversation(messages, image)
             request = prepare(self.engines, asked, images, sampling)
-        return self._answer(request)
+        return self._answer(request, progress)
 
-    def _answer(self, request: Request) -> Answer:
+    def _answer(self, request: Request, progress: Callable[[Progress], None] | None) -> Answer:
+        request.progress = progress
         return Answer(self.engines, request, self._turns, load_ms=self.load_ms)
 
     def ask(
         self,
         messages: str | Sequence[Message],
         image: Images = None,
+        *,
+        progress: Callable[[Progress], None] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Reply:
         """The whole answer; see `stream`.
@@ -115,7 +121,7 @@ class VLM:
         ...     print(vlm.ask("answer en what shape is red?", "photo.png"))
         circle
         """
-        return self.stream(messages, image, **options).finish()
+        return self.stream(messages, image, progress=progress, **options).finish()
 
     def chat(self, image: Images = None) -> Chat:
         """A conversation about a picture, which is read now; raises ImageError.
@@ -222,7 +228,7 @@ class VLM:
             (picture,) = read([image])
             while True:
                 try:
-                    return encode(self.engines, picture.rgb, Stopwatch())
+                    return encode(self.engines, picture.picture, Stopwatch())
                 except Cancelled:
                     self._turns.check()  # otherwise an answer of another thread was meant
 
@@ -286,7 +292,13 @@ class Chat:
         self._pictures = read(_several(image))
         self._image, self._first, self.left_out = image, len(self.turns), 0
 
-    def stream(self, prompt: str, **options: Unpack[SamplingOptions]) -> Answer:
+    def stream(
+        self,
+        prompt: str,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Answer:
         """Starts the next answer; see VLM.stream."""
         vlm, sampling = self._vlm, Sampling.of(options)
         turns = self.turns[self._first :] if vlm.manifest.prompt.turn else []
@@ -294,13 +306,19 @@ class Chat:
         with vlm._turns.using():
             request, n = prepare_last(vlm.engines, prompt, self._pictures, sampling, history)
         self._first, self.left_out = self._first + n, self.left_out + n
-        answer = vlm._answer(request)
+        answer = vlm._answer(request, progress)
         self.turns.append((prompt, answer))
         return answer
 
-    def ask(self, prompt: str, **options: Unpack[SamplingOptions]) -> Reply:
+    def ask(
+        self,
+        prompt: str,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Reply:
         """The whole next answer."""
-        return self.stream(prompt, **options).finish()
+        return self.stream(prompt, progress=progress, **options).finish()
 
     @property
     def reply(self) -> Reply:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import EdgeVLMError
-from edgevlm.image import ImageSource, preprocess
+from edgevlm.image import ImageSource, cut
 from edgevlm.prompt import Exchange, Tokens
 from edgevlm.runtimes.engines import Float
 from edgevlm.runtimes.loading import LoadOptions, load_bundle
@@ -32,9 +32,9 @@ from edgevlm.sampling import Sampling
 class Stages:
     """Every stage of an answer about one picture.
 
-    pixels: float32 [1, 3, size, size]. features: float32 [1, patches, width]. embeddings: float32
-    [1, tokens, n_embd]. prompt_ids: int32 [n]. logits: float32 [1 + n, n_vocab], after the prefix
-    and after each token. tokens: int32 [n], the likeliest ones or those that were given.
+    pixels: float32 [tiles, 3, size, size]. features: float32 [tiles, patches, width]. embeddings:
+    float32 [tiles, tokens, n_embd]. prompt_ids: int32 [n]. logits: float32 [1 + n, n_vocab], after
+    the prefix and after each token. tokens: int32 [n], the likeliest ones or those that were given.
     """
 
     pixels: Float
@@ -60,10 +60,10 @@ def stages(
     """
     options = Sampling(max_tokens=n_tokens)
     request = prepare(model, [Exchange(prompt, 1)], [image], options)
-    pixels = preprocess(request.pictures[0].rgb, model.manifest.image)[None]
+    pixels = cut(request.pictures[0].picture, model.manifest.image)
     features = model.encoder.features(pixels)
     embeddings = model.encoder.project(features)
-    prefill(model, request, joined(model, request, [embeddings[0]]), n_tokens)
+    prefill(model, request, joined(model, request, [np.concatenate(embeddings)]), n_tokens)
     logits, tokens = [model.decoder.logits()], list[int]()
     while len(tokens) < (n_tokens if follow is None else len(follow)):
         token = int(logits[-1].argmax()) if follow is None else int(follow[len(tokens)])

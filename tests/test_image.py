@@ -304,7 +304,7 @@ def test_a_plan_is_the_canvas_its_middle_and_the_rows(
     fit: Fit, size: tuple[int, int], canvas: tuple[int, int], tile: tuple[int, int, int, int]
 ) -> None:
     found = plan(*size, clip_spec(fit, 28))
-    assert (found.canvas, found.tiles, found.overview) == (canvas, (tile,), False)
+    assert (found.canvas, found.tiles, found.overview) == (canvas, (tile,), "none")
     assert found.rows == 576
     # Resized to more than is seen of it.
     larger = plan(*size, clip_spec(fit, 28, resize=32))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgevlm.boxes import parse_percent
 from edgevlm.errors import ContextOverflow, ImageError, PromptError
-from edgevlm.image import RGB, ImageSource, read_image
+from edgevlm.image import RGB, ImageSource, Picture, read_picture
 from edgevlm.runtimes import fakes, request
 from edgevlm.runtimes.messages import ImagePart, Message, TextPart
 from edgevlm.runtimes.session import VLM
@@ -210,11 +210,11 @@ def test_chat_keeps_the_picture() -> None:
 def test_a_chat_reads_its_picture_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = []
 
-    def noted(source: ImageSource) -> RGB:
+    def noted(source: ImageSource) -> Picture:
         reads.append(source)
-        return read_image(source)
+        return read_picture(source)
 
-    monkeypatch.setattr(request, "read_image", noted)
+    monkeypatch.setattr(request, "read_picture", noted)
     vlm = fakes.vlm("yes", conversational=True)
     chat = vlm.chat(image=RED)
     for _ in range(3):
@@ -232,7 +232,7 @@ def test_answers_of_a_chat_hold_no_pictures() -> None:
     left = []
     for shade in range(3):
         chat.image = np.full((10, 20, 3), shade, np.uint8)
-        left.append(weakref.ref(chat._pictures[0].rgb))
+        left.append(weakref.ref(chat._pictures[0].picture.rgb))
         if shade == 1:
             next(chat.stream("is it red?"))
         else:

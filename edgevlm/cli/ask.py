@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from edgevlm.cli.common import Run, answering, json_option, read_sources, show
+from edgevlm.cli.common import Run, answering, json_option, read_sources, show, tile_progress
 from edgevlm.cli.signals import Aside
 
 
@@ -20,4 +20,5 @@ def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
     """
     sources = read_sources(images)
     with run.load() as vlm:
-        show(vlm.stream(prompt, sources, **run.sampling), vlm, as_json=as_json, stats=run.stats)
+        answer = vlm.stream(prompt, sources, progress=tile_progress, **run.sampling)
+        show(answer, vlm, as_json=as_json, stats=run.stats)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgevlm.cli.common import Run, answering, print_stats, read_sources, show
+from edgevlm.cli.common import Run, answering, print_stats, read_sources, show, tile_progress
 from edgevlm.cli.signals import raising
 from edgevlm.errors import EdgeVLMError
 
@@ -77,7 +77,7 @@ def _one_turn(conversation: Chat, vlm: VLM, line: str, run: Run) -> None:
 
 def _ask(conversation: Chat, vlm: VLM, question: str, run: Run) -> None:
     all_of_it = conversation.left_out == 0
-    answer = conversation.stream(question, **run.sampling)
+    answer = conversation.stream(question, progress=tile_progress, **run.sampling)
     if all_of_it and conversation.left_out:
         click.echo(
             "The conversation no longer fits the model's context: from now on its oldest "

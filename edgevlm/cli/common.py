@@ -15,7 +15,7 @@ import click
 import edgevlm
 from edgevlm.errors import ImageError
 from edgevlm.sampling import SamplingOptions
-from edgevlm.types import Devices, Reply
+from edgevlm.types import Devices, Progress, Reply
 
 if TYPE_CHECKING:
     from edgevlm.runtimes.answer import Answer
@@ -42,6 +42,8 @@ _ANSWERING = (
     click.option("--decoder-device", metavar="DEVICE", help="Device for the decoder."),
     click.option("--kv", type=click.Choice(["f16", "q8_0"]),
                  help="Type of the KV cache; q8_0 halves it  [default: f16]"),
+    click.option("--max-tiles", type=click.IntRange(min=1), metavar="N",
+                 help="Most tiles of a picture, for models that cut it up; 1 cuts none."),
     click.option("--stats", is_flag=True, help="Show how long each stage took (stderr)."),
 )  # fmt: skip
 _IMAGE = click.option(
@@ -50,7 +52,7 @@ _IMAGE = click.option(
 )  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 _SAMPLING = tuple(SamplingOptions.__annotations__)
-_LOADING = ("device", "vision_device", "decoder_device", "threads", "kv")
+_LOADING = ("device", "vision_device", "decoder_device", "threads", "kv", "max_tiles")
 
 
 def answering(command: Command) -> Command:
@@ -142,6 +144,14 @@ def show(answer: Answer, vlm: VLM, *, as_json: bool, stats: bool) -> None:
     print_notes(reply, vlm, stats=stats)
 
 
+def tile_progress(progress: Progress) -> None:
+    """Counts the tiles of a picture on a line of the terminal that goes when they are done."""
+    if progress.total > 1 and sys.stderr.isatty():
+        done = progress.done == progress.total
+        counted = "" if done else f"{progress.done} of {progress.total} {progress.unit}"
+        click.echo(f"\r\x1b[K{counted}", nl=False, err=True)
+
+
 def print_notes(reply: Reply, vlm: VLM, *, stats: bool) -> None:
     """Says on stderr where an answer was cut and, with `stats`, what took how long."""
     n, context = reply.tokens, vlm.manifest.decoder.context_length
@@ -170,6 +180,7 @@ def print_stats(reply: Reply, devices: Devices) -> None:
     from edgevlm.runtimes.memory import peak_bytes
 
     t, n = reply.timings, reply.tokens
+    image = f"{n.image} ({n.tiles} tiles)" if n.tiles > 1 else n.image
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -186,7 +197,7 @@ def print_stats(reply: Reply, devices: Devices) -> None:
         ("total", t.total_ms, "since the request"),
     ):
         table.add_row(name, f"{ms:.1f} ms", note)
-    table.add_row("tokens in", str(n.prompt), f"image {n.image}, text {n.text}, cached {n.cached}")
+    table.add_row("tokens in", str(n.prompt), f"image {image}, text {n.text}, cached {n.cached}")
     table.add_row("tokens out", str(n.generated), reply.finish_reason)
     if peak := peak_bytes():
         table.add_row("peak memory", f"{peak / 2**20:.0f} MiB", "of this process")

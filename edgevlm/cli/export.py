@@ -118,12 +118,12 @@ def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
 
 def _report(found: Inspection) -> str:
     """Describes an inspected source as text."""
-    from edgevlm.cli.models import weight_files_text
+    from edgevlm.cli.models import picture_text, weight_files_text
 
     decoder, image = found.decoder, found.image
     lines = [
         f"{found.name}: family {found.family}",
-        f"picture   {image.size} px ({image.fit}), {image.tokens} tokens",
+        f"picture   {picture_text(image)}",
         f"decoder   {decoder.architecture}, width {decoder.n_embd}, {decoder.n_layer} layers, "
         f"{decoder.n_vocab} tokens, context {decoder.context_length}",
         f"prompt    {''.join(found.prompt.template)!r}",

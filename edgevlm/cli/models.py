@@ -10,7 +10,12 @@ from rich.table import Table
 
 from edgevlm.bundle import Bundle, Component, WeightFileRecord, open_bundle
 from edgevlm.errors import BundleError
+from edgevlm.image.plan import limited, plan
 from edgevlm.models import directory, installed, resolve
+from edgevlm.specs import ImageSpec
+
+# A photograph of 12 megapixels, as telephones take them.
+_PHOTO = (4000, 3000)
 
 
 @click.group(invoke_without_command=True)
@@ -56,7 +61,7 @@ def show(model: str) -> None:
         ("family", manifest.family),
         ("licence", manifest.license),
         ("folder", str(bundle.folder)),
-        ("picture", f"{manifest.image.size} px, {manifest.image.tokens} tokens"),
+        ("picture", picture_text(manifest.image)),
         ("decoder", f"{decoder.architecture}, width {decoder.n_embd}, {decoder.n_layer} layers"),
         ("context", f"{decoder.context_length} tokens, {decoder.attention} attention"),
         ("tasks", ", ".join(manifest.prompt.tasks)),
@@ -91,6 +96,19 @@ def parity_table(bundle: Bundle) -> Table:
             "ok" if stage.ok else "beyond",
         )
     return table
+
+
+def picture_text(spec: ImageSpec) -> str:
+    """The size of a picture to the model, and its cost in tokens; of tiles, a photo's."""
+    if spec.tiles is None:
+        return f"{spec.size} px ({spec.fit}), {spec.tokens} tokens"
+    costs = []
+    for named, limit in (("", None), (" with --max-tiles 1", 1)):
+        planned = plan(*_PHOTO, limited(spec, limit))
+        plural = "s" if planned.n_tiles > 1 else ""
+        costs.append(f"{planned.n_tiles} tile{plural}, {planned.rows} tokens{named}")
+    width, height = _PHOTO
+    return f"tiles of {spec.size} px; a photo of {width} x {height}: {'; '.join(costs)}"
 
 
 def weight_files_text(

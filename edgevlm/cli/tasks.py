@@ -20,6 +20,7 @@ from edgevlm.cli.common import (
     print_notes,
     read_sources,
     show,
+    tile_progress,
 )
 from edgevlm.cli.signals import Aside
 from edgevlm.sampling import task_options
@@ -55,7 +56,8 @@ def _run_task(task: str, language: str, images: tuple[str, ...], as_json: bool, 
     with run.load() as vlm:
         prompt = vlm.task(task, language=language)
         options = task_options(task, vlm.manifest.answer) | run.sampling
-        show(vlm.stream(prompt, sources, **options), vlm, as_json=as_json, stats=run.stats)
+        answer = vlm.stream(prompt, sources, progress=tile_progress, **options)
+        show(answer, vlm, as_json=as_json, stats=run.stats)
 
 
 @click.command(cls=Aside)

@@ -1,4 +1,4 @@
-"""RGB uint8 [h, w, 3] -> pixels float32 [3, size, size], as the original models' processors."""
+"""Pictures -> pixels float32 [tiles, 3, size, size], as the original models' processors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgevlm.image.plan import plan
-from edgevlm.image.read import RGB
+from edgevlm.image.plan import limited, plan
+from edgevlm.image.read import RGB, Picture
 from edgevlm.specs import ImageSpec
 
 Pixels = npt.NDArray[np.float32]
@@ -24,22 +24,49 @@ _RESAMPLE = {
 }
 
 
-def preprocess(rgb: RGB, spec: ImageSpec) -> Pixels:
-    """RGB uint8 [h, w, 3] -> pixels float32 [3, size, size], bit for bit as transformers' slow
-    processors (4.57: SiglipImageProcessor, CLIPImageProcessor, LlavaImageProcessor): resized as
-    8-bit, then scaled in float64, normalised in float32.
+def preprocess(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
+    """The whole picture as one square, float32 [3, size, size]; see `cut`."""
+    square: Pixels = cut(picture, limited(spec, 1))[0]
+    return square
+
+
+def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
+    """A picture, or its RGB uint8 [h, w, 3] -> pixels float32 [tiles, 3, size, size], bit for bit
+    as transformers' slow processors (4.57: SiglipImageProcessor, CLIPImageProcessor,
+    LlavaImageProcessor, Idefics3ImageProcessor): resized as 8-bit, then scaled in float64,
+    normalised in float32.
 
     Raises ImageError for a picture that cannot be planned.
     """
-    planned, picture = plan(rgb.shape[1], rgb.shape[0], spec), Image.fromarray(rgb)
+    given = picture if isinstance(picture, Picture) else Picture(picture)
+    height, width = given.rgb.shape[:2]
+    planned, drawn = plan(width, height, spec), Image.fromarray(given.rgb)
+    resample = _RESAMPLE[spec.resample]
+    if spec.rgb == "last" and given.indexed:
+        resample = Image.Resampling.NEAREST
+    elif spec.rgb == "last" and given.alpha is not None:
+        drawn.putalpha(Image.fromarray(given.alpha))
     if spec.fit == "pad":
-        canvas = _pad(picture, spec, planned.canvas[0])
+        canvas = _pad(drawn, spec, planned.canvas[0])
     else:
+        if planned.resized:
+            drawn = drawn.resize(planned.resized, resample)
         # Resizing only the tile of a crop (Pillow's `box`) rounds its weights otherwise: not the
         # same pixels.
-        canvas = picture.resize(planned.canvas, _RESAMPLE[spec.resample])
-    (tile,) = planned.tiles
-    scaled = (np.asarray(canvas.crop(tile)).astype(np.float64) * spec.rescale).astype(np.float32)
+        canvas = drawn.resize(planned.canvas, resample)
+    squares = [canvas.crop(tile) for tile in planned.tiles]
+    if planned.overview != "none":
+        whole = canvas.resize((spec.size, spec.size), resample)
+        squares.insert(0 if planned.overview == "first" else len(squares), whole)
+    pixels: Pixels = np.stack([_normalised(square, spec) for square in squares])
+    return pixels
+
+
+def _normalised(square: Image.Image, spec: ImageSpec) -> Pixels:
+    if square.mode == "RGBA":
+        white = Image.new("RGBA", square.size, (255, 255, 255))
+        square = Image.alpha_composite(white, square).convert("RGB")
+    scaled = (np.asarray(square).astype(np.float64) * spec.rescale).astype(np.float32)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
 

@@ -6,36 +6,65 @@ The plan is also what says how many image embeddings a picture makes, before any
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from edgevlm.errors import ImageError
-from edgevlm.specs import ImageSpec
+from edgevlm.specs import ImageSpec, Overview, TileRule, TileSpec
 
 # What a long and narrow picture may become on the way to a square: half a gigabyte, enough for one
 # of 1 x 1000 pixels whose short side becomes 336.
 MAX_RESIZED = 1 << 27
+# Idefics3's processor resizes no picture beyond this side (MAX_IMAGE_SIZE).
+_IDEFICS3_SIDE = 4096
+
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The canvas of a picture and the squares that are cut out of it.
+    """Tiles of a picture, and the canvas that they are cut from.
 
-    `canvas` is the width and height that the picture has after resizing and padding, `tiles` are
-    the squares that the encoder sees of it, as left, top, right and bottom, row by row. With
-    `overview` the whole picture is one more square. `rows` are the image embeddings of all of them.
+    `canvas` is the width and height that the picture has after resizing and padding, `resized`
+    those that it is resized to before that, if at all. `tiles` are the squares that the encoder
+    sees of the canvas, as left, top, right and bottom, row by row, `grid` their rows and columns,
+    (0, 0) for a picture that is not cut. `overview` is where the whole picture stands among them as
+    one more square. `rows` are the image embeddings of all of them.
     """
 
     canvas: tuple[int, int]
-    tiles: tuple[tuple[int, int, int, int], ...]
-    overview: bool
+    tiles: tuple[Box, ...]
     rows: int
+    resized: tuple[int, int] | None = None
+    grid: tuple[int, int] = (0, 0)
+    overview: Overview = "none"
+
+    @property
+    def n_tiles(self) -> int:
+        """Squares that the encoder sees, the overview among them."""
+        return len(self.tiles) + (self.overview != "none")
 
 
 def plan(width: int, height: int, spec: ImageSpec) -> Plan:
-    """Plans a picture of this size in pixels, whose middle is the one tile there is.
+    """Plans a picture of this size in pixels.
 
     Raises ImageError for a picture so long and narrow that "pad" or "crop" would swell it.
     """
+    if spec.tiles is None:
+        return _single(width, height, spec)
+    plans = _RULES[spec.tiles.rule](width, height, spec, spec.tiles)
+    return next(p for p in plans if p.n_tiles <= (spec.tiles.max_tiles or p.n_tiles))
+
+
+def limited(spec: ImageSpec, max_tiles: int | None) -> ImageSpec:
+    """The spec with no more tiles than that of a picture; None leaves it as it is."""
+    if max_tiles is None or spec.tiles is None:
+        return spec
+    return replace(spec, tiles=replace(spec.tiles, max_tiles=max_tiles))
+
+
+def _single(width: int, height: int, spec: ImageSpec) -> Plan:
+    """A picture whose middle is the one tile there is."""
     size, side = spec.size, spec.resize or spec.size
     canvas = (side, side)
     if spec.fit == "crop" and width <= height:
@@ -53,4 +82,73 @@ def plan(width: int, height: int, spec: ImageSpec) -> Plan:
         )
     # As CLIPImageProcessor cuts out the middle.
     left, top = (canvas[0] - size) // 2, (canvas[1] - size) // 2
-    return Plan(canvas, ((left, top, left + size, top + size),), False, spec.tokens)
+    return Plan(canvas, ((left, top, left + size, top + size),), spec.tokens)
+
+
+def _longest_edge(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> Iterator[Plan]:
+    """Idefics3's rule (transformers 4.57, Idefics3ImageProcessor), ever coarser, whole at last."""
+    size = spec.size
+    for edge in range(tiles.longest_edge, 0, -size) if tiles.split else ():
+        resized = _to_longest(width, height, edge)
+        # As the original computes them: a ratio in floating point, cut off.
+        ratio = resized[0] / resized[1]
+        if ratio >= 1:
+            wide = _up(resized[0], size)
+            canvas = (wide, _up(int(wide / ratio), size))
+        else:
+            tall = _up(resized[1], size)
+            canvas = (_up(int(tall * ratio), size), tall)
+        columns, rows = canvas[0] // size, canvas[1] // size
+        if columns * rows > 1:
+            yield _cut(canvas, rows, columns, spec, tiles, resized)
+        elif edge == tiles.longest_edge:
+            yield Plan(canvas, ((0, 0, size, size),), spec.tokens, resized)
+    whole = _to_longest(width, height, tiles.longest_edge)
+    yield Plan((size, size), ((0, 0, size, size),), spec.tokens, whole)
+
+
+def _to_longest(width: int, height: int, edge: int) -> tuple[int, int]:
+    """The size with the long side at `edge`, the short one even."""
+    ratio = width / height
+    if width >= height:
+        short = int(edge / ratio)
+        width, height = edge, max(short + short % 2, 1)
+    else:
+        short = int(edge * ratio)
+        width, height = max(short + short % 2, 1), edge
+    ratio = width / height
+    if width >= height and width > _IDEFICS3_SIDE:
+        return _IDEFICS3_SIDE, max(int(_IDEFICS3_SIDE / ratio), 1)
+    if height > width and height > _IDEFICS3_SIDE:
+        return max(int(_IDEFICS3_SIDE * ratio), 1), _IDEFICS3_SIDE
+    return width, height
+
+
+def _up(side: int, size: int) -> int:
+    """The next multiple of a tile."""
+    return math.ceil(side / size) * size
+
+
+def _cut(
+    canvas: tuple[int, int],
+    rows: int,
+    columns: int,
+    spec: ImageSpec,
+    tiles: TileSpec,
+    resized: tuple[int, int] | None = None,
+) -> Plan:
+    """A canvas cut into a grid, with the overview that the spec wants."""
+    size = spec.size
+    boxes = tuple(
+        (x * size, y * size, (x + 1) * size, (y + 1) * size)
+        for y in range(rows)
+        for x in range(columns)
+    )
+    n = len(boxes) + (tiles.overview != "none")
+    return Plan(canvas, boxes, n * spec.tokens, resized, (rows, columns), tiles.overview)
+
+
+# Each yields the plans of a picture, the finest first and one of a single tile last.
+_RULES: Mapping[TileRule, Callable[[int, int, ImageSpec, TileSpec], Iterator[Plan]]] = {
+    "longest-edge": _longest_edge,
+}

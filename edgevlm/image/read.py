@@ -1,7 +1,7 @@
-"""Anything that names or holds a picture -> RGB uint8 [h, w, 3], upright.
+"""Anything that names or holds a picture -> RGB uint8 [h, w, 3], upright, and its transparency.
 
-The EXIF orientation is applied; alpha is dropped as the original models' code drops it
-(`convert("RGB")`). What lies beside the pixels never decides whether a picture is read.
+The EXIF orientation is applied. What lies beside the pixels never decides whether a picture is
+read.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -56,10 +57,28 @@ _TURNS: dict[object, Image.Transpose] = {
 _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was read, its own copy: `rgb` uint8 [h, w, 3], upright, and what most models
+    do without: `alpha` uint8 [h, w] where it has transparency (255 is opaque), and whether its file
+    holds the indices of a palette or greys (`indexed`).
+    """
+
+    rgb: RGB
+    alpha: npt.NDArray[np.uint8] | None = None
+    indexed: bool = False
+
+
 def read_image(source: ImageSource) -> RGB:
+    """Reads a picture as RGB uint8 [h, w, 3] without its transparency, as `convert("RGB")` drops
+    it; see `read_picture`.
+    """
+    return read_picture(source).rgb
+
+
+def read_picture(source: ImageSource) -> Picture:
     """Reads a picture: a path, an http(s), data or file URL, the bytes of a file, a file opened
-    with "rb", a PIL image or an array uint8 [h, w, 3]. Returns RGB uint8 [h, w, 3], upright; of an
-    animation the first frame.
+    with "rb", a PIL image or an array uint8 [h, w, 3]. Of an animation it is the first frame.
 
     A text is read as a terminal or a file manager writes a name, too: quoted, with backslashes
     before spaces, with `~`. A file of exactly that name wins.
@@ -86,7 +105,7 @@ def read_image(source: ImageSource) -> RGB:
     )
 
 
-def _from_name(name: str) -> RGB:
+def _from_name(name: str) -> Picture:
     if not name.strip():
         raise ImageError("the picture's name", "is empty; name a file or a URL")
     found = located(name)
@@ -103,20 +122,20 @@ def _from_name(name: str) -> RGB:
     return _decode(*download(found))
 
 
-def _from_array(array: RGB) -> RGB:
+def _from_array(array: RGB) -> Picture:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ImageError(
             f"array {array.dtype} {list(array.shape)}",
             "must be uint8 [height, width, 3]; convert it or pass a PIL image",
         )
     _check_size(array.shape[1], array.shape[0], "the array")
-    return np.array(array, order="C")  # its own: callers use a camera's frame again
+    return Picture(np.array(array, order="C"))  # its own: callers use a camera's frame again
 
 
-def _from_pil(picture: Image.Image) -> RGB:
+def _from_pil(picture: Image.Image) -> Picture:
     name = "the PIL image"
     try:
-        return _to_rgb(picture, name)
+        return _converted(picture, name)
     except ImageError:
         raise
     except MemoryError:
@@ -126,7 +145,7 @@ def _from_pil(picture: Image.Image) -> RGB:
         raise ImageError(name, f"cannot be decoded ({one_line(e)})") from None
 
 
-def _decode(data: bytes, name: str) -> RGB:
+def _decode(data: bytes, name: str) -> Picture:
     if not data:
         raise ImageError(name, "is empty")
     try:
@@ -155,7 +174,7 @@ def _decode(data: bytes, name: str) -> RGB:
     raise ImageError(name, f"is damaged or truncated ({one_line(refused)})")
 
 
-def _opened(data: bytes, name: str) -> RGB:
+def _opened(data: bytes, name: str) -> Picture:
     with _quiet():
         try:
             picture: Image.Image = Image.open(io.BytesIO(data))
@@ -165,10 +184,10 @@ def _opened(data: bytes, name: str) -> RGB:
                 raise
             picture = heif
         with picture:
-            return _to_rgb(picture, name)
+            return _converted(picture, name)
 
 
-def _to_rgb(picture: Image.Image, name: str) -> RGB:
+def _converted(picture: Image.Image, name: str) -> Picture:
     _check_size(*picture.size, name)
     with _quiet():
         picture.load()
@@ -176,8 +195,11 @@ def _to_rgb(picture: Image.Image, name: str) -> RGB:
         shallow = eight_bit(picture)
         if shallow.mode in _STRAIGHT:
             shallow = shallow.convert(_STRAIGHT[shallow.mode])
-        rgb = shallow.convert("RGB")
-    return np.array(rgb if turn is None else rgb.transpose(turn))
+        bands = [shallow.convert("RGB")]
+        if "A" in shallow.getbands():
+            bands.append(shallow.getchannel("A"))
+    rgb, *alpha = (np.array(b if turn is None else b.transpose(turn)) for b in bands)
+    return Picture(rgb, alpha[0] if alpha else None, shallow.mode in ("P", "L"))
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 import edgevlm
 from edgevlm.errors import EngineMissing
-from edgevlm.image import preprocess, read_image
+from edgevlm.image import cut, read_picture
 from edgevlm.prompt import Exchange
 from edgevlm.runtimes.engines import Float
 from edgevlm.runtimes.request import input_blocks, prefill, prepare
@@ -50,7 +50,7 @@ def vision(folder: Path, word: str, picture: Path) -> tuple[str, ...]:
         edgevlm.load(folder, vision_device=word, decoder_device="cpu") as other,
         edgevlm.load(folder, device="cpu") as cpu,
     ):
-        pixels = preprocess(read_image(picture), cpu.manifest.image)[None]
+        pixels = cut(read_picture(picture), cpu.manifest.image)
         features = [m.engines.encoder.features(pixels) for m in (other, cpu)]
         embeddings = [m.engines.encoder.project(features[1]) for m in (other, cpu)]
         times = _in_turn(

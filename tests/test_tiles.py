@@ -1,0 +1,123 @@
+"""Pictures in tiles: plans and pixels, against transformers' processors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from edgevlm.errors import PromptError
+from edgevlm.image import cut, read_picture
+from edgevlm.image.plan import limited, plan
+from edgevlm.specs import ImageSpec, TileSpec
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def smolvlm(size: int = 64, edges: int = 4, *, split: bool = True) -> ImageSpec:
+    tiles = TileSpec("longest-edge", edges * size, split=split)
+    return ImageSpec(size, 4, HALF, HALF, resample="lanczos", tiles=tiles, rgb="last")
+
+
+def idefics3(size: int, edges: int, *, split: bool = True) -> Any:
+    import transformers
+
+    hf: Any = transformers
+    return hf.Idefics3ImageProcessor(
+        size={"longest_edge": edges * size},
+        max_image_size={"longest_edge": size},
+        do_image_splitting=split,
+    )
+
+
+def sizes() -> list[tuple[int, int]]:
+    rng = np.random.default_rng(0)
+    drawn = np.exp(rng.uniform(0, np.log(6000), (4000, 2))).astype(int)
+    edges = [(1, 1000), (1000, 1), (1, 1), (4000, 3000), (3000, 4000), (64, 64), (65, 64), (512, 1)]
+    return [*edges, *((int(w), int(h)) for w, h in drawn)]
+
+
+@pytest.mark.parametrize(("size", "edges"), [(512, 4), (384, 4), (364, 4), (512, 10)])
+def test_longest_edge_plans_are_idefics3s(size: int, edges: int) -> None:
+    spec, theirs = smolvlm(size, edges), idefics3(size, edges)
+    for width, height in sizes():
+        found = plan(width, height, spec)
+        told: dict[str, Any] = {}
+        n, rows, columns = theirs.get_number_of_image_patches(height, width, told)
+        # That function plans the number of tiles of a single one as 1 x 1, its processor as 0 x 0;
+        # it also lets a ratio out that the processor heeds, so the processor itself is the judge.
+        if found.n_tiles != n or found.grid not in ((rows, columns), (0, 0)):
+            blank = np.zeros((height, width, 3), np.uint8)
+            resized = theirs.resize(
+                blank, {"longest_edge": edges * size}, input_data_format="channels_last"
+            )
+            frames = theirs.resize_for_vision_encoder(
+                resized, size, input_data_format="channels_last"
+            )
+            h, w = frames.shape[0] // size, frames.shape[1] // size
+            assert found.n_tiles == (1 if h * w == 1 else h * w + 1), (width, height)
+
+
+def pictures() -> dict[str, Image.Image]:
+    """A picture of every kind and shape that a processor treats by itself."""
+    rng = np.random.default_rng(1)
+
+    def noise(width: int, height: int, bands: int = 3) -> NDArray[np.uint8]:
+        small = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, bands), np.uint8)
+        grown = np.repeat(np.repeat(small, 8, 0), 8, 1)[:height, :width]
+        return np.ascontiguousarray(grown)
+
+    made = {
+        f"{w}x{h}": Image.fromarray(noise(w, h))
+        for w, h in (
+            (1, 1000), (1000, 1), (1, 1), (2, 3), (64, 64), (65, 64), (63, 200), (100, 50),
+            (50, 100), (128, 128), (255, 257), (300, 299), (640, 480), (480, 640), (1000, 90),
+            (90, 1000), (4000, 3000),
+        )
+    }  # fmt: skip
+    made["alpha"] = Image.fromarray(noise(150, 90, 4), "RGBA")
+    made["alpha, tall"] = Image.fromarray(noise(61, 140, 4), "RGBA")
+    made["palette"] = Image.fromarray(noise(140, 80)).quantize(32)
+    made["grey"] = Image.fromarray(noise(90, 130)).convert("L")
+    return made
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("name", pictures())
+def test_pixels_are_idefics3s(name: str, split: bool) -> None:
+    picture = pictures()[name]
+    # Told, because it takes one of 1 or 3 rows for one of that many channels.
+    made = idefics3(64, 4, split=split)(
+        picture, return_tensors="np", input_data_format="channels_last"
+    )
+    theirs = np.asarray(made["pixel_values"][0], np.float32)
+    np.testing.assert_array_equal(cut(read_picture(picture), smolvlm(64, 4, split=split)), theirs)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 7, 13, 17, 100])
+def test_a_limit_is_kept_and_no_finer_grid_would_do(most: int) -> None:
+    spec = smolvlm(64, 4)
+    for width, height in [(640, 480), (480, 640), (1000, 90), (90, 1000), (640, 640), (1, 1)]:
+        free, kept = plan(width, height, spec), plan(width, height, limited(spec, most))
+        assert kept.n_tiles <= max(most, 1)
+        assert (kept == free) == (free.n_tiles <= most)
+        coarser = [plan(width, height, smolvlm(64, n)).n_tiles for n in range(1, 5)]
+        assert kept.n_tiles == max([n for n in coarser if n <= most])
+        assert len(cut(np.zeros((height, width, 3), np.uint8), limited(spec, most))) == kept.n_tiles
+
+
+def test_a_limit_leaves_whole_pictures_alone() -> None:
+    spec = replace(smolvlm(), tiles=None)
+    assert limited(spec, 1) is spec and limited(smolvlm(), None) == smolvlm()
+
+
+def test_a_limit_of_none_is_refused(tmp_path: Path) -> None:
+    import edgevlm
+
+    with pytest.raises(PromptError, match="max_tiles must be at least 1"):
+        edgevlm.load(max_tiles=0)
