@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.family import Config, FileError
-from edgevlm.specs import Fit, ImageSpec, Resample
+from edgevlm.specs import Fit, ImageSpec, Resample, TileSpec
 
 PREPROCESSOR, PROCESSOR = PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 CLIP, SIGLIP, LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
+IDEFICS3, SMOLVLM = "Idefics3ImageProcessor", "SmolVLMImageProcessor"
 
 # openai/CLIP's normalisation, and the one that transformers calls IMAGENET_STANDARD.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
+# Classes that cut pictures into tiles.
+_TILING = (IDEFICS3, SMOLVLM)
 # PIL's numbers.
 _RESAMPLE: dict[int, Resample] = {
     0: "nearest",
@@ -44,12 +47,22 @@ _CLIP_DEFAULTS = _COMMON | {
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
 }
+_IDEFICS3_DEFAULTS = _COMMON | {
+    "resample": 1,
+    "image_mean": _HALF,
+    "image_std": _HALF,
+    "size": {"longest_edge": 4 * 364},
+    "do_image_splitting": True,
+    "max_image_size": {"longest_edge": 364},
+}
 # What a class does where its file is silent.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     CLIP: _CLIP_DEFAULTS,
     LLAVA: _CLIP_DEFAULTS | {"do_pad": False},
     SIGLIP: _COMMON
     | {"image_mean": _HALF, "image_std": _HALF, "size": {"height": 224, "width": 224}},
+    IDEFICS3: _IDEFICS3_DEFAULTS,
+    SMOLVLM: _IDEFICS3_DEFAULTS,
 }
 # Keys that change no pixel: names, and what a call may be given. Pictures are RGB here already, and
 # `do_pad` of a class that is not LLaVA's brings pictures of one batch to one size.
@@ -70,6 +83,7 @@ _INERT = (
     "do_convert_rgb",
     "do_pad",
     "image_seq_length",
+    "video_sampling",
 )
 
 
@@ -194,7 +208,7 @@ def image_spec(
     LLaVA's own code does. Raises FileError.
     """
     values = found.values
-    for key in ("do_resize", "do_rescale", "do_normalize", "do_center_crop"):
+    for key in ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_image_splitting"):
         if not isinstance(values.get(key, False), bool):
             raise found.refusal(key, "only true or false is known")
     pad = pad or bool(values.get("do_pad") if found.kind == LLAVA else False)
@@ -207,6 +221,7 @@ def image_spec(
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     elif pad:
         _colour(found, mean)
+    tiles = _tiles(found, side) if found.kind in _TILING else None
     fit, resize = _fit(found, side, pad)
     return ImageSpec(
         size=side,
@@ -219,7 +234,26 @@ def image_spec(
         resize=resize if resize != side else 0,
         rescale=_rescale(found),
         fill=fill,
+        tiles=tiles,
+        rgb="last" if tiles else "first",
     )
+
+
+def _tiles(found: ProcessorSettings, side: int) -> TileSpec:
+    """Idefics3's tiles of `side` pixels."""
+    if _longest_edge(found, "max_image_size") != side:
+        raise found.refusal("max_image_size", f"the vision tower takes {side} pixels")
+    return TileSpec(
+        "longest-edge", _longest_edge(found, "size"), split=found.values["do_image_splitting"]
+    )
+
+
+def _longest_edge(found: ProcessorSettings, key: str) -> int:
+    value = found.values[key]
+    edge = value.get("longest_edge") if isinstance(value, Mapping) and len(value) == 1 else None
+    if not isinstance(edge, int) or isinstance(edge, bool) or edge < 1:
+        raise found.refusal(key, "only longest_edge is known")
+    return edge
 
 
 def check_rows(files: Mapping[str, Config], side: int, tokens: int) -> None:
@@ -260,6 +294,8 @@ def _fit(found: ProcessorSettings, side: int, pad: bool) -> tuple[Fit, int]:
     """The way a picture becomes a square, and the side that it is resized to."""
     if not found.values["do_resize"]:
         raise found.refusal("do_resize", "only true is known")
+    if found.kind in _TILING:
+        return "stretch", side
     resize, keeps_shape = _size(found)
     cuts = found.values.get("do_center_crop", False)
     if cuts:

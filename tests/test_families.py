@@ -17,9 +17,11 @@ from edgevlm import family, schema
 from edgevlm.bundle import Bundle, Manifest, open_bundle
 from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
+from edgevlm.image.plan import plan
 from edgevlm.runtimes.session import VLM
 from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
 
 CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
@@ -31,6 +33,8 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
         name: ("llava", partial(write_llava, **ORIGINALS[name]))
         for name in ("llava-phi3", "llava-llama3")
     },
+    "smolvlm": ("smolvlm", write_smolvlm),
+    "smolvlm-2.2b-v1": ("smolvlm", partial(write_smolvlm, places=False, factor=2)),
     "tinygptv": ("tinygptv", lambda folder: write_tinygptv(folder, stage=4)),
 }
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
@@ -96,7 +100,9 @@ def test_pixels_are_the_encoders_and_repeatable(vlm: VLM) -> None:
 
 def test_a_picture_takes_the_rows_that_the_manifest_says(vlm: VLM) -> None:
     rows = vlm.embed_image(PICTURE)
-    assert rows.shape == (vlm.manifest.image.tokens, vlm.manifest.decoder.n_embd)
+    planned = plan(PICTURE.shape[1], PICTURE.shape[0], vlm.manifest.image)
+    assert planned.rows == planned.n_tiles * vlm.manifest.image.tokens
+    assert rows.shape == (planned.rows, vlm.manifest.decoder.n_embd)
     assert rows.dtype == np.float32 and np.isfinite(rows).all()
     assert vlm.ask("x", PICTURE, max_tokens=1).tokens.image == len(rows)
 
@@ -117,7 +123,8 @@ def test_user_text_never_becomes_a_marker(vlm: VLM, text: str) -> None:
     tokens = decoder.tokenize(text)
     assert not {decoder.bos, *vlm.manifest.answer.stop_tokens} & set(tokens)
     assert b"".join(map(decoder.piece, tokens)).decode() == text
-    assert vlm.ask(text, PICTURE, max_tokens=1).tokens.image == vlm.manifest.image.tokens
+    expected = plan(PICTURE.shape[1], PICTURE.shape[0], vlm.manifest.image).rows
+    assert vlm.ask(text, PICTURE, max_tokens=1).tokens.image == expected
 
 
 def test_every_task_has_a_prompt_that_can_be_asked(vlm: VLM) -> None:

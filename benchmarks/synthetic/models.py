@@ -8,8 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.benchmarks.synthetic.configs import CLIP, MOBILEPALO, PALIGEMMA, TINY_LLAVA
-from edgevlm.family import TOWER, Source
+from edgevlm.benchmarks.synthetic.configs import (
+    CLIP,
+    MOBILEPALO,
+    PALIGEMMA,
+    SMOLVLM,
+    SMOLVLM_PICTURES,
+    SMOLVLM_TOKENS,
+    TINY_LLAVA,
+)
+from edgevlm.family import TOWER, AddedToken, Source, Tokenizer
+from edgevlm.processors import PREPROCESSOR
 
 # Begins the name of every synthetic model, in its manifest and so in every report.
 PREFIX = "synthetic-"
@@ -87,6 +96,22 @@ _TINYGPTV_STAGE_4 = Source(
     origins={"eva": "eva_vit_g.pth", "blip2": "blip2.pth", "stage": "stage4.pth"},
 )
 
+
+def _smolvlm(**text: Any) -> Source:
+    """SmolVLM; `text` is what differs from the decoder of 256M."""
+    config = SMOLVLM | {"text_config": SMOLVLM["text_config"] | text}
+    added = {text: AddedToken(i, special=True) for text, i in SMOLVLM_TOKENS.items()}
+    return Source(
+        {"config.json": config, PREPROCESSOR: SMOLVLM_PICTURES},
+        tokenizer=Tokenizer(bytes=True, add_bos=False, added=added),
+    )
+
+
+_SMOLLM2_360M = {
+    "hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15,
+    "num_hidden_layers": 32, "num_key_value_heads": 5,
+}  # fmt: skip
+
 MODELS: Mapping[str, Source] = {
     "paligemma-3b-224": _paligemma(224),
     "paligemma-3b-448": _paligemma(448),
@@ -99,5 +124,7 @@ MODELS: Mapping[str, Source] = {
     "mobilevlm-v2-3b": _llava("mobilevlm", "ldpnetv2", **_MOBILELLAMA_3B),
     "tiny-llava-v1": Source({"config.json": TINY_LLAVA}),
     "tinygptv-stage4": _TINYGPTV_STAGE_4,
+    "smolvlm-256m": _smolvlm(),
+    "smolvlm-500m": _smolvlm(**_SMOLLM2_360M),
     "llava-1.5-7b": _llava("llava_llama", "mlp2x_gelu", **_VICUNA_7B),
 }

@@ -93,3 +93,13 @@ def to_grid(rows: Tensor) -> Tensor:
     """[n, h * h, d] -> [n, d, h, h], row by row."""
     side = math.isqrt(rows.shape[1])
     return rows.transpose(1, 2).reshape(-1, rows.shape[2], side, side)
+
+
+def merged(rows: Tensor, factor: int) -> Tensor:
+    """[n, h * h, d] -> [n, (h / factor) ** 2, factor ** 2 * d]: pixel shuffle, squares of
+    neighbours behind one another, row by row.
+    """
+    side, width = math.isqrt(rows.shape[1]), rows.shape[2]
+    cells = side // factor
+    grid = rows.reshape(-1, cells, factor, cells, factor, width).transpose(2, 3)
+    return grid.reshape(-1, cells * cells, factor * factor * width)

@@ -21,11 +21,12 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# (pattern, whether a piece that is in the vocabulary is taken whole) -> llama.cpp's name.
+# (patterns in turn, whether a piece that is in the vocabulary is taken whole) -> llama.cpp's name.
 _PRE = {
-    (_GPT2, False): "gpt-2",
-    (_LLAMA3, True): "llama-bpe",
-    (_LLAMA3, False): "smaug-bpe",
+    ((_GPT2,), False): "gpt-2",
+    ((_LLAMA3,), True): "llama-bpe",
+    ((_LLAMA3,), False): "smaug-bpe",
+    ((r"\p{N}", _GPT2), False): "smollm",
 }
 # llama.cpp's names for tokenizers that share GPT-2's pattern, by transformers' class.
 _CLASSES = {"GPT2Tokenizer": "gpt-2", "CodeGenTokenizer": "phi-2"}
@@ -81,7 +82,7 @@ def _from_json(path: Path, data: Config, kind: str) -> BytePairs:
         )
     if data.get("normalizer"):
         raise SourceError(f"{path}: has a normalizer that is not known; add tokenizer.model")
-    pre = _PRE.get((_pattern(data.get("pre_tokenizer")), bool(model.get("ignore_merges"))))
+    pre = _PRE.get((_patterns(data.get("pre_tokenizer")), bool(model.get("ignore_merges"))))
     if pre is None:
         raise SourceError(f"{path}: has a pre-tokenizer that is none of {', '.join(_PRE.values())}")
     merges = tuple(m if isinstance(m, str) else " ".join(m) for m in model["merges"])
@@ -89,19 +90,22 @@ def _from_json(path: Path, data: Config, kind: str) -> BytePairs:
     return BytePairs(pieces, merges, _CLASSES.get(kind, pre) if pre == "gpt-2" else pre)
 
 
-def _pattern(pre_tokenizer: Any) -> str:
-    """The pattern by which a pre-tokenizer cuts, "" for one that does anything else."""
+def _patterns(pre_tokenizer: Any) -> tuple[str, ...]:
+    """The patterns by which a pre-tokenizer cuts in turn, () for one that does anything else."""
     step = pre_tokenizer or {}
     *splits, last = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(splits) > 1:
-        return ""
-    if not splits:
-        return _GPT2 if last.get("use_regex", True) else ""
-    split = splits[0]
-    plain = split.get("behavior") == "Isolated" and not split.get("invert")
-    if split.get("type") != "Split" or not plain or last.get("use_regex", True):
-        return ""
-    return str(split["pattern"].get("Regex", ""))
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return ()
+    found = []
+    for split in splits:
+        plain = split.get("behavior") == "Isolated" and not split.get("invert")
+        if split.get("type") == "Digits" and split.get("individual_digits"):
+            found.append(r"\p{N}")
+        elif split.get("type") == "Split" and plain:
+            found.append(str(split["pattern"].get("Regex", "")))
+        else:
+            return ()
+    return (*found, _GPT2) if last.get("use_regex", True) else tuple(found)
 
 
 def _from_pair(path: Path, merges: Path, kind: str) -> BytePairs:
