@@ -1,4 +1,4 @@
-"""A checkpoint of LLaVA's shape as llama.cpp's multimodal projector file, in half precision."""
+"""A tower and its connector as llama.cpp's multimodal projector file, in half precision."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import numpy as np
 from edgevlm.errors import BenchError
 from edgevlm.export.checkpoint.tensors import Tensor, Weights, writable
 from edgevlm.family import Model
-from edgevlm.parts import Connector
+from edgevlm.parts import Connector, VisionTower
 from edgevlm.parts.clip import ClipTower
 from edgevlm.parts.ldp import Ldp
 from edgevlm.parts.ldpv2 import LdpV2
 from edgevlm.parts.mlp import Mlp
+from edgevlm.parts.shuffle import Shuffle
+from edgevlm.parts.siglip import SiglipTower
 
 _LAYER = {
     "self_attn.q_proj": "attn_q",
@@ -33,25 +35,29 @@ _TOP = {
     "embeddings.position_embedding.weight": "v.position_embd.weight",
     "pre_layrnorm.weight": "v.pre_ln.weight",
     "pre_layrnorm.bias": "v.pre_ln.bias",
+    "embeddings.patch_embedding.bias": "v.patch_embd.bias",
+    "post_layernorm.weight": "v.post_ln.weight",
+    "post_layernorm.bias": "v.post_ln.bias",
 }
-# llama.cpp's types, and what their tensors begin with.
-_PROJECTORS: dict[type[Connector], tuple[str, str]] = {
-    Mlp: ("mlp", "mm."),
-    Ldp: ("ldp", "mm.model."),
-    LdpV2: ("ldpv2", "mm.model."),
+# llama.cpp's types by tower and connector, and what the connector's tensors begin with.
+_PROJECTORS: dict[tuple[type[VisionTower], type[Connector]], tuple[str, str]] = {
+    (ClipTower, Mlp): ("mlp", "mm."),
+    (ClipTower, Ldp): ("ldp", "mm.model."),
+    (ClipTower, LdpV2): ("ldpv2", "mm.model."),
+    (SiglipTower, Shuffle): ("idefics3", "mm.model.fc."),
 }
 
 
 def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None:
     """Writes a tower and a projector; raises BenchError for one that llama.cpp does not know."""
     vision, image = model.vision, model.image
-    projector = type(model.projector)
-    if not isinstance(vision, ClipTower) or projector not in _PROJECTORS:
+    found = _PROJECTORS.get((type(vision), type(model.projector)))
+    if found is None:
         raise BenchError(
             f"llama.cpp's multimodal library has no {vision.kind} tower with a "
             f"{model.projector.kind} connector"
         )
-    kind, prefix = _PROJECTORS[projector]
+    kind, prefix = found
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", kind)
@@ -68,8 +74,11 @@ def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision.layer_norm_eps)
     writer.add_array("clip.vision.image_mean", list(image.mean))
     writer.add_array("clip.vision.image_std", list(image.std))
-    # Neither GELU nor SiLU: CLIP's own x * sigmoid(1.702 x).
-    writer.add_bool("clip.use_gelu", False)
+    # Where neither GELU nor SiLU is set it is CLIP's own x * sigmoid(1.702 x).
+    writer.add_bool("clip.use_gelu", isinstance(vision, SiglipTower))
+    if isinstance(model.projector, Shuffle) and image.tiles:
+        writer.add_uint32("clip.vision.projector.scale_factor", model.projector.factor)
+        writer.add_uint32("clip.vision.preproc_image_size", image.tiles.longest_edge)
     for name, tensor in _tensors(parts, prefix):
         values = tensor.float32()
         if name.endswith(("fc1.weight", "fc2.weight", ".2.0.weight")):
@@ -91,4 +100,6 @@ def _tensors(parts: Mapping[str, Weights], prefix: str) -> Iterator[tuple[str, T
         part, kind = rest.rsplit(".", 1)
         yield f"v.blk.{layer}.{_LAYER[part]}.{kind}", tensor
     for name, tensor in parts["projector"].items():
-        yield prefix + name.replace("mlp.mlp.", "mlp.").replace("peg.peg.", "peg."), tensor
+        for ours, theirs in (("mlp.mlp.", "mlp."), ("peg.peg.", "peg."), ("proj.", "")):
+            name = name.replace(ours, theirs)
+        yield prefix + name, tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import time
 from typing import Any
 
@@ -30,19 +31,26 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     media = mtmd.mtmd_init_from_file(task["mmproj"].encode(), model, settings)
     if not (model and context and media):
         raise RuntimeError("llama.cpp cannot load the model")
-    task |= {"prompt": _with_begin(model, task["prompt"])}
+    task |= {"prompt": _with_tokens(model, task["prompt"])}
     _ask(context, media, task, 1)
     return _ask(context, media, task, task["n_tokens"]) | {"how": "fp16 + same decoder"}
 
 
-def _with_begin(model: Any, prompt: str) -> str:
-    """The prompt with the begin token's own text: the file says that no tokenizer shall add it."""
+def _with_tokens(model: Any, prompt: str) -> str:
+    """The prompt with the own texts of its tokens, of the begin token, too: the file says that no
+    tokenizer shall add it.
+    """
     import llama_cpp as llama
 
     vocab = llama.llama_model_get_vocab(model)
     buffer = ctypes.create_string_buffer(64)
-    n = llama.llama_token_to_piece(vocab, llama.llama_vocab_bos(vocab), buffer, 64, 0, True)
-    return prompt.replace("<__begin__>", buffer.raw[:n].decode())
+
+    def text(found: re.Match[str]) -> str:
+        token = int(found[1]) if found[1] else llama.llama_vocab_bos(vocab)
+        n = llama.llama_token_to_piece(vocab, token, buffer, 64, 0, True)
+        return buffer.raw[:n].decode()
+
+    return re.sub(r"<__begin__>|\{id:(\d+)\}", text, prompt)
 
 
 def _ask(context: Any, media: Any, task: dict[str, Any], n_tokens: int) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def _ask(context: Any, media: Any, task: dict[str, Any], n_tokens: int) -> dict[
 
 
 def _read(context: Any, media: Any, chunks: Any) -> tuple[float, int]:
-    """Reads text and picture; milliseconds of the encoder, and the number of positions."""
+    """Reads texts and tiles; milliseconds of the encoder, and the number of positions."""
     import llama_cpp as llama
     import llama_cpp.mtmd_cpp as mtmd
 
@@ -82,7 +90,7 @@ def _read(context: Any, media: Any, chunks: Any) -> tuple[float, int]:
         if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
             before = time.perf_counter()
             _check(mtmd.mtmd_encode_chunk(media, chunk))
-            encode_ms = (time.perf_counter() - before) * 1e3
+            encode_ms += (time.perf_counter() - before) * 1e3
             rows: Any = mtmd.mtmd_get_output_embd(media)
             _check(
                 mtmd.mtmd_helper_decode_image_chunk(

@@ -20,7 +20,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         for n_tokens in (2, task["n_tokens"] + 1):
             asked.forget()
             reply = asked.ask(task["words"], task["image"], max_tokens=n_tokens)
-        before, after = _tokens(vlm, task["words"])
+        before, after = _tokens(vlm, task)
         parts = vlm.manifest.components
     timings, tokens = reply.timings, reply.tokens
     return {
@@ -36,17 +36,15 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tokens(vlm: Any, words: str) -> tuple[list[int], list[int]]:
-    """Token ids in front of the picture and behind it."""
-    import numpy as np
-
+def _tokens(vlm: Any, task: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Token ids in front of the picture and behind it, those between its tiles among these."""
     from edgevlm.prompt import Exchange, Image, Tokens
     from edgevlm.runtimes.request import prepare
     from edgevlm.sampling import Sampling
 
-    picture = np.zeros((8, 8, 3), np.uint8)
-    segments = prepare(vlm.engines, [Exchange(words, 1)], [picture], Sampling()).segments
-    at = segments.index(Image(0))
+    asked = [Exchange(task["words"], 1)]
+    segments = prepare(vlm.engines, asked, [task["image"]], Sampling()).segments
+    at = next(i for i, segment in enumerate(segments) if isinstance(segment, Image))
     before, after = ([i for s in side if isinstance(s, Tokens) for i in s.ids]
                      for side in (segments[:at], segments[at:]))  # fmt: skip
     return before, after

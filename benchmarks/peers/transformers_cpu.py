@@ -14,6 +14,8 @@ _PROCESSORS = {
     "siglip_vision_model": "SiglipImageProcessor",
     "clip_vision_model": "CLIPImageProcessor",
 }
+# Modules as families call them: the tower, the connector.
+_TOWERS, _CONNECTORS = ("vision_tower", "vision_model"), ("multi_modal_projector", "connector")
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +77,11 @@ def _processor(task: dict[str, Any], config: Any) -> Any:
     if folder and (Path(folder) / "preprocessor_config.json").is_file():
         return untyped.AutoImageProcessor.from_pretrained(folder, use_fast=False)
     vision = config.vision_config
+    if vision.model_type == "idefics3_vision":
+        edge = vision.image_size
+        return untyped.Idefics3ImageProcessor(
+            size={"longest_edge": 4 * edge}, max_image_size={"longest_edge": edge}
+        )
     side = {"height": vision.image_size, "width": vision.image_size}
     return getattr(untyped, _PROCESSORS[vision.model_type])(size=side, crop_size=side)
 
@@ -119,13 +126,15 @@ def _ask(model: Any, processor: Any, task: dict[str, Any], n_tokens: int) -> dic
 
 def _watch_encoder(model: Any, times: dict[str, float]) -> list[Any]:
     """Notes when the tower starts and the projector ends."""
-    parts = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()
-             if name.endswith(("vision_tower", "multi_modal_projector"))}  # fmt: skip
+
+    def part(names: tuple[str, ...]) -> Any:
+        named = model.named_modules()
+        return next(module for name, module in named if name.rsplit(".", 1)[-1] in names)
 
     def note(name: str) -> Any:
         return lambda *_: times.update({name: time.perf_counter()})
 
     return [
-        parts["vision_tower"].register_forward_pre_hook(note("start")),
-        parts["multi_modal_projector"].register_forward_hook(note("end")),
+        part(_TOWERS).register_forward_pre_hook(note("start")),
+        part(_CONNECTORS).register_forward_hook(note("end")),
     ]

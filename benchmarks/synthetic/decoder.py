@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +66,11 @@ _SCALES = {
 _DRAWN = 1 << 14
 
 
-def write_decoder(path: Path, name: str, model: Model, quant: str) -> None:
-    """Writes a decoder of random weights at one of QUANTS."""
-    source = DecoderSource(random_part(model.text), model.text, vocabulary(model), name)
+def write_decoder(
+    path: Path, name: str, model: Model, quant: str, added: Mapping[str, int]
+) -> None:
+    """Writes a decoder of random weights at one of QUANTS; `added` are tokens of its original's."""
+    source = DecoderSource(random_part(model.text), model.text, vocabulary(model, added), name)
     plan = _plan(source, quant)
     writer = GGUFWriter(path, source.config.architecture)
     try:

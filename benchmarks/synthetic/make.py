@@ -70,7 +70,8 @@ def make(destination: Path, name: str, source: Source, quant: str) -> None:
     _check_disk(destination, model, quant)
     with writing(destination) as folder:
         graphs = write_graphs(folder, model)
-        write_decoder(folder / FILE, name, model, quant)
+        added = {text: token.id for text, token in source.tokenizer.added.items()}
+        write_decoder(folder / FILE, name, model, quant, added)
         decoder = Component(quant, (record(folder / FILE),))
         manifest = Manifest(
             format=FORMAT,

@@ -6,7 +6,7 @@ The real one is not ours to ship. A word that is not here takes one token for ea
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from edgevlm.export.checkpoint.tokenizer.vocabulary import (
     BYTE,
@@ -26,8 +26,10 @@ is it many me not of on or picture photo see show text that the there this to tw
 which who why with write you answer caption detect en ocr segment person people cat dog car"""
 
 
-def vocabulary(model: Model) -> Vocabulary:
-    """A vocabulary of the decoder's size: special tokens, all bytes, letters, words, fillers."""
+def vocabulary(model: Model, added: Mapping[str, int]) -> Vocabulary:
+    """A vocabulary of the decoder's size: special tokens, all bytes, letters, words, fillers; and
+    the tokens that the original adds, by text, where it has them.
+    """
     rows = model.decoder.n_vocab
     words = sorted(set(_COMMON.split()) | set(_words(model)))
     tokens = [Token(f"<{name}>", 0.0, UNKNOWN if name == "unk" else CONTROL) for name in _SPECIALS]
@@ -38,8 +40,11 @@ def vocabulary(model: Model) -> Vocabulary:
     for text in dict.fromkeys(p for word in words for p in _beginnings(word)):
         if text not in known and len(tokens) < rows:
             tokens.append(Token(text, float(len(text)), NORMAL))
-    fillers = (Token(f"{_SPACE}filler{i}", -1e9, NORMAL) for i in range(rows - len(tokens)))
-    return Vocabulary((*tokens, *fillers), {name: i for i, name in enumerate(_SPECIALS)})
+    tokens += [Token(f"{_SPACE}filler{i}", -1e9, NORMAL) for i in range(rows - len(tokens))]
+    for text, i in added.items():
+        if i >= len(_SPECIALS):
+            tokens[i] = Token(text, 0.0, CONTROL)
+    return Vocabulary(tuple(tokens), {name: i for i, name in enumerate(_SPECIALS)})
 
 
 def _words(model: Model) -> Iterator[str]:
