@@ -169,7 +169,7 @@ def test_every_name_has_a_family_that_reads_its_config(name: str) -> None:
     _, model = synthetic.describe(MODELS[name], name)
     side = model.vision.image_size
     assert f"-{side}" in name or side in (336, 448, 512)
-    assert 1e9 < decoder_bytes(model, "f16") < 2e10
+    assert 1e8 < decoder_bytes(model, "f16") < 2e10
     assert len(vocabulary(model, {}).tokens) == model.decoder.n_vocab
 
 

@@ -79,7 +79,7 @@ def test_json_ends_with_one_object(edge: Terminal, picture: Path) -> None:
     assert reply["text"] == "a red circle"
     assert len(reply["token_ids"]) == reply["tokens"]["generated"] == 12
     assert reply["finish_reason"] == "stop"
-    assert set(reply["tokens"]) == {"image", "text", "cached", "generated", "kept"}
+    assert set(reply["tokens"]) == {"image", "text", "cached", "generated", "kept", "tiles"}
     assert reply["timings"]["first_token_ms"] > 0
     assert "boxes" not in reply
 

@@ -108,7 +108,7 @@ class Run:
         if self.model is None:
             click.echo(
                 "Using pico, the small built-in model: it knows drawn scenes only. For photographs "
-                "export a PaliGemma checkpoint (`edgevlm export --help`) and name it with -m.",
+                "`edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct smolvlm`, then -m smolvlm.",
                 err=True,
             )
         return edgevlm.load(self.model, **self.loading)
