@@ -1,15 +1,17 @@
-"""Configs of LLaMA's kin, the decoders that several families share: LLaMA, Mistral, Phi-3.
+"""Configs of LLaMA's kin, the decoders that several families share: LLaMA, Mistral, Phi-3, Qwen2.
 
-Facts from transformers 4.57 (LlamaConfig, MistralConfig, Phi3Config).
+Facts from transformers 4.57 (LlamaConfig, MistralConfig, Phi3Config, Qwen2Config).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from edgevlm.family import Config, read_config, rope_parameters, setting
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.phi3 import Phi3
+from edgevlm.parts.qwen2 import Qwen2
 
 # Defaults, which a config.json omits; 0 where the class derives one number from others.
 _DERIVED = ("num_key_value_heads", "head_dim")
@@ -40,6 +42,18 @@ _PHI3 = Phi3(
     rms_norm_eps=1e-5,
     rope_theta=10000.0,
 )
+_QWEN2 = Qwen2(
+    hidden_size=4096,
+    intermediate_size=22016,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=0,
+    vocab_size=151936,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+)
 # The decoder by `model_type`, of config.json itself or of its text_config.
 _DECODERS = {
     "palo": _LLAMA,
@@ -52,10 +66,15 @@ _DECODERS = {
     "llava_phi": _PHI3,
     "llava_phi3": _PHI3,
     "phi3": _PHI3,
+    "qwen2": _QWEN2,
 }
 _WINDOWS = {"llava_mistral": 4096, "mistral": 4096}
-# Each class's end token, where neither a config nor generation_config.json states one.
-EOS = {"llama": 2, "phi3": 32000}
+# Each class's end token, where neither a config nor generation_config.json states one; of Qwen2,
+# whose class has none, the one of its chats (<|im_end|>).
+EOS = {"llama": 2, "phi3": 32000, "qwen2": 151645}
+# "dynamic" stretches positions beyond max_position_embeddings only, where a bundle's context ends
+# (transformers 4.57, modeling_rope_utils; InternLM2's own code).
+_ROPES = ("default", "dynamic")
 # What a decoder's config may say of no other value.
 _ONLY = {
     "hidden_act": "silu",
@@ -77,9 +96,10 @@ def read(config: Config, model_type: str) -> Llama:
     given = {k: v for k, v in config.items() if v is not None or k not in _DERIVED}
     text = read_config(_DECODERS[name], given)
     rope = rope_parameters(config)
-    if rope["rope_type"] != "default":
+    if rope["rope_type"] not in _ROPES:
         raise ValueError(
-            f"the decoder scales its positions ({rope['rope_type']!r}); only 'default' is known"
+            f"the decoder scales its positions ({rope['rope_type']!r}); only 'default' and "
+            "'dynamic' are known"
         )
     for key, known in _ONLY.items():
         if (value := setting({**config, **rope}, key, known)) != known:
@@ -89,7 +109,7 @@ def read(config: Config, model_type: str) -> Llama:
     if isinstance(text, Phi3) and head_dim * heads != text.hidden_size:
         raise ValueError(f"head_dim is {head_dim}; Phi-3 divides hidden_size by its heads")
     # llama.cpp's graphs have no window: up to its length the answers are the same.
-    longest, window = text.max_position_embeddings, config.get("sliding_window", _WINDOWS.get(name))
+    longest, window = text.max_position_embeddings, _window(config, name, text)
     return replace(
         text,
         # Null, where Mistral's default is 8, says as many as queries.
@@ -98,3 +118,18 @@ def read(config: Config, model_type: str) -> Llama:
         rope_theta=setting(rope, "rope_theta", text.rope_theta),
         max_position_embeddings=min(window, longest) if window else longest,
     )
+
+
+def _window(config: Config, name: str, text: Llama) -> int | None:
+    """The positions that a layer sees before it, itself included; None where all see all."""
+    stated = config.get("sliding_window", _WINDOWS.get(name))
+    if isinstance(text, Qwen2):
+        layers: list[Any] = setting(config, "layer_types", []) if config.get("layer_types") else []
+        if not layers and setting(config, "max_window_layers", 28) < text.num_hidden_layers:
+            layers = ["sliding_attention"]
+        if not setting(config, "use_sliding_window", False) or "sliding_attention" not in layers:
+            return None
+        stated = config.get("sliding_window", 4096)
+    if stated is not None and (type(stated) is not int or stated < 1):
+        raise ValueError(f"sliding_window is {stated!r}; only a number of positions is known")
+    return stated

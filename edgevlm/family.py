@@ -63,7 +63,8 @@ class Tokenizer:
     SentencePiece file for transformers' slow classes; `add_bos` says whether it puts the begin
     token before a text. `added` are the tokens that its side files name, by text. `prepends` says
     where the fast one puts a space: before "every" text between two tokens or the "first", None
-    where there is no tokenizer.json to say it.
+    where there is no tokenizer.json to say it. `normalize` is the form of Unicode that it brings
+    texts to, "" where it takes them as they are; the exporter hands it to the prompt's spec.
     """
 
     bytes: bool = False
@@ -71,6 +72,7 @@ class Tokenizer:
     add_bos: bool = True
     added: Mapping[str, AddedToken] = field(default_factory=dict)
     prepends: Literal["every", "first"] | None = None
+    normalize: Literal["", "NFC"] = ""
 
 
 @dataclass(frozen=True)

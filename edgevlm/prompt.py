@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -191,6 +192,11 @@ def task_prompt(spec: PromptSpec, task: str, prompt: str = "", language: str = "
         )
     head, *tail = spec.tasks[task].replace("{language}", language).split("{prompt}")
     return prompt.join([head, *tail])
+
+
+def normalized(text: str, spec: PromptSpec) -> str:
+    """A text as the model's tokenizer is given it."""
+    return unicodedata.normalize(spec.normalize, text) if spec.normalize else text
 
 
 def check_text(prompt: str) -> str:

@@ -97,7 +97,9 @@ class PromptSpec:
     the texts of a conversation that follow one another are tokenized as one, answers included,
     where the original code does that. `text_turn` is the turn of a question without a picture,
     where it is another. `picture` is written in place of each `{image}`, and neighbouring texts are
-    then tokenized as one; `reply` stands before an answer that is given as text.
+    then tokenized as one; `reply` stands before an answer that is given as text. `normalize` is the
+    form of Unicode that every text is brought to before it is tokenized, "" for none: llama.cpp's
+    tokenizers do not.
     """
 
     template: tuple[str, ...]
@@ -108,6 +110,7 @@ class PromptSpec:
     text_turn: tuple[str, ...] = ()
     picture: PictureLayout | None = None
     reply: str = ""
+    normalize: Literal["", "NFC"] = ""
 
 
 @dataclass(frozen=True)

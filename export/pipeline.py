@@ -199,12 +199,15 @@ def describe(checkpoint: Checkpoint, options: ReadOptions = AS_FOUND) -> tuple[F
         if name not in family.settings:
             known = ", ".join(family.settings) or "nothing"
             raise SourceError(f"{name!r} cannot be set for a {family.name}; it knows {known}")
+    source = _source(checkpoint, options)
     try:
-        return family, family.describe(_source(checkpoint, options))
+        model = family.describe(source)
     except FileError as e:
         raise SourceError(f"{_path(checkpoint, e.file)}: {e}") from None
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
+    prompt = replace(model.prompt, normalize=source.tokenizer.normalize)
+    return family, replace(model, prompt=prompt)
 
 
 def _path(checkpoint: Checkpoint, file: str) -> Path:

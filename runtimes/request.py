@@ -22,7 +22,16 @@ from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource, Picture, cut, read_picture
 from edgevlm.image.plan import Plan, plan
-from edgevlm.prompt import Begin, Exchange, Image, Segment, Tokens, conversation, laid_out
+from edgevlm.prompt import (
+    Begin,
+    Exchange,
+    Image,
+    Segment,
+    Tokens,
+    conversation,
+    laid_out,
+    normalized,
+)
 from edgevlm.runtimes.cache import EmbeddingCache, fingerprint
 from edgevlm.runtimes.engines import Block, TextDecoder, VisionEncoder, sequential
 from edgevlm.runtimes.interrupt import interruptible
@@ -78,6 +87,10 @@ class Engines:
         if self.text is None:
             raise PromptError("this bundle has no decoder: it can embed pictures, not answer")
         return self.text
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text as the model's own tokenizer gives them."""
+        return self.decoder.tokenize(normalized(text, self.manifest.prompt))
 
     def stop(self) -> None:
         """Ends the engines' running calls, from another thread; those raise Cancelled."""
@@ -160,7 +173,7 @@ def prepare(
     ImageError, PromptError or ContextOverflow.
     """
     watch = Stopwatch()
-    spec, decoder = model.manifest, model.decoder
+    spec = model.manifest
     filled = conversation(spec.prompt, exchanges)
     if len(images) > spec.image.max_pictures:
         raise PromptError(
@@ -170,7 +183,7 @@ def prepare(
         pictures = read(images)
     plans = [picture.plan(spec.image) for picture in pictures]
     written = laid_out(filled, plans, spec.prompt.picture)
-    tokenized = [_tokenized(decoder, segment) for segment in written]
+    tokenized = [_tokenized(model, segment) for segment in written]
     segments = [segment for segment in tokenized if segment != Tokens(())]
     n_image, n_tiles = sum(p.rows for p in plans), sum(p.n_tiles for p in plans)
     n_text = sum(len(s.ids) for s in segments if isinstance(s, Tokens))
@@ -218,10 +231,10 @@ def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
     return [i if isinstance(i, Bitmap) else Bitmap(read_picture(i)) for i in images]
 
 
-def _tokenized(decoder: TextDecoder, segment: Segment) -> Image | Tokens:
+def _tokenized(model: Engines, segment: Segment) -> Image | Tokens:
     if isinstance(segment, Image | Tokens):
         return segment
-    ids = [decoder.bos] if isinstance(segment, Begin) else decoder.tokenize(segment.text)
+    ids = [model.decoder.bos] if isinstance(segment, Begin) else model.tokenize(segment.text)
     return Tokens(tuple(ids))
 
 

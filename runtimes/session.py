@@ -198,7 +198,7 @@ class VLM:
         self, prompt: str, continuations: Sequence[str], image: Images, with_end: bool
     ) -> npt.NDArray[np.float64]:
         model, end = self.engines, list(self.manifest.answer.stop_tokens[:1])
-        ids = [model.decoder.tokenize(c) + (end if with_end else []) for c in continuations]
+        ids = [model.tokenize(c) + (end if with_end else []) for c in continuations]
         if not all(ids):
             raise PromptError("a continuation is empty; there is nothing to score")
         longest = max(map(len, ids), default=1)

@@ -16,6 +16,7 @@ import transformers
 
 from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.source import Checkpoint, read_json
+from edgevlm.export.checkpoint.tokenizer import side_files
 from edgevlm.export.checkpoint.tokenizer.vocabulary import (
     CONTROL,
     NORMAL,
@@ -27,7 +28,9 @@ from edgevlm.export.gguf import tools
 from edgevlm.export.gguf.decoder import DecoderSource, metadata
 from edgevlm.export.parity.corpus import corpus
 from edgevlm.parts.llama import Llama
-from tests.checkpoints import byte_vocabulary
+from edgevlm.prompt import normalized
+from edgevlm.specs import PromptSpec
+from tests.checkpoints import byte_vocabulary, qwen2_vocabulary
 from tests.checkpoints.phi_vocabulary import END, write_gpt2_tokenizer
 from tests.checkpoints.vocabulary import write_json
 from tests.multilingual import PROMPTS
@@ -143,6 +146,30 @@ def test_merges_that_never_make_a_piece_of_the_vocabulary(tmp_path: Path) -> Non
         assert table.pre == pre
 
 
+@pytest.mark.parametrize("files", ["json", "pair"])
+def test_qwen2(files: qwen2_vocabulary.Files, tmp_path: Path) -> None:
+    """Single digits, folded contractions, and texts in NFC, which llama.cpp is given."""
+    accents = ("cafe\u0301 A\u030angstro\u0308m", "\u212b \u1e9b\u0323 \uac01", "I'LL we'Ve")
+    texts = (*TEXTS, *accents, "a<tool_call>e\u0301</tool_call>")
+    data = qwen2_vocabulary.trained(tuple(map(nfc, texts)), 3000)
+    found = qwen2_vocabulary.write_qwen2(tmp_path, ("<img>",), files, data)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
+    table = vocabulary(tmp_path, len(found) + 7)
+    assert table.pre == "qwen2" and table.specials["eos"] == found["<|im_end|>"]
+    configs = {p.name: read_json(p) for p in tmp_path.glob("*.json")}
+    assert side_files.describe(Checkpoint(tmp_path, configs, {}, ())).normalize == "NFC"
+    given = list(map(nfc, texts))
+    for text, ours in zip(texts, ids(table, given, tmp_path / "x.gguf"), strict=True):
+        assert ours == tokenizer(text)["input_ids"], text
+    assert ids(table, list(accents), tmp_path / "x.gguf") != ids(
+        table, list(map(nfc, accents)), tmp_path / "y.gguf"
+    )
+
+
+def nfc(text: str) -> str:
+    return normalized(text, PromptSpec((), normalize="NFC"))
+
+
 def other_pattern(data: dict[str, Any]) -> None:
     data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += r"|\d"
 
@@ -173,7 +200,7 @@ def twins(data: dict[str, Any]) -> None:
         (other_pattern, "pre-tokenizer that is none of gpt-2, llama-bpe"),
         (other_step, "pre-tokenizer that is none of"),
         (leading_space, "pre-tokenizer that is none of"),
-        (lambda data: data.update(normalizer={"type": "NFC"}), "has a normalizer"),
+        (lambda data: data.update(normalizer={"type": "NFKC"}), "has a normalizer"),
         (lambda data: data["model"].update(end_of_word_suffix="</w>"), "is not a BPE tokenizer of"),
         (lacking_byte, "lacks 1 of the 256 bytes"),
         (odd_merge, "invalid merge 'a'"),
@@ -195,6 +222,6 @@ def test_what_llama_cpp_would_read_differently_is_refused(
 
 def test_a_pair_of_files_of_another_kind_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "vocab.json", {"a": 0})
-    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
-    with pytest.raises(SourceError, match="belongs to a Qwen2Tokenizer"):
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "BartTokenizer"})
+    with pytest.raises(SourceError, match="belongs to a BartTokenizer"):
         vocabulary(tmp_path, 1)

@@ -29,6 +29,7 @@ from edgevlm.export.parity.metrics import distance, divergence
 from edgevlm.export.precisions import Quant, VisionPrecision
 from edgevlm.export.progress import Stage
 from edgevlm.machine import memory
+from edgevlm.prompt import normalized
 
 PROMPT = "answer en what is in the picture?"
 N_TOKENS = 16
@@ -112,7 +113,8 @@ def _tokens(job: Job, gguf: Path, reference: references.SourceModel) -> StagePar
         expected = reference.token_ids(texts[: -len(special)])
         # What is special to transformers no text of a user's can become here.
         expected += reference.token_ids(special, plain=True)
-    ours = tools.tokenize(gguf, [job.model.prefixed(text) for text in texts])
+    given = [normalized(job.model.prefixed(text), job.model.prompt) for text in texts]
+    ours = tools.tokenize(gguf, given)
     wrong = [text for text, a, b in zip(texts, ours, expected, strict=True) if a != b]
     stage = StageParity("tokens", "texts that differ", float(len(wrong)), 0.0)
     if wrong:

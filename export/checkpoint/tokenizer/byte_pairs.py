@@ -9,27 +9,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.source import FAST, Checkpoint, read_json
 from edgevlm.family import Config
 
-# How a text is cut before any merge (openai/gpt-2 encoder.py; meta-llama/llama3 tokenizer.py).
+# How a text is cut before any merge (openai/gpt-2 encoder.py; meta-llama/llama3 tokenizer.py;
+# transformers 4.57, tokenization_qwen2.py).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # (patterns in turn, whether a piece that is in the vocabulary is taken whole) -> llama.cpp's name.
 _PRE = {
     ((_GPT2,), False): "gpt-2",
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "smaug-bpe",
     ((r"\p{N}", _GPT2), False): "smollm",
+    ((_QWEN2,), False): "qwen2",
 }
-# llama.cpp's names for tokenizers that share GPT-2's pattern, by transformers' class.
+_NFC = {"type": "NFC"}
+# llama.cpp's names for tokenizers that share GPT-2's pattern, by transformers' class, and for what
+# a pair of files means to a class.
 _CLASSES = {"GPT2Tokenizer": "gpt-2", "CodeGenTokenizer": "phi-2"}
+_PAIRS = {**_CLASSES, "Qwen2Tokenizer": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,15 @@ def is_byte_level(checkpoint: Checkpoint) -> bool:
         return False
     fast = checkpoint.configs.get(FAST)
     return fast is None or not fast.get("model", {}).get("byte_fallback")
+
+
+def normalization(checkpoint: Checkpoint, kind: str) -> Literal["", "NFC"]:
+    """The form of Unicode that a text is brought to before anything else, "" for none; `kind` as
+    for `read_byte_pairs`.
+    """
+    if FAST in checkpoint.configs:
+        return "NFC" if checkpoint.configs[FAST].get("normalizer") == _NFC else ""
+    return "NFC" if kind.removesuffix("Fast") == "Qwen2Tokenizer" else ""
 
 
 def read_byte_pairs(checkpoint: Checkpoint, kind: str) -> BytePairs:
@@ -80,7 +95,7 @@ def _from_json(path: Path, data: Config, kind: str) -> BytePairs:
         raise SourceError(
             f"{path}: is not a BPE tokenizer of bytes or of pieces with byte fallback"
         )
-    if data.get("normalizer"):
+    if data.get("normalizer") not in (None, _NFC):
         raise SourceError(f"{path}: has a normalizer that is not known; add tokenizer.model")
     pre = _PRE.get((_patterns(data.get("pre_tokenizer")), bool(model.get("ignore_merges"))))
     if pre is None:
@@ -109,15 +124,15 @@ def _patterns(pre_tokenizer: Any) -> tuple[str, ...]:
 
 
 def _from_pair(path: Path, merges: Path, kind: str) -> BytePairs:
-    if kind not in _CLASSES:
-        known = ", ".join(_CLASSES)
+    if kind not in _PAIRS:
+        known = ", ".join(_PAIRS)
         raise SourceError(f"{path}: belongs to a {kind}, none of {known}; add tokenizer.json")
     try:
         lines = merges.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as e:
         raise SourceError(f"{merges}: cannot be read ({e}); download it again") from None
     ranks = tuple(line for line in lines if line and not line.startswith("#version"))
-    return BytePairs({i: text for text, i in read_json(path).items()}, ranks, _CLASSES[kind])
+    return BytePairs({i: text for text, i in read_json(path).items()}, ranks, _PAIRS[kind])
 
 
 def _alphabet() -> list[str]:

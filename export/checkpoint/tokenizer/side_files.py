@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgevlm.export.checkpoint.source import FAST, Checkpoint, read_json
-from edgevlm.export.checkpoint.tokenizer.byte_pairs import is_byte_level
+from edgevlm.export.checkpoint.tokenizer.byte_pairs import is_byte_level, normalization
 from edgevlm.family import AddedToken, Config, Tokenizer
 
 CONFIG = "tokenizer_config.json"
@@ -101,7 +101,9 @@ def describe(checkpoint: Checkpoint) -> Tokenizer:
     if in_bytes or (add_bos is None and _config(checkpoint).get("tokenizer_class") == GENERIC):
         add_bos = _adds_bos(fast.get("post_processor"))
     slow = (checkpoint.folder / "tokenizer.model").is_file()
-    return Tokenizer(in_bytes, slow, add_bos in (None, True), added, _prepends(fast))
+    kind = str(_config(checkpoint).get("tokenizer_class") or "")
+    form = normalization(checkpoint, kind) if in_bytes else ""
+    return Tokenizer(in_bytes, slow, add_bos in (None, True), added, _prepends(fast), form)
 
 
 def _prepends(fast: Config) -> Literal["every", "first"] | None:
