@@ -17,13 +17,14 @@ from edgevlm.specs import Fit, ImageSpec, Resample, TileSpec
 PREPROCESSOR, PROCESSOR = PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 CLIP, SIGLIP, LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
 IDEFICS3, SMOLVLM = "Idefics3ImageProcessor", "SmolVLMImageProcessor"
+GOT_OCR2 = "GotOcr2ImageProcessor"
 
 # openai/CLIP's normalisation, and the one that transformers calls IMAGENET_STANDARD.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
-# Classes that cut pictures into tiles.
-_TILING = (IDEFICS3, SMOLVLM)
+# Idefics3's classes, which cut pictures into tiles and make them RGB at last.
+_IDEFICS = (IDEFICS3, SMOLVLM)
 # PIL's numbers.
 _RESAMPLE: dict[int, Resample] = {
     0: "nearest",
@@ -63,7 +64,27 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | {"image_mean": _HALF, "image_std": _HALF, "size": {"height": 224, "width": 224}},
     IDEFICS3: _IDEFICS3_DEFAULTS,
     SMOLVLM: _IDEFICS3_DEFAULTS,
+    GOT_OCR2: _COMMON
+    | {
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "size": {"height": 384, "width": 384},
+        # What an integer as `size` means, which this class takes for the side of a square.
+        "default_to_square": True,
+        "crop_to_patches": False,
+        "min_patches": 1,
+        "max_patches": 12,
+    },
 }
+# Settings that are true or false.
+_SWITCHES = (
+    "do_resize",
+    "do_rescale",
+    "do_normalize",
+    "do_center_crop",
+    "do_image_splitting",
+    "crop_to_patches",
+)
 # Keys that change no pixel: names, and what a call may be given. Pictures are RGB here already, and
 # `do_pad` of a class that is not LLaVA's brings pictures of one batch to one size.
 _INERT = (
@@ -208,7 +229,7 @@ def image_spec(
     LLaVA's own code does. Raises FileError.
     """
     values = found.values
-    for key in ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_image_splitting"):
+    for key in _SWITCHES:
         if not isinstance(values.get(key, False), bool):
             raise found.refusal(key, "only true or false is known")
     pad = pad or bool(values.get("do_pad") if found.kind == LLAVA else False)
@@ -221,7 +242,8 @@ def image_spec(
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     elif pad:
         _colour(found, mean)
-    tiles = _tiles(found, side) if found.kind in _TILING else None
+    idefics = found.kind in _IDEFICS
+    tiles = _tiles(found, side) if idefics else _patches(found) if found.kind == GOT_OCR2 else None
     fit, resize = _fit(found, side, pad)
     return ImageSpec(
         size=side,
@@ -235,7 +257,7 @@ def image_spec(
         rescale=_rescale(found),
         fill=fill,
         tiles=tiles,
-        rgb="last" if tiles else "first",
+        rgb="last" if idefics else "first",
     )
 
 
@@ -246,6 +268,23 @@ def _tiles(found: ProcessorSettings, side: int) -> TileSpec:
     return TileSpec(
         "longest-edge", _longest_edge(found, "size"), split=found.values["do_image_splitting"]
     )
+
+
+def _patches(found: ProcessorSettings) -> TileSpec:
+    """GOT-OCR2's tiles, which InternVL's are: the picture itself stands behind them, squeezed."""
+    least, most = (_count(found, key) for key in ("min_patches", "max_patches"))
+    split = bool(found.values["crop_to_patches"]) and most > 1
+    # Its resize() falls back to that whatever the file says.
+    if split and found.values["resample"] != 3:
+        raise found.refusal("resample", "tiles are always cut with 3 (bicubic)")
+    return TileSpec("ratio", split=split, least=least, most=most, overview_of="picture")
+
+
+def _count(found: ProcessorSettings, key: str) -> int:
+    value = found.values[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise found.refusal(key, "only a number from 1 on is known")
+    return value
 
 
 def _longest_edge(found: ProcessorSettings, key: str) -> int:
@@ -294,7 +333,7 @@ def _fit(found: ProcessorSettings, side: int, pad: bool) -> tuple[Fit, int]:
     """The way a picture becomes a square, and the side that it is resized to."""
     if not found.values["do_resize"]:
         raise found.refusal("do_resize", "only true is known")
-    if found.kind in _TILING:
+    if found.kind in _IDEFICS:
         return "stretch", side
     resize, keeps_shape = _size(found)
     cuts = found.values.get("do_center_crop", False)

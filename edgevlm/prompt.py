@@ -111,6 +111,9 @@ def laid_out(
     out: list[Segment] = []
     for segment in segments:
         if isinstance(segment, Image):
+            if len(plans) > 1:
+                number = {"{number}": str(segment.index + 1)}
+                out += [_item(_numbered(item, number), layout) for item in layout.several]
             out += _picture(segment.index, plans[segment.index], layout)
         else:
             out.append(segment)
@@ -122,12 +125,7 @@ def _picture(index: int, plan: Plan, layout: PictureLayout) -> Iterator[Segment]
 
     def written(items: tuple[str, ...], image: Image) -> Iterator[Segment]:
         for item in items:
-            if item == "{image}":
-                yield image
-            elif item in layout.tokens:
-                yield Tokens((layout.tokens[item],))
-            else:
-                yield Text(item)
+            yield image if item == "{image}" else _item(item, layout)
 
     rows, columns = plan.grid
     if not rows or not layout.tile:
@@ -147,6 +145,10 @@ def _picture(index: int, plan: Plan, layout: PictureLayout) -> Iterator[Segment]
         yield from written(layout.line, Image(index))
     if plan.overview == "last":
         yield from overview
+
+
+def _item(item: str, layout: PictureLayout) -> Segment:
+    return Tokens((layout.tokens[item],)) if item in layout.tokens else Text(item)
 
 
 def _numbered(item: str, place: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 Attention = Literal["causal", "prefix"]
 Fit = Literal["stretch", "pad", "crop"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-TileRule = Literal["longest-edge"]
+TileRule = Literal["longest-edge", "ratio"]
 Overview = Literal["none", "first", "last"]
 
 
@@ -22,10 +22,12 @@ class TileSpec:
     """The cutting of a picture into square tiles, each of which the encoder sees by itself.
 
     `rule` chooses the grid. `longest-edge`: the long side is resized to `longest_edge` pixels, then
-    both sides are stretched to multiples of a tile; a picture of one tile is not cut, and with
-    `split` off none is. `overview` is where the whole picture stands among the tiles, as one more,
-    squeezed from the canvas that they are cut from. `max_tiles` bounds the tiles of a picture, its
-    overview among them, by a coarser grid; 0 is no bound, 1 no cutting.
+    both sides are stretched to multiples of a tile. `ratio`: of all grids of `least` to `most`
+    tiles the one whose shape is the nearest to the picture's, which is stretched to it. A picture
+    of one tile is not cut, and with `split` off none is. `overview` is where the whole picture
+    stands among the tiles, as one more, squeezed from the canvas that they are cut from or from the
+    picture itself (`overview_of`). `max_tiles` bounds the tiles of a picture, its overview among
+    them, by a coarser grid; 0 is no bound, 1 no cutting.
     """
 
     rule: TileRule
@@ -33,6 +35,9 @@ class TileSpec:
     split: bool = True
     overview: Overview = "last"
     max_tiles: int = 0
+    least: int = 1
+    most: int = 0
+    overview_of: Literal["canvas", "picture"] = "canvas"
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,16 @@ class PictureLayout:
     Each is a list of items: `{image}`, the embeddings of the whole picture or of one tile, or text.
     `whole` is a picture that was not cut. Of one that was, every tile is written as `tile`, in
     which `{row}` and `{column}` count from 1, every line of tiles ends in `line`, and the overview
-    is `overview`; without `tile` it is written as `whole`, too. An item that `tokens` lists is that
-    token; other text is tokenized with the text around it.
+    is `overview`; without `tile` it is written as `whole`, too. Before each picture of a request
+    with several stands `several`, in which `{number}` counts them from 1. An item that `tokens`
+    lists is that token; other text is tokenized with the text around it.
     """
 
     whole: tuple[str, ...]
     tile: tuple[str, ...] = ()
     line: tuple[str, ...] = ()
     overview: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -19,6 +19,7 @@ from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
 from edgevlm.image.plan import plan
 from edgevlm.runtimes.session import VLM
+from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.smolvlm import write_smolvlm
@@ -33,6 +34,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
         name: ("llava", partial(write_llava, **ORIGINALS[name]))
         for name in ("llava-phi3", "llava-llama3")
     },
+    "internvl-hf": ("internvl", write_internvl),
     "smolvlm": ("smolvlm", write_smolvlm),
     "smolvlm-2.2b-v1": ("smolvlm", partial(write_smolvlm, places=False, factor=2)),
     "tinygptv": ("tinygptv", lambda folder: write_tinygptv(folder, stage=4)),

@@ -14,6 +14,7 @@ from PIL import Image
 from edgevlm.errors import PromptError
 from edgevlm.image import cut, read_picture
 from edgevlm.image.plan import limited, plan
+from edgevlm.processors import CLIP_MEAN, CLIP_STD
 from edgevlm.specs import ImageSpec, TileSpec
 
 HALF = (0.5, 0.5, 0.5)
@@ -33,6 +34,19 @@ def idefics3(size: int, edges: int, *, split: bool = True) -> Any:
         max_image_size={"longest_edge": size},
         do_image_splitting=split,
     )
+
+
+def internvl(size: int = 64, least: int = 1, most: int = 12, *, split: bool = True) -> ImageSpec:
+    tiles = TileSpec("ratio", split=split, least=least, most=most, overview_of="picture")
+    return ImageSpec(size, 4, CLIP_MEAN, CLIP_STD, tiles=tiles)
+
+
+def got_ocr2(size: int, most: int = 12, *, split: bool = True) -> Any:
+    import transformers
+
+    hf: Any = transformers
+    side = {"height": size, "width": size}
+    return hf.GotOcr2ImageProcessor(size=side, max_patches=most, crop_to_patches=split)
 
 
 def sizes() -> list[tuple[int, int]]:
@@ -61,6 +75,34 @@ def test_longest_edge_plans_are_idefics3s(size: int, edges: int) -> None:
             )
             h, w = frames.shape[0] // size, frames.shape[1] // size
             assert found.n_tiles == (1 if h * w == 1 else h * w + 1), (width, height)
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 12), (1, 6), (2, 9), (1, 1), (3, 2), (1, 40)])
+def test_ratio_plans_are_got_ocr2s(least: int, most: int) -> None:
+    from transformers.models.got_ocr2 import image_processing_got_ocr2 as theirs
+
+    spec = internvl(448, least, most)
+    for width, height in [
+        *sizes(),
+        *((448 * a, 448 * b) for a in range(1, 8) for b in range(1, 8)),
+    ]:
+        found = plan(width, height, spec)
+        columns, rows = theirs.get_optimal_tiled_canvas((height, width), (448, 448), least, most)
+        n = columns * rows
+        assert found.grid == ((rows, columns) if n > 1 else (0, 0)), (width, height)
+        assert found.canvas == (448 * columns, 448 * rows)
+        assert found.n_tiles == (n + 1 if n > 1 else 1) and found.rows == 4 * found.n_tiles
+
+
+def test_a_limit_of_tiles_counts_the_thumbnail() -> None:
+    for most in range(1, 15):
+        spec = limited(internvl(448), most)
+        for width, height in sizes()[:1000]:
+            found = plan(width, height, spec)
+            whole = plan(width, height, internvl(448, most=min(max(most - 1, 1), 12)))
+            assert found.n_tiles <= most and found == whole
+    bare = replace(internvl(448), tiles=TileSpec("ratio", most=12, overview="none"))
+    assert plan(1000, 500, limited(bare, 2)).n_tiles == 2
 
 
 def pictures() -> dict[str, Image.Image]:
@@ -97,6 +139,17 @@ def test_pixels_are_idefics3s(name: str, split: bool) -> None:
     )
     theirs = np.asarray(made["pixel_values"][0], np.float32)
     np.testing.assert_array_equal(cut(read_picture(picture), smolvlm(64, 4, split=split)), theirs)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("name", pictures())
+def test_pixels_are_got_ocr2s(name: str, split: bool) -> None:
+    picture = pictures()[name]
+    made = got_ocr2(64, split=split)(
+        picture, return_tensors="np", input_data_format="channels_last"
+    )
+    ours = cut(read_picture(picture), internvl(64, split=split))
+    np.testing.assert_array_equal(ours, np.asarray(made["pixel_values"], np.float32))
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 7, 13, 17, 100])

@@ -33,8 +33,8 @@ def preprocess(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
 def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     """A picture, or its RGB uint8 [h, w, 3] -> pixels float32 [tiles, 3, size, size], bit for bit
     as transformers' slow processors (4.57: SiglipImageProcessor, CLIPImageProcessor,
-    LlavaImageProcessor, Idefics3ImageProcessor): resized as 8-bit, then scaled in float64,
-    normalised in float32.
+    LlavaImageProcessor, Idefics3ImageProcessor, GotOcr2ImageProcessor): resized as 8-bit, then
+    scaled in float64, normalised in float32.
 
     Raises ImageError for a picture that cannot be planned.
     """
@@ -46,6 +46,7 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
         resample = Image.Resampling.NEAREST
     elif spec.rgb == "last" and given.alpha is not None:
         drawn.putalpha(Image.fromarray(given.alpha))
+    original = drawn
     if spec.fit == "pad":
         canvas = _pad(drawn, spec, planned.canvas[0])
     else:
@@ -56,7 +57,8 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
         canvas = drawn.resize(planned.canvas, resample)
     squares = [canvas.crop(tile) for tile in planned.tiles]
     if planned.overview != "none":
-        whole = canvas.resize((spec.size, spec.size), resample)
+        itself = spec.tiles is not None and spec.tiles.overview_of == "picture"
+        whole = (original if itself else canvas).resize((spec.size, spec.size), resample)
         squares.insert(0 if planned.overview == "first" else len(squares), whole)
     pixels: Pixels = np.stack([_normalised(square, spec) for square in squares])
     return pixels

@@ -6,8 +6,9 @@ The plan is also what says how many image embeddings a picture makes, before any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from edgevlm.errors import ImageError
 from edgevlm.specs import ImageSpec, Overview, TileRule, TileSpec
@@ -107,6 +108,42 @@ def _longest_edge(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> 
     yield Plan((size, size), ((0, 0, size, size),), spec.tokens, whole)
 
 
+def _ratio(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> Iterator[Plan]:
+    """InternVL's rule (internvl/train/dataset.py, dynamic_preprocess; transformers 4.57,
+    get_optimal_tiled_canvas), of ever fewer tiles, whole at last.
+    """
+    whole = Plan((spec.size, spec.size), ((0, 0, spec.size, spec.size),), spec.tokens)
+    for most in range(tiles.most, tiles.least - 1, -1) if tiles.split else ():
+        columns, rows = _nearest(width, height, spec.size, _grids(tiles.least, most))
+        if columns * rows == 1:
+            break
+        yield _cut((columns * spec.size, rows * spec.size), rows, columns, spec, tiles)
+    yield whole
+
+
+@lru_cache
+def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
+    """Columns and rows of all grids of so many tiles, the smallest first."""
+    sides = range(1, most + 1)
+    found = [(x, y) for x in sides for y in range(1, most // x + 1) if x * y >= least]
+    return tuple(sorted(found, key=math.prod))
+
+
+def _nearest(
+    width: int, height: int, size: int, grids: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The grid of the picture's shape; of two that are as near the larger one, if the picture has
+    more than half as many pixels.
+    """
+    best, least = (1, 1), math.inf
+    for columns, rows in grids:
+        # In floating point, where the originals find two equal or not.
+        off = abs(width / height - columns / rows)
+        if off < least or (off == least and width * height > 0.5 * size * size * columns * rows):
+            best, least = (columns, rows), off
+    return best
+
+
 def _to_longest(width: int, height: int, edge: int) -> tuple[int, int]:
     """The size with the long side at `edge`, the short one even."""
     ratio = width / height
@@ -151,4 +188,5 @@ def _cut(
 # Each yields the plans of a picture, the finest first and one of a single tile last.
 _RULES: Mapping[TileRule, Callable[[int, int, ImageSpec, TileSpec], Iterator[Plan]]] = {
     "longest-edge": _longest_edge,
+    "ratio": _ratio,
 }

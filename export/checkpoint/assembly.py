@@ -13,6 +13,7 @@ from pathlib import Path
 from edgevlm import family as families
 from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.adapters import Adapter
+from edgevlm.export.checkpoint.chats import read_chats
 from edgevlm.export.checkpoint.source import (
     CONFIG,
     Checkpoint,
@@ -37,6 +38,7 @@ def read_source(
     SourceError or UnknownFamily.
     """
     main = read_checkpoint(_main(folder))
+    main = replace(main, configs={**read_chats(main.folder), **main.configs})
     if adapter and adapter.model_config and adapter.folder != main.folder:
         config = read_json(adapter.model_config)
         main = replace(main, configs={**main.configs, CONFIG: config}, config=adapter.model_config)

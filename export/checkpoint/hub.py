@@ -21,6 +21,8 @@ PATTERNS = [
     "*.safetensors",
     "tokenizer.model",
     "merges.txt",
+    "chat_template.jinja",
+    "conversation.py",
     "README.md",
     "non_lora_trainables.bin",
     "mm_projector.bin",

@@ -1,0 +1,140 @@
+"""InternVL run in float32 with eager attention: transformers' own layout by transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.errors import EngineMissing, ExportError
+from edgevlm.export.components import Job
+from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.references import Arrays, ParityRequest
+
+try:
+    import torch
+    import transformers
+
+    from edgevlm.export.parity.references import causal, files
+except ImportError as e:
+    raise EngineMissing(
+        f"verification needs torch and transformers ({e.name or e} is not there)",
+        'pip install "edgevlm[export]"',
+    ) from None
+
+# transformers leaves its classes without types.
+_hf: Any = transformers
+IMAGE = "<IMG_CONTEXT>"
+
+
+class Reference:
+    """See references.SourceModel."""
+
+    def __init__(self, job: Job) -> None:
+        self._folder = job.checkpoint.folder
+        with quiet():
+            self._processor = processor(self._folder)
+
+    def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
+        """See references.SourceModel."""
+        return files.token_ids(self._processor.tokenizer, texts, plain)
+
+    def run(self, request: ParityRequest, tokens: NDArray[np.int32]) -> Arrays:
+        """See references.SourceModel."""
+        with quiet(), torch.inference_mode():
+            model = load(self._folder)
+            inputs = self._processor(
+                images=[request.image],
+                text=prompt(self._processor, request.prompt),
+                return_tensors="pt",
+            )
+            pixels, ids = inputs["pixel_values"], inputs["input_ids"][0]
+            seen = causal.Seen(
+                pixels,
+                model.model.vision_tower(pixels).last_hidden_state[:, 1:],
+                model.get_image_features(pixel_values=pixels),
+            )
+            places = (ids == model.config.image_token_id).nonzero().flatten().tolist()
+            around = ids[: places[0]].tolist(), ids[places[-1] + 1 :].tolist()
+            rows = seen._replace(embeddings=seen.embeddings.flatten(0, 1)[None])
+            found = causal.stages(rows, model, around, tokens)
+        return found | {"embeddings": seen.embeddings.numpy()}
+
+
+class _Processor(_hf.InternVLProcessor):  # type: ignore[misc]
+    """InternVL's processor of pictures without that of videos, for which it wants torchvision."""
+
+    def check_argument_for_proper_class(self, name: str, argument: Any) -> None:
+        """Takes none for the processor of videos."""
+        if name != "video_processor":
+            super().check_argument_for_proper_class(name, argument)
+
+
+def processor(folder: Path) -> Any:
+    """The processor of a folder, with the slow one of pictures and the folder's chat template."""
+    sizes = _json(folder / "processor_config.json")
+    text = files.tokenizer(folder)
+    return _Processor(
+        files.picture_processor(folder, "GotOcr2ImageProcessor"),
+        text,
+        image_seq_length=sizes.get("image_seq_length", 256),
+        chat_template=_chat_template(folder, sizes) or text.chat_template,
+    )
+
+
+def prompt(processor: Any, question: str) -> str:
+    """A question about a picture as the chat template writes it, as the published one where the
+    folder has none.
+    """
+    if processor.chat_template is None:
+        user, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+        return f"{user}{IMAGE}\n{question}{end}"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    written = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    # Templates of before transformers 4.53 have the name of an earlier release.
+    return str(written).replace("<image>", IMAGE, 1)
+
+
+def load(folder: Path) -> Any:
+    """The model in float32."""
+    model, info = _hf.InternVLForConditionalGeneration.from_pretrained(
+        folder,
+        config=_config(folder),
+        attn_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if odd:
+        raise ExportError(
+            f"{folder}: transformers reads another set of tensors ({odd[0]}); export without "
+            "verification and report the checkpoint"
+        )
+    return model.eval()
+
+
+def _config(folder: Path) -> Any:
+    config = _hf.InternVLConfig.from_pretrained(folder)
+    # transformers 5 writes the base of the rotary positions where 4 does not look for it.
+    text = config.text_config
+    rope = getattr(text, "rope_parameters", None) or {}
+    text.rope_theta = rope.get("rope_theta", text.rope_theta)
+    return config
+
+
+def _chat_template(folder: Path, sizes: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    stated = _json(folder / "chat_template.json") or sizes
+    return stated.get("chat_template")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
