@@ -31,13 +31,41 @@ SYSTEM_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}{{'<|im_start|>system\n"
     "You are a café helper.<|im_end|>\n'}}{% endif %}" + CHAT_TEMPLATE
 )
+# As a model's own copy of the original's file, with other words and a comment that holds some.
+CONVERSATION = """
+import dataclasses
+
+
+register_conv_template(
+    Conversation(
+        name='Hermes-2',
+        system_template='<|im_start|>system\\n{system_message}',
+        roles=('<|im_start|>user\\n', '<|im_start|>assistant\\n'),
+        sep_style=SeparatorStyle.MPT,
+        sep='<|im_end|>',
+        stop_str='<|endoftext|>',
+    )
+)
+register_conv_template(
+    Conversation(
+        name='internvl2_5',
+        system_template='<|im_start|>system\\n{system_message}',
+        # system_message='Not these.',
+        system_message='You are a café guide.',
+        roles=('<|im_start|>user\\n', '<|im_start|>assistant\\n'),
+        sep_style=SeparatorStyle.MPT,
+        sep='<|im_end|>\\n',
+    )
+)
+"""
 DYNAMIC = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """Sizes of a tiny checkpoint; `processor` overrides keys of preprocessor_config.json,
-    `chat` is its chat template. "hf-old" has the names of transformers before 4.52.
+    """Sizes of a tiny checkpoint; `processor` overrides keys of preprocessor_config.json, `chat` is
+    its chat template, `conversation` its conversation.py. "hf-old" has the names of transformers
+    before 4.52.
     """
 
     layout: Layout = "hf"
@@ -60,6 +88,7 @@ class Tiny:
     seed: int = 0
     shards: int = 1
     chat: str | None = CHAT_TEMPLATE
+    conversation: str = ""
     processor: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +117,8 @@ def write_internvl(folder: Path, **options: Any) -> Path:
     write_json(folder / "config.json", _config(tiny, tokens, vocab))
     if tiny.layout != "own":
         _write_processor(folder, tiny)
+    if tiny.conversation:
+        (folder / "conversation.py").write_text(tiny.conversation, encoding="utf-8")
     write_weights(folder, _tensors(tiny, vocab), tiny.dtype, tiny.shards)
     return folder
 

@@ -1,4 +1,6 @@
-"""InternVL run in float32 with eager attention: transformers' own layout by transformers."""
+"""InternVL run in float32 with eager attention: transformers' layout by transformers, the original
+one by internvl_chat.py.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,14 @@ from numpy.typing import NDArray
 from edgevlm.errors import EngineMissing, ExportError
 from edgevlm.export.components import Job
 from edgevlm.export.onnx.trace import quiet
-from edgevlm.export.parity.references import Arrays, ParityRequest
+from edgevlm.export.parity.references import Arrays, ParityRequest, SourceModel
 
 try:
     import torch
     import transformers
 
     from edgevlm.export.parity.references import causal, files
+    from edgevlm.export.parity.references.internvl_chat import ChatModel
 except ImportError as e:
     raise EngineMissing(
         f"verification needs torch and transformers ({e.name or e} is not there)",
@@ -34,9 +37,30 @@ class Reference:
     """See references.SourceModel."""
 
     def __init__(self, job: Job) -> None:
-        self._folder = job.checkpoint.folder
+        checkpoint = job.checkpoint
+        own = checkpoint.configs["config.json"]["model_type"] == "internvl_chat"
+        self._model: SourceModel = (
+            ChatModel(checkpoint.folder, checkpoint.tensors, job.options.template)
+            if own
+            else HfModel(checkpoint.folder)
+        )
+
+    def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
+        """See references.SourceModel."""
+        return self._model.token_ids(texts, plain=plain)
+
+    def run(self, request: ParityRequest, tokens: NDArray[np.int32]) -> Arrays:
+        """See references.SourceModel."""
+        return self._model.run(request, tokens)
+
+
+class HfModel:
+    """The model of a folder in transformers' layout."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         with quiet():
-            self._processor = processor(self._folder)
+            self._processor = processor(folder)
 
     def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         """See references.SourceModel."""
