@@ -1,6 +1,7 @@
 """Configs of LLaMA's kin, the decoders that several families share: LLaMA, Mistral, Phi-3, Qwen2.
 
-Facts from transformers 4.57 (LlamaConfig, MistralConfig, Phi3Config, Qwen2Config).
+Facts from transformers 4.57 (LlamaConfig, MistralConfig, Phi3Config, Qwen2Config) and InternLM2's
+own code (configuration_internlm2.py), which is a LLaMA under other names.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ _DECODERS = {
     "llava": _LLAMA,
     "llava_llama": _LLAMA,
     "llama": _LLAMA,
+    "internlm2": replace(_LLAMA, vocab_size=103168),
     "llava_mistral": _MISTRAL,
     "mistral": _MISTRAL,
     "llava_phi": _PHI3,

@@ -35,6 +35,8 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
         for name in ("llava-phi3", "llava-llama3")
     },
     "internvl-hf": ("internvl", write_internvl),
+    "internvl-3": ("internvl", partial(write_internvl, layout="own", files="pair")),
+    "internvl-2-2b": ("internvl", partial(write_internvl, layout="own", internlm2=True)),
     "smolvlm": ("smolvlm", write_smolvlm),
     "smolvlm-2.2b-v1": ("smolvlm", partial(write_smolvlm, places=False, factor=2)),
     "tinygptv": ("tinygptv", lambda folder: write_tinygptv(folder, stage=4)),

@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "bias": False,
         "config": {"min_dynamic_patch": 2, "system_message": "You look at cafe\u0301s."},
     },
+    "2-2b": {"internlm2": True, "config": {"template": "internlm2-chat"}},
+    "2.5-2b": {"internlm2": True, "heads": 8, "kv_heads": 8, "dtype": "bfloat16"},
 }
 
 
@@ -66,7 +68,8 @@ class Original:
             if pixels:
                 found = self.model.features(self.state, torch.cat(list(pixels)))
                 made = self.model.embeddings(self.state, found).flatten(0, 1)
-                rows[read == self.model.context] = made
+                # An answer may hold that token, too.
+                rows[:, : len(ids)][read[:, : len(ids)] == self.model.context] = made
             out = self.decoder(inputs_embeds=rows, logits_to_keep=len(tokens) + 1)
         logits: NDArray[np.float32] = out.logits[0].numpy()
         return logits
@@ -162,6 +165,21 @@ def test_quantized_it_stays_within_its_bounds(checkpoint: Path, tmp_path: Path) 
     assert all(0 <= s.worst <= s.tolerance for s in made.manifest.parity)
 
 
+def test_internlm2s_tokens_are_its_own(tmp_path: Path) -> None:
+    source = write_internvl(tmp_path / "source", layout="own", internlm2=True)
+    made = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    original = Original(source)
+    with edgevlm.load(made.folder) as vlm:
+        decoder, end = vlm.engines.decoder, original.model.tokenizer.convert_tokens_to_ids
+        assert original.model.tokenizer.sp_model.id_to_piece(end("<|plugin|>") - 1) == "\0"
+        assert vlm.manifest.answer.stop_tokens == (end("<|im_end|>"), 2)
+        for text in ("[UNUSED_TOKEN_146] [UNUSED_TOKEN_141]", " a  b ", "a", "", "\u2581x"):
+            assert decoder.tokenize(text) == original.model.token_ids([text])[0], text
+        # The piece that is a NUL, which no text has: it is in its place and says nothing.
+        nul = end("<|plugin|>") - 1
+        assert decoder.piece(nul) == b"" and decoder.piece(end("<|im_start|>")) == b""
+
+
 def test_uncut_pictures_are_one_tile(tmp_path: Path) -> None:
     source = write_internvl(tmp_path / "source", layout="own", config={"dynamic_image_size": False})
     made = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
@@ -204,6 +222,8 @@ def test_the_words_of_the_system_are_the_checkpoints_own(tmp_path: Path) -> None
         ({"vision_config": {"qk_normalization": True}}, "qk_normalization is True"),
         ({"vision_config": {"norm_type": "rms_norm"}}, "norm_type is 'rms_norm'"),
         ({"text_config": {"architectures": ["Phi3ForCausalLM"]}}, r"\['Phi3ForCausalLM'\]; only"),
+        ({"internlm2": True, "text_config": {"bias": True}}, "llm_config.bias is True"),
+        ({"internlm2": True, "text_config": {"num_key_value_heads": 4}}, "has 512 rows, config"),
         ({"text_config": {"model_type": "llama"}}, "llm_config.model_type is 'llama'"),
         ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, "'linear'"),
     ],

@@ -101,7 +101,7 @@ def _describe(source: Source) -> Model:
     own = config["model_type"] == _OWN
     _check(config, _OWN_ONLY if own else _ONLY)
     vision = _vision(config, own)
-    text, stated = _own_text(config) if own else _text(config)
+    text, stated = _own_text(config) if own else _text(source, config)
     projector = MergedMlp(
         in_features=vision.hidden_size,
         out_features=text.hidden_size,
@@ -171,11 +171,16 @@ def _vision(config: Config, own: bool) -> InternVit:
     return vision
 
 
-def _text(config: Config) -> tuple[Llama, Config]:
-    """The decoder in transformers' layout, and its config; what stands above it ties nothing."""
+def _text(source: Source, config: Config) -> tuple[Llama, Config]:
+    """The decoder in transformers' layout, and its config.
+
+    Its own config ties its tables in transformers 4, in 5 the whole one's where there is only one.
+    """
     stated = section(config, "text_config")
     text = decoders.read(stated, "qwen2")
+    alone = bool(source.shapes) and not any(n.endswith("lm_head.weight") for n in source.shapes)
     tied = setting(stated, "tie_word_embeddings", False)
+    tied = tied or (alone and setting(config, "tie_word_embeddings", False))
     return replace(text, tie_word_embeddings=tied), stated
 
 
@@ -190,6 +195,8 @@ def _own_text(config: Config) -> tuple[Llama, Config]:
         )
     if setting(stated, "model_type", kind) != kind:
         raise ValueError(f"llm_config.model_type is {stated['model_type']!r}, not {kind!r}")
+    if kind == "internlm2":
+        _check(stated, _INTERNLM2_ONLY, "llm_config.")
     text = decoders.read({**stated, "model_type": kind}, kind)
     tied = setting(stated, "tie_word_embeddings", False)
     return replace(text, tie_word_embeddings=tied), stated
@@ -197,7 +204,11 @@ def _own_text(config: Config) -> tuple[Llama, Config]:
 
 # The decoders of `llm_config` that are known, by architecture. Phi-3-mini-128k stretches its
 # positions by "longrope", which no decoder here does.
-_ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2"}
+_ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "InternLM2ForCausalLM": "internlm2"}
+_INTERNLM2_ONLY: dict[str, tuple[object, object]] = {
+    "bias": (False, True),
+    "rope_pos_id_version": ("default", "default"),  # or else a picture takes fewer positions
+}
 
 
 def _image(source: Source, vision: InternVit, tokens: int) -> ImageSpec:
@@ -299,7 +310,9 @@ def _own_template(source: Source, config: Config) -> _Template:
                 _CONVERSATION, f"{name}: {key} is {published[key]!r}; only {known!r} is known"
             )
     system = setting(published, "system_message", template.system)
-    return replace(template, system=setting(config, "system_message", system))
+    if config.get("system_message") is not None:
+        system = setting(config, "system_message", system)
+    return replace(template, system=system)
 
 
 def _token_ids(source: Source) -> dict[str, int]:

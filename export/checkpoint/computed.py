@@ -56,10 +56,12 @@ class _Picked(_Computed):
     axes: tuple[int, ...]
     axis: int
     index: int
+    count: int
 
     def raw(self) -> Raw:
         apart = self.source.raw().reshape(*self.axes, *self.shape[1:])
-        return np.ascontiguousarray(apart.take(self.index, self.axis).reshape(self.shape))
+        taken = range(self.index, self.index + self.count)
+        return np.ascontiguousarray(apart.take(taken, self.axis).reshape(self.shape))
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,14 @@ def zeros(like: Tensor, name: str) -> Tensor:
     return _Zeros(name, like.file, "F32", like.shape)
 
 
-def rows(source: Tensor, axes: tuple[int, ...], axis: int, index: int) -> Tensor:
+def rows(source: Tensor, axes: tuple[int, ...], axis: int, index: int, count: int = 1) -> Tensor:
     """One of several matrices whose rows lie fused in `source`.
 
-    The rows [n, ...] are seen as `axes` (their product is n), of which `axis` is taken at `index`.
+    The rows [n, ...] are seen as `axes` (their product is n), of which `axis` is taken from `index`
+    on, `count` times.
     """
-    shape = (math.prod(axes) // axes[axis], *source.shape[1:])
-    return _Picked(source.name, source.file, source.dtype, shape, source, axes, axis, index)
+    shape = (math.prod(axes) // axes[axis] * count, *source.shape[1:])
+    return _Picked(source.name, source.file, source.dtype, shape, source, axes, axis, index, count)
 
 
 def stacked(parts: tuple[Tensor, ...], name: str) -> Tensor:

@@ -91,6 +91,21 @@ def llama_model(texts: tuple[str, ...] = (), size: int = 900) -> bytes:
     return _trained(texts, size, add_dummy_prefix=True, **ids)
 
 
+@functools.cache
+def internlm2_model() -> bytes:
+    """A small tokenizer.model with InternLM2's conventions: no space before a text, a piece that is
+    a NUL, and pieces for tokens to come behind all others.
+    """
+    ids: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    model = _proto(_trained(add_dummy_prefix=False, **ids))
+    lowest = min(p.score for p in model.pieces)
+    spare = [f"[UNUSED_TOKEN_{i}]" for i in range(141, 147)]
+    for i, piece in enumerate(("\0", *spare)):
+        model.pieces.add(piece=piece, score=lowest - 1 - i, type=_NORMAL)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return bytes(model.SerializeToString())
+
+
 def _trained(texts: tuple[str, ...] = (), size: int = 900, **conventions: Any) -> bytes:
     """A BPE model of the corpus and more with byte fallback, nothing normalised."""
     import sentencepiece

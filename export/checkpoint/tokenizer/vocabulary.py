@@ -34,6 +34,8 @@ from edgevlm.family import Config, Model
 # SentencePiece's numbers, which are llama.cpp's as well.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
+# Pieces that InternLM2 keeps for tokens to come, whose texts no text of a user's is merged to.
+_SPARE = re.compile(r"\[UNUSED_TOKEN_\d+\]")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # llama.cpp merges the pair of the highest score first; an unused row must never be one.
 _UNUSED_SCORE = -1e9
@@ -97,12 +99,20 @@ def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
     if max(table) >= rows:
         raise SourceError(f"{path}: has {max(table) + 1} tokens, config.json says {rows}")
     filled = [table.get(i) or Token(f"[unused-{i}]", _UNUSED_SCORE, UNUSED) for i in range(rows)]
+    filled = [_without_nul(i, token) for i, token in enumerate(filled)]
     _refuse_twins(filled, path)
     specials = _specials(filled, checkpoint, path)
     if pairs:
         hidden = _hidden(filled, path, merges=False)
         return Vocabulary(tuple(hidden), specials, pairs.merges, pairs.pre)
     return Vocabulary(tuple(map(_as_typed, _hidden(filled, path, merges=True))), specials)
+
+
+def _without_nul(i: int, token: Token) -> Token:
+    """A token that holds a NUL, as one of InternLM2's does, under a text that llama.cpp can hold;
+    no text that is asked may have one.
+    """
+    return token if "\0" not in token.text else Token(f"[nul-{i}]", _UNUSED_SCORE, UNUSED)
 
 
 def _file(folder: Path) -> Path:
@@ -125,6 +135,8 @@ def _add(table: dict[int, Token], i: int, text: str, kind: int) -> None:
         table[i] = Token(text, 0.0, kind)
     elif token.text == text and token.type in (NORMAL, USER_DEFINED):
         token.type = kind
+    elif kind == CONTROL and token.type == NORMAL and _SPARE.fullmatch(token.text):
+        table[i] = Token(text, 0.0, kind)
 
 
 def _mark_specials(table: dict[int, Token], checkpoint: Checkpoint) -> None:
@@ -242,6 +254,9 @@ def _replaces_spaces(data: Config, model: Model) -> bool:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     normalizer, cut = data.get("normalizer"), data.get("pre_tokenizer")
+    never = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}
+    if not model.prefix and cut == never:
+        return normalizer is None
     if not model.prefix:
         # No space is left to cut at.
         behind = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}

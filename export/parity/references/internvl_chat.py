@@ -156,10 +156,43 @@ class ChatModel:
         """The decoder in transformers' class."""
         said, start = dict(self.config["llm_config"]), "language_model."
         weights = {n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}
-        config = _hf.Qwen2Config(**said, attn_implementation="eager")
-        model = _hf.Qwen2ForCausalLM(config)
+        if said["architectures"] == ["InternLM2ForCausalLM"]:
+            said |= {"attention_bias": said["bias"], "model_type": "llama"}
+            config = _hf.LlamaConfig(**said, attn_implementation="eager")
+            model, weights = _hf.LlamaForCausalLM(config), _as_llama(weights, config)
+        else:
+            config = _hf.Qwen2Config(**said, attn_implementation="eager")
+            model = _hf.Qwen2ForCausalLM(config)
         model.load_state_dict(weights, strict=not config.tie_word_embeddings)
         return model.eval()
+
+
+def _as_llama(weights: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """InternLM2's weights under LLaMA's names; wqkv holds, of each group, its heads of queries, one
+    of keys and one of values.
+    """
+    names = {
+        "output": "lm_head",
+        "tok_embeddings": "embed_tokens",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    out = {}
+    for name, tensor in weights.items():
+        if "attention.wqkv" in name:
+            heads = tensor.reshape(config.num_key_value_heads, -1, config.head_dim, len(tensor.T))
+            for x, part in (("q", heads[:, :-2]), ("k", heads[:, -2]), ("v", heads[:, -1])):
+                target = name.replace("attention.wqkv", f"self_attn.{x}_proj")
+                out[target] = part.reshape(-1, len(tensor.T))
+        else:
+            for own, theirs in names.items():
+                name = re.sub(rf"(^|\.){re.escape(own)}\.weight", rf"\1{theirs}.weight", name)
+            out[name] = tensor
+    return out
 
 
 def _grid(drawn: Image.Image, size: int, least: int, most: int) -> tuple[int, int]:
@@ -194,4 +227,7 @@ def _system(folder: Path, config: Mapping[str, Any], template: str) -> str:
 
 def _tokenizer(folder: Path) -> Any:
     """The tokenizer, the slow one as in the models' cards where its files are there."""
+    if (folder / "tokenizer.model").is_file():
+        # InternLM2's class hands texts to SentencePiece as LLaMA's does in its old form.
+        return files.tokenizer(folder, "LlamaTokenizer", legacy=True)
     return files.tokenizer(folder, use_fast=not (folder / "vocab.json").is_file())
