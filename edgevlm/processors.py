@@ -377,7 +377,7 @@ def _square(found: ProcessorSettings, key: str, size: Any) -> int:
 
 def _resample(found: ProcessorSettings) -> Resample:
     number = found.values["resample"]
-    if isinstance(number, bool) or number not in _RESAMPLE:
+    if type(number) is not int or number not in _RESAMPLE:
         names = ", ".join(f"{n} ({name})" for n, name in _RESAMPLE.items())
         raise found.refusal("resample", f"only {names} are known")
     return _RESAMPLE[number]

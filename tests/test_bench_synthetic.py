@@ -65,7 +65,20 @@ def tinygptv() -> Source:
     return replace(real, files={"config.json": text, "stage/config.json": run}, shapes=shapes)
 
 
+def internvl(**llm: Any) -> Source:
+    """What is told of a small InternVL that cuts nothing."""
+    real = MODELS["internvl3-1b"]
+    config: dict[str, Any] = {**real.files["config.json"]}
+    config |= {"force_image_size": VISION["image_size"], "dynamic_image_size": False}
+    config["llm_config"] = {**config["llm_config"], **LLAMA, **llm}
+    config["vision_config"] = {**config["vision_config"], **VISION}
+    tokens = {t: replace(a, id=900 + i) for i, (t, a) in enumerate(real.tokenizer.added.items())}
+    tokenizer = replace(real.tokenizer, added=tokens)
+    return replace(real, files={"config.json": config}, tokenizer=tokenizer)
+
+
 SMALL = {
+    "internvl": internvl(),
     "tinygptv": tinygptv(),
     "gemma": paligemma("gemma"),
     "gemma2": paligemma("gemma2"),
@@ -106,12 +119,15 @@ NINE_LAYERS = {
     "shared": paligemma("gemma", num_hidden_layers=9),
     "own": llava("linear", num_hidden_layers=9, num_key_value_heads=4),
     "fused": SMALL["tinygptv"],
+    # Rows that no K-quant takes, with biases.
+    "narrow": internvl(hidden_size=224, intermediate_size=480, num_hidden_layers=9),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "quant"),
     [("own", q) for q in QUANTS if not precisions.quant(q).direct]
+    + [("narrow", q) for q in ("q4_k_m", "q5_k_m", "q6_k", "iq4_xs", "q4_0")]
     + [("shared", "q4_k_m"), ("shared", "iq4_xs"), ("fused", "q4_k_m"), ("fused", "q5_k_m")],
 )
 def test_every_tensor_has_the_type_that_llama_cpp_gives_it(
@@ -124,11 +140,14 @@ def test_every_tensor_has_the_type_that_llama_cpp_gives_it(
     assert types(tmp_path / "made" / "decoder.gguf") == types(expected)
 
 
+@pytest.mark.parametrize("source", [SMALL["gemma"], NINE_LAYERS["narrow"]], ids=("wide", "narrow"))
 @pytest.mark.parametrize("quant", QUANTS)
-def test_weights_are_sane_numbers_of_the_size_that_was_foretold(quant: str, tmp_path: Path) -> None:
-    synthetic.make(tmp_path / "made", "synthetic-small", SMALL["gemma"], quant)
+def test_weights_are_sane_numbers_of_the_size_that_was_foretold(
+    quant: str, source: Source, tmp_path: Path
+) -> None:
+    synthetic.make(tmp_path / "made", "synthetic-small", source, quant)
     tensors = GGUFReader(tmp_path / "made" / "decoder.gguf").tensors
-    _, model = synthetic.describe(SMALL["gemma"], "small")
+    _, model = synthetic.describe(source, "small")
     assert sum(int(t.n_bytes) for t in tensors) == decoder_bytes(model, quant)
     from gguf.quants import dequantize
 

@@ -24,18 +24,20 @@ RUN = {
     "model": {"arch": "minigpt_v2", "image_size": 448, "lora_alpha": 16},
     "datasets": {"a": {"vis_processor": {"train": {"image_size": 448, "mean": [0.5, 0.5, 0.5]}}}},
 }
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+# Sections of a config.json that hold the decoder's, where it is not the whole of it.
+DECODERS = ("text_config", "llm_config")
 
 
 def _more(source: Source) -> Source:
     """The source with the files and keys that its entry in MODELS leaves to defaults."""
     files: dict[str, Any] = {name: dict(found) for name, found in source.files.items()}
     config = files[CONFIG]
-    text = config.get("text_config", config)
-    if text is config:
+    inside = next((key for key in DECODERS if key in config), None)
+    if inside is None:
         config |= {"eos_token_id": 2, "rope_theta": 10000.0}
     else:
-        config["text_config"] = {**text, **ROPE}
+        rope = {"rope_type": "default", "rope_theta": config[inside].get("rope_theta", 10000.0)}
+        config[inside] = {**config[inside], "rope_parameters": rope}
     if source.origins:
         files |= {"stage/config.json": RUN, "bert/config.json": {"model_type": "bert"}}
         files["bert/config.json"]["num_attention_heads"] = 12
@@ -94,7 +96,7 @@ def test_a_size_of_the_wrong_type_names_its_key(name: str) -> None:
              "num_key_value_heads", "head_dim", "vocab_size", "image_size", "patch_size",
              "rope_theta", "lora_alpha", "mean", "text_config", "vision_config")  # fmt: skip
     found = [path for path in _paths(source.files) if path[-1] in sizes]
-    if "text_config" in source.files[CONFIG]:  # then nobody reads the copies beside it
+    if {*DECODERS} & {*source.files[CONFIG]}:  # then nobody reads the copies beside it
         found = [path for path in found if len(path) > 2 or path[-1].endswith("_config")]
     assert len(found) > 5
     for path in found:

@@ -52,6 +52,8 @@ QUANTS = tuple(_MIXES)
 # iq4_xs gives Q5_K to values that this many queries share, and to the first eighth of the second
 # feed-forward matrices.
 _SHARED, _IQ4_MORE = 4, "Q5_K"
+# What llama.cpp takes instead where a row is not a multiple of 256 wide (tensor_type_fallback).
+_NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 # Where the half-precision scales of a block lie, in bytes from its start, and the value that gives
 # weights a deviation of about 0.02: everything else in a block may be any byte.
 _SCALES = {
@@ -61,6 +63,9 @@ _SCALES = {
     "Q5_K": {0: DEVIATION / 310, 2: DEVIATION / 20},
     "Q6_K": {208: DEVIATION / 1400},
     "IQ4_XS": {0: DEVIATION / 1300},
+    "Q5_0": {0: DEVIATION / 9.2},
+    "Q5_1": {0: DEVIATION / 9.2, 2: -DEVIATION * 15.5 / 9.2},
+    "IQ4_NL": {0: DEVIATION / 70},
 }
 # Blocks that are drawn; longer tensors repeat them.
 _DRAWN = 1 << 14
@@ -99,10 +104,9 @@ def _plan(source: DecoderSource, quant: str) -> list[tuple[str, Shape, str]]:
     """Name, shape and type of every tensor, in the order of the file."""
     shapes = {name: tensor.shape for name, tensor, _ in layout(source, "F32")}
     output = "output.weight" if "output.weight" in shapes else TOKEN_EMBEDDING
-    return [
-        (name, shape, _type(name, quant, source.config, output) if len(shape) > 1 else "F32")
-        for name, shape in shapes.items()
-    ]
+    kinds = {name: _type(name, quant, source.config, output) for name in shapes}
+    kinds |= {n: _NARROW.get(kinds[n], kinds[n]) for n, shape in shapes.items() if shape[-1] % 256}
+    return [(n, shape, kinds[n] if len(shape) > 1 else "F32") for n, shape in shapes.items()]
 
 
 def _type(name: str, quant: str, config: Decoder, output: str) -> str:

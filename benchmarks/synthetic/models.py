@@ -10,6 +10,9 @@ from typing import Any
 
 from edgevlm.benchmarks.synthetic.configs import (
     CLIP,
+    INTERNLM2_TOKENS,
+    INTERNVL,
+    INTERNVL_TOKENS,
     MOBILEPALO,
     PALIGEMMA,
     SMOLVLM,
@@ -107,6 +110,30 @@ def _smolvlm(**text: Any) -> Source:
     )
 
 
+def _internvl(**llm: Any) -> Source:
+    """InternVL in the original layout; `llm` is what differs from the decoder of 3-1B."""
+    config = INTERNVL | {"llm_config": INTERNVL["llm_config"] | llm}
+    own = llm.get("model_type") == "internlm2"
+    tokens = INTERNLM2_TOKENS if own else INTERNVL_TOKENS
+    added = {text: AddedToken(i, special=True) for text, i in tokens.items()}
+    return Source(
+        {"config.json": config}, tokenizer=Tokenizer(bytes=not own, add_bos=own, added=added)
+    )
+
+
+_QWEN2_5_1_5B = {
+    "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
+    "num_hidden_layers": 28, "num_key_value_heads": 2,
+}  # fmt: skip
+_QWEN2_5_3B = {
+    "hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16,
+    "num_hidden_layers": 36, "num_key_value_heads": 2,
+}  # fmt: skip
+_INTERNLM2_1_8B = {
+    "architectures": ["InternLM2ForCausalLM"], "bias": False, "hidden_size": 2048,
+    "intermediate_size": 8192, "model_type": "internlm2", "num_attention_heads": 16,
+    "num_hidden_layers": 24, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "vocab_size": 92553,
+}  # fmt: skip
 _SMOLLM2_360M = {
     "hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15,
     "num_hidden_layers": 32, "num_key_value_heads": 5,
@@ -124,6 +151,10 @@ MODELS: Mapping[str, Source] = {
     "mobilevlm-v2-3b": _llava("mobilevlm", "ldpnetv2", **_MOBILELLAMA_3B),
     "tiny-llava-v1": Source({"config.json": TINY_LLAVA}),
     "tinygptv-stage4": _TINYGPTV_STAGE_4,
+    "internvl2.5-2b": _internvl(**_INTERNLM2_1_8B),
+    "internvl2.5-4b": _internvl(**_QWEN2_5_3B),
+    "internvl3-1b": _internvl(),
+    "internvl3-2b": _internvl(**_QWEN2_5_1_5B),
     "smolvlm-256m": _smolvlm(),
     "smolvlm-500m": _smolvlm(**_SMOLLM2_360M),
     "llava-1.5-7b": _llava("llava_llama", "mlp2x_gelu", **_VICUNA_7B),
