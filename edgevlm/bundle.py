@@ -4,6 +4,7 @@
     vision.onnx      pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]
     projector.onnx   features -> embeddings float32 [n, tokens, n_embd]
     decoder.gguf     the language decoder with its tokenizer
+    projector.newline.npy   float32 [n_embd], a row that ends lines, where tiles are joined to a map
 
 Each component has a role; which of them there are is the family's to say, and a bundle without a
 decoder can only embed pictures. Format 1 had all three of the above, and says the same of them. A
@@ -32,6 +33,7 @@ from edgevlm.types import Progress
 
 FORMAT = 2
 MANIFEST = "edgevlm.json"
+NEWLINE = "projector.newline.npy"
 ROLES = ("vision", "projector", "decoder", "text")
 # What a manifest states beside a decoder.
 _DECODING = ("prompt", "decoder", "answer", "token_embedding")
@@ -138,6 +140,12 @@ class Bundle:
     def path(self, component: str) -> Path:
         """The main file of a component, by its role."""
         return self.folder / self.manifest.components[component].files[0].file
+
+    @property
+    def newline(self) -> Path | None:
+        """The projector's file with a row that ends lines; None where there is none."""
+        names = [record.file for record in self.manifest.components["projector"].files]
+        return self.folder / NEWLINE if NEWLINE in names else None
 
     @property
     def vision_precisions(self) -> tuple[str, ...]:
@@ -288,7 +296,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 # Files that a bundle is made of; whatever else lies in its folder stays there.
-_OURS = (MANIFEST, "*.onnx", "*.onnx.data", "*.gguf")
+_OURS = (MANIFEST, "*.onnx", "*.onnx.data", "*.gguf", NEWLINE)
 # mkfs makes this in the root of a file system, which may be mounted to take a bundle.
 _NOBODYS = "lost+found"
 

@@ -13,8 +13,22 @@ from typing import Literal
 Attention = Literal["causal", "prefix"]
 Fit = Literal["stretch", "pad", "crop"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-TileRule = Literal["longest-edge", "ratio"]
+TileRule = Literal["longest-edge", "ratio", "pinpoints"]
 Overview = Literal["none", "first", "last"]
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """The image embeddings of a picture's tiles as one map, which is read line by line.
+
+    Lines and columns that hold padding alone are left out; what stays is a whole number, cut off
+    after `digits` decimals where that is not None. A map of more than `most` tiles, by a tenth of
+    its sides, is resized to as many; 0 is no bound. The newline, a row that the bundle holds, ends
+    every line, and a picture that is not cut.
+    """
+
+    most: int = 0
+    digits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -23,11 +37,16 @@ class TileSpec:
 
     `rule` chooses the grid. `longest-edge`: the long side is resized to `longest_edge` pixels, then
     both sides are stretched to multiples of a tile. `ratio`: of all grids of `least` to `most`
-    tiles the one whose shape is the nearest to the picture's, which is stretched to it. A picture
-    of one tile is not cut, and with `split` off none is. `overview` is where the whole picture
-    stands among the tiles, as one more, squeezed from the canvas that they are cut from or from the
-    picture itself (`overview_of`). `max_tiles` bounds the tiles of a picture, its overview among
-    them, by a coarser grid; 0 is no bound, 1 no cutting.
+    tiles the one whose shape is the nearest to the picture's, which is stretched to it.
+    `pinpoints`: the picture is resized in its own shape to that of the `canvases`, widths and
+    heights, on which most of it is left and least is empty, the first of equals, and lies in the
+    middle of it on black. A picture of one tile is not cut, and with `split` off none is.
+    `overview` is where the whole picture stands among the tiles, as one more, squeezed from what
+    `overview_of` says: the canvas that they are cut from, or the picture itself. `max_tiles` bounds
+    the tiles of a picture, its overview among them, by a coarser grid; 0 is no bound, 1 no cutting.
+    With `alone` only a picture that is the only one of a request is cut, and several become a
+    square as the fit "pad" has it. `map` joins the tiles' image embeddings; without it they stand
+    one tile after the other.
     """
 
     rule: TileRule
@@ -37,7 +56,10 @@ class TileSpec:
     max_tiles: int = 0
     least: int = 1
     most: int = 0
+    canvases: tuple[tuple[int, int], ...] = ()
     overview_of: Literal["canvas", "picture"] = "canvas"
+    alone: bool = False
+    map: MapSpec | None = None
 
 
 @dataclass(frozen=True)

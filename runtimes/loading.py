@@ -13,6 +13,7 @@ from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.image.plan import limited
 from edgevlm.runtimes import devices, rules
+from edgevlm.runtimes.joining import read_newline
 from edgevlm.runtimes.llama import backends, ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, LlamaDevice, Offload
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
@@ -59,6 +60,7 @@ def load_bundle(
     kind = family.by_name(manifest.family, str(folder / MANIFEST))
     if lacking := [role for role in kind.needs if role not in manifest.components]:
         raise BundleCorrupt(folder / MANIFEST, f"has no {lacking[0]}, which {kind.name} needs")
+    newline = read_newline(bundle)
     text = manifest.components.get("decoder")
     facts = rules.this_machine(ggml.cpu_features(), text.precision if text else "")
     threads = options.threads or rules.decide("threads", facts)
@@ -80,7 +82,10 @@ def load_bundle(
         )
         loaded("decoder")
     load_ms = (time.perf_counter() - start) * 1e3
-    return VLM(manifest, kind, encoder, decoder, load_ms=load_ms, devices=Devices(vision, placed))
+    placements = Devices(vision, placed)
+    return VLM(
+        manifest, kind, encoder, decoder, newline=newline, load_ms=load_ms, devices=placements
+    )
 
 
 def words(options: LoadOptions, ort: Ort, offered: Sequence[LlamaDevice]) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource, Picture, cut, read_picture
-from edgevlm.image.plan import Plan, plan
+from edgevlm.image.plan import Plan, among, plan
 from edgevlm.prompt import (
     Begin,
     Exchange,
@@ -35,6 +35,7 @@ from edgevlm.prompt import (
 from edgevlm.runtimes.cache import EmbeddingCache, fingerprint
 from edgevlm.runtimes.engines import Block, TextDecoder, VisionEncoder, sequential
 from edgevlm.runtimes.interrupt import interruptible
+from edgevlm.runtimes.joining import join
 from edgevlm.sampling import Sampling
 from edgevlm.specs import ImageSpec
 from edgevlm.types import Progress, Reply
@@ -72,13 +73,15 @@ class Bitmap:
 class Engines:
     """A loaded model: its manifest, its encoder and decoder, and the embeddings it remembers.
 
-    `text` is the decoder, None in a bundle that has none.
+    `text` is the decoder, None in a bundle that has none. `newline` is the row float32 [n_embd]
+    that ends the lines of a picture, where the model has one.
     """
 
     manifest: Manifest
     family: Family
     encoder: VisionEncoder
     text: TextDecoder | None
+    newline: Float | None = None
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
 
     @property
@@ -138,16 +141,18 @@ class Stopwatch:
 class Request:
     """A checked request: the segments of its input in order.
 
-    `pictures` are there until they are embeddings, `sizes` are their widths and heights, `n_tiles`
-    the squares that the encoder sees of them. `n_image` and `n_text` count rows; `max_tokens` is
-    the room for the answer that the context leaves, or less; `n_cached` and `n_kept` are counted
-    when the input is made and read. `progress` is told of every tile.
+    `pictures` are there until they are embeddings, `sizes` are their widths and heights, `image` is
+    the spec that they are planned by, `n_tiles` the squares that the encoder sees of them.
+    `n_image` and `n_text` count rows; `max_tokens` is the room for the answer that the context
+    leaves, or less; `n_cached` and `n_kept` are counted when the input is made and read. `progress`
+    is told of every tile.
     """
 
     pictures: list[Bitmap]
     segments: list[Image | Tokens]
     sampling: Sampling
     watch: Stopwatch
+    image: ImageSpec
     n_tiles: int
     n_image: int
     n_text: int
@@ -181,7 +186,8 @@ def prepare(
         )
     with watch.timed("image_decode_ms"):
         pictures = read(images)
-    plans = [picture.plan(spec.image) for picture in pictures]
+    image = among(spec.image, len(pictures))
+    plans = [picture.plan(image) for picture in pictures]
     written = laid_out(filled, plans, spec.prompt.picture)
     tokenized = [_tokenized(model, segment) for segment in written]
     segments = [segment for segment in tokenized if segment != Tokens(())]
@@ -192,7 +198,7 @@ def prepare(
         raise ContextOverflow(n_image, n_text, 1, context, n_tiles)
     wanted = sampling.max_tokens or spec.answer.max_tokens
     room = min(wanted, context - n_image - n_text)
-    return Request(pictures, segments, sampling, watch, n_tiles, n_image, n_text, room)
+    return Request(pictures, segments, sampling, watch, image, n_tiles, n_image, n_text, room)
 
 
 def prepare_last(
@@ -290,28 +296,30 @@ def _around_pictures(segments: Sequence[Image | Tokens]) -> list[int]:
 
 def _embedded(model: Engines, request: Request, picture: Bitmap) -> Float:
     with request.watch.timed("preprocess_ms"):
-        key = picture.key
+        # One that is among others may have another plan than alone.
+        key = f"{picture.key} {request.image.fit}"
     cached = model.cache.get(key)
     if cached is not None:
         request.n_cached += len(cached)
         return cached
-    embedded = encode(model, picture.picture, request.watch, request.progress)
+    embedded = encode(model, picture, request.image, request.watch, request.progress)
     model.cache.put(key, embedded)
     return embedded
 
 
 def encode(
     model: Engines,
-    picture: Picture,
+    picture: Bitmap,
+    image: ImageSpec,
     watch: Stopwatch,
     progress: Callable[[Progress], None] | None = None,
 ) -> Float:
-    """A picture -> image embeddings float32 [rows, n_embd], those of its tiles one after another.
+    """A picture -> image embeddings float32 [rows, n_embd], as its plan joins those of its tiles.
 
     Tiles go through the graphs a few at a time, each different one once.
     """
     with watch.timed("preprocess_ms"):
-        pixels = cut(picture, model.manifest.image)
+        pixels = cut(picture.picture, image)
         names = [tile.tobytes() for tile in pixels]
         first = {name: names.index(name) for name in names}
     encoder, made = model.encoder, list[Float]()
@@ -324,4 +332,4 @@ def encode(
         if progress:
             progress(Progress("vision", len(made), len(first), "tiles"))
     order = {name: i for i, name in enumerate(first)}
-    return np.concatenate([made[order[name]] for name in names])
+    return join(np.stack([made[order[name]] for name in names]), picture.plan(image), model.newline)

@@ -64,13 +64,14 @@ class VLM:
         encoder: VisionEncoder,
         decoder: TextDecoder | None,
         *,
+        newline: npt.NDArray[np.float32] | None = None,
         load_ms: float = 0.0,
         devices: Devices | None = None,
     ) -> None:
         self.manifest = manifest
         self.load_ms = load_ms
         self.devices = devices or _only("cpu", encoder.provider)
-        self.engines = Engines(manifest, family, encoder, decoder)
+        self.engines = Engines(manifest, family, encoder, decoder, newline)
         self._turns = Turns()
 
     @property
@@ -228,7 +229,7 @@ class VLM:
             (picture,) = read([image])
             while True:
                 try:
-                    return encode(self.engines, picture.picture, Stopwatch())
+                    return encode(self.engines, picture, self.manifest.image, Stopwatch())
                 except Cancelled:
                     self._turns.check()  # otherwise an answer of another thread was meant
 

@@ -23,6 +23,7 @@ from edgevlm.errors import EdgeVLMError
 from edgevlm.image import ImageSource, cut
 from edgevlm.prompt import Exchange, Tokens
 from edgevlm.runtimes.engines import Float
+from edgevlm.runtimes.joining import join
 from edgevlm.runtimes.loading import LoadOptions, load_bundle
 from edgevlm.runtimes.request import Engines, joined, prefill, prepare
 from edgevlm.sampling import Sampling
@@ -60,10 +61,11 @@ def stages(
     """
     options = Sampling(max_tokens=n_tokens)
     request = prepare(model, [Exchange(prompt, 1)], [image], options)
-    pixels = cut(request.pictures[0].picture, model.manifest.image)
+    pixels = cut(request.pictures[0].picture, request.image)
     features = model.encoder.features(pixels)
     embeddings = model.encoder.project(features)
-    prefill(model, request, joined(model, request, [np.concatenate(embeddings)]), n_tokens)
+    rows = join(embeddings, request.pictures[0].plan(request.image), model.newline)
+    prefill(model, request, joined(model, request, [rows]), n_tokens)
     logits, tokens = [model.decoder.logits()], list[int]()
     while len(tokens) < (n_tokens if follow is None else len(follow)):
         token = int(logits[-1].argmax()) if follow is None else int(follow[len(tokens)])

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgevlm.image.plan import limited, plan
+from edgevlm.image.plan import Plan, limited, plan
 from edgevlm.image.read import RGB, Picture
 from edgevlm.specs import ImageSpec
 
@@ -33,8 +33,8 @@ def preprocess(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
 def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     """A picture, or its RGB uint8 [h, w, 3] -> pixels float32 [tiles, 3, size, size], bit for bit
     as transformers' slow processors (4.57: SiglipImageProcessor, CLIPImageProcessor,
-    LlavaImageProcessor, Idefics3ImageProcessor, GotOcr2ImageProcessor): resized as 8-bit, then
-    scaled in float64, normalised in float32.
+    LlavaImageProcessor, Idefics3ImageProcessor, GotOcr2ImageProcessor, LlavaNextImageProcessor,
+    LlavaOnevisionImageProcessor): resized as 8-bit, then scaled in float64, normalised in float32.
 
     Raises ImageError for a picture that cannot be planned.
     """
@@ -46,22 +46,31 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
         resample = Image.Resampling.NEAREST
     elif spec.rgb == "last" and given.alpha is not None:
         drawn.putalpha(Image.fromarray(given.alpha))
-    original = drawn
-    if spec.fit == "pad":
-        canvas = _pad(drawn, spec, planned.canvas[0])
-    else:
-        if planned.resized:
-            drawn = drawn.resize(planned.resized, resample)
-        # Resizing only the tile of a crop (Pillow's `box`) rounds its weights otherwise: not the
-        # same pixels.
-        canvas = drawn.resize(planned.canvas, resample)
+    canvas = _canvas(drawn, planned, spec, resample)
     squares = [canvas.crop(tile) for tile in planned.tiles]
     if planned.overview != "none":
-        itself = spec.tiles is not None and spec.tiles.overview_of == "picture"
-        whole = (original if itself else canvas).resize((spec.size, spec.size), resample)
+        assert spec.tiles
+        squeezed = canvas if spec.tiles.overview_of == "canvas" else drawn
+        whole = squeezed.resize((spec.size, spec.size), resample)
         squares.insert(0 if planned.overview == "first" else len(squares), whole)
     pixels: Pixels = np.stack([_normalised(square, spec) for square in squares])
     return pixels
+
+
+def _canvas(
+    picture: Image.Image, planned: Plan, spec: ImageSpec, resample: Image.Resampling
+) -> Image.Image:
+    if spec.fit == "pad":
+        return _pad(picture, spec, planned.canvas[0])
+    if planned.resized:
+        picture = picture.resize(planned.resized, resample)
+    if planned.at is None:
+        # Resizing only the tile of a crop (Pillow's `box`) rounds its weights otherwise: not the
+        # same pixels.
+        return picture.resize(planned.canvas, resample)
+    canvas = Image.new("RGB", planned.canvas)
+    canvas.paste(picture, planned.at)
+    return canvas
 
 
 def _normalised(square: Image.Image, spec: ImageSpec) -> Pixels:

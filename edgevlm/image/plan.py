@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from edgevlm.errors import ImageError
-from edgevlm.specs import ImageSpec, Overview, TileRule, TileSpec
+from edgevlm.specs import ImageSpec, MapSpec, Overview, TileRule, TileSpec
 
 # What a long and narrow picture may become on the way to a square: half a gigabyte, enough for one
 # of 1 x 1000 pixels whose short side becomes 336.
 MAX_RESIZED = 1 << 27
 # Idefics3's processor resizes no picture beyond this side (MAX_IMAGE_SIZE).
 _IDEFICS3_SIDE = 4096
+# A map is resized where its sides are longer than this times what it may have.
+_SHRINK_ABOVE = 1.1
 
 Box = tuple[int, int, int, int]
 
@@ -30,7 +32,10 @@ class Plan:
     those that it is resized to before that, if at all. `tiles` are the squares that the encoder
     sees of the canvas, as left, top, right and bottom, row by row, `grid` their rows and columns,
     (0, 0) for a picture that is not cut. `overview` is where the whole picture stands among them as
-    one more square. `rows` are the image embeddings of all of them.
+    one more square. `at` is where the resized picture lies on a black canvas, left and top of it;
+    None where it is stretched to the canvas. `kept` is the box of the map of the grid's image
+    embeddings (TileSpec.map) that is not padding, `shrunk` the width and height that it is resized
+    to, if at all. `rows` are the image embeddings of the picture.
     """
 
     canvas: tuple[int, int]
@@ -39,6 +44,9 @@ class Plan:
     resized: tuple[int, int] | None = None
     grid: tuple[int, int] = (0, 0)
     overview: Overview = "none"
+    at: tuple[int, int] | None = None
+    kept: Box | None = None
+    shrunk: tuple[int, int] | None = None
 
     @property
     def n_tiles(self) -> int:
@@ -62,6 +70,13 @@ def limited(spec: ImageSpec, max_tiles: int | None) -> ImageSpec:
     if max_tiles is None or spec.tiles is None:
         return spec
     return replace(spec, tiles=replace(spec.tiles, max_tiles=max_tiles))
+
+
+def among(spec: ImageSpec, n: int) -> ImageSpec:
+    """The spec of each picture of a request with `n` of them."""
+    if n < 2 or spec.tiles is None or not spec.tiles.alone:
+        return spec
+    return replace(limited(spec, 1), fit="pad")
 
 
 def _single(width: int, height: int, spec: ImageSpec) -> Plan:
@@ -185,8 +200,77 @@ def _cut(
     return Plan(canvas, boxes, n * spec.tokens, resized, (rows, columns), tiles.overview)
 
 
+def _pinpoints(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> Iterator[Plan]:
+    """LLaVA-NeXT's rule among as many tiles as there may be, and the whole picture."""
+    fitting = [
+        (w, h)
+        for w, h in tiles.canvases
+        if not tiles.max_tiles or w * h // spec.size**2 < tiles.max_tiles
+    ]
+    if fitting:
+        yield _on_canvas(width, height, _best(width, height, fitting), spec, tiles)
+    whole = _single(width, height, spec)
+    yield replace(whole, rows=whole.rows + (tiles.map is not None))
+
+
+def _best(width: int, height: int, canvases: list[tuple[int, int]]) -> tuple[int, int]:
+    """The first canvas with most pixels of the picture, and of those with fewest others (LLaVA,
+    llava/mm_utils.py, select_best_resolution).
+    """
+
+    def waste(canvas: tuple[int, int]) -> tuple[int, int]:
+        scale = min(canvas[0] / width, canvas[1] / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        return -used, canvas[0] * canvas[1] - used
+
+    return min(canvases, key=waste)
+
+
+def _on_canvas(
+    width: int, height: int, canvas: tuple[int, int], spec: ImageSpec, tiles: TileSpec
+) -> Plan:
+    """The picture in its own shape in the middle of a canvas (llava/mm_utils.py,
+    resize_and_pad_image).
+    """
+    across, down = canvas[0] / width, canvas[1] / height
+    if across < down:
+        resized = canvas[0], min(math.ceil(height * across), canvas[1])
+    else:
+        resized = min(math.ceil(width * down), canvas[0]), canvas[1]
+    at = (canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2
+    cut = _cut(canvas, canvas[1] // spec.size, canvas[0] // spec.size, spec, tiles, resized)
+    made = replace(cut, at=at)
+    return _mapped(made, width, height, spec.tokens, tiles.map) if tiles.map else made
+
+
+def _mapped(made: Plan, width: int, height: int, tokens: int, joined: MapSpec) -> Plan:
+    """A plan with the map of its grid (llava/model/llava_arch.py, unpad_image; LLaVA-NeXT's for
+    anyres_max).
+    """
+    side = math.isqrt(tokens)
+    rows, columns = made.grid[0] * side, made.grid[1] * side
+    if width / height > columns / rows:
+        edge = (rows - _whole(height * (columns / width), joined.digits)) // 2
+        kept = (0, edge, columns, rows - edge)
+    else:
+        edge = (columns - _whole(width * (rows / height), joined.digits)) // 2
+        kept = (edge, 0, columns - edge, rows)
+    w, h = kept[2] - kept[0], kept[3] - kept[1]
+    shrunk = None
+    times = math.sqrt(w * h / (joined.most * tokens)) if joined.most else 0
+    if times > _SHRINK_ABOVE:
+        w, h = shrunk = int(w // times), int(h // times)
+    overview = tokens if made.overview != "none" else 0
+    return replace(made, rows=overview + h * (w + 1), kept=kept, shrunk=shrunk)
+
+
+def _whole(length: float, digits: int | None) -> int:
+    return int(length if digits is None else round(length, digits))
+
+
 # Each yields the plans of a picture, the finest first and one of a single tile last.
 _RULES: Mapping[TileRule, Callable[[int, int, ImageSpec, TileSpec], Iterator[Plan]]] = {
     "longest-edge": _longest_edge,
     "ratio": _ratio,
+    "pinpoints": _pinpoints,
 }
