@@ -163,6 +163,8 @@ class Family:
     name: as in manifests and file names.
     license: licence of the published weights, where the checkpoint does not state one.
     model_types: values of `model_type` in config.json that belong to it.
+    claims: config.json -> whether it is this family's although its `model_type` is another's, too;
+        None if its model types say enough.
     describe: Source -> Model. Raises ValueError with one line that names the key if the config is
         not one of this family, or the choice if the user's is not; FileError for another file.
     locate: name of a source tensor -> "vision.…", "projector.…" or "decoder.…" in the canonical
@@ -190,6 +192,7 @@ class Family:
     weight_files: tuple[WeightFile, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ("vision", "projector", "decoder")
+    claims: Callable[[Config], bool] | None = None
 
 
 def locate_by_patterns(
@@ -300,10 +303,11 @@ def by_name(name: str, where: str) -> Family:
     return family
 
 
-def by_model_type(model_type: str, where: str) -> Family:
-    """The family that reads config.json's `model_type`; raises UnknownFamily."""
-    families = every()
-    for family in families:
+def by_config(config: Config, where: str) -> Family:
+    """The family that reads a config.json, by its `model_type`; raises UnknownFamily."""
+    families, model_type = every(), config["model_type"]
+    claiming = [family for family in families if family.claims and family.claims(config)]
+    for family in (*claiming, *families):
         if model_type in family.model_types:
             return family
     raise UnknownFamily(model_type, [t for f in families for t in f.model_types], where)

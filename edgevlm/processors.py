@@ -18,6 +18,8 @@ PREPROCESSOR, PROCESSOR = PROCESSORS = ("preprocessor_config.json", "processor_c
 CLIP, SIGLIP, LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
 IDEFICS3, SMOLVLM = "Idefics3ImageProcessor", "SmolVLMImageProcessor"
 GOT_OCR2 = "GotOcr2ImageProcessor"
+LLAVA_NEXT = "LlavaNextImageProcessor"
+PINPOINTS = "image_grid_pinpoints"
 
 # openai/CLIP's normalisation, and the one that transformers calls IMAGENET_STANDARD.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -25,6 +27,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
 # Idefics3's classes, which cut pictures into tiles and make them RGB at last.
 _IDEFICS = (IDEFICS3, SMOLVLM)
+# Classes that cut pictures by pinpoints.
+_PINNED = (LLAVA_NEXT,)
 # PIL's numbers.
 _RESAMPLE: dict[int, Resample] = {
     0: "nearest",
@@ -62,6 +66,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     LLAVA: _CLIP_DEFAULTS | {"do_pad": False},
     SIGLIP: _COMMON
     | {"image_mean": _HALF, "image_std": _HALF, "size": {"height": 224, "width": 224}},
+    LLAVA_NEXT: _CLIP_DEFAULTS
+    | {
+        PINPOINTS: [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        # Published files have it, no release reads it.
+        "aspect_ratio_setting": "anyres",
+    },
     IDEFICS3: _IDEFICS3_DEFAULTS,
     SMOLVLM: _IDEFICS3_DEFAULTS,
     GOT_OCR2: _COMMON
@@ -223,7 +233,7 @@ def _means_something(key: str, value: Any) -> bool:
 def image_spec(
     found: ProcessorSettings, side: int, tokens: int, *, pad: bool = False, max_pictures: int = 1
 ) -> ImageSpec:
-    """Translates a processor's settings for a tower of `side` pixels.
+    """Translates a processor's settings for a tower of `side` pixels, but for pinpoints.
 
     With `pad` its caller puts a picture into the middle of a square of the mean colour first, as
     LLaVA's own code does. Raises FileError.
@@ -336,6 +346,12 @@ def _fit(found: ProcessorSettings, side: int, pad: bool) -> tuple[Fit, int]:
     if found.kind in _IDEFICS:
         return "stretch", side
     resize, keeps_shape = _size(found)
+    if found.kind in _PINNED:
+        # Tiles are as large as what would be cut out, whether it is or not.
+        for key, value in (("size", resize), ("crop_size", _cut_side(found, side))):
+            if value != side:
+                raise found.refusal(key, f"the vision tower takes {side} pixels")
+        return "stretch", side
     cuts = found.values.get("do_center_crop", False)
     if cuts:
         cut = _square(found, "crop_size", found.values["crop_size"])
@@ -350,6 +366,11 @@ def _fit(found: ProcessorSettings, side: int, pad: bool) -> tuple[Fit, int]:
     elif resize != side:
         raise found.refusal("size", f"the vision tower takes {side} pixels")
     return "pad" if pad else "crop" if keeps_shape else "stretch", resize
+
+
+def _cut_side(found: ProcessorSettings, side: int) -> int:
+    """The side that is cut out; `side` where the class has no such key."""
+    return _square(found, "crop_size", found.values.get("crop_size", side))
 
 
 def _size(found: ProcessorSettings) -> tuple[int, bool]:

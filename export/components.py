@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.bundle import Component, record, writing
+from edgevlm.bundle import NEWLINE, Component, record, writing
 from edgevlm.errors import ExportError
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.source import Checkpoint
@@ -29,6 +30,9 @@ from edgevlm.export.parity import images
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.export.progress import Report, Stage
 from edgevlm.family import Family, Model
+
+if TYPE_CHECKING:
+    from edgevlm.export.onnx.modules import PartModule
 
 # Room for what the estimate does not count: headers, the tokenizer, rounding to blocks.
 _SPARE_BYTES = 64 << 20
@@ -207,4 +211,13 @@ def _write_projector(
     else:
         storage.store(traced, target)
     stage.advance(1)
-    return precision.name if module.quantized else "fp32", storage.files(target)
+    written = [*storage.files(target), *write_newline(module, folder)]
+    return precision.name if module.quantized else "fp32", written
+
+
+def write_newline(module: PartModule, folder: Path) -> list[Path]:
+    """Writes a connector's newline beside its graph; the file, if it has one."""
+    if module.newline is None:
+        return []
+    np.save(folder / NEWLINE, module.newline.numpy())
+    return [folder / NEWLINE]

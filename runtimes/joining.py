@@ -18,10 +18,10 @@ def read_newline(bundle: Bundle) -> Float | None:
 
     Raises BundleCorrupt where the file is missing or holds anything else.
     """
-    tiles, path = bundle.manifest.image.tiles, bundle.newline
+    tiles = bundle.manifest.image.tiles
     if tiles is None or tiles.map is None:
         return None
-    if path is None:
+    if (path := bundle.newline) is None:
         raise BundleCorrupt(bundle.folder / MANIFEST, "names no newline, which its tiles need")
     try:
         found = np.load(path, allow_pickle=False)

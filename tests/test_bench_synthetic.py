@@ -24,6 +24,8 @@ from edgevlm.export import export_bundle, pipeline, precisions
 from edgevlm.export.gguf import tools
 from edgevlm.export.progress import Stage
 from edgevlm.family import TOWER, Source
+from edgevlm.image.plan import plan
+from edgevlm.processors import PREPROCESSOR
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.tinygptv import write_tinygptv
@@ -50,6 +52,15 @@ def llava(projector: str, **text: Any) -> Source:
     config = {"model_type": "mobilevlm", "mm_projector_type": projector} | LLAMA | text
     tower = VISION | {"model_type": "clip_vision_model", "image_size": 112}
     return Source({"config.json": config, f"{TOWER}config.json": tower})
+
+
+def llava_next() -> Source:
+    """What is told of a small LLaVA-NeXT."""
+    size = VISION["image_size"]
+    config = {"model_type": "llava_next", "vision_config": VISION, "text_config": LLAMA}
+    pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
+    pictures = {"image_grid_pinpoints": pinpoints, "size": size, "crop_size": size}
+    return Source({"config.json": config, PREPROCESSOR: pictures})
 
 
 def tinygptv() -> Source:
@@ -82,6 +93,7 @@ SMALL = {
     "tinygptv": tinygptv(),
     "gemma": paligemma("gemma"),
     "gemma2": paligemma("gemma2"),
+    "llava_next": llava_next(),
     **{name: llava(name) for name in ("linear", "mlp2x_gelu", "ldpnet", "ldpnetv2")},
 }
 
@@ -93,10 +105,11 @@ def test_a_synthetic_bundle_answers(kind: str, tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (80, 90, 3), np.uint8)
     with edgevlm.load(tmp_path / "made") as vlm:
         rows = vlm.embed_image(picture)
-        assert rows.shape == (vlm.manifest.image.tokens, 256)
+        planned = plan(90, 80, vlm.manifest.image)
+        assert rows.shape == (planned.rows, 256)
         assert np.isfinite(rows).all() and rows.std() > 0
         assert np.isfinite(vlm.score("hello", ["a", "b"], picture)).all()
-        assert vlm.ask("hello", picture, max_tokens=3).tokens.image == vlm.manifest.image.tokens
+        assert vlm.ask("hello", picture, max_tokens=3).tokens.image == planned.rows
 
 
 def types(path: Path) -> dict[str, tuple[str | int, ...]]:
@@ -187,7 +200,7 @@ def test_graphs_do_what_exported_ones_do(name: str, tmp_path: Path) -> None:
 def test_every_name_has_a_family_that_reads_its_config(name: str) -> None:
     _, model = synthetic.describe(MODELS[name], name)
     side = model.vision.image_size
-    assert f"-{side}" in name or side in (336, 448, 512)
+    assert f"-{side}" in name or side in (336, 448) or model.image.tiles
     assert 1e8 < decoder_bytes(model, "f16") < 2e10
     assert len(vocabulary(model, {}).tokens) == model.decoder.n_vocab
 

@@ -21,6 +21,7 @@ from edgevlm.image.plan import plan
 from edgevlm.runtimes.session import VLM
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
+from tests.checkpoints.llava_next import write_next
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
@@ -37,6 +38,8 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "internvl-hf": ("internvl", write_internvl),
     "internvl-3": ("internvl", partial(write_internvl, layout="own", files="pair")),
     "internvl-2-2b": ("internvl", partial(write_internvl, layout="own", internlm2=True)),
+    "llava-next-hf": ("llava_next", write_next),
+    "llava-next": ("llava_next", partial(write_next, layout="own")),
     "smolvlm": ("smolvlm", write_smolvlm),
     "smolvlm-2.2b-v1": ("smolvlm", partial(write_smolvlm, places=False, factor=2)),
     "tinygptv": ("tinygptv", lambda folder: write_tinygptv(folder, stage=4)),
@@ -105,7 +108,8 @@ def test_pixels_are_the_encoders_and_repeatable(vlm: VLM) -> None:
 def test_a_picture_takes_the_rows_that_the_manifest_says(vlm: VLM) -> None:
     rows = vlm.embed_image(PICTURE)
     planned = plan(PICTURE.shape[1], PICTURE.shape[0], vlm.manifest.image)
-    assert planned.rows == planned.n_tiles * vlm.manifest.image.tokens
+    tiles, each = vlm.manifest.image.tiles, vlm.manifest.image.tokens
+    assert (planned.rows == planned.n_tiles * each) == (tiles is None or tiles.map is None)
     assert rows.shape == (planned.rows, vlm.manifest.decoder.n_embd)
     assert rows.dtype == np.float32 and np.isfinite(rows).all()
     assert vlm.ask("x", PICTURE, max_tokens=1).tokens.image == len(rows)

@@ -69,8 +69,7 @@ def _changed(source: Source, path: tuple[str, ...], value: Any) -> Source:
 
 
 def _describe(source: Source) -> family.Model:
-    kind = str(source.files[CONFIG]["model_type"])
-    return family.by_model_type(kind, "here").describe(source)
+    return family.by_config(source.files[CONFIG], "here").describe(source)
 
 
 @pytest.mark.parametrize("name", SOURCES)

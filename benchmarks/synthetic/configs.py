@@ -104,6 +104,30 @@ TINY_LLAVA: dict[str, Any] = {
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
 }
+# LLaVA-1.6 on Mistral in transformers' layout.
+LLAVA_NEXT: dict[str, Any] = {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "image_token_index": 32000,
+    "model_type": "llava_next",
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "vocab_size": 32064,
+    },
+    "torch_dtype": "bfloat16",
+    "use_image_newline_parameter": True,
+    "vision_config": CLIP,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
 # SmolVLM-256M's config.json and its preprocessor_config.json.
 SMOLVLM: dict[str, Any] = {
     "architectures": ["Idefics3ForConditionalGeneration"],

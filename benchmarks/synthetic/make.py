@@ -23,9 +23,10 @@ from edgevlm.bundle import (
     writing,
 )
 from edgevlm.errors import BenchError
+from edgevlm.export.components import write_newline
 from edgevlm.export.gguf.decoder import FILE, embedding_location
 from edgevlm.export.progress import Stage
-from edgevlm.family import Family, Model, Source, by_model_type
+from edgevlm.family import Family, Model, Source, by_config
 from edgevlm.models import directory
 from edgevlm.parts import Connector, VisionTower
 
@@ -57,7 +58,7 @@ def synthetic(name: str, quant: str, starts: Callable[[str], None] = lambda _: N
 
 def describe(source: Source, name: str) -> tuple[Family, Model]:
     """The family of a checkpoint and what it says of the model."""
-    family = by_model_type(source.files["config.json"]["model_type"], name)
+    family = by_config(source.files["config.json"], name)
     return family, family.describe(source)
 
 
@@ -109,14 +110,14 @@ def _write_graph(path: Path, part: VisionTower | Connector, shape: tuple[int, ..
         traced, stored = Path(work) / "traced.onnx", Path(work) / "stored.onnx"
         module = trace.build(part, random_part(part), Stage(None, path.stem, 1, "tensors"))
         trace.trace(module, shape, traced)
-        quantized = module.quantized
+        quantized, beside = module.quantized, write_newline(module, path.parent)
         del module
         # With the weights beside the graph, one at a time is in memory from here on.
         storage.store(traced, stored if quantized else path)
         storage.remove(traced)
         if quantized:
             dynamic8.write(stored, path, quantize.linear_maps(stored))
-    files = tuple(record(file) for file in storage.files(path))
+    files = tuple(record(file) for file in (*storage.files(path), *beside))
     return Component("int8" if quantized else "fp32", files)
 
 

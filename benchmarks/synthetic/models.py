@@ -13,6 +13,7 @@ from edgevlm.benchmarks.synthetic.configs import (
     INTERNLM2_TOKENS,
     INTERNVL,
     INTERNVL_TOKENS,
+    LLAVA_NEXT,
     MOBILEPALO,
     PALIGEMMA,
     SMOLVLM,
@@ -54,6 +55,17 @@ def _llava(model_type: str, projector: str, **text: Any) -> Source:
     """LLaVA's own layout with OpenAI's large CLIP; `text` is what differs from MobileLLaMA-1.4B."""
     config = MOBILEPALO | {"model_type": model_type, "mm_projector_type": projector} | text
     return Source({"config.json": config, f"{TOWER}config.json": CLIP})
+
+
+def _next(model_type: str, **text: Any) -> Source:
+    """LLaVA-NeXT in LLaVA's own layout, as `_llava`."""
+    pinpoints = LLAVA_NEXT["image_grid_pinpoints"]
+    tiles = {
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": pinpoints,
+        "mm_patch_merge_type": "spatial_unpad",
+    }
+    return _llava(model_type, "mlp2x_gelu", **tiles, **text)
 
 
 _MOBILELLAMA_3B = {
@@ -157,5 +169,7 @@ MODELS: Mapping[str, Source] = {
     "internvl3-2b": _internvl(**_QWEN2_5_1_5B),
     "smolvlm-256m": _smolvlm(),
     "smolvlm-500m": _smolvlm(**_SMOLLM2_360M),
+    "llava-next-mistral-7b": Source({"config.json": LLAVA_NEXT}),
+    "llava-next-vicuna-7b": _next("llava_llama", **_VICUNA_7B),
     "llava-1.5-7b": _llava("llava_llama", "mlp2x_gelu", **_VICUNA_7B),
 }

@@ -65,10 +65,9 @@ def read_source(
 def family_of(checkpoint: Checkpoint) -> Family:
     """The family that config.json's model_type names; raises SourceError or UnknownFamily."""
     path, config = checkpoint.config_path, checkpoint.configs[CONFIG]
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
+    if not isinstance(config.get("model_type"), str):
         raise SourceError(f"{path}: has no 'model_type'; name the folder of a whole checkpoint")
-    return families.by_model_type(model_type, str(path))
+    return families.by_config(config, str(path))
 
 
 def _main(folder: Path) -> Path:

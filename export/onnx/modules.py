@@ -29,6 +29,11 @@ class PartModule(nn.Module):
         """The module that has the checkpoint's tensors under their canonical names."""
         return self
 
+    @property
+    def newline(self) -> Tensor | None:
+        """The row float32 [n_embd] that ends the lines of a picture; None in most parts."""
+        return None
+
     def loaded(self) -> None:
         """Called when the checkpoint's weights are there."""
 

@@ -46,7 +46,8 @@ class Tiny:
 
     `tower` says where the vision tower is: "inside" the weights, or in a "folder" of its own,
     written beside the checkpoint as CLIP is published. `weights` is "safetensors" or "bin";
-    `vocabulary`, `tokenizer` and `legacy` are those of llava_tokenizers.Tokens.
+    `vocabulary`, `tokenizer` and `legacy` are those of llava_tokenizers.Tokens. `newline` is
+    LLaVA-NeXT's, which ends the lines of a picture.
     """
 
     layout: str = "own"
@@ -75,6 +76,7 @@ class Tiny:
     text_config: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     tower_config: Mapping[str, Any] = field(default_factory=dict)
+    newline: bool = False
 
     @property
     def own(self) -> bool:

@@ -55,6 +55,10 @@ def tensors(tiny: Tiny) -> Tensors:
     out |= {decoder + k: v for k, v in _decoder(tiny, normal).items()}
     if not tiny.tied:
         out[lm_head] = normal(tiny.n_vocab, tiny.width, std=5 * tiny.width**-0.5)
+    if tiny.newline:
+        out["image_newline" if tiny.layout == "hf" else "model.image_newline"] = normal(
+            tiny.width, std=1.0
+        )
     return out
 
 

@@ -38,14 +38,15 @@ def stages(
     """See references.SourceModel.run; `around` are the token ids on both sides of the picture."""
     embed = decoder.get_input_embeddings()
     before, after = (embed(torch.tensor([ids])) for ids in around)
-    logits = _logits(decoder, torch.cat([before, seen.embeddings, after], 1), tokens)
+    logits = generated(decoder, torch.cat([before, seen.embeddings, after], 1), tokens)
     return {name: tensor.numpy() for name, tensor in seen._asdict().items()} | {
         "prompt_ids": np.array(around[0] + around[1], np.int32),
         "logits": logits,
     }
 
 
-def _logits(decoder: Any, rows: Tensor, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+def generated(decoder: Any, rows: Tensor, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Logits [1 + n, n_vocab] after rows [1, m, n_embd] and after each of n tokens."""
     cache = _hf.DynamicCache(config=decoder.config)
     out = decoder(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
     found = [out.logits[0, -1].numpy()]

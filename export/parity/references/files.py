@@ -25,6 +25,11 @@ def has_processor(folder: Path) -> bool:
     return (folder / "preprocessor_config.json").is_file() or bool(nested)
 
 
+def processor_settings(folder: Path) -> dict[str, Any]:
+    """Settings in a folder's processor_config.json, none where it is not there."""
+    return _json(folder / "processor_config.json")
+
+
 def picture_processor(folder: Path, kind: str = "AutoImageProcessor") -> Any:
     """The folder's picture processor of a class, by default the one that its file names.
 

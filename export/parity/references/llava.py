@@ -45,6 +45,7 @@ _OWN_NAMES = (
     (r"^model\.mm_projector$", "projector.linear"),
     (r"^model\.mm_projector\.(weight|bias)$", r"projector.linear.\1"),
     (r"^model\.mm_projector\.(?:model\.)?", "projector."),
+    (r"^model\.image_newline$", "projector.image_newline"),
     (r"^", "decoder."),
 )
 _NAMES = (
@@ -82,10 +83,22 @@ class Reference:
             pixels = self._pixels(request.image)
             features = _features(pixels, model.vision, parts["vision"], added)
             projector = _projector(parts["projector"], added)
-            rows = _CONNECTORS[type(model.projector)](features, projector)
+            squares = self._connected(features, projector)
+            rows = self._joined(squares, projector, request.image)
             decoder = _decoder(model.text, parts["decoder"], added)
             seen = Seen(pixels, features, rows)
-            return stages(seen, decoder, self._around(request.prompt), tokens)
+            made = stages(seen, decoder, self._around(request.prompt), tokens)
+            return made | {"embeddings": squares.numpy()}
+
+    def _connected(self, features: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
+        """Features -> the image embeddings [n, rows, n_embd] of every square."""
+        return CONNECTORS[type(self._job.model.projector)](features, projector)
+
+    def _joined(
+        self, squares: Tensor, projector: Mapping[str, Tensor], image: NDArray[np.uint8]
+    ) -> Tensor:
+        """The rows [1, n, n_embd] that the decoder reads of a picture."""
+        return squares
 
     def _added(self) -> tuple[Added | None, Mapping[str, Weights]]:
         """The adapter, and the parts as they are without it."""
@@ -245,7 +258,7 @@ def _grid(x: Tensor) -> Tensor:
     return x.permute(0, 2, 1).reshape(x.shape[0], x.shape[2], side, side)
 
 
-_CONNECTORS: dict[type[Connector], Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
+CONNECTORS: dict[type[Connector], Callable[[Tensor, Mapping[str, Tensor]], Tensor]] = {
     Linear: _linear,
     Mlp: _mlp,
     Ldp: _ldp,

@@ -1,0 +1,318 @@
+"""Checkpoints of LLaVA's shape, in its own layout and in transformers', for several families.
+
+Facts from haotian-liu/LLaVA, mbzuai-oryx/PALO and LLaVA-pp, Meituan-AutoML/MobileVLM and
+transformers 4.57 (models/llava, models/llava_next).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from edgevlm import decoders
+from edgevlm.family import (
+    TOWER,
+    Config,
+    Model,
+    Source,
+    Tokenizer,
+    decoder_spec,
+    locate_by_patterns,
+    read_config,
+    section,
+    setting,
+    stop_tokens,
+)
+from edgevlm.parts import Connector
+from edgevlm.parts.clip import ClipTower
+from edgevlm.parts.ldp import Ldp
+from edgevlm.parts.ldpv2 import LdpV2
+from edgevlm.parts.linear import Linear
+from edgevlm.parts.llama import Llama
+from edgevlm.parts.mlp import Mlp
+from edgevlm.processors import CLIP, ProcessorSettings, default_settings, find_settings
+from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec
+from edgevlm.templates import BEGIN_3, IMAGE, TEMPLATES, Cutter, Spaces, Template
+
+# transformers' defaults for CLIPVisionConfig, which a config.json omits.
+_VISION = ClipTower(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_channels=3,
+    image_size=224,
+    patch_size=32,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+)
+OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral", "llava_phi", "llava_phi3")
+# OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
+_CLIP_HEAD = 64
+_TOKENIZER = "tokenizer_config.json"
+_TASKS = {"caption": "Describe the image.", "ocr": "What is the text in the image?"}
+_FRAME, _PATCH = ("<im_start>", "<im_end>"), "<im_patch>"
+
+
+# Source, its tower, image embeddings of a square, whether the layout is the original projects' ->
+# the picture's spec and notes of what no file of the checkpoint states.
+Pictures = Callable[[Source, ClipTower, int, bool], tuple[ImageSpec, tuple[str, ...]]]
+
+
+def describe(source: Source, default: str, pictures: Pictures, *, several: bool = False) -> Model:
+    """Describes a checkpoint; `default` is its template where the user chose none.
+
+    With `several` a request may have several pictures, each on a line of its own.
+    """
+    config, own = source.files["config.json"], is_own(source.files["config.json"])
+    decoder = config if own else section(config, "text_config")
+    # transformers takes a decoder that does not say for LLaMA (LlavaConfig, LlavaNextConfig).
+    text = decoders.read(decoder, config["model_type"] if own else "llama")
+    vision = _vision(source, config)
+    projector = _projector(config, vision, text, own)
+    template = _template(source, default)
+    stops = stop_tokens(source.files, decoder, decoders.EOS[text.architecture])
+    cutter = Cutter(source.tokenizer, _spaces(source, own), stops[0])
+    ends = dict.fromkeys((cutter.end(template), *stops))
+    image, notes = pictures(source, vision, projector.tokens(vision.rows), own)
+    prompt = _several(template, cutter) if several else _prompt(config, template, cutter, own)
+    return Model(
+        image=image,
+        prompt=prompt,
+        decoder=decoder_spec(text, "causal"),
+        # The originals answer until their chat ends a turn, at most 1024 tokens (llava/serve).
+        answer=AnswerSpec(stop_tokens=tuple(ends), max_tokens=512),
+        vision=vision,
+        projector=projector,
+        text=text,
+        markers=_markers(config, source.tokenizer, own),
+        prefix="" if source.tokenizer.bytes else " ",
+        prefix_once=cutter.spaces == "first",
+        original=IMAGE.join(_around(config, template)),
+        notes=notes,
+    )
+
+
+def is_own(config: Config) -> bool:
+    """True for a config of the original projects, which called theirs "llava" at first."""
+    kind = config["model_type"]
+    first = kind == "llava" and "text_config" not in config and "mm_vision_tower" in config
+    return first or kind in OWN_LAYOUT
+
+
+def _vision(source: Source, config: Config) -> ClipTower:
+    """The tower as far as its features are read: from its own config, or else from its tensors."""
+    given = source.files.get(f"{TOWER}config.json")
+    found = section(given or config, "vision_config") or given or {}
+    kind = found.get("model_type", "clip_vision_model")
+    if kind not in ("clip_vision_model", "clip"):
+        raise ValueError(f"the vision tower is a {kind!r}; only clip_vision_model is known")
+    vision = read_config(_VISION, found) if found else _from_shapes(source)
+    layer = config.get("mm_vision_select_layer", config.get("vision_feature_layer", -2))
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer is {layer!r}; only one layer can be read")
+    depth = vision.num_hidden_layers
+    read = layer if layer >= 0 else depth + 1 + layer
+    if not 0 < read <= depth:
+        raise ValueError(f"vision layer {layer} is not one of a tower of {depth}")
+    select = setting(config, "vision_feature_select_strategy", "patch")
+    select = setting(config, "mm_vision_select_feature", select)
+    if select not in _SELECT:
+        raise ValueError(f"the feature selection {select!r} is not one of {', '.join(_SELECT)}")
+    return replace(vision, num_hidden_layers=read, depth=depth, class_token=_SELECT[select])
+
+
+# Whether the class token's row is read with the patches'.
+_SELECT = {"patch": False, "default": False, "cls_patch": True, "full": True}
+
+
+def _from_shapes(source: Source) -> ClipTower:
+    shapes = {
+        name.removeprefix("vision."): shape
+        for raw, shape in source.shapes.items()
+        if (name := locate(raw) or "").startswith("vision.")
+    }
+    try:
+        width, channels, patch, _ = shapes["embeddings.patch_embedding.weight"]
+        positions, _ = shapes["embeddings.position_embedding.weight"]
+        mlp, _ = shapes["encoder.layers.0.mlp.fc1.weight"]
+    except (KeyError, ValueError):
+        raise ValueError("it holds no vision tower; name one (--vision-tower)") from None
+    layers = [int(m[1]) for n in shapes if (m := re.match(r"encoder\.layers\.(\d+)\.", n))]
+    return replace(
+        _VISION,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=max(layers) + 1,
+        num_attention_heads=width // _CLIP_HEAD,
+        num_channels=channels,
+        image_size=round((positions - 1) ** 0.5) * patch,
+        patch_size=patch,
+    )
+
+
+def _projector(config: Config, vision: ClipTower, text: Llama, own: bool) -> Connector:
+    for key in ("s2", "mm_resampler_type"):
+        if config.get(key):
+            raise ValueError(f"{key} is {config[key]!r}; only models without it are known")
+    inside, outside = vision.hidden_size, text.hidden_size
+    if not own:
+        act, bias = config.get("projector_hidden_act", "gelu"), "multimodal_projector_bias"
+        if act != "gelu" or not config.get(bias, True):
+            raise ValueError(f"projector_hidden_act {act!r} or {bias} is not known; LLaVA has gelu")
+        return Mlp(in_features=inside, out_features=outside, depth=2)
+    name = str(config.get("mm_projector_type", "linear"))
+    if depth := re.fullmatch(r"mlp(\d+)x_gelu", name):
+        return Mlp(in_features=inside, out_features=outside, depth=int(depth[1]))
+    if name not in _CONNECTORS:
+        raise ValueError(
+            f"mm_projector_type {name!r} is not one of {', '.join(_CONNECTORS)}, mlp<N>x_gelu"
+        )
+    return _CONNECTORS[name](in_features=inside, out_features=outside)
+
+
+_CONNECTORS: dict[str, type[Linear | Ldp | LdpV2]] = {
+    "linear": Linear,
+    "ldpnet": Ldp,
+    "ldpnetv2": LdpV2,
+}
+
+
+def own_settings(source: Source, side: int) -> tuple[ProcessorSettings, tuple[str, ...]]:
+    """The processor that LLaVA's own code loads, CLIPImageProcessor from the tower's folder, and a
+    note where no file states it.
+    """
+    tower = find_settings(source.files, CLIP, (CLIP,), TOWER)
+    if found := tower or find_settings(source.files, CLIP, (CLIP,)):
+        return found, ()
+    named = named_tower(source)
+    return default_settings(CLIP, side, f", those of {named} were not read" if named else "")
+
+
+def _template(source: Source, default: str) -> Template:
+    """The user's choice, or what models of this decoder and layout were trained with."""
+    name = source.template or default
+    if name not in TEMPLATES:
+        raise ValueError(f"the template {name!r} is not one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def _spaces(source: Source, own: bool) -> Spaces:
+    """LLaVA's own code uses the slow tokenizers where there are any, transformers the fast ones."""
+    if source.tokenizer.bytes:
+        return "none"
+    slow, said = own and source.tokenizer.slow, source.tokenizer.prepends
+    if said and not slow:
+        return said
+    if source.files.get(_TOKENIZER, {}).get("legacy") is not False:
+        return "every"
+    return "start" if slow else "first"
+
+
+def _around(config: Config, template: Template) -> tuple[str, str]:
+    """Texts of the prompt before the picture and after it."""
+    opened, closed = _FRAME if config.get("mm_use_im_start_end") else ("", "")
+    return template.before + opened, f"{closed}\n{{prompt}}{template.after}"
+
+
+def _prompt(config: Config, template: Template, cutter: Cutter, own: bool) -> PromptSpec:
+    begin = ("{bos}",) if cutter.tokenizer.add_bos else ()
+    head, tail = _around(config, template)
+    if not begin and head.startswith(BEGIN_3):
+        # tokenizer_image_token takes the template's begin token for the tokenizer's own, and drops
+        # the first token of what follows the picture, as if that were another.
+        tail = tail.removeprefix("\n")
+    # LLaVA's own code tokenizes what stands on each side of the picture by itself.
+    joined = cutter.cut(head + IMAGE + tail)
+    asked = (*cutter.cut(head), "{image}", *cutter.cut(tail)) if own else joined
+    answered = "{prompt}" + template.after
+    return PromptSpec(
+        tasks=_TASKS,
+        template=(*begin, *asked),
+        text_template=(*begin, *cutter.cut(template.before + answered)),
+        turn=cutter.cut(template.again + answered, goes_on=True),
+    )
+
+
+def _several(template: Template, cutter: Cutter) -> PromptSpec:
+    """The prompt in transformers' layout with every picture on a line of its own."""
+    begin = ("{bos}",) if cutter.tokenizer.add_bos else ()
+    answered = "{prompt}" + template.after
+
+    def cut(text: str) -> tuple[str, ...]:
+        return cutter.cut(text, goes_on=True)
+
+    return PromptSpec(
+        tasks=_TASKS,
+        template=(*begin, *cutter.cut(template.before), "{image}", *cut(answered)),
+        text_template=(*begin, *cutter.cut(template.before + answered)),
+        turn=(*cut(template.again), "{image}", *cut(answered)),
+        text_turn=cut(template.again + answered),
+        picture=PictureLayout(whole=cut(IMAGE + "\n")),
+        reply="" if template.after.endswith("\n") else " ",
+    )
+
+
+def _markers(config: Config, tokenizer: Tokenizer, own: bool) -> dict[int, str]:
+    """Tokens of the picture, which no text may become."""
+    if not own:
+        return {_image_token(config): IMAGE}
+    # LLaVA's code adds both as special tokens, whatever the files say.
+    patch = _PATCH if config.get("mm_use_im_patch_token", True) else ""
+    frame = _FRAME if config.get("mm_use_im_start_end") else ()
+    lacking = [text for text in frame if text not in tokenizer.added]
+    if lacking:
+        raise ValueError(f"mm_use_im_start_end is set, but the tokenizer lacks {lacking[0]}")
+    known = [text for text in (*frame, patch) if text in tokenizer.added]
+    return {tokenizer.added[text].id: text for text in known}
+
+
+def _image_token(config: Config) -> int:
+    return setting(config, "image_token_index", setting(config, "image_token_id", 32000))
+
+
+# LLaVA's own layout, transformers' up to 4.51, from 4.52 and from 5.0, a tower of its own.
+_PARTS = (
+    (re.compile(r"model\.vision_tower\.vision_tower\.vision_model\.(.+)"), "vision."),
+    (
+        re.compile(
+            r"(?:model\.)?vision_tower\.(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder)\..+)"
+        ),
+        "vision.",
+    ),
+    (re.compile(re.escape(TOWER) + r"vision_model\.(.+)"), "vision."),
+    (re.compile(r"model\.mm_projector\.(?:model\.)?(.+\..+)"), "projector."),
+    (re.compile(r"model\.mm_projector\.(weight|bias)"), "projector.linear."),
+    (re.compile(r"(?:model\.)?(image_newline)"), "projector."),
+    (re.compile(r"(?:model\.)?multi_modal_projector\.linear_1\.(.+)"), "projector.0."),
+    (re.compile(r"(?:model\.)?multi_modal_projector\.linear_2\.(.+)"), "projector.2."),
+    (re.compile(r"(?:language_model\.)?(lm_head\.weight)"), "decoder."),
+    (re.compile(r"(?:model\.language_model|language_model\.model)\.(.+)"), "decoder."),
+    (re.compile(r"model\.((?:layers|embed_tokens|norm)\..+)"), "decoder."),
+)
+# CLIP's text tower and heads, the last norm (for the class token alone), stored tables.
+_UNUSED = re.compile(
+    r".*vision_(?:model|tower)\.(?:post_layernorm\..+|embeddings\.position_ids)"
+    rf"|{re.escape(TOWER)}(?:text_model\..+|logit_scale|(?:visual|text)_projection\.weight)"
+    r"|.+\.rotary_emb\.inv_freq"
+)
+
+
+def locate(name: str) -> str | None:
+    """See Family.locate."""
+    return locate_by_patterns(name, _PARTS, _UNUSED)
+
+
+def tower(source: Source) -> str | None:
+    """The name in `mm_vision_tower`, unless the checkpoint holds a tower's tensors itself."""
+    inside = any((locate(name) or "").startswith("vision.") for name in source.shapes)
+    return None if inside else named_tower(source)
+
+
+def named_tower(source: Source) -> str | None:
+    """See Family.processor."""
+    config: Mapping[str, Any] = source.files["config.json"]
+    name = config.get("mm_vision_tower", config.get("vision_tower"))
+    return str(name) if name else None
