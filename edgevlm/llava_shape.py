@@ -52,7 +52,7 @@ OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral", "llava_phi", 
 # OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
 _CLIP_HEAD = 64
 _TOKENIZER = "tokenizer_config.json"
-_TASKS = {"caption": "Describe the image.", "ocr": "What is the text in the image?"}
+TASKS = {"caption": "Describe the image.", "ocr": "What is the text in the image?"}
 _FRAME, _PATCH = ("<im_start>", "<im_end>"), "<im_patch>"
 
 
@@ -229,7 +229,7 @@ def _prompt(config: Config, template: Template, cutter: Cutter, own: bool) -> Pr
     asked = (*cutter.cut(head), "{image}", *cutter.cut(tail)) if own else joined
     answered = "{prompt}" + template.after
     return PromptSpec(
-        tasks=_TASKS,
+        tasks=TASKS,
         template=(*begin, *asked),
         text_template=(*begin, *cutter.cut(template.before + answered)),
         turn=cutter.cut(template.again + answered, goes_on=True),
@@ -245,7 +245,7 @@ def _several(template: Template, cutter: Cutter) -> PromptSpec:
         return cutter.cut(text, goes_on=True)
 
     return PromptSpec(
-        tasks=_TASKS,
+        tasks=TASKS,
         template=(*begin, *cutter.cut(template.before), "{image}", *cut(answered)),
         text_template=(*begin, *cutter.cut(template.before + answered)),
         turn=(*cut(template.again), "{image}", *cut(answered)),
@@ -292,9 +292,10 @@ _PARTS = (
     (re.compile(r"(?:model\.language_model|language_model\.model)\.(.+)"), "decoder."),
     (re.compile(r"model\.((?:layers|embed_tokens|norm)\..+)"), "decoder."),
 )
-# CLIP's text tower and heads, the last norm (for the class token alone), stored tables.
+# CLIP's text tower and heads, the last norm (of CLIP's class token; of SigLIP behind the features),
+# stored tables.
 _UNUSED = re.compile(
-    r".*vision_(?:model|tower)\.(?:post_layernorm\..+|embeddings\.position_ids)"
+    r".*vision_(?:model|tower)\.(?:(?:post_layernorm|head)\..+|embeddings\.position_ids)"
     rf"|{re.escape(TOWER)}(?:text_model\..+|logit_scale|(?:visual|text)_projection\.weight)"
     r"|.+\.rotary_emb\.inv_freq"
 )

@@ -18,7 +18,7 @@ PREPROCESSOR, PROCESSOR = PROCESSORS = ("preprocessor_config.json", "processor_c
 CLIP, SIGLIP, LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
 IDEFICS3, SMOLVLM = "Idefics3ImageProcessor", "SmolVLMImageProcessor"
 GOT_OCR2 = "GotOcr2ImageProcessor"
-LLAVA_NEXT = "LlavaNextImageProcessor"
+LLAVA_NEXT, LLAVA_ONEVISION = "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"
 PINPOINTS = "image_grid_pinpoints"
 
 # openai/CLIP's normalisation, and the one that transformers calls IMAGENET_STANDARD.
@@ -28,7 +28,7 @@ _HALF = (0.5, 0.5, 0.5)
 # Idefics3's classes, which cut pictures into tiles and make them RGB at last.
 _IDEFICS = (IDEFICS3, SMOLVLM)
 # Classes that cut pictures by pinpoints.
-_PINNED = (LLAVA_NEXT,)
+_PINNED = (LLAVA_NEXT, LLAVA_ONEVISION)
 # PIL's numbers.
 _RESAMPLE: dict[int, Resample] = {
     0: "nearest",
@@ -70,6 +70,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | {
         PINPOINTS: [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
         # Published files have it, no release reads it.
+        "aspect_ratio_setting": "anyres",
+    },
+    LLAVA_ONEVISION: _COMMON
+    | {
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "size": {"height": 384, "width": 384},
+        PINPOINTS: [[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)],
         "aspect_ratio_setting": "anyres",
     },
     IDEFICS3: _IDEFICS3_DEFAULTS,
@@ -243,14 +251,16 @@ def image_spec(
         if not isinstance(values.get(key, False), bool):
             raise found.refusal(key, "only true or false is known")
     pad = pad or bool(values.get("do_pad") if found.kind == LLAVA else False)
+    # Of several pictures, which are not cut, it makes squares as a pad does.
+    squares = pad or found.kind == LLAVA_ONEVISION
     mean, std = _channels(found, "image_mean"), _channels(found, "image_std")
     if 0 in std:
         raise found.refusal("image_std", "no channel's may be 0")
     fill = None
     if not values["do_normalize"]:
-        fill = _colour(found, mean) if pad else None
+        fill = _colour(found, mean) if squares else None
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    elif pad:
+    elif squares:
         _colour(found, mean)
     idefics = found.kind in _IDEFICS
     tiles = _tiles(found, side) if idefics else _patches(found) if found.kind == GOT_OCR2 else None

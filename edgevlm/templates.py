@@ -78,6 +78,16 @@ TEMPLATES = {
         "<|im_end|><|im_start|>assistant\n",
         "<|im_end|><|im_start|>user\n",
     ),
+    "onevision": Template(
+        "<|im_start|>user ",
+        "<|im_end|><|im_start|>assistant\n",
+        "<|im_end|><|im_start|>user ",
+    ),
+    "qwen_1_5": Template(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>\n<|im_start|>user\n",
+    ),
     "phi3": Template(_PHI3_USER, _PHI3_ANSWER, f"<|end|>\n{_PHI3_USER}"),
 }
 

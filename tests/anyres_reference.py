@@ -20,11 +20,12 @@ class Original:
     """A checkpoint in transformers' classes of a kind ("LlavaNext")."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        from edgevlm.export.parity.references.llava_next import load, load_processor
+        from edgevlm.export.parity.references import llava_next, llava_onevision
 
-        self.model = load(folder)
-        self.processor = load_processor(folder, kind)
         self.together = kind == "LlavaOnevision"
+        self.model = llava_next.load(folder)
+        own = llava_onevision if self.together else llava_next
+        self.processor = own.load_processor(folder)
 
     @property
     def image_token(self) -> int:

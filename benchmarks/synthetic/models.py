@@ -14,6 +14,9 @@ from edgevlm.benchmarks.synthetic.configs import (
     INTERNVL,
     INTERNVL_TOKENS,
     LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    LLAVA_ONEVISION_PICTURES,
+    LLAVA_ONEVISION_TOKENS,
     MOBILEPALO,
     PALIGEMMA,
     SMOLVLM,
@@ -146,6 +149,23 @@ _INTERNLM2_1_8B = {
     "intermediate_size": 8192, "model_type": "internlm2", "num_attention_heads": 16,
     "num_hidden_layers": 24, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "vocab_size": 92553,
 }  # fmt: skip
+
+
+def _onevision(**text: Any) -> Source:
+    """LLaVA-OneVision; `text` is what differs from the decoder of 0.5B."""
+    config = LLAVA_ONEVISION | {"text_config": LLAVA_ONEVISION["text_config"] | text}
+    added = {text: AddedToken(i, special=True) for text, i in LLAVA_ONEVISION_TOKENS.items()}
+    return Source(
+        {"config.json": config, PREPROCESSOR: LLAVA_ONEVISION_PICTURES},
+        tokenizer=Tokenizer(bytes=True, add_bos=False, added=added),
+    )
+
+
+_QWEN2_7B = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "max_window_layers": 28,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 _SMOLLM2_360M = {
     "hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15,
     "num_hidden_layers": 32, "num_key_value_heads": 5,
@@ -171,5 +191,7 @@ MODELS: Mapping[str, Source] = {
     "smolvlm-500m": _smolvlm(**_SMOLLM2_360M),
     "llava-next-mistral-7b": Source({"config.json": LLAVA_NEXT}),
     "llava-next-vicuna-7b": _next("llava_llama", **_VICUNA_7B),
+    "llava-onevision-0.5b": _onevision(),
+    "llava-onevision-7b": _onevision(**_QWEN2_7B),
     "llava-1.5-7b": _llava("llava_llama", "mlp2x_gelu", **_VICUNA_7B),
 }

@@ -9,7 +9,11 @@ from edgevlm.parts import Shapes, VisionTower, encoder_layer, layer_norm
 
 @dataclass(frozen=True, kw_only=True)
 class SiglipTower(VisionTower):
-    """SigLIP without its pooling head: every patch after the last norm."""
+    """SigLIP without its pooling head: every patch after the last norm, or without that where
+    `final_norm` is off.
+    """
+
+    final_norm: bool = True
 
     def tensors(self) -> Shapes:
         """See Part."""
@@ -21,4 +25,4 @@ class SiglipTower(VisionTower):
         }
         for i in range(self.num_hidden_layers):
             shapes |= encoder_layer(f"encoder.layers.{i}.", d, self.intermediate_size)
-        return shapes | layer_norm("post_layernorm", d)
+        return shapes | layer_norm("post_layernorm", d) if self.final_norm else shapes

@@ -35,7 +35,7 @@ def _config(found: dict[str, Any]) -> dict[str, Any]:
     config = {k: _config(v) if isinstance(v, dict) else v for k, v in found.items()}
     if "torch_dtype" in config:
         config["dtype"] = config.pop("torch_dtype")
-    if config.get("model_type") in ("gemma", "gemma2", "llama", "mistral", "phi3"):
+    if config.get("model_type") in ("gemma", "gemma2", "llama", "mistral", "phi3", "qwen2"):
         theta = config.pop("rope_theta", 10000.0)
         rope = {"rope_theta": theta, "rope_type": "default"}
         if config["model_type"] == "phi3":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Reference:
     def __init__(self, job: Job) -> None:
         self._job = job
         own = job.checkpoint.configs["config.json"]["model_type"] != "llava_next"
-        self._source = _Own(job) if own else _Transformers(job)
+        self._source = _Own(job) if own else Transformed(job, load_processor)
 
     def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         """See references.SourceModel."""
@@ -56,27 +56,31 @@ class Reference:
         return self._source.run(request, tokens)
 
 
-class _Transformers:
-    def __init__(self, job: Job) -> None:
+class Transformed:
+    """A source in transformers' layout, with its processor."""
+
+    def __init__(self, job: Job, processor: Callable[[Path], Any]) -> None:
         self._job = job
         self._folder = job.checkpoint.folder
         with quiet():
-            self._processor = load_processor(self._folder, "LlavaNext")
+            self._processor = processor(self._folder)
 
-    def token_ids(self, texts: list[str], *, plain: bool) -> list[list[int]]:
+    def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
+        """See references.SourceModel."""
         return files.token_ids(self._processor.tokenizer, texts, plain)
 
     def run(self, request: ParityRequest, tokens: NDArray[np.int32]) -> Arrays:
+        """See references.SourceModel."""
         with quiet(), torch.inference_mode():
             model = load(self._folder)
             if self._job.adapter:
                 Added(self._job.adapter.folder, _NAMES.items()).attach(model)
             text = self._job.model.original.replace("{prompt}", request.prompt)
             inputs = self._processor(images=request.image, text=text, return_tensors="pt")
-            return seen_by(model, inputs, tokens)
+            return _seen(model, inputs, tokens)
 
 
-def seen_by(model: Any, inputs: Any, tokens: NDArray[np.int32]) -> Arrays:
+def _seen(model: Any, inputs: Any, tokens: NDArray[np.int32]) -> Arrays:
     """The stages of a picture that a model of transformers reads in tiles."""
     pixels, ids = inputs["pixel_values"][0], inputs["input_ids"]
     config, inner = model.config, model.model
@@ -111,26 +115,25 @@ class _Joined:
         return out
 
 
-def load_processor(folder: Path, kind: str) -> Any:
-    """transformers' processor of a kind with its slow class for pictures, and with what older files
-    leave out.
-    """
+def load_processor(folder: Path) -> Any:
+    """transformers' processor with its slow class for pictures, and what older files leave out."""
     config = _hf.AutoConfig.from_pretrained(folder)
     stated = files.processor_settings(folder)
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    pictures = getattr(_hf, f"{kind}ImageProcessor")
-    made = (
-        files.picture_processor(folder, f"{kind}ImageProcessor")
-        if files.has_processor(folder)
-        else pictures(size={"shortest_edge": side}, crop_size=side)
-    )
-    return getattr(_hf, f"{kind}Processor")(
-        made,
+    return _hf.LlavaNextProcessor(
+        pictures(folder, "LlavaNextImageProcessor", size={"shortest_edge": side}, crop_size=side),
         files.tokenizer(folder),
         patch_size=stated.get("patch_size", patch),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=stated.get("num_additional_image_tokens", 1),
     )
+
+
+def pictures(folder: Path, kind: str, **otherwise: Any) -> Any:
+    """The folder's picture processor of a slow class, or that class with settings of its own."""
+    if files.has_processor(folder):
+        return files.picture_processor(folder, kind)
+    return getattr(_hf, kind)(**otherwise)
 
 
 def load(folder: Path) -> Any:
