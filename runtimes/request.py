@@ -179,6 +179,7 @@ def prepare(
     """
     watch = Stopwatch()
     spec = model.manifest
+    _ = model.decoder  # says so where there is none, before anything else does
     filled = conversation(spec.prompt, exchanges)
     if len(images) > spec.image.max_pictures:
         raise PromptError(
