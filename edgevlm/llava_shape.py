@@ -61,6 +61,10 @@ _FRAME, _PATCH = ("<im_start>", "<im_end>"), "<im_patch>"
 Pictures = Callable[[Source, ClipTower, int, bool], tuple[ImageSpec, tuple[str, ...]]]
 
 
+# Decoders of other families, whose templates are not LLaVA's.
+_OTHERS = ("qwen2", "internlm2")
+
+
 def describe(source: Source, default: str, pictures: Pictures, *, several: bool = False) -> Model:
     """Describes a checkpoint; `default` is its template where the user chose none.
 
@@ -69,7 +73,10 @@ def describe(source: Source, default: str, pictures: Pictures, *, several: bool 
     config, own = source.files["config.json"], is_own(source.files["config.json"])
     decoder = config if own else section(config, "text_config")
     # transformers takes a decoder that does not say for LLaMA (LlavaConfig, LlavaNextConfig).
-    text = decoders.read(decoder, config["model_type"] if own else "llama")
+    kind = setting(decoder, "model_type", config["model_type"] if own else "llama")
+    if kind in _OTHERS:
+        raise ValueError(f"text_config.model_type {kind!r} is not known; no LLaVA here has it")
+    text = decoders.read(decoder, kind)
     vision = _vision(source, config)
     projector = _projector(config, vision, text, own)
     template = _template(source, default)

@@ -19,7 +19,7 @@ import sentencepiece
 import edgevlm
 from edgevlm.bundle import Bundle
 from edgevlm.errors import SourceError
-from edgevlm.export import export_bundle
+from edgevlm.export import export_bundle, inspect_source
 from edgevlm.image import RGB
 from edgevlm.prompt import Exchange, Image, Tokens
 from edgevlm.runtimes.engines import Float
@@ -344,3 +344,10 @@ def test_pictures_are_padded_unless_they_are_to_be_cropped(tmp_path: Path) -> No
         bundle = export_bundle(source, out, quant="f32", vision_precision="fp32", image_fit=fit)
         assert bundle.manifest.image.fit == (fit or "pad")
         assert all(stage.ok for stage in bundle.manifest.parity)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "internlm2"])
+def test_decoders_of_other_families_are_refused(kind: str, tmp_path: Path) -> None:
+    source = write_llava(tmp_path / "source", layout="hf", text_config={"model_type": kind})
+    with pytest.raises(SourceError, match=f"text_config.model_type '{kind}' is not known"):
+        inspect_source(source)
