@@ -6,6 +6,7 @@ own code (configuration_internlm2.py), which is a LLaMA under other names.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -76,7 +77,7 @@ _WINDOWS = {"llava_mistral": 4096, "mistral": 4096}
 EOS = {"llama": 2, "phi3": 32000, "qwen2": 151645}
 # "dynamic" stretches positions beyond max_position_embeddings only, where a bundle's context ends
 # (transformers 4.57, modeling_rope_utils; InternLM2's own code).
-_ROPES = ("default", "dynamic")
+_ROPES = ("default", "dynamic", "llama3")
 # What a decoder's config may say of no other value.
 _ONLY = {
     "hidden_act": "silu",
@@ -100,8 +101,8 @@ def read(config: Config, model_type: str) -> Llama:
     rope = rope_parameters(config)
     if rope["rope_type"] not in _ROPES:
         raise ValueError(
-            f"the decoder scales its positions ({rope['rope_type']!r}); only 'default' and "
-            "'dynamic' are known"
+            f"the decoder scales its positions ({rope['rope_type']!r}); only "
+            f"{', '.join(_ROPES)} are known"
         )
     for key, known in _ONLY.items():
         if (value := setting({**config, **rope}, key, known)) != known:
@@ -110,6 +111,12 @@ def read(config: Config, model_type: str) -> Llama:
     head_dim = text.head_dim or text.hidden_size // heads
     if isinstance(text, Phi3) and head_dim * heads != text.hidden_size:
         raise ValueError(f"head_dim is {head_dim}; Phi-3 divides hidden_size by its heads")
+    theta = setting(rope, "rope_theta", text.rope_theta)
+    factors: tuple[float, ...] = ()
+    if rope["rope_type"] == "llama3":
+        if text.architecture != "llama":
+            raise ValueError("rope_type is 'llama3'; only a LLaMA's positions are scaled so")
+        factors = _llama3(rope, head_dim, theta)
     # llama.cpp's graphs have no window: up to its length the answers are the same.
     longest, window = text.max_position_embeddings, _window(config, name, text)
     return replace(
@@ -117,9 +124,31 @@ def read(config: Config, model_type: str) -> Llama:
         # Null, where Mistral's default is 8, says as many as queries.
         num_key_value_heads=config.get("num_key_value_heads", text.num_key_value_heads) or heads,
         head_dim=head_dim,
-        rope_theta=setting(rope, "rope_theta", text.rope_theta),
+        rope_theta=theta,
+        rope_factors=factors,
         max_position_embeddings=min(window, longest) if window else longest,
     )
+
+
+def _llama3(rope: Config, head_dim: int, theta: float) -> tuple[float, ...]:
+    """LLaMA-3.1's factors: long waves are stretched, short ones are not, those between in part
+    (transformers 4.57, modeling_rope_utils, _compute_llama3_parameters).
+    """
+    low, high, by = (
+        setting(rope, key, 0.0) for key in ("low_freq_factor", "high_freq_factor", "factor")
+    )
+    original = setting(rope, "original_max_position_embeddings", 0)
+    if not (0 < low < high and by >= 1 and original > 0):
+        raise ValueError(
+            f"rope_scaling is {dict(rope)}; LLaMA-3's needs low_freq_factor below "
+            "high_freq_factor, a factor from 1 on and original_max_position_embeddings"
+        )
+    factors = []
+    for pair in range(head_dim // 2):
+        waves = original / (2 * math.pi * theta ** (2 * pair / head_dim))
+        kept = min(max((waves - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - kept) / by + kept))
+    return tuple(factors)
 
 
 def _window(config: Config, name: str, text: Llama) -> int | None:

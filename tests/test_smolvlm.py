@@ -29,6 +29,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "idefics3": {},
     "smolvlm": {"model_type": "smolvlm", "shards": 2, "dtype": "bfloat16"},
     "2.2b-v1": {"places": False, "factor": 2, "vision_heads": 2},
+    "8b": {
+        "text_config": {
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "factor": 8.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 64,
+                "rope_type": "llama3",
+            },
+        }
+    },
     "docling": {"tied": True, "heads": 8, "kv_heads": 8},
 }
 Picture = NDArray[np.uint8]
@@ -228,6 +240,11 @@ def test_too_many_tiles_say_how_to_have_fewer(tmp_path: Path) -> None:
     [
         ({"text_config": {"use_resampler": True}}, "text_config.use_resampler is True"),
         ({"text_config": {"qk_layer_norms": True}}, "text_config.qk_layer_norms is True"),
+        (
+            {"text_config": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}},
+            "LLaMA-3's needs low_freq_factor",
+        ),
+        ({"text_config": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}}, "'yarn'"),
         ({"config": {"scale_factor": 3}}, "scale_factor 3 does not divide"),
         ({"processor": {"max_image_size": {"longest_edge": 64}}}, "max_image_size is .*takes 32"),
         ({"processor": {"size": {"height": 9, "width": 9}}}, "only longest_edge is known"),

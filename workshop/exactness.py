@@ -19,8 +19,12 @@ import click
 from edgevlm.bundle import Bundle
 from edgevlm.export import export_bundle
 from tests.checkpoints import tinygptv as tinygptv_checkpoints
+from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
+from tests.checkpoints.llava_next import write_next
+from tests.checkpoints.llava_onevision import write_onevision
 from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
 
 DECODERS = ("f32", "f16", "q8_0", "q4_k_m")
@@ -43,7 +47,8 @@ the published layouts (two or three decoder layers of width 256, logits of stand
 5) against transformers in float32 with eager attention, over the prefix and 16 greedy tokens. For
 the original layouts of LLaVA's shape, which transformers does not read, its CLIP and LLaMA are
 joined by a connector computed apart from the one that is exported; for TinyGPT-V its Q-Former and
-its Phi, with the two norms added, stand behind a tower that is computed plainly.
+its Phi, with the two norms added, stand behind a tower that is computed plainly, and so does
+InternVL's own layout.
 
 * tokens: texts of a corpus (accents, CJK, emoji, runs of spaces, `<loc>`) tokenized differently
 * pixels: largest difference
@@ -65,6 +70,10 @@ _MODELS: Models = {
     "LLaVA, Phi-3": partial(write_llava, **ORIGINALS["llava-phi3"]),
     "LLaVA, LLaMA-3": partial(write_llava, **ORIGINALS["llava-llama3"]),
     "TinyGPT-V": partial(write_tinygptv, stage=4),
+    "SmolVLM": write_smolvlm,
+    "InternVL 3": write_internvl,
+    "LLaVA-NeXT": write_next,
+    "LLaVA-OneVision": write_onevision,
 }
 _LAYOUTS: Models = {
     **{name: partial(write_llava, **options) for name, options in ORIGINALS.items()},
@@ -80,6 +89,11 @@ _LAYOUTS: Models = {
         f"tinygpt-v, {name}": partial(write_tinygptv, **options)
         for name, options in tinygptv_checkpoints.ORIGINALS.items()
     },
+    "smolvlm2, bf16": partial(write_smolvlm, model_type="smolvlm", dtype="bfloat16"),
+    "smolvlm-2.2b, first": partial(write_smolvlm, places=False, factor=2),
+    "internvl-3, original": partial(write_internvl, layout="own", files="pair"),
+    "internvl-2-2b, original": partial(write_internvl, layout="own", internlm2=True),
+    "llava-next, original": partial(write_next, layout="own"),
 }
 
 

@@ -10,11 +10,16 @@ from edgevlm.parts import LM_HEAD, Decoder, Shapes
 
 @dataclass(frozen=True, kw_only=True)
 class Llama(Decoder):
-    """A LLaMA or Mistral; its output table is its own unless the config ties it."""
+    """A LLaMA or Mistral; its output table is its own unless the config ties it.
+
+    `rope_factors` divide the frequencies of the rotary positions, one for each pair of a head's
+    dimensions; () leaves them as they are.
+    """
 
     architecture: ClassVar[str] = "llama"
 
     tie_word_embeddings: bool = False
+    rope_factors: tuple[float, ...] = ()
 
     def tensors(self) -> Shapes:
         """See Part."""

@@ -51,6 +51,14 @@ class _Zeros(_Computed):
 
 
 @dataclass(frozen=True)
+class _Constant(_Computed):
+    values: NDArray[np.float32]
+
+    def raw(self) -> Raw:
+        return self.values
+
+
+@dataclass(frozen=True)
 class _Picked(_Computed):
     source: Tensor
     axes: tuple[int, ...]
@@ -88,6 +96,11 @@ class _Adapted(_Computed):
         product = self.up.float32().reshape(self.up.shape[0], -1) @ down
         more = product.T if self.turned else product
         return self.base.float32() + np.float32(self.scale) * more.reshape(self.shape)
+
+
+def constant(name: str, values: NDArray[np.float32]) -> Tensor:
+    """A tensor of these values, which lie in no file."""
+    return _Constant(name, Path(), "F32", values.shape, values)
 
 
 def zeros(like: Tensor, name: str) -> Tensor:

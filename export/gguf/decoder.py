@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.errors import ExportError
-from edgevlm.export.checkpoint.computed import stacked
+from edgevlm.export.checkpoint.computed import constant, stacked
 from edgevlm.export.checkpoint.tensors import Tensor, Weights, to_float32, writable
 from edgevlm.export.checkpoint.tokenizer.checks import is_misread
 from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary
@@ -125,6 +125,8 @@ def layout(source: DecoderSource, type: str | None) -> Iterator[tuple[str, Tenso
                 tensor = found[0] if len(found) == 1 else stacked(tuple(found), target)
                 stored = "F32" if len(tensor.shape) == 1 else type or tensor.dtype
                 yield f"{target}.{kind}", tensor, stored
+    for name, values in graph(source.config).extra(source.config).items():
+        yield name, constant(name, values), "F32"
 
 
 def _values(name: str, tensor: Tensor, stored: str, config: Decoder) -> NDArray[Any]:

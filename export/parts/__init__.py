@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.parts import Decoder, Part
 
@@ -46,6 +49,7 @@ class Graph:
         stacked one below the other.
     metadata: adds what the architecture has beside what all decoders have; is given the config and
         the tensors.
+    extra: config -> tensors that no checkpoint has, float32 by GGUF's names.
     gain: GGUF name, config -> what a matrix is multiplied by.
     norm_offset: what is added to the weights of norms.
     permuted: whether rotary positions turn neighbouring rows of queries and keys, as in Meta's
@@ -54,6 +58,7 @@ class Graph:
 
     layer: Mapping[str, str | tuple[str, ...]]
     metadata: Callable[[GGUFWriter, Any, Weights], None] = lambda *_: None
+    extra: Callable[[Any], Mapping[str, NDArray[np.float32]]] = lambda _: {}
     gain: Callable[[str, Any], float] = lambda *_: 1.0
     norm_offset: float = 0.0
     permuted: bool = False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 from gguf import GGUFWriter
+from numpy.typing import NDArray
 
 from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.computed import rows
@@ -19,8 +21,18 @@ def metadata(writer: GGUFWriter, config: Llama, _: Weights) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
+def extra(config: Llama) -> dict[str, NDArray[np.float32]]:
+    """See Graph."""
+    if not config.rope_factors:
+        return {}
+    return {"rope_freqs.weight": np.array(config.rope_factors, np.float32)}
+
+
 GRAPH = Graph(
-    layer={**GATED, "ffn_norm": "post_attention_layernorm"}, metadata=metadata, permuted=True
+    layer={**GATED, "ffn_norm": "post_attention_layernorm"},
+    metadata=metadata,
+    extra=extra,
+    permuted=True,
 )
 
 # InternLM2's names (modeling_internlm2.py) -> transformers'.

@@ -111,6 +111,8 @@ def _config(folder: Path) -> Any:
     text = config.text_config
     rope = getattr(text, "rope_parameters", None) or {}
     text.rope_theta = rope.get("rope_theta", text.rope_theta)
+    if rope.get("rope_type", "default") != "default":
+        text.rope_scaling = rope
     # Top-level ids of other tables are left over in published files; no row of a prompt is padded.
     text.pad_token_id = config.pad_token_id = None
     # Either place ties the tables in some release.
