@@ -304,7 +304,7 @@ def test_the_named_tower_wins_over_the_copy_inside(tmp_path: Path) -> None:
         ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2.0}}}, ["'linear'"]),
         (
             {"text_config": {"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}},
-            ["the decoder scales its positions ('longrope'); only 'default' and 'dynamic'"],
+            ["the decoder scales its positions ('longrope'); only default, dynamic, llama3"],
         ),
         (ORIGINALS["llava-phi3"] | {"text_config": {"head_dim": 32}}, ["head_dim is 32"]),
         ({"config": {"s2": True}}, ["s2 is True"]),
