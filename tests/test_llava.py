@@ -351,3 +351,17 @@ def test_decoders_of_other_families_are_refused(kind: str, tmp_path: Path) -> No
     source = write_llava(tmp_path / "source", layout="hf", text_config={"model_type": kind})
     with pytest.raises(SourceError, match=f"text_config.model_type '{kind}' is not known"):
         inspect_source(source)
+
+
+def test_positions_scaled_as_llama_3_1s(tmp_path: Path) -> None:
+    scaling = {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 64,
+        "rope_type": "llama3",
+    }
+    options = ORIGINALS["llava-llama3"] | {"text_config": {"rope_scaling": scaling}}
+    source = write_llava(tmp_path / "source", **options)
+    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    assert {s.stage: s for s in bundle.manifest.parity}["answer"].worst < 1e-3

@@ -25,6 +25,7 @@ from edgevlm.export.onnx.trace import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest, files
 from edgevlm.export.parity.references.adapters import Added
 from edgevlm.export.parity.references.causal import Seen, stages, weights
+from edgevlm.family import Config
 from edgevlm.parts import Connector, Decoder, VisionTower
 from edgevlm.parts.clip import ClipTower
 from edgevlm.parts.ldp import Ldp
@@ -71,6 +72,11 @@ class Reference:
             kind = "LlamaTokenizer" if slow else "AutoTokenizer"
             self._tokenizer = files.tokenizer(folder, kind)
 
+    @property
+    def _stated(self) -> Config:
+        """The checkpoint's config.json."""
+        return self._job.checkpoint.configs["config.json"]
+
     def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         """See references.SourceModel."""
         return files.token_ids(self._tokenizer, texts, plain)
@@ -85,7 +91,7 @@ class Reference:
             projector = _projector(parts["projector"], added)
             squares = self._connected(features, projector)
             rows = self._joined(squares, projector, request.image)
-            decoder = _decoder(model.text, parts["decoder"], added)
+            decoder = _decoder(model.text, parts["decoder"], added, self._stated)
             seen = Seen(pixels, features, rows)
             made = stages(seen, decoder, self._around(request.prompt), tokens)
             return made | {"embeddings": squares.numpy()}
@@ -111,7 +117,7 @@ class Reference:
         """The checkpoint's own processor on a picture, padded first where LLaVA's own code does."""
         picture, fit = Image.fromarray(image), self._job.options.image_fit
         processor, options = self._processor(), {}
-        ratio = self._job.checkpoint.configs["config.json"].get("image_aspect_ratio")
+        ratio = self._stated.get("image_aspect_ratio")
         if fit == "pad" or (fit is None and self._alone and ratio == "pad"):
             background = tuple(int(x * 255) for x in processor.image_mean)
             picture = _expand2square(picture, background)
@@ -184,11 +190,15 @@ def _projector(part: Weights, added: Added | None) -> dict[str, Tensor]:
     return found
 
 
-def _decoder(config: Decoder, part: Weights, added: Added | None) -> Any:
+def _decoder(config: Decoder, part: Weights, added: Added | None, stated: Config) -> Any:
+    """transformers' decoder; what scales its positions is read from the file's own words."""
     assert isinstance(config, Llama)
+    text = stated.get("text_config") or stated
+    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     name = {Llama: "Llama", Phi3: "Phi3"}[type(config)]
+    scaled = {"rope_scaling": scaling} if scaling.get("rope_type") == "llama3" else {}
     made = getattr(_hf, f"{name}Config")(
-        **asdict(config), pad_token_id=None, attn_implementation="eager"
+        **asdict(config), **scaled, pad_token_id=None, attn_implementation="eager"
     )
     with torch.device("meta"):
         decoder = getattr(_hf, f"{name}ForCausalLM")(made)
