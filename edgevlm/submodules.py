@@ -12,8 +12,8 @@ def submodule(name: str) -> Any:
     """Imports `PACKAGE.MODULE` without running PACKAGE's `__init__`, where that has not run yet.
 
     llama_cpp's brings chat formats and a template engine along, gguf's a tokenizer and readers of
-    YAML: together a fifth of a second of every start. A later `import PACKAGE` runs it as ever.
-    Raises ImportError.
+    YAML: together a fifth of a second of every start. Whoever imports PACKAGE later gets all of it,
+    modules of its own included. Raises ImportError.
     """
     package = name.partition(".")[0]
     spec = None if package in sys.modules else find_spec(package)
@@ -23,4 +23,6 @@ def submodule(name: str) -> Any:
     try:
         return importlib.import_module(name)
     finally:
-        del sys.modules[package]
+        # A module that stayed would not become an attribute of the package once that is imported.
+        for loaded in [n for n in sys.modules if n.partition(".")[0] == package]:
+            del sys.modules[loaded]

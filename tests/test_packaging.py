@@ -165,10 +165,12 @@ def loaded_after(statement: str) -> set[str]:
 
 
 def test_import_edgevlm_loads_nothing_heavy() -> None:
-    heavy = {"onnxruntime", "llama_cpp.llama_cpp", "torch", "transformers", "onnx", "numpy", "PIL"}
+    heavy = {"onnxruntime", "edgevlm.gguf_file", "torch", "transformers", "onnx", "numpy", "PIL"}
     heavy.add("rich")
     assert not heavy & loaded_after("import edgevlm")
-    assert not (heavy | {"gguf.constants"}) & loaded_after("import edgevlm.cli, edgevlm.export")
+    assert not (heavy | {"edgevlm.runtimes.llama.bindings"}) & loaded_after(
+        "import edgevlm.cli, edgevlm.export"
+    )
 
 
 def test_reading_a_gguf_loads_ggml_alone() -> None:
@@ -178,7 +180,7 @@ from edgevlm.models import built_in
 with opened(built_in() / "decoder.gguf") as file:
     assert file.tensors()
 """
-    assert "llama_cpp.llama_cpp" not in loaded_after(read)
+    assert "edgevlm.runtimes.llama.bindings" not in loaded_after(read)
     with pytest.raises(EngineMissing, match="nothing.* is missing; pip install llama-cpp-python"):
         Library("nothing", ggml_free=(None,)).ggml_free()
 
@@ -198,9 +200,10 @@ def test_every_public_class_has_a_name_of_its_own() -> None:
 def test_loading_a_model_leaves_out_what_packages_bring_along() -> None:
     load = "import edgevlm; edgevlm.load().close()"
     loaded = loaded_after(load)
-    assert not {"jinja2", "llama_cpp.llama", "gguf.vocab", "llama_cpp", "gguf"} & loaded
+    assert not {"jinja2", "llama_cpp", "llama_cpp.llama", "gguf", "gguf.vocab"} & loaded
     # Whoever wants the packages has them whole.
-    whole = loaded_after(f"{load}; import llama_cpp, gguf; llama_cpp.Llama; gguf.GGUFWriter")
+    names = "llama_cpp.Llama, llama_cpp.llama_cpp.llama_decode, gguf.GGUFWriter, gguf.quants.Q8_0"
+    whole = loaded_after(f"{load}; import llama_cpp, gguf; {names}")
     assert {"llama_cpp.llama", "gguf.vocab"} <= whole
 
 

@@ -16,7 +16,7 @@ from edgevlm.errors import BundleCorrupt
 from edgevlm.specs import TensorLocation
 from edgevlm.submodules import submodule
 
-_constants, _quants = submodule("gguf.constants"), submodule("gguf.quants")
+_gguf = submodule("gguf.quants")
 
 
 class EmbeddingRows:
@@ -24,12 +24,12 @@ class EmbeddingRows:
 
     def __init__(self, path: Path, location: TensorLocation) -> None:
         try:
-            self._type = _constants.GGMLQuantizationType[location.type]
+            self._type = _gguf.GGMLQuantizationType[location.type]
         except KeyError:
             raise BundleCorrupt(
                 path, f"token embeddings of unknown type {location.type!r}"
             ) from None
-        block, block_bytes = _constants.GGML_QUANT_SIZES[self._type]
+        block, block_bytes = _gguf.GGML_QUANT_SIZES[self._type]
         row_bytes = location.width // block * block_bytes
         if location.offset + location.rows * row_bytes > path.stat().st_size:
             raise BundleCorrupt(path, "the token embeddings reach beyond its end")
@@ -40,9 +40,9 @@ class EmbeddingRows:
     def __call__(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Token ids -> rows float32 [n, width]."""
         raw = np.ascontiguousarray(self._table[np.asarray(tokens, np.int64)])
-        if self._type == _constants.GGMLQuantizationType.F32:
+        if self._type == _gguf.GGMLQuantizationType.F32:
             return raw.view(np.float32)
-        if self._type == _constants.GGMLQuantizationType.F16:
+        if self._type == _gguf.GGMLQuantizationType.F16:
             return raw.view(np.float16).astype(np.float32)
-        rows: npt.NDArray[np.float32] = _quants.dequantize(raw, self._type)
+        rows: npt.NDArray[np.float32] = _gguf.dequantize(raw, self._type)
         return rows.astype(np.float32, copy=False)
