@@ -11,8 +11,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
+from edgevlm.errors import ExportError
 from edgevlm.export.onnx.trace import quiet
 
 # transformers leaves its classes without types.
@@ -51,6 +53,39 @@ def tokenizer(folder: Path, kind: str = "AutoTokenizer", **options: Any) -> Any:
     if kind.startswith("Auto") and config.get("tokenizer_class") == "TokenizersBackend":
         kind = "PreTrainedTokenizerFast"
     return getattr(_hf, kind).from_pretrained(folder, **options)
+
+
+def model(kind: str, folder: Path, config: Any, **more: Any) -> Any:
+    """The folder's model of a class, in float32 with eager attention.
+
+    Raises ExportError where the class has other tensors than the folder.
+    """
+    made, info = getattr(_hf, kind).from_pretrained(
+        folder,
+        config=config,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
+        **more,
+    )
+    odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if odd:
+        raise ExportError(
+            f"{folder}: transformers reads another set of tensors ({odd[0]}); export without "
+            "verification and report the checkpoint"
+        )
+    return made.eval()
+
+
+def set_rotary(text: Any) -> None:
+    """Puts the rotary positions of a decoder's config where transformers 4 looks for them; 5 writes
+    them elsewhere.
+    """
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    text.rope_theta = rope.get("rope_theta", text.rope_theta)
+    if rope.get("rope_type", "default") != "default":
+        text.rope_scaling = rope
 
 
 def token_ids(tokenizer: Any, texts: list[str], plain: bool) -> list[list[int]]:

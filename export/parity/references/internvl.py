@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.errors import EngineMissing, ExportError
+from edgevlm.errors import EngineMissing
 from edgevlm.export.components import Job
 from edgevlm.export.onnx.trace import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest, SourceModel
@@ -126,28 +126,13 @@ def prompt(processor: Any, question: str) -> str:
 
 def load(folder: Path) -> Any:
     """The model in float32."""
-    model, info = _hf.InternVLForConditionalGeneration.from_pretrained(
-        folder,
-        config=_config(folder),
-        attn_implementation="eager",
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if odd:
-        raise ExportError(
-            f"{folder}: transformers reads another set of tensors ({odd[0]}); export without "
-            "verification and report the checkpoint"
-        )
-    return model.eval()
+    model = files.model("InternVLForConditionalGeneration", folder, _config(folder))
+    return model
 
 
 def _config(folder: Path) -> Any:
     config = _hf.InternVLConfig.from_pretrained(folder)
-    # transformers 5 writes the base of the rotary positions where 4 does not look for it.
-    text = config.text_config
-    rope = getattr(text, "rope_parameters", None) or {}
-    text.rope_theta = rope.get("rope_theta", text.rope_theta)
+    files.set_rotary(config.text_config)
     return config
 
 

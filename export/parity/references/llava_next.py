@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from edgevlm.errors import ExportError
 from edgevlm.export.components import Job
 from edgevlm.export.onnx.trace import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest, files, llava
@@ -138,29 +137,14 @@ def pictures(folder: Path, kind: str, **otherwise: Any) -> Any:
 
 def load(folder: Path) -> Any:
     """The model, whichever release wrote its files."""
-    model, info = _hf.AutoModelForImageTextToText.from_pretrained(
-        folder,
-        config=_config(folder),
-        attn_implementation="eager",
-        dtype=torch.float32,
-        key_mapping=_NAMES,
-        output_loading_info=True,
-    )
-    odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if odd:
-        raise ExportError(
-            f"{folder}: transformers reads another set of tensors ({odd[0]}); export without "
-            "verification and report the checkpoint"
-        )
-    return model.eval()
+    model = files.model("AutoModelForImageTextToText", folder, _config(folder), key_mapping=_NAMES)
+    return model
 
 
 def _config(folder: Path) -> Any:
     config = _hf.AutoConfig.from_pretrained(folder)
-    # transformers 5 writes the base of the rotary positions where 4 does not look for it.
     text = config.text_config
-    rope = getattr(text, "rope_parameters", None) or {}
-    text.rope_theta = rope.get("rope_theta", text.rope_theta)
+    files.set_rotary(text)
     # No row of a prompt is padded; ids of other tables are left over in published files.
     text.pad_token_id = config.pad_token_id = None
     return config

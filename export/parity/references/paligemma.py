@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.errors import EngineMissing, ExportError
+from edgevlm.errors import EngineMissing
 from edgevlm.export.components import Job
 from edgevlm.export.onnx.trace import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest
@@ -152,10 +152,7 @@ def _config(folder: Path) -> Any:
     """
     config = PaliGemmaConfig.from_pretrained(folder)
     text: Any = config.get_text_config()
-    # transformers 5 writes the base of the rotary positions where 4 does not look for it.
-    rope = getattr(text, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
-    text.rope_theta = rope.get("rope_theta", text.rope_theta)
+    files.set_rotary(text)
     if getattr(text, "sliding_window", None):
         text.sliding_window = text.max_position_embeddings
     return config
@@ -166,18 +163,5 @@ def _load(folder: Path) -> Any:
     mapping = dict(PaliGemmaForConditionalGeneration._checkpoint_conversion_mapping)
     mapping[r"^model\.vision_tower\.(?!vision_model)"] = "model.vision_tower.vision_model."
     with _without_adapters():
-        model, info = PaliGemmaForConditionalGeneration.from_pretrained(
-            folder,
-            config=_config(folder),
-            attn_implementation="eager",
-            dtype=torch.float32,
-            key_mapping=mapping,
-            output_loading_info=True,
-        )
-    odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if odd:
-        raise ExportError(
-            f"{folder}: transformers reads another set of tensors ({odd[0]}); export without "
-            "verification and report the checkpoint"
-        )
-    return model.eval()
+        kind = "PaliGemmaForConditionalGeneration"
+        return files.model(kind, folder, _config(folder), key_mapping=mapping)

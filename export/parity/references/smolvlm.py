@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.errors import EngineMissing, ExportError
+from edgevlm.errors import EngineMissing
 from edgevlm.export.components import Job
 from edgevlm.export.onnx.trace import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest
@@ -81,19 +81,7 @@ def load(folder: Path) -> Any:
     """The model, with the patches of a tile in their order: releases 4.55 to 4.57 count them
     wrongly in float32 (transformers#41190).
     """
-    model, info = _hf.AutoModelForImageTextToText.from_pretrained(
-        folder,
-        config=_config(folder),
-        attn_implementation="eager",
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    odd = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if odd:
-        raise ExportError(
-            f"{folder}: transformers reads another set of tensors ({odd[0]}); export without "
-            "verification and report the checkpoint"
-        )
+    model = files.model("AutoModelForImageTextToText", folder, _config(folder))
     tower = model.model.vision_model
     embeddings = tower.embeddings
 
@@ -102,17 +90,13 @@ def load(folder: Path) -> Any:
         return patches + embeddings.position_embedding(torch.arange(patches.shape[1]))
 
     embeddings.forward = embedded
-    return model.eval()
+    return model
 
 
 def _config(folder: Path) -> Any:
     config = _hf.AutoConfig.from_pretrained(folder)
-    # transformers 5 writes the base of the rotary positions where 4 does not look for it.
     text = config.text_config
-    rope = getattr(text, "rope_parameters", None) or {}
-    text.rope_theta = rope.get("rope_theta", text.rope_theta)
-    if rope.get("rope_type", "default") != "default":
-        text.rope_scaling = rope
+    files.set_rotary(text)
     # Top-level ids of other tables are left over in published files; no row of a prompt is padded.
     text.pad_token_id = config.pad_token_id = None
     # Either place ties the tables in some release.
