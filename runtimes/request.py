@@ -42,8 +42,8 @@ from edgevlm.types import Progress, Reply
 
 Float = npt.NDArray[np.float32]
 
-# Tiles in one run of the graphs: the encoder's memory grows with them, and between two runs an
-# answer can be cancelled.
+# Tiles in one run of the graphs; between two runs an answer can be cancelled. For 13 tiles of
+# SmolVLM-256M on two cores 1, 2 and 4 took the same time, and 605, 688 and 853 MiB of memory.
 _TILES_AT_ONCE = 1
 
 
