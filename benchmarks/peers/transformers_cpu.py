@@ -77,7 +77,7 @@ def _processor(task: dict[str, Any], config: Any) -> Any:
     if folder and (Path(folder) / "preprocessor_config.json").is_file():
         return untyped.AutoImageProcessor.from_pretrained(folder, use_fast=False)
     vision = config.vision_config
-    if vision.model_type == "idefics3_vision":
+    if config.model_type == "idefics3":
         edge = vision.image_size
         return untyped.Idefics3ImageProcessor(
             size={"longest_edge": 4 * edge}, max_image_size={"longest_edge": edge}
