@@ -6,6 +6,7 @@ embedding table); both are joined in the order of the model's template.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -321,7 +322,7 @@ def encode(
     """
     with watch.timed("preprocess_ms"):
         pixels = cut(picture.picture, image)
-        names = [tile.tobytes() for tile in pixels]
+        names = [hashlib.sha256(tile).digest() for tile in pixels]
         first = {name: names.index(name) for name in names}
     encoder, made = model.encoder, list[Float]()
     for at in range(0, len(first), _TILES_AT_ONCE):

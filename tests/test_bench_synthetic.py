@@ -42,20 +42,20 @@ LLAMA = {k: v for k, v in GEMMA.items() if k != "head_dim"}
 
 
 def paligemma(kind: str, **text: Any) -> Source:
-    """What is told of a small PaliGemma."""
+    """A small PaliGemma's config."""
     config = {"model_type": "paligemma", "image_token_index": 900, "vision_config": VISION}
     return Source({"config.json": config | {"text_config": GEMMA | {"model_type": kind} | text}})
 
 
 def llava(projector: str, **text: Any) -> Source:
-    """What is told of a small MobileVLM; 8 x 8 patches, as the pooling projector needs some."""
+    """A small MobileVLM's config; 8 x 8 patches, as the pooling projector needs some."""
     config = {"model_type": "mobilevlm", "mm_projector_type": projector} | LLAMA | text
     tower = VISION | {"model_type": "clip_vision_model", "image_size": 112}
     return Source({"config.json": config, f"{TOWER}config.json": tower})
 
 
 def llava_next() -> Source:
-    """What is told of a small LLaVA-NeXT."""
+    """A small LLaVA-NeXT's config."""
     size = VISION["image_size"]
     config = {"model_type": "llava_next", "vision_config": VISION, "text_config": LLAMA}
     pinpoints = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
@@ -64,7 +64,7 @@ def llava_next() -> Source:
 
 
 def tinygptv() -> Source:
-    """What is told of a small TinyGPT-V."""
+    """A small TinyGPT-V's config."""
     text = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
             "num_hidden_layers": 9, "vocab_size": 1000, "partial_rotary_factor": 0.4,
             "hidden_act": "gelu_new", "model_type": "phi"}  # fmt: skip
@@ -77,7 +77,7 @@ def tinygptv() -> Source:
 
 
 def internvl(**llm: Any) -> Source:
-    """What is told of a small InternVL that cuts nothing."""
+    """The config of a small InternVL that cuts nothing."""
     real = MODELS["internvl3-1b"]
     config: dict[str, Any] = {**real.files["config.json"]}
     config |= {"force_image_size": VISION["image_size"], "dynamic_image_size": False}

@@ -1,4 +1,4 @@
-"""What a family says of a config that it cannot read, and who hears of a bug in a family."""
+"""Refusals of configs that a family cannot read, and the traceback of a bug in one."""
 
 from __future__ import annotations
 

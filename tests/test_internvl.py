@@ -15,13 +15,12 @@ import edgevlm
 from edgevlm.errors import ContextOverflow, SourceError
 from edgevlm.export import ReadOptions, export_bundle, inspect_source
 from edgevlm.export.onnx.trace import quiet
-from edgevlm.image.plan import plan
-from edgevlm.prompt import Exchange, Image
-from edgevlm.runtimes.request import Request, prepare
+from edgevlm.prompt import Exchange
+from edgevlm.runtimes.request import prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
+from tests.answers import greedy, sequence
 from tests.checkpoints.internvl import SYSTEM_TEMPLATE, write_internvl
-from tests.test_smolvlm import greedy
 
 RNG = np.random.default_rng(5)
 WIDE = RNG.integers(0, 256, (70, 110, 3), np.uint8)
@@ -126,25 +125,12 @@ def exchanges(turns: Sequence[tuple[int, str]]) -> list[Exchange]:
     ]
 
 
-def sequence(vlm: VLM, request: Request, token: int) -> list[int]:
-    """The input's token ids, each image embedding as the token that stands for it."""
-    ids: list[int] = []
-    for segment in request.segments:
-        if isinstance(segment, Image):
-            assert segment.end is None
-            size = request.sizes[segment.index]
-            ids += [token] * plan(*size, vlm.engines.manifest.image).rows
-        else:
-            ids += segment.ids
-    return ids
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_it_answers_like_the_original(vlm: VLM, original: Original, case: str) -> None:
     turns, pictures = CASES[case]
     request = prepare(vlm.engines, exchanges(turns), pictures, Sampling(max_tokens=16))
     inputs = original.inputs(turns, pictures)
-    assert sequence(vlm, request, original.token) == inputs["input_ids"][0].tolist()
+    assert sequence(request, original.token) == inputs["input_ids"][0].tolist()
     ours, tokens = greedy(vlm, request, 16)
     theirs = original.logits(inputs, tokens)
     assert theirs[:-1].argmax(1).tolist() == tokens
@@ -161,7 +147,7 @@ def test_with_fewer_tiles_it_answers_like_the_original(
     with edgevlm.load(bundle, max_tiles=most) as vlm:
         request = prepare(vlm.engines, [Exchange(WORDS, 1)], [WIDE], Sampling(max_tokens=4))
         assert request.n_tiles <= most
-        assert sequence(vlm, request, original.token) == inputs["input_ids"][0].tolist()
+        assert sequence(request, original.token) == inputs["input_ids"][0].tolist()
         ours, tokens = greedy(vlm, request, 4)
     assert np.abs(ours - original.logits(inputs, tokens)).max() < 5e-3
 

@@ -19,9 +19,9 @@ from edgevlm.prompt import Exchange
 from edgevlm.runtimes.request import prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
+from tests.answers import greedy, sequence
 from tests.checkpoints.internvl import CONVERSATION, write_internvl
-from tests.test_internvl import SMALL, TALL, WIDE, WORDS, Picture, sequence
-from tests.test_smolvlm import greedy
+from tests.test_internvl import SMALL, TALL, WIDE, WORDS, Picture
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "3-1b": {"files": "pair"},
@@ -130,7 +130,7 @@ def test_it_answers_like_the_original(vlm: VLM, original: Original, case: str) -
     request = prepare(vlm.engines, asked, pictures, Sampling(max_tokens=16))
     pixels = original.pixels(pictures, None)
     ids = original.model.ids(texts, [len(p) for p in pixels])
-    assert sequence(vlm, request, original.model.context) == ids
+    assert sequence(request, original.model.context) == ids
     ours, tokens = greedy(vlm, request, 16)
     theirs = original.logits(ids, pixels, tokens)
     assert theirs[:-1].argmax(1).tolist() == tokens
@@ -142,7 +142,7 @@ def test_a_later_turn_reads_an_answer_as_text(vlm: VLM, original: Original) -> N
     request = prepare(vlm.engines, [Exchange("one", 1, first), Exchange("two")], [WIDE], Sampling())
     n = [len(p) for p in original.pixels([WIDE], None)]
     ids = original.model.ids(["<image>\none", first.text, "two"], n)
-    assert sequence(vlm, request, original.model.context) == ids
+    assert sequence(request, original.model.context) == ids
 
 
 @pytest.mark.parametrize("most", [1, 5])
@@ -155,7 +155,7 @@ def test_with_fewer_tiles_it_answers_like_the_original(
     with edgevlm.load(bundle, max_tiles=most) as vlm:
         request = prepare(vlm.engines, [Exchange(WORDS, 1)], [WIDE], Sampling(max_tokens=4))
         assert request.n_tiles <= most
-        assert sequence(vlm, request, original.model.context) == ids
+        assert sequence(request, original.model.context) == ids
         ours, tokens = greedy(vlm, request, 4)
     assert np.abs(ours - original.logits(ids, pixels, tokens)).max() < 5e-3
 

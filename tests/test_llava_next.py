@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import edgevlm
+from edgevlm.benchmarks.latency.measure import endless
 from edgevlm.bundle import NEWLINE, record, write_manifest
 from edgevlm.errors import BundleCorrupt, SourceError
 from edgevlm.export import ReadOptions, export_bundle, inspect_source, requantize_bundle
@@ -20,7 +21,8 @@ from edgevlm.prompt import Exchange
 from edgevlm.runtimes.request import prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
-from tests.anyres_reference import Original, Picture, greedy, sequence
+from tests.answers import greedy, sequence
+from tests.anyres_reference import Original, Picture
 from tests.checkpoints.adapters import shapes_of, write_adapter
 from tests.checkpoints.llava_next import PINPOINTS, SIZE, write_next
 from tests.checkpoints.saved_by_5 import as_saved_by_5
@@ -137,7 +139,7 @@ def test_it_answers_like_transformers(vlm: VLM, original: Original, name: str, c
     exchanges, pictures = CASES[case]
     request = prepare(vlm.engines, exchanges, pictures, Sampling(max_tokens=16))
     inputs = original.inputs(chat(name, exchanges), pictures)
-    assert sequence(vlm, request, original.image_token) == inputs["input_ids"][0].tolist()
+    assert sequence(request, original.image_token) == inputs["input_ids"][0].tolist()
     ours, tokens = greedy(vlm, request, 16)
     theirs = original.logits(inputs, tokens)
     assert theirs[:-1].argmax(1).tolist() == tokens
@@ -161,7 +163,7 @@ def test_with_fewer_tiles_it_answers_like_transformers_with_fewer_pinpoints(
         config.image_grid_pinpoints = pictures.image_grid_pinpoints = fewer
         try:
             inputs = original.inputs(chat(name, [Exchange(WORDS, 1)]), [WIDE])
-            assert sequence(vlm, request, original.image_token) == inputs["input_ids"][0].tolist()
+            assert sequence(request, original.image_token) == inputs["input_ids"][0].tolist()
             ours, tokens = greedy(vlm, request, 4)
             assert np.abs(ours - original.logits(inputs, tokens)).max() < 5e-3
         finally:
@@ -376,3 +378,9 @@ def test_without_a_picture_processor_the_class_decides(tmp_path: Path) -> None:
     # Of 336 pixels, as the published towers; these have another size.
     with pytest.raises(SourceError, match="multiples of 32"):
         inspect_source(source)
+
+
+def test_a_benchmark_asks_it_as_users_do(vlm: VLM) -> None:
+    asked = endless(vlm, vlm.engines.encoder).ask("x", WIDE, max_tokens=3)
+    assert asked.token_ids == vlm.ask("x", WIDE, max_tokens=3).token_ids
+    assert asked.tokens.image == vlm.ask("x", WIDE, max_tokens=1).tokens.image

@@ -17,7 +17,8 @@ from edgevlm.prompt import Exchange
 from edgevlm.runtimes.request import prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
-from tests.anyres_reference import Original, Picture, greedy, sequence
+from tests.answers import greedy, sequence
+from tests.anyres_reference import Original, Picture
 from tests.checkpoints.llava_onevision import PINPOINTS, SIZE, write_onevision
 from tests.checkpoints.saved_by_5 import as_saved_by_5
 
@@ -87,7 +88,7 @@ def test_it_answers_like_transformers(vlm: VLM, original: Original, case: str) -
     exchanges, pictures = CASES[case]
     request = prepare(vlm.engines, exchanges, pictures, Sampling(max_tokens=16))
     inputs = original.inputs(chat(exchanges), pictures)
-    assert sequence(vlm, request, original.image_token) == inputs["input_ids"][0].tolist()
+    assert sequence(request, original.image_token) == inputs["input_ids"][0].tolist()
     ours, tokens = greedy(vlm, request, 16)
     theirs = original.logits(inputs, tokens)
     assert theirs[:-1].argmax(1).tolist() == tokens
@@ -131,7 +132,7 @@ def test_with_fewer_tiles_it_answers_like_transformers_with_fewer_pinpoints(
         config.image_grid_pinpoints = pictures.image_grid_pinpoints = fewer
         try:
             inputs = original.inputs(chat([Exchange(WORDS, 1)]), [WIDE])
-            assert sequence(vlm, request, original.image_token) == inputs["input_ids"][0].tolist()
+            assert sequence(request, original.image_token) == inputs["input_ids"][0].tolist()
             ours, tokens = greedy(vlm, request, 4)
             assert np.abs(ours - original.logits(inputs, tokens)).max() < 5e-3
         finally:
@@ -152,7 +153,7 @@ def test_the_prompt_of_its_training(tmp_path: Path) -> None:
     with edgevlm.load(made.folder) as vlm:
         request = prepare(vlm.engines, [Exchange(WORDS, 1)], [WIDE], Sampling())
         ids = original.inputs(text, [WIDE])["input_ids"][0].tolist()
-        assert sequence(vlm, request, original.image_token) == ids
+        assert sequence(request, original.image_token) == ids
 
 
 @pytest.mark.parametrize("layout", ["hf", "hf-5"])

@@ -38,6 +38,7 @@ LAYERS = (
         "edgevlm.decoders",
         "edgevlm.templates",
         "edgevlm.processors",
+        "edgevlm.image_specs",
         "edgevlm.llava_shape",
         "edgevlm.pinpoints",
     ),

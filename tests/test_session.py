@@ -31,7 +31,7 @@ def prefills(vlm: VLM) -> list[NDArray[np.float32]]:
 
 
 def n_encoded(vlm: VLM) -> int:
-    """How many pictures the encoder of a fake has seen."""
+    """The number of pictures that the encoder of a fake has seen."""
     assert isinstance(vlm.engines.encoder, fakes.FakeEncoder)
     return vlm.engines.encoder.calls
 

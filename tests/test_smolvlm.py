@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 import edgevlm
 from edgevlm.errors import ContextOverflow, SourceError
 from edgevlm.export import ReadOptions, export_bundle, inspect_source
-from edgevlm.prompt import Exchange, Image
-from edgevlm.runtimes.request import Request, input_blocks, prefill, prepare
+from edgevlm.prompt import Exchange
+from edgevlm.runtimes.request import prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 from edgevlm.types import Progress
+from tests.answers import greedy, sequence
 from tests.checkpoints.smolvlm import write_smolvlm
 
 RNG = np.random.default_rng(5)
@@ -94,29 +95,6 @@ def chat(*turns: tuple[int, str]) -> str:
         role = "Assistant" if i % 2 else "User"
         text += f"{role}:{'<image>' * n}{'' if n else ' '}{said}<end_of_utterance>\n"
     return text + "Assistant:"
-
-
-def sequence(request: Request, image_token: int) -> list[int]:
-    """The input's token ids, each image embedding as the token that stands for it."""
-    ids: list[int] = []
-    rows = request.n_image // max(request.n_tiles, 1)
-    for segment in request.segments:
-        if isinstance(segment, Image):
-            n = rows if segment.end is None else segment.end - segment.begin
-            ids += [image_token] * n
-        else:
-            ids += segment.ids
-    return ids
-
-
-def greedy(vlm: VLM, request: Request, n: int) -> tuple[NDArray[np.float32], list[int]]:
-    prefill(vlm.engines, request, input_blocks(vlm.engines, request), n)
-    logits, tokens = [vlm.engines.decoder.logits()], list[int]()
-    for _ in range(n):
-        tokens.append(int(logits[-1].argmax()))
-        vlm.engines.decoder.step(tokens[-1])
-        logits.append(vlm.engines.decoder.logits())
-    return np.stack(logits), tokens
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

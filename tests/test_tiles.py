@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,23 +60,32 @@ def sizes() -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(("size", "edges"), [(512, 4), (384, 4), (364, 4), (512, 10)])
 def test_longest_edge_plans_are_idefics3s(size: int, edges: int) -> None:
-    spec, theirs = smolvlm(size, edges), idefics3(size, edges)
+    from transformers.models.idefics3 import image_processing_idefics3 as untyped
+
+    theirs: Any = untyped
+
+    def canvas(width: int, height: int) -> tuple[int, int]:
+        """Sizes without pixels: the steps of resize() and resize_for_vision_encoder()."""
+        height, width = theirs._resize_output_size_rescale_to_max_len(
+            height, width, max_len=edges * size
+        )
+        height, width = theirs._resize_output_size_scale_below_upper_bound(
+            height, width, max_len=theirs.MAX_IMAGE_SIZE
+        )
+        seen: list[tuple[int, int]] = []
+        kind: Any = theirs.Idefics3ImageProcessor
+        noted = SimpleNamespace(
+            resize=lambda _, size, **__: seen.append((size["width"], size["height"]))
+        )
+        blank = np.broadcast_to(np.uint8(0), (height, width, 3))
+        kind.resize_for_vision_encoder(noted, blank, size, input_data_format="channels_last")
+        return seen[0]
+
     for width, height in sizes():
-        found = plan(width, height, spec)
-        told: dict[str, Any] = {}
-        n, rows, columns = theirs.get_number_of_image_patches(height, width, told)
-        # That function plans the number of tiles of a single one as 1 x 1, its processor as 0 x 0;
-        # it also lets a ratio out that the processor heeds, so the processor itself is the judge.
-        if found.n_tiles != n or found.grid not in ((rows, columns), (0, 0)):
-            blank = np.zeros((height, width, 3), np.uint8)
-            resized = theirs.resize(
-                blank, {"longest_edge": edges * size}, input_data_format="channels_last"
-            )
-            frames = theirs.resize_for_vision_encoder(
-                resized, size, input_data_format="channels_last"
-            )
-            h, w = frames.shape[0] // size, frames.shape[1] // size
-            assert found.n_tiles == (1 if h * w == 1 else h * w + 1), (width, height)
+        found = plan(width, height, smolvlm(size, edges))
+        assert found.canvas == (expected := canvas(width, height)), (width, height)
+        n = expected[0] * expected[1] // size**2
+        assert found.n_tiles == (n + 1 if n > 1 else 1) and found.rows == 4 * found.n_tiles
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 12), (1, 6), (2, 9), (1, 1), (3, 2), (1, 40)])
@@ -105,6 +116,7 @@ def test_a_limit_of_tiles_counts_the_thumbnail() -> None:
     assert plan(1000, 500, limited(bare, 2)).n_tiles == 2
 
 
+@functools.cache
 def pictures() -> dict[str, Image.Image]:
     """A picture of every kind and shape that a processor treats by itself."""
     rng = np.random.default_rng(1)

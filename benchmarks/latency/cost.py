@@ -57,17 +57,17 @@ def cost(bundle: Bundle) -> Cost:
 
 def limits(
     needs: Cost, bundle: Bundle, physics: Physics, metrics: Mapping[str, Metric],
-    rows: tuple[int, int], vision_precision: str = "",
+    rows: tuple[int, int, int], vision_precision: str = "",
 ) -> dict[str, Limit]:  # fmt: skip
     """Stage -> what the machine would need at its measured peaks, beside what was measured.
 
-    `rows` are the length of the prefill and the rows in the vision encoder. A projector's first
-    layers may see more of them than come out: its limit is one from below.
+    `rows` are the length of the prefill, the rows in the vision encoder and the image embeddings. A
+    projector's first layers may see more of them than come out: its limit is one from below.
     """
     parts, found = dict(bundle.manifest.components), {}
     parts["vision"] = bundle.manifest.alternatives.get(vision_precision, parts["vision"])
-    n_prompt, n_positions = rows
-    passed = {"vision": n_positions, "projector": min(n_positions, bundle.manifest.image.tokens)}
+    n_prompt, n_positions, n_image = rows
+    passed = {"vision": n_positions, "projector": min(n_positions, n_image)}
     for name, n in passed.items():
         size = sum(f.bytes for f in parts[name].files)
         ops = 2 * size / _WEIGHT_BYTES.get(parts[name].precision, 1) * n

@@ -85,7 +85,7 @@ class Gathered:
         found = {}
         if physics:
             n_prompt = facts["image_tokens"] + facts["text_tokens"]
-            rows = (n_prompt, facts["vision_positions"])
+            rows = (n_prompt, facts["vision_positions"], facts["image_tokens"])
             found = limits(needs, bundle, physics, metrics, rows, facts.get("vision_precision", ""))
         return Result(
             name=self.configuration.name,

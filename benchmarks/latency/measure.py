@@ -119,7 +119,7 @@ def endless(vlm: VLM, encoder: VisionEncoder) -> VLM:
     answer = replace(manifest.answer, stop_tokens=(), stop_strings=())
     return VLM(
         replace(manifest, answer=answer), vlm.engines.family, encoder, vlm.engines.decoder,
-        load_ms=vlm.load_ms,
+        newline=vlm.engines.newline, load_ms=vlm.load_ms,
     )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def _default_prompt(vlm: VLM) -> str:
 
 
 class _Marking:
-    """A VisionEncoder that notes its positions and the memory after the first picture."""
+    """A VisionEncoder that counts positions, of all tiles, and notes the memory after a picture."""
 
     def __init__(self, encoder: VisionEncoder, memory: MemoryMarks) -> None:
         self._encoder, self._memory = encoder, memory
@@ -213,7 +213,7 @@ class _Marking:
     def features(self, pixels: Float) -> Float:
         """See VisionEncoder."""
         features = self._encoder.features(pixels)
-        self.positions = features.shape[1]
+        self.positions += features.shape[0] * features.shape[1]
         return features
 
     def project(self, features: Float) -> Float:

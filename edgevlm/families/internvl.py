@@ -24,10 +24,11 @@ from edgevlm.family import (
     setting,
     stop_tokens,
 )
+from edgevlm.image_specs import check_rows, image_spec
 from edgevlm.parts.internvit import InternVit
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.merged_mlp import MergedMlp
-from edgevlm.processors import GOT_OCR2, PREPROCESSOR, check_rows, find_settings, image_spec
+from edgevlm.processors import GOT_OCR2, PREPROCESSOR, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec, TileSpec
 from edgevlm.templates import Cutter
 

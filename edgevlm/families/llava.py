@@ -12,16 +12,9 @@ from dataclasses import replace
 
 from edgevlm import llava_shape
 from edgevlm.family import Family, Model, Source
+from edgevlm.image_specs import check_rows, image_spec
 from edgevlm.parts.clip import ClipTower
-from edgevlm.processors import (
-    CLIP,
-    LLAVA,
-    SIGLIP,
-    check_rows,
-    default_settings,
-    find_settings,
-    image_spec,
-)
+from edgevlm.processors import CLIP, LLAVA, SIGLIP, default_settings, find_settings
 from edgevlm.specs import ImageSpec
 
 

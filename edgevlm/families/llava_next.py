@@ -10,16 +10,11 @@ from dataclasses import asdict, replace
 
 from edgevlm import llava_shape, pinpoints
 from edgevlm.family import TOWER, Config, Family, FileError, Model, Source, section
+from edgevlm.image_specs import check_rows, image_spec
 from edgevlm.parts.anyres import Anyres
 from edgevlm.parts.clip import ClipTower
 from edgevlm.parts.mlp import Mlp
-from edgevlm.processors import (
-    LLAVA_NEXT,
-    check_rows,
-    default_settings,
-    find_settings,
-    image_spec,
-)
+from edgevlm.processors import LLAVA_NEXT, default_settings, find_settings
 from edgevlm.specs import ImageSpec, MapSpec, TileSpec
 
 _OWN = ("llava_llama", "llava_mistral")

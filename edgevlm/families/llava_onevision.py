@@ -21,16 +21,11 @@ from edgevlm.family import (
     setting,
     stop_tokens,
 )
+from edgevlm.image_specs import image_spec
 from edgevlm.parts.anyres import Anyres
 from edgevlm.parts.qwen2 import Qwen2
 from edgevlm.parts.siglip import SiglipTower
-from edgevlm.processors import (
-    LLAVA_ONEVISION,
-    PROCESSOR,
-    default_settings,
-    find_settings,
-    image_spec,
-)
+from edgevlm.processors import LLAVA_ONEVISION, PROCESSOR, default_settings, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, MapSpec, PictureLayout, PromptSpec, TileSpec
 from edgevlm.templates import IMAGE, TEMPLATES, Cutter
 

@@ -23,11 +23,12 @@ from edgevlm.family import (
     setting,
     stop_tokens,
 )
+from edgevlm.image_specs import check_rows, image_spec
 from edgevlm.parts.gemma import Gemma
 from edgevlm.parts.gemma2 import Gemma2
 from edgevlm.parts.linear import Linear
 from edgevlm.parts.siglip import SiglipTower
-from edgevlm.processors import SIGLIP, check_rows, default_settings, find_settings, image_spec
+from edgevlm.processors import SIGLIP, default_settings, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PromptSpec
 
 _GELU = "gelu_pytorch_tanh"

@@ -23,10 +23,11 @@ from edgevlm.family import (
     setting,
     stop_tokens,
 )
+from edgevlm.image_specs import image_spec
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.shuffle import Shuffle
 from edgevlm.parts.siglip import SiglipTower
-from edgevlm.processors import IDEFICS3, PREPROCESSOR, SMOLVLM, find_settings, image_spec
+from edgevlm.processors import IDEFICS3, PREPROCESSOR, SMOLVLM, find_settings
 from edgevlm.specs import AnswerSpec, PictureLayout, PromptSpec
 from edgevlm.templates import Cutter
 
