@@ -20,7 +20,10 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 ROOT = Path(__file__).parent.parent
 # The command line, which says on stdout what it is about to do.
 ANNOUNCED = """
-import hashlib, sys, threading
+import hashlib, signal, sys, threading
+# The suite may have been started where they are ignored: by nohup, or behind a shell's &.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from edgevlm import cli
 from edgevlm.export import components, progress
 
@@ -164,7 +167,7 @@ def test_what_is_ignored_stays_ignored(
     paligemma_checkpoint: Path, start: Start, tmp_path: Path
 ) -> None:
     """By nohup, for one."""
-    nohup = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    nohup = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     process = start("export", paligemma_checkpoint, tmp_path / "out", "--no-verify", more=nohup)
     assert process.stdout and process.stdout.readline() == "decoder\n"
     os.killpg(process.pid, signal.SIGHUP)
