@@ -1,4 +1,4 @@
-"""llama.cpp must cut and merge bytes as transformers does, with GPT-2's tokenizer and LLaMA-3's."""
+"""llama.cpp must cut and merge bytes as transformers does, with GPT-2's tokenizer and others."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from edgevlm.export.checkpoint.tokenizer.vocabulary import (
 from edgevlm.export.gguf import tools
 from edgevlm.export.gguf.decoder import DecoderSource, metadata
 from edgevlm.export.parity.corpus import corpus
+from edgevlm.export.parity.references import files
 from edgevlm.parts.llama import Llama
 from edgevlm.prompt import normalized
 from edgevlm.specs import PromptSpec
-from tests.checkpoints import byte_vocabulary, qwen2_vocabulary
+from tests.checkpoints import byte_vocabulary, deepseek_vocabulary, qwen2_vocabulary
 from tests.checkpoints.phi_vocabulary import END, write_gpt2_tokenizer
 from tests.checkpoints.vocabulary import write_json
 from tests.multilingual import PROMPTS
@@ -166,6 +167,21 @@ def test_qwen2(files: qwen2_vocabulary.Files, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "LlamaTokenizer", "TokenizersBackend"])
+def test_deepseek_llm(kind: str, tmp_path: Path) -> None:
+    """Cut again and again; without the bytes that no UTF-8 has, whose signs are tokens."""
+    data = deepseek_vocabulary.trained(tuple(TEXTS), 3000)
+    found = deepseek_vocabulary.write_deepseek(tmp_path, data, tokenizer_class=kind)
+    tokenizer = files.tokenizer(tmp_path)
+    table = compare(tmp_path, len(found) + 7, tokenizer, tmp_path)
+    assert table.pre == "deepseek-llm"
+    assert table.specials["eos"] == found[deepseek_vocabulary.END] == tokenizer.eos_token_id
+    configs = {p.name: read_json(p) for p in tmp_path.glob("*.json")}
+    described = side_files.describe(Checkpoint(tmp_path, configs, {}, ()))
+    assert described.add_bos == (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+    assert described.add_bos == (kind != "TokenizersBackend") and described.normalize == ""
+
+
 def nfc(text: str) -> str:
     return normalized(text, PromptSpec((), normalize="NFC"))
 
@@ -192,6 +208,42 @@ def odd_merge(data: dict[str, Any]) -> None:
 
 def twins(data: dict[str, Any]) -> None:
     data["added_tokens"][-1]["content"] = data["added_tokens"][-2]["content"]
+
+
+def joined_digits(data: dict[str, Any]) -> None:
+    data["model"]["merges"].append("1 2")
+
+
+def escaped(data: dict[str, Any]) -> None:
+    data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"[\r\n]"
+
+
+def as_one(data: dict[str, Any]) -> None:
+    data["pre_tokenizer"]["pretokenizers"][5]["individual_digits"] = False
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (other_pattern, "pre-tokenizer that is none of gpt-2, .*, deepseek-llm$"),
+        (as_one, "pre-tokenizer that is none of"),
+        (joined_digits, "the merge '1 2' joins digits"),
+        (lacking_byte, "lacks 1 of the 256 bytes"),
+        (escaped, ""),
+    ],
+)
+def test_what_is_not_quite_deepseeks(
+    damage: Callable[[dict[str, Any]], None], says: str, tmp_path: Path
+) -> None:
+    found = deepseek_vocabulary.write_deepseek(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    damage(data)
+    write_json(tmp_path / "tokenizer.json", data)
+    if not says:
+        assert compare(tmp_path, len(found), files.tokenizer(tmp_path), tmp_path).pre
+        return
+    with pytest.raises(SourceError, match=says):
+        vocabulary(tmp_path, len(found))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from edgevlm.family import AddedToken, Config, Tokenizer
 CONFIG = "tokenizer_config.json"
 # The class of transformers 5 that does what tokenizer.json says and nothing else.
 GENERIC = "TokenizersBackend"
+# The class that adds a begin token as its config says, whatever tokenizer.json does.
+LLAMA = "LlamaTokenizer"
 # What the tokens of a role are called where tokenizer_config.json does not say.
 ROLES = {
     "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|endoftext|>"),
@@ -98,10 +100,11 @@ def describe(checkpoint: Checkpoint) -> Tokenizer:
         added[e.text] = AddedToken(e.id, "rstrip" in e.attributes, e.text in special, odd)
     in_bytes = is_byte_level(checkpoint)
     add_bos = _config(checkpoint).get("add_bos_token")
-    if in_bytes or (add_bos is None and _config(checkpoint).get("tokenizer_class") == GENERIC):
+    kind = str(_config(checkpoint).get("tokenizer_class") or "")
+    told = kind.removesuffix("Fast") == LLAMA
+    if (in_bytes and not told) or (add_bos is None and kind == GENERIC):
         add_bos = _adds_bos(fast.get("post_processor"))
     slow = (checkpoint.folder / "tokenizer.model").is_file()
-    kind = str(_config(checkpoint).get("tokenizer_class") or "")
     form = normalization(checkpoint, kind) if in_bytes else ""
     return Tokenizer(in_bytes, slow, add_bos in (None, True), added, _prepends(fast), form)
 
