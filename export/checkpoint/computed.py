@@ -73,6 +73,14 @@ class _Picked(_Computed):
 
 
 @dataclass(frozen=True)
+class _Reshaped(_Computed):
+    source: Tensor
+
+    def raw(self) -> Raw:
+        return self.source.raw().reshape(self.shape)
+
+
+@dataclass(frozen=True)
 class _Stacked(_Computed):
     parts: tuple[Tensor, ...]
 
@@ -116,6 +124,11 @@ def rows(source: Tensor, axes: tuple[int, ...], axis: int, index: int, count: in
     """
     shape = (math.prod(axes) // axes[axis] * count, *source.shape[1:])
     return _Picked(source.name, source.file, source.dtype, shape, source, axes, axis, index, count)
+
+
+def reshaped(source: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The values of `source` in another shape of as many."""
+    return _Reshaped(source.name, source.file, source.dtype, shape, source)
 
 
 def stacked(parts: tuple[Tensor, ...], name: str) -> Tensor:

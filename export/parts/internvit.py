@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig
@@ -12,9 +10,8 @@ from transformers.models.internvl.modeling_internvl import (
     InternVLVisionEncoder,
 )
 
-from edgevlm.errors import SourceError
-from edgevlm.export.checkpoint import tensors
-from edgevlm.export.checkpoint.computed import rows
+from edgevlm.export.checkpoint.layouts import renamed
+from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.onnx.modules import TowerModule, transformers_config
 from edgevlm.parts.internvit import InternVit
 
@@ -54,33 +51,13 @@ _NAMES = {
     r"encoder\.layers\.(\d+)\.attn\.proj\.(.+)": r"encoder.layer.\1.attention.projection_layer.\2",
     r"encoder\.layers\.(\d+)\.mlp\.(.+)": r"encoder.layer.\1.mlp.\2",
 }
-_FUSED = re.compile(r"encoder\.layers\.(\d+)\.attn\.qkv\.(.+)")
+_FUSED = {
+    r"encoder\.layers\.(\d+)\.attn\.qkv\.(.+)": tuple(
+        rf"encoder.layer.\1.attention.{x}_proj.\2" for x in "qkv"
+    )
+}
 
 
-def canonical(found: tensors.Weights, config: InternVit) -> tensors.Weights:
+def canonical(found: Weights, _: InternVit) -> Weights:
     """InternVL's own layout: other names, and queries, keys and values fused."""
-    out: dict[str, tensors.Tensor] = {}
-    for name, tensor in found.items():
-        fused = _FUSED.fullmatch(name)
-        if fused and tensor.shape[0] == 3 * config.hidden_size:
-            stem, axes = f"encoder.layer.{fused[1]}.attention.", (3, config.hidden_size)
-            parts = {f"{stem}{x}_proj.{fused[2]}": rows(tensor, axes, 0, i) for i, x in _QKV}
-        else:
-            parts = {_renamed(name): tensor}
-        for target, part in parts.items():
-            if target in out:
-                raise SourceError(
-                    f"{tensor.file}: {tensor.name} and {out[target].name} are the same"
-                )
-            out[target] = part
-    return out
-
-
-_QKV = tuple(enumerate("qkv"))
-
-
-def _renamed(name: str) -> str:
-    for pattern, target in _NAMES.items():
-        if match := re.fullmatch(pattern, name):
-            return match.expand(target)
-    return name
+    return renamed(found, _NAMES, _FUSED)
