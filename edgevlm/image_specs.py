@@ -12,6 +12,7 @@ from typing import Any
 
 from edgevlm.family import Config, FileError
 from edgevlm.processors import (
+    DEEPSEEK_VL,
     GOT_OCR2,
     IDEFICS3,
     LLAVA,
@@ -21,6 +22,7 @@ from edgevlm.processors import (
     PROCESSOR,
     SIGLIP,
     SMOLVLM,
+    VLM,
     ProcessorSettings,
 )
 from edgevlm.specs import Fit, ImageSpec, Resample, TileSpec
@@ -29,6 +31,8 @@ from edgevlm.specs import Fit, ImageSpec, Resample, TileSpec
 _IDEFICS = (IDEFICS3, SMOLVLM)
 # Classes that cut pictures by pinpoints.
 _PINNED = (LLAVA_NEXT, LLAVA_ONEVISION)
+# Classes that resize a picture in its own shape and pad it after that.
+_BOXED = (DEEPSEEK_VL, VLM)
 # Settings that are true or false.
 _SWITCHES = (
     "do_resize",
@@ -74,6 +78,8 @@ def image_spec(
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     elif squares:
         _colour(found, mean)
+    if found.kind in _BOXED:
+        fill = _box_colour(found)
     idefics = found.kind in _IDEFICS
     tiles = _tiles(found, side) if idefics else _patches(found) if found.kind == GOT_OCR2 else None
     fit, resize = _fit(found, side, pad)
@@ -90,7 +96,30 @@ def image_spec(
         fill=fill,
         tiles=tiles,
         rgb="last" if idefics else "first",
+        **_box(found, side),
     )
+
+
+def _box(found: ProcessorSettings, side: int) -> dict[str, Any]:
+    """Settings that only a letterbox has."""
+    if found.kind not in _BOXED:
+        return {}
+    if found.values["do_pad"] is not True:
+        raise found.refusal("do_pad", "only true is known")
+    shortest = _count(found, "min_size")
+    if shortest > side:
+        raise found.refusal("min_size", f"the vision tower takes {side} pixels")
+    return {"shortest": shortest, "rounding": "share" if found.kind == VLM else "scale"}
+
+
+def _box_colour(found: ProcessorSettings) -> tuple[int, int, int]:
+    """The colour around a picture; grey where the file states no mean, whatever the class's is."""
+    stated = found.stated.get("image_mean") is not None
+    colour = _colour(found, _channels(found, "image_mean")) if stated else (127, 127, 127)
+    said = found.values["background_color"]
+    if said is not None and said != list(colour):
+        raise found.refusal("background_color", f"the classes make it {list(colour)} of image_mean")
+    return colour
 
 
 def _tiles(found: ProcessorSettings, side: int) -> TileSpec:
@@ -167,6 +196,11 @@ def _fit(found: ProcessorSettings, side: int, pad: bool) -> tuple[Fit, int]:
         raise found.refusal("do_resize", "only true is known")
     if found.kind in _IDEFICS:
         return "stretch", side
+    if found.kind in _BOXED:
+        key = "image_size" if found.kind == VLM else "size"
+        if _square(found, key, found.values[key]) != side:
+            raise found.refusal(key, f"the vision tower takes {side} pixels")
+        return "letterbox", side
     resize, keeps_shape = _size(found)
     if found.kind in _PINNED:
         # Tiles are as large as what would be cut out, whether it is or not.

@@ -17,6 +17,8 @@ CLIP, SIGLIP, LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageP
 IDEFICS3, SMOLVLM = "Idefics3ImageProcessor", "SmolVLMImageProcessor"
 GOT_OCR2 = "GotOcr2ImageProcessor"
 LLAVA_NEXT, LLAVA_ONEVISION = "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"
+# transformers' class, and the one of the original's code.
+DEEPSEEK_VL, VLM = "DeepseekVLImageProcessor", "VLMImageProcessor"
 PINPOINTS = "image_grid_pinpoints"
 
 # openai/CLIP's normalisation, and the one that transformers calls IMAGENET_STANDARD.
@@ -78,6 +80,30 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "min_patches": 1,
         "max_patches": 12,
     },
+    DEEPSEEK_VL: _COMMON
+    | {
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "size": {"height": 384, "width": 384},
+        "default_to_square": True,
+        "min_size": 14,
+        "do_pad": True,
+        # Files have it, and both classes compute it.
+        "background_color": None,
+    },
+    VLM: {
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "image_size": None,
+        "min_size": 14,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "background_color": None,
+    },
+}
+# What a class does and its file cannot say.
+_FIXED: dict[str, dict[str, Any]] = {
+    VLM: {"do_resize": True, "resample": 3, "do_rescale": True, "do_pad": True},
 }
 # Keys that change no pixel: names, and what a call may be given. Pictures are RGB here already, and
 # `do_pad` of a class that is not LLaVA's brings pictures of one batch to one size.
@@ -195,7 +221,7 @@ def _settings(file: str, stated: Config, default: str, known: Collection[str]) -
         raise FileError(
             file, f"image_processor_type is {named!r}; only {' or '.join(known)} is known"
         )
-    values = dict(_DEFAULTS[kind])
+    values = _FIXED.get(kind, {}) | _DEFAULTS[kind]
     for key, value in stated.items():
         if value is not None:
             values[key] = value

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Attention = Literal["causal", "prefix"]
-Fit = Literal["stretch", "pad", "crop"]
+Fit = Literal["stretch", "pad", "crop", "letterbox"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 TileRule = Literal["longest-edge", "ratio", "pinpoints"]
 Overview = Literal["none", "first", "last"]
@@ -71,8 +71,12 @@ class ImageSpec:
     is what bytes are multiplied by; `mean` and `std` are per channel on the scale that comes of it.
     `max_pictures` bounds one request. `fit` says how it becomes a square: `stretch` does not keep
     the aspect ratio, `pad` puts it in the middle of a square of the colour `fill` (of `mean` where
-    it is None), `crop` keeps only the middle of the long side. `resize` is the side, of `crop` the
+    it is None), `crop` keeps only the middle of the long side, `letterbox` resizes it in its own
+    shape and puts it in the middle of such a square after that. `resize` is the side, of `crop` the
     short one, that it is resized to before `size` is cut out of its middle; 0 is `size` itself.
+    With `letterbox` the short side becomes at least `shortest`, and is the integer below what the
+    `rounding` gives in floating point: its `share` of the long side, times `size`, or the side
+    times the `scale` of the picture.
     `rgb` says when a picture becomes RGB: `first`, which drops its transparency, or `last`, after
     it was resized as its file has it: transparent pixels then lie on white, and palettes and greys
     are resized by their nearest pixels.
@@ -88,6 +92,8 @@ class ImageSpec:
     resize: int = 0
     rescale: float = 1 / 255
     fill: tuple[int, int, int] | None = None
+    shortest: int = 1
+    rounding: Literal["share", "scale"] = "share"
     tiles: TileSpec | None = None
     rgb: Literal["first", "last"] = "first"
 

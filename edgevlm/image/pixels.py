@@ -34,7 +34,8 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     """A picture, or its RGB uint8 [h, w, 3] -> pixels float32 [tiles, 3, size, size], bit for bit
     as transformers' slow processors (4.57: SiglipImageProcessor, CLIPImageProcessor,
     LlavaImageProcessor, Idefics3ImageProcessor, GotOcr2ImageProcessor, LlavaNextImageProcessor,
-    LlavaOnevisionImageProcessor): resized as 8-bit, then scaled in float64, normalised in float32.
+    LlavaOnevisionImageProcessor, DeepseekVLImageProcessor): resized as 8-bit, then scaled in
+    float64, normalised in float32.
 
     Raises ImageError for a picture that cannot be planned.
     """
@@ -68,7 +69,9 @@ def _canvas(
         # Resizing only the tile of a crop (Pillow's `box`) rounds its weights otherwise: not the
         # same pixels.
         return picture.resize(planned.canvas, resample)
-    canvas = Image.new("RGB", planned.canvas)
+    # Grids lie on black.
+    colour = _background(spec) if spec.fit == "letterbox" else (0, 0, 0)
+    canvas = Image.new("RGB", planned.canvas, colour)
     canvas.paste(picture, planned.at)
     return canvas
 
@@ -82,6 +85,11 @@ def _normalised(square: Image.Image, spec: ImageSpec) -> Pixels:
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
 
 
+def _background(spec: ImageSpec) -> tuple[int, ...]:
+    """The colour of what a square has beside the picture."""
+    return spec.fill or tuple(int(x * 255) for x in spec.mean)
+
+
 def _pad(picture: Image.Image, spec: ImageSpec, side: int) -> Image.Image:
     """The picture in the middle of a square of one colour, as LLaVA's expand2square, resized.
 
@@ -91,7 +99,7 @@ def _pad(picture: Image.Image, spec: ImageSpec, side: int) -> Image.Image:
     width, height = picture.size
     long, resample = max(width, height), _RESAMPLE[spec.resample]
     left, top = (long - width) // 2, (long - height) // 2
-    background = spec.fill or tuple(int(x * 255) for x in spec.mean)
+    background = _background(spec)
     narrow = Image.new("RGB", (side, long), background)
     rows = max(1, _STRIP_PIXELS // long)
     for y in range(0, height, rows):

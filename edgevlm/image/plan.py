@@ -32,8 +32,8 @@ class Plan:
     those that it is resized to before that, if at all. `tiles` are the squares that the encoder
     sees of the canvas, as left, top, right and bottom, row by row, `grid` their rows and columns,
     (0, 0) for a picture that is not cut. `overview` is where the whole picture stands among them as
-    one more square. `at` is where the resized picture lies on a black canvas, left and top of it;
-    None where it is stretched to the canvas. `kept` is the box of the map of the grid's image
+    one more square. `at` is where the resized picture lies on the canvas, left and top of it; None
+    where it is stretched to the canvas. `kept` is the box of the map of the grid's image
     embeddings (TileSpec.map) that is not padding, `shrunk` the width and height that it is resized
     to, if at all. `rows` are the image embeddings of the picture.
     """
@@ -81,6 +81,8 @@ def among(spec: ImageSpec, n: int) -> ImageSpec:
 
 def _single(width: int, height: int, spec: ImageSpec) -> Plan:
     """A picture whose middle is the one tile there is."""
+    if spec.fit == "letterbox":
+        return _letterbox(width, height, spec)
     size, side = spec.size, spec.resize or spec.size
     canvas = (side, side)
     if spec.fit == "crop" and width <= height:
@@ -99,6 +101,23 @@ def _single(width: int, height: int, spec: ImageSpec) -> Plan:
     # As CLIPImageProcessor cuts out the middle.
     left, top = (canvas[0] - size) // 2, (canvas[1] - size) // 2
     return Plan(canvas, ((left, top, left + size, top + size),), spec.tokens)
+
+
+def _letterbox(width: int, height: int, spec: ImageSpec) -> Plan:
+    """DeepSeek-VL's rule (deepseek_vl/models/image_processing_vlm.py; transformers 4.57,
+    DeepseekVLImageProcessor).
+    """
+    size, long = spec.size, max(width, height)
+    scale = size / long
+    # transformers stops at pictures whose long side it rounds to another; the original has none.
+    scaled = spec.rounding == "scale" and int(long * scale) == size
+
+    def resized(side: int) -> int:
+        return max(int(side * scale if scaled else side / long * size), spec.shortest)
+
+    w, h = resized(width), resized(height)
+    at = (size - w) // 2, (size - h) // 2
+    return Plan((size, size), ((0, 0, size, size),), spec.tokens, (w, h), at=at)
 
 
 def _longest_edge(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> Iterator[Plan]:
