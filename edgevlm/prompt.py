@@ -88,14 +88,18 @@ def conversation(spec: PromptSpec, exchanges: Sequence[Exchange]) -> list[Segmen
                 "first question only; begin a new conversation for another picture"
             )
         pictures = [Image(seen + j) for j in range(exchange.n_pictures)]
-        segments += _filled(template, check_text(exchange.question), pictures)
+        question = check_text(exchange.question)
+        if spec.strip:
+            question = question.rstrip() if pictures else question.strip()
+        segments += _filled(template, question, pictures)
         seen += exchange.n_pictures
         if isinstance(exchange.answer, Reply) and not spec.joined:
             segments.append(Tokens(exchange.answer.token_ids))
         elif isinstance(exchange.answer, Reply):
             segments.append(Text(exchange.answer.text))
         elif exchange.answer is not None:
-            segments.append(Text(spec.reply + check_text(exchange.answer)))
+            answer = check_text(exchange.answer)
+            segments.append(Text(spec.reply + (answer.strip() if spec.strip else answer)))
     return _joined(segments) if spec.joined else segments
 
 

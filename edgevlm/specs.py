@@ -132,9 +132,10 @@ class PromptSpec:
     the texts of a conversation that follow one another are tokenized as one, answers included,
     where the original code does that. `text_turn` is the turn of a question without a picture,
     where it is another. `picture` is written in place of each `{image}`, and neighbouring texts are
-    then tokenized as one; `reply` stands before an answer that is given as text. `normalize` is the
-    form of Unicode that every text is brought to before it is tokenized, "" for none: llama.cpp's
-    tokenizers do not.
+    then tokenized as one; `reply` stands before an answer that is given as text. With `strip`
+    blanks around a question or such an answer are no part of it, but for those between a picture
+    and its words. `normalize` is the form of Unicode that every text is brought to before it is
+    tokenized, "" for none: llama.cpp's tokenizers do not.
     """
 
     template: tuple[str, ...]
@@ -145,6 +146,7 @@ class PromptSpec:
     text_turn: tuple[str, ...] = ()
     picture: PictureLayout | None = None
     reply: str = ""
+    strip: bool = False
     normalize: Literal["", "NFC"] = ""
 
 

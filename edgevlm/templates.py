@@ -42,17 +42,17 @@ _SYSTEM = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "
 )
-_SEEING = (
+SEEING = (
     "You are a helpful language and vision assistant. You are able to understand the visual "
     "content that the user provides, and assist the user with a variety of tasks using natural "
     "language."
 )
-_LLAMA_2 = f"[INST] <<SYS>>\n{_SEEING}\n<</SYS>>\n\n"
+_LLAMA_2 = f"[INST] <<SYS>>\n{SEEING}\n<</SYS>>\n\n"
 _HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 _USER_3, _ANSWER_3 = _HEADER.format("user"), "<|eot_id|>" + _HEADER.format("assistant")
 BEGIN_3 = "<|begin_of_text|>"
 _SYSTEM_3 = BEGIN_3 + _HEADER.format("system") + _SYSTEM.format("user").rstrip() + "<|eot_id|>"
-_NEXT_3 = _HEADER.format("system") + _SEEING + "<|eot_id|>"
+_NEXT_3 = _HEADER.format("system") + SEEING + "<|eot_id|>"
 _PHI3_USER, _PHI3_ANSWER = "<|user|>\n", "<|end|>\n<|assistant|>\n"
 # As llava/conversation.py has them: LLaVA-pp's of llava_llama3 and phi3_instruct, LLaVA-NeXT's of
 # llava_llama_3, which next_llama3 is in transformers' layout. What is called after a decoder alone
