@@ -18,7 +18,8 @@ _GONE = (
 
 
 def as_saved_by_5(folder: Path, **image_processor: Any) -> Path:
-    """Rewrites a PaliGemma's or a LLaVA's folder that has a tokenizer.json; returns it.
+    """Rewrites the folder of a PaliGemma or of a model of LLaVA's kind that has a tokenizer.json;
+    returns it.
 
     `image_processor` are settings of its picture processor other than the folder's.
     """
@@ -59,6 +60,8 @@ def _processor(folder: Path, config: dict[str, Any], changes: dict[str, Any]) ->
     pictures |= {"do_rescale": True, "rescale_factor": 1 / 255} | changes
     if config["model_type"] == "paligemma":
         return {"image_processor": pictures, "processor_class": "PaliGemmaProcessor"}
+    if config["model_type"] == "deepseek_vl":
+        return {**_read(folder / "processor_config.json"), "image_processor": pictures}
     return {
         "image_processor": pictures,
         "image_token": "<image>",
