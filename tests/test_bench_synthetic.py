@@ -26,6 +26,7 @@ from edgevlm.export.progress import Stage
 from edgevlm.family import TOWER, Source
 from edgevlm.image.plan import plan
 from edgevlm.processors import PREPROCESSOR
+from tests.checkpoints.deepseek_vl import write_deepseek_vl
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.tinygptv import write_tinygptv
@@ -182,6 +183,7 @@ def heavy(path: Path) -> Counter[str]:
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "paligemma": write_paligemma,
     "tinygptv": partial(write_tinygptv, stage=4),
+    "deepseek_vl": write_deepseek_vl,
     **{p: partial(write_llava, projector=p) for p in ("mlp2x_gelu", "ldpnet", "ldpnetv2")},
 }
 
@@ -200,7 +202,7 @@ def test_graphs_do_what_exported_ones_do(name: str, tmp_path: Path) -> None:
 def test_every_name_has_a_family_that_reads_its_config(name: str) -> None:
     _, model = synthetic.describe(MODELS[name], name)
     side = model.vision.image_size
-    assert f"-{side}" in name or side in (336, 448) or model.image.tiles
+    assert f"-{side}" in name or side in (336, 384, 448) or model.image.tiles
     assert 1e8 < decoder_bytes(model, "f16") < 2e10
     assert len(vocabulary(model, {}).tokens) == model.decoder.n_vocab
 

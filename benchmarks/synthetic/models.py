@@ -10,6 +10,9 @@ from typing import Any
 
 from edgevlm.benchmarks.synthetic.configs import (
     CLIP,
+    DEEPSEEK_VL,
+    DEEPSEEK_VL_PICTURES,
+    DEEPSEEK_VL_TOKENS,
     INTERNLM2_TOKENS,
     INTERNVL,
     INTERNVL_TOKENS,
@@ -115,6 +118,22 @@ _TINYGPTV_STAGE_4 = Source(
 )
 
 
+def _deepseek_vl() -> Source:
+    """DeepSeek-VL 1.3B, with those tensors of its tower whose shapes say how large it is."""
+    tower = "vision_model.vision_tower."
+    shapes = {
+        f"{tower}patch_embed.proj.weight": (1024, 3, 16, 16),
+        f"{tower}blocks.0.mlp.fc1.weight": (4096, 1024),
+        f"{tower}blocks.23.mlp.fc1.weight": (4096, 1024),
+    }
+    added = {text: AddedToken(i, special=True) for text, i in DEEPSEEK_VL_TOKENS.items()}
+    return Source(
+        {"config.json": DEEPSEEK_VL, PREPROCESSOR: DEEPSEEK_VL_PICTURES},
+        shapes,
+        tokenizer=Tokenizer(bytes=True, added=added),
+    )
+
+
 def _smolvlm(**text: Any) -> Source:
     """SmolVLM; `text` is what differs from the decoder of 256M."""
     config = SMOLVLM | {"text_config": SMOLVLM["text_config"] | text}
@@ -183,6 +202,7 @@ MODELS: Mapping[str, Source] = {
     "mobilevlm-v2-3b": _llava("mobilevlm", "ldpnetv2", **_MOBILELLAMA_3B),
     "tiny-llava-v1": Source({"config.json": TINY_LLAVA}),
     "tinygptv-stage4": _TINYGPTV_STAGE_4,
+    "deepseek-vl-1.3b": _deepseek_vl(),
     "internvl2.5-2b": _internvl(**_INTERNLM2_1_8B),
     "internvl2.5-4b": _internvl(**_QWEN2_5_3B),
     "internvl3-1b": _internvl(),
