@@ -26,6 +26,7 @@ from edgevlm.errors import (
     EngineError,
     EngineMissing,
     ExportError,
+    HubError,
     ImageError,
     ModelClosed,
     ParityError,
@@ -47,6 +48,7 @@ from edgevlm.types import (
 
 if TYPE_CHECKING:
     from edgevlm.export import export_bundle
+    from edgevlm.pulling import pull
     from edgevlm.runtimes.answer import Answer
     from edgevlm.runtimes.messages import Message
     from edgevlm.runtimes.session import VLM, Chat
@@ -73,6 +75,7 @@ __all__ = [
     "EngineError",
     "EngineMissing",
     "ExportError",
+    "HubError",
     "ImageError",
     "Message",
     "ModelClosed",
@@ -91,6 +94,7 @@ __all__ = [
     "__version__",
     "export_bundle",
     "load",
+    "pull",
 ]
 
 _LAZY = {
@@ -99,6 +103,7 @@ _LAZY = {
     "Message": "edgevlm.runtimes.messages",
     "VLM": "edgevlm.runtimes.session",
     "export_bundle": "edgevlm.export",
+    "pull": "edgevlm.pulling",
 }
 
 

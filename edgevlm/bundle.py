@@ -104,7 +104,8 @@ class Manifest:
     one is in `components`. Without a decoder `prompt`, `decoder`, `answer` and `token_embedding`
     are empty.
     `weight_files` say what came from where in a model of several weight files, `notes` what
-    those left open and how it was settled.
+    those left open and how it was settled. `origin` is the source's repository and commit on the
+    hub, `org/name@COMMIT`, empty for a source of another kind.
     """
 
     format: int
@@ -123,6 +124,7 @@ class Manifest:
     alternatives: Mapping[str, Component] = field(default_factory=dict)
     weight_files: tuple[WeightFileRecord, ...] = field(default=(), metadata={"key": "pieces"})
     notes: tuple[str, ...] = ()
+    origin: str = ""
 
     @property
     def all_components(self) -> tuple[Component, ...]:
@@ -207,7 +209,7 @@ def open_bundle(
     "full" hashes every byte. Raises BundleNotFound, BundleCorrupt or BundleTooNew.
     """
     root = Path(folder)
-    manifest = _read_manifest(root)
+    manifest = read_manifest(root)
     bundle = Bundle(root, manifest)
     done = 0
     for component in manifest.all_components:
@@ -219,7 +221,8 @@ def open_bundle(
     return bundle
 
 
-def _read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Path) -> Manifest:
+    """Reads and checks a bundle's manifest, without a look at its files. Raises BundleError."""
     path = root / MANIFEST
     if not root.is_dir():
         raise BundleNotFound(f"{root}: no such bundle folder; `edgevlm models` lists some")

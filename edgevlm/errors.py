@@ -15,6 +15,7 @@
     ├ BenchError            a measurement failed, or reports cannot be compared
     └ ExportError
        ├ SourceError        the source checkpoint lacks something or holds something unknown
+       │  └ HubError        the hub does not give a model, or does not take one
        └ ParityError        the exported model does not answer like its source
 
 Every message is one line that names the thing and ends with what to do.
@@ -130,6 +131,10 @@ class ExportError(EdgeVLMError):
 
 class SourceError(ExportError):
     """The source checkpoint lacks a part or holds one that nobody knows."""
+
+
+class HubError(SourceError):
+    """A model on the Hugging Face hub cannot be had, or a bundle cannot be put there."""
 
 
 class ParityError(ExportError):

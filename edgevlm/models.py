@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from edgevlm import catalogue
 from edgevlm.bundle import MANIFEST
 from edgevlm.errors import BundleNotFound
 
@@ -30,6 +31,11 @@ def directory() -> Path:
     import platformdirs
 
     return _placed(platformdirs.user_data_dir) / "models"
+
+
+def default_file() -> Path:
+    """The file that names the default model."""
+    return directory().parent / "default"
 
 
 def cache_directory() -> Path:
@@ -86,7 +92,22 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
         return path
     if isinstance(model, str) and model in installed():
         return installed()[model]
-    raise BundleNotFound(
-        f"{model}: no such bundle folder, and no installed model has this name "
-        f"(there are: {', '.join(installed())}); `edgevlm export` makes a bundle"
+    raise unknown(os.fspath(model))
+
+
+def unknown(name: str) -> BundleNotFound:
+    """The error for a name that no model here has: how to get it, or names that are near it."""
+    if known := catalogue.entry(name):
+        return BundleNotFound(
+            f"{name}: is not installed; `edgevlm pull {known.name}` gets it "
+            f"({known.download / 1e9:.1f} GB to download)"
+        )
+    names = installed()
+    if close := catalogue.near(name, [*names, *catalogue.entries()]):
+        return BundleNotFound(
+            f"{name}: no such bundle folder or model; did you mean {' or '.join(close)}?"
+        )
+    return BundleNotFound(
+        f"{name}: no such bundle folder, and no installed model has this name "
+        f"(there are: {', '.join(names)}); `edgevlm models --all` lists what can be had"
     )

@@ -28,8 +28,8 @@ from edgevlm.export.gguf.decoder import DecoderSource
 from edgevlm.export.options import ReadOptions, WriteOptions
 from edgevlm.export.parity import images
 from edgevlm.export.precisions import VisionPrecision
-from edgevlm.export.progress import Report, Stage
 from edgevlm.family import Family, Model
+from edgevlm.progress import Report, Stage
 
 if TYPE_CHECKING:
     from edgevlm.export.onnx.modules import PartModule

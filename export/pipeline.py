@@ -36,9 +36,9 @@ from edgevlm.export.components import Job, Written
 from edgevlm.export.gguf import decoder
 from edgevlm.export.options import AS_FOUND, Location, ReadOptions, WriteOptions
 from edgevlm.export.parity import compare, images
-from edgevlm.export.progress import Report, Stage
 from edgevlm.family import TOWER, Family, FileError, Model, Source
 from edgevlm.processors import PROCESSORS
+from edgevlm.progress import Report, Stage
 from edgevlm.specs import AnswerSpec
 
 _TOWER = TOWER.removesuffix("/")
@@ -234,6 +234,7 @@ def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
         versions=_versions(),
         weight_files=job.tensors.weight_files,
         notes=(*job.model.notes, *job.tensors.notes),
+        origin=hub.origin(job.checkpoint.folder.resolve()),
     )
 
 

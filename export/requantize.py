@@ -30,7 +30,7 @@ from edgevlm.export.gguf.tools import Matrix
 from edgevlm.export.options import Location, WriteOptions
 from edgevlm.export.parity import compare, images
 from edgevlm.export.precisions import Quant, VisionPrecision
-from edgevlm.export.progress import Report, Stage
+from edgevlm.progress import Report, Stage
 
 # What can still be quantized, and how such a decoder may be rounded without quantizing it.
 _WHOLE = {"f32": ("f16", "bf16"), "f16": (), "bf16": ()}

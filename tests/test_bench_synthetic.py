@@ -22,11 +22,11 @@ from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import export_bundle, pipeline, precisions
 from edgevlm.export.gguf import tools
-from edgevlm.export.progress import Stage
 from edgevlm.family import TOWER, Source
 from edgevlm.image.plan import plan
 from edgevlm.processors import PREPROCESSOR
 from tests.checkpoints.deepseek_vl import write_deepseek_vl
+from edgevlm.progress import Stage
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.tinygptv import write_tinygptv

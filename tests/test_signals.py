@@ -25,7 +25,8 @@ import hashlib, signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from edgevlm import cli
-from edgevlm.export import components, progress
+from edgevlm import progress
+from edgevlm.export import components
 
 reach = progress.Stage.reach
 def announced(stage, done):

@@ -25,10 +25,10 @@ from edgevlm.bundle import (
 from edgevlm.errors import BenchError
 from edgevlm.export.components import write_newline
 from edgevlm.export.gguf.decoder import FILE, embedding_location
-from edgevlm.export.progress import Stage
 from edgevlm.family import Family, Model, Source, by_config
 from edgevlm.models import directory
 from edgevlm.parts import Connector, VisionTower
+from edgevlm.progress import Stage
 
 # Room for headers and the tokenizer.
 _SPARE_BYTES = 64 << 20

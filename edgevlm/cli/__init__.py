@@ -23,10 +23,15 @@ _COMMANDS = {
     "chat": "edgevlm.cli.chat",
     "detect": "edgevlm.cli.tasks",
     "doctor": "edgevlm.cli.doctor",
+    "du": "edgevlm.cli.store",
     "export": "edgevlm.cli.export",
+    "gc": "edgevlm.cli.store",
     "models": "edgevlm.cli.models",
     "ocr": "edgevlm.cli.tasks",
+    "pull": "edgevlm.cli.pull",
     "requantize": "edgevlm.cli.requantize",
+    "rm": "edgevlm.cli.store",
+    "use": "edgevlm.cli.store",
 }
 
 

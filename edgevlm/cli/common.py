@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import edgevlm
+from edgevlm import store
+from edgevlm.cli.names import InstalledName
 from edgevlm.errors import ImageError
 from edgevlm.sampling import SamplingOptions
 from edgevlm.types import Devices, Progress, Reply
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 
 _ANSWERING = (
-    click.option("-m", "--model", envvar="EDGEVLM_MODEL", metavar="MODEL",
-                 help="Bundle folder or installed name  [env: EDGEVLM_MODEL; default: built-in]"),
+    click.option("-m", "--model", type=InstalledName(), envvar="EDGEVLM_MODEL", metavar="MODEL",
+                 help="Bundle folder or installed name  [env: EDGEVLM_MODEL; default: the one that "
+                 "`edgevlm use` chose]"),
     click.option("--max-tokens", type=int, metavar="N", help="Longest answer in tokens."),
     click.option("--temperature", type=float, metavar="T", help="0 (the default) is greedy."),
     click.option("--top-k", type=int, metavar="K", help="Draw among the K likeliest tokens."),
@@ -105,13 +108,14 @@ class Run:
 
     def load(self) -> VLM:
         """Loads the model; says so once when it is the built-in one that nobody asked for."""
-        if self.model is None:
+        model = self.model if self.model is not None else store.default()
+        if model is None:
             click.echo(
                 "Using pico, the small built-in model: it knows drawn scenes only. For photographs "
-                "`edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct smolvlm`, then -m smolvlm.",
+                "`edgevlm pull smolvlm-256m`.",
                 err=True,
             )
-        return edgevlm.load(self.model, **self.loading)
+        return edgevlm.load(model, **self.loading)
 
 
 def read_sources(images: tuple[str, ...]) -> list[str | bytes]:

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from edgevlm import catalogue, machine, store
 from edgevlm.bundle import Bundle, Component, WeightFileRecord, open_bundle
+from edgevlm.cli.names import InstalledName
+from edgevlm.cli.progress import mib
+from edgevlm.cli.tables import out_console, table
 from edgevlm.errors import BundleError
 from edgevlm.image.plan import limited, plan
-from edgevlm.models import directory, installed, resolve
+from edgevlm.models import BUILT_IN, directory, installed, resolve
 from edgevlm.specs import ImageSpec
 
 # A photograph of 12 megapixels, as telephones take them.
 _PHOTO = (4000, 3000)
 
 
+_ALL = click.option("--all", "everything", is_flag=True, help="Also those that can be had.")
+
+
 @click.group(invoke_without_command=True)
+@_ALL
 @click.pass_context
-def models(ctx: click.Context) -> None:
+def models(ctx: click.Context, everything: bool) -> None:
     """List models, show one, check its files."""
     if ctx.invoked_subcommand is None:
-        ctx.invoke(list_models)
+        ctx.invoke(list_models, everything=everything)
 
 
 @models.command("list")
-def list_models() -> None:
-    """List the models that go by a name."""
-    table = _table("name", "family", "decoder", "vision", "size", "licence")
+@_ALL
+def list_models(everything: bool) -> None:
+    """List the models that go by a name, the default one with a star."""
+    if everything:
+        return _list_catalogue()
+    chosen = store.default() or BUILT_IN
+    rows = table("name", "family", "decoder", "vision", "size", "licence")
     for name, folder in installed().items():
         try:
             bundle = open_bundle(folder)
@@ -37,29 +50,64 @@ def list_models() -> None:
             click.echo(f"{name}: {error}", err=True)
             continue
         parts = bundle.manifest.components
-        table.add_row(
-            name,
+        rows.add_row(
+            f"{name} *" if name == chosen else name,
             bundle.manifest.family,
             parts["decoder"].precision,
             ", ".join(bundle.vision_precisions),
-            _mib(bundle.bytes),
+            mib(bundle.bytes),
             bundle.manifest.license,
         )
-    _console().print(table)
-    click.echo(f"Bundles in {directory()} go by their folder's name.", err=True)
+    out_console().print(rows)
+    click.echo(
+        f"Bundles in {directory()} go by their folder's name; `edgevlm models --all` lists what "
+        "can be had.",
+        err=True,
+    )
+
+
+def _list_catalogue() -> None:
+    """Lists the catalogue, the smallest models first."""
+    rows = table("name", "download", "installed", "memory", "licence", "here")
+    here = installed()
+    for entry in sorted(catalogue.entries().values(), key=lambda e: e.parameters):
+        rows.add_row(
+            entry.name,
+            mib(entry.download),
+            mib(entry.bundle),
+            mib(entry.memory),
+            entry.license + (", gated" if entry.gated else ""),
+            "installed" if entry.name in here else fits(entry),
+        )
+    out_console().print(rows)
+    click.echo("`edgevlm pull NAME` gets one, `edgevlm models show NAME` says more.", err=True)
+
+
+def fits(entry: catalogue.Entry) -> str:
+    """Whether this machine can take a model: "fits", or what it lacks."""
+    there = next(p for p in (directory(), *directory().parents) if p.is_dir())
+    if entry.memory > machine.memory().total_bytes:
+        return "too little memory"
+    if entry.download + entry.bundle > shutil.disk_usage(there).free:
+        return "too little disk"
+    return "fits"
 
 
 @models.command()
-@click.argument("model")
+@click.argument("model", type=InstalledName())
 def show(model: str) -> None:
-    """Show what a bundle says about itself."""
+    """Show what a bundle says about itself, or the catalogue about a model that is not here."""
+    entry = catalogue.entry(model)
+    if entry and model not in installed() and not os.path.exists(model):
+        return _show_entry(entry)
     bundle = open_bundle(resolve(model))
-    console, manifest, decoder = _console(), bundle.manifest, bundle.manifest.decoder
-    table = _table("", "")
+    console, manifest, decoder = out_console(), bundle.manifest, bundle.manifest.decoder
+    rows = table("", "")
     for key, value in (
         ("name", manifest.name),
         ("family", manifest.family),
         ("licence", manifest.license),
+        ("source", manifest.origin or "a folder"),
         ("folder", str(bundle.folder)),
         ("picture", picture_text(manifest.image)),
         ("decoder", f"{decoder.architecture}, width {decoder.n_embd}, {decoder.n_layer} layers"),
@@ -67,8 +115,8 @@ def show(model: str) -> None:
         ("tasks", ", ".join(manifest.prompt.tasks)),
         *manifest.versions.items(),
     ):  # fmt: skip
-        table.add_row(key, value)
-    console.print(table)
+        rows.add_row(key, value)
+    console.print(rows)
     console.print(_files(bundle, lambda _: ""))
     if manifest.weight_files or manifest.notes:
         console.print(weight_files_text(manifest.weight_files, manifest.notes))
@@ -76,26 +124,48 @@ def show(model: str) -> None:
         console.print(parity_table(bundle))
 
 
+def _show_entry(entry: catalogue.Entry) -> None:
+    rows = table("", "")
+    tiles = f"up to {entry.tiles} tiles" if entry.tiles > 1 else "one square"
+    for key, value in (
+        ("name", entry.name),
+        ("family", entry.family),
+        ("licence", entry.license + (", gated" if entry.gated else "")),
+        ("source", entry.source),
+        ("parameters", f"{entry.parameters / 1e6:.0f} million"),
+        ("download", mib(entry.download)),
+        ("installed", mib(entry.bundle)),
+        ("memory", f"{mib(entry.memory)} ({fits(entry)})"),
+        ("picture", tiles),
+        ("context", f"{entry.context} tokens"),
+        ("languages", ", ".join(entry.languages)),
+        ("tasks", ", ".join(entry.tasks)),
+    ):
+        rows.add_row(key, value)
+    out_console().print(rows)
+    click.echo(f"Not installed; `edgevlm pull {entry.name}` gets it.", err=True)
+
+
 @models.command()
-@click.argument("model")
+@click.argument("model", type=InstalledName())
 def verify(model: str) -> None:
     """Hash every byte of a bundle and compare it with its manifest."""
     bundle = open_bundle(resolve(model), check="full")
-    _console().print(_files(bundle, lambda _: "ok"))
+    out_console().print(_files(bundle, lambda _: "ok"))
 
 
 def parity_table(bundle: Bundle) -> Table:
     """A table of each stage's distance from the source, as measured at export."""
-    table = _table("stage", "metric", "worst", "tolerance", "")
+    rows = table("stage", "metric", "worst", "tolerance", "")
     for stage in bundle.manifest.parity:
-        table.add_row(
+        rows.add_row(
             stage.stage,
             stage.metric,
             f"{stage.worst:.3g}",
             f"{stage.tolerance:.3g}",
             "ok" if stage.ok else "beyond",
         )
-    return table
+    return rows
 
 
 def picture_text(spec: ImageSpec) -> str:
@@ -131,33 +201,17 @@ def weight_files_text(
 
 
 def _files(bundle: Bundle, verdict: Callable[[Component], str]) -> Table:
-    table = _table("component", "precision", "file", "size", "sha256", "")
+    rows = table("component", "precision", "file", "size", "sha256", "")
     parts = [*bundle.manifest.components.items()]
     parts += [("vision", component) for component in bundle.manifest.alternatives.values()]
     for name, component in parts:
         for entry in component.files:
-            table.add_row(
+            rows.add_row(
                 name,
                 component.precision,
                 entry.file,
-                _mib(entry.bytes),
+                mib(entry.bytes),
                 entry.sha256[:16],
                 verdict(component),
             )
-    return table
-
-
-def _console() -> Console:
-    """Names and paths are shown as they are: brackets in them are no markup."""
-    return Console(markup=False, highlight=False)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
+    return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,7 @@ def precisions(default: str, compared: str) -> Callable[[Command], Command]:
     what a bundle is compared with.
     """
     options = (
-        click.option(
-            "--quant",
-            type=click.Choice(QUANTS),
-            metavar="QUANT",
-            help=f"Precision of the decoder: {', '.join(QUANTS)}  [default: {default}]",
-        ),
-        click.option(
-            "--vision-precision",
-            "vision_precisions",
-            type=click.Choice(VISION_PRECISIONS),
-            multiple=True,
-            help="Precision of the vision encoder; repeatable, the main one first  "
-            f"[default: {default}]",
-        ),
+        *quant_and_vision(default),
         click.option(
             "--verify/--no-verify",
             default=True,
@@ -52,9 +39,37 @@ def precisions(default: str, compared: str) -> Callable[[Command], Command]:
         ),
     )
 
-    def added(command: Command) -> Command:
+    return added(options)
+
+
+def quant_and_vision(default: str) -> tuple[Callable[[Command], Command], ...]:
+    """The options of the decoder's and the vision encoder's precision."""
+    return (
+        click.option(
+            "--quant",
+            type=click.Choice(QUANTS),
+            metavar="QUANT",
+            help=f"Precision of the decoder: {', '.join(QUANTS)}  [default: {default}]",
+        ),
+        click.option(
+            "--vision-precision",
+            "vision_precisions",
+            type=click.Choice(VISION_PRECISIONS),
+            multiple=True,
+            help="Precision of the vision encoder; repeatable, the main one first  "
+            f"[default: {default}]",
+        ),
+    )
+
+
+def added(
+    options: Sequence[Callable[[Command], Command]],
+) -> Callable[[Command], Command]:
+    """Adds options to a command, in this order."""
+
+    def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
         return command
 
-    return added
+    return decorate

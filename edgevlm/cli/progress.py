@@ -23,8 +23,17 @@ def summary(console: Console, bundle: Bundle) -> None:
         console.print(weight_files_text(bundle.manifest.weight_files, bundle.manifest.notes))
     if bundle.manifest.parity:
         console.print(parity_table(bundle))
-    console.print(f"{bundle.folder}: {bundle.bytes / 2**20:.1f} MiB")
+    console.print(f"{bundle.folder}: {mib(bundle.bytes)}")
     console.print(f"Try it: edgevlm chat -m {bundle.folder} -i PICTURE")
+
+
+def mib(n_bytes: int) -> str:
+    """A size as people read it, of MiB from a tenth on and of GiB.
+
+    >>> mib(5 << 20), mib(3 << 30)
+    ('5.0 MiB', '3.0 GiB')
+    """
+    return f"{n_bytes / 2**20:.1f} MiB" if n_bytes < 1 << 30 else f"{n_bytes / 2**30:.1f} GiB"
 
 
 class ProgressBars:

@@ -24,8 +24,8 @@ from edgevlm.export.checkpoint.source import (
     read_tensors,
 )
 from edgevlm.export.checkpoint.tensors import SourceTensor
-from edgevlm.export.progress import Report
 from edgevlm.family import Config
+from edgevlm.progress import Report
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import logging
+import fnmatch
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from edgevlm.bundle import check_path
-from edgevlm.errors import BundleError, SourceError
-from edgevlm.export.progress import Report, Stage
+from edgevlm.errors import BundleError, HubError, SourceError
+from edgevlm.hub.download import cached, snapshot
+from edgevlm.hub.repository import RemoteFile, Repository, look_up
+from edgevlm.progress import Report
 
 # What an export reads; everything else of a repository stays where it is.
 PATTERNS = [
@@ -30,8 +28,6 @@ PATTERNS = [
 # Weights in torch's format, taken from a repository that has no others.
 PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
 _REVISION = re.compile("[0-9a-f]{40}")
-# A full disk names no file.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -58,104 +54,36 @@ def locate(source: str | os.PathLike[str], report: Report | None = None) -> tupl
 
 
 def _name(folder: Path) -> str:
-    """The model's name: the folder's, or the repository's where it lies in the hub's cache, which
-    calls folders models--org--name/snapshots/REVISION.
+    """The model's name: the folder's, or the repository's where it lies in the hub's cache."""
+    return origin(folder).partition("@")[0].split("/")[-1] or folder.name
+
+
+def origin(folder: Path) -> str:
+    """`org/name@COMMIT` of a folder in the hub's cache, which calls folders
+    models--org--name/snapshots/COMMIT; empty for others.
     """
     repository, revision = folder.parent.parent.name, folder.name
-    if folder.parent.name == "snapshots" and _REVISION.fullmatch(revision):
-        return repository.split("--")[-1]
-    return folder.name
+    if folder.parent.name != "snapshots" or not _REVISION.fullmatch(revision):
+        return ""
+    return f"{repository.removeprefix('models--').replace('--', '/', 1)}@{revision}"
 
 
 def _download(repo: str, revision: str | None, report: Report | None) -> Path:
-    from huggingface_hub import errors
-
-    where = f"{repo}@{revision}" if revision else repo
+    """The folder in the hub's cache of a checkpoint's files, where the hub cannot be reached as
+    far as they were downloaded before.
+    """
     try:
-        with _quiet():
-            found = _snapshot(repo, revision, PATTERNS, report)
-            if not any(found.glob("*.safetensors")):
-                found = _snapshot(repo, revision, PATTERNS + PICKLES, report)
+        repository = look_up(repo, revision)
+    except HubError:
+        if found := cached(repo, revision):
             return found
-    except errors.GatedRepoError:
-        raise SourceError(
-            f"{where}: access is restricted; accept its licence at https://huggingface.co/{repo} "
-            "and log in with `hf auth login`"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise SourceError(f"{where}: has no such revision; leave out the part after @") from None
-    except errors.RepositoryNotFoundError:
-        raise SourceError(
-            f"{where}: is neither a folder here nor a model on the hub; check the spelling, or log "
-            "in with `hf auth login` if it is private"
-        ) from None
-    except errors.HFValidationError as e:
-        raise SourceError(f"{where}: is not a valid name on the hub ({_line(e)})") from None
-    except (OSError, errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as e:
-        if getattr(e, "filename", None) or getattr(e, "errno", None) in _FULL:
-            raise SourceError(
-                f"{where}: cannot be kept in the hub's cache ({_line(e)}); "
-                "HF_HOME names another folder"
-            ) from None
-        # requests' and httpx's errors are OSErrors in one release of the hub client, not in all.
-        raise SourceError(
-            f"{where}: cannot be downloaded ({_line(e)}); check the network or name a folder"
-        ) from None
+        raise
+    return snapshot(repository, wanted(repository), revision=revision, report=report)
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str], report: Report | None) -> Path:
-    import huggingface_hub
-
-    return Path(
-        huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, tqdm_class=_counter(report)
-        )
-    )
-
-
-def _counter(report: Report | None) -> Any:
-    """A stand-in for the hub client's bar over files that tells `report` instead of stderr."""
-    from huggingface_hub import utils
-
-    base: Any = utils.tqdm  # type: ignore[attr-defined]
-
-    class Counter(base):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
-            self._stage = Stage(report, "download", kwargs.get("total") or 0, "files")
-
-        # tqdm's pools told their bar by iterating over it until 4.67, and tell it so since then.
-        def update(self, n: float | None = 1) -> None:
-            self._stage.advance(int(n or 0))
-
-        def __iter__(self) -> Iterator[Any]:
-            for item in self.iterable:
-                self._stage.advance(1)
-                yield item
-
-    return Counter
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the hub client's own progress bars and warnings on stderr."""
-    from huggingface_hub import utils
-
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    # The client re-exports these without saying so to type checkers.
-    bars: Any = utils
-    silent = bars.are_progress_bars_disabled()
-    bars.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if not silent:
-            bars.enable_progress_bars()
+def wanted(repository: Repository) -> list[RemoteFile]:
+    """The files that an export reads."""
+    names = repository.names
+    patterns = PATTERNS if fnmatch.filter(names, "*.safetensors") else PATTERNS + PICKLES
+    root = [f for f in repository.files if "/" not in f.name]
+    return [f for f in root if any(fnmatch.fnmatch(f.name, p) for p in patterns)]

@@ -23,9 +23,9 @@ from edgevlm.export.gguf import tools
 from edgevlm.export.gguf.tools import Matrix
 from edgevlm.export.parts import graph
 from edgevlm.export.precisions import Quant
-from edgevlm.export.progress import Report, Stage
 from edgevlm.gguf_file import opened
 from edgevlm.parts import Decoder
+from edgevlm.progress import Report, Stage
 from edgevlm.specs import TensorLocation
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from edgevlm.cleanup import process, temporary_folder
 from edgevlm.errors import ExportError
 from edgevlm.export import child
-from edgevlm.export.progress import Stage
 from edgevlm.machine import usable_cpus
+from edgevlm.progress import Stage
 
 _POLL_S = 0.05
 # What a file that did not fit leaves of a disk at most.

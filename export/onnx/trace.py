@@ -17,8 +17,8 @@ from typing import Any
 from edgevlm.errors import EngineMissing
 from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.parts import room
-from edgevlm.export.progress import Stage
 from edgevlm.parts import Connector, VisionTower
+from edgevlm.progress import Stage
 
 try:
     import torch

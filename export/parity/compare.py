@@ -27,8 +27,8 @@ from edgevlm.export.parity import images, references
 from edgevlm.export.parity.corpus import around, corpus
 from edgevlm.export.parity.metrics import distance, divergence
 from edgevlm.export.precisions import Quant, VisionPrecision
-from edgevlm.export.progress import Stage
 from edgevlm.machine import memory
+from edgevlm.progress import Stage
 from edgevlm.prompt import normalized
 
 PROMPT = "answer en what is in the picture?"

@@ -1,0 +1,69 @@
+"""A repository on the hub, as it is at one commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from edgevlm.hub.patience import persistently
+from edgevlm.hub.refusals import told
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its size in bytes and the hash that the hub states, SHA-256 of a
+    large file, git's SHA-1 of another; both are empty where it states none.
+    """
+
+    name: str
+    bytes: int
+    sha256: str = ""
+    git_sha1: str = ""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at a commit; `license` is the hub's tag, `gated` whether one has to ask for
+    access.
+    """
+
+    id: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+    license: str = ""
+    gated: bool = False
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all files, with their folders."""
+        return {file.name for file in self.files}
+
+
+def look_up(repo: str, revision: str | None = None) -> Repository:
+    """Asks the hub what a repository holds; None is its main branch. Raises HubError."""
+    import huggingface_hub
+
+    def ask() -> Any:
+        return huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+
+    with told(repo, revision):
+        info = persistently(ask, pauses=())
+    card: Any = info.card_data or {}
+    tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
+    return Repository(
+        id=repo,
+        commit=info.sha,
+        files=tuple(_file(found) for found in info.siblings or ()),
+        license=str(card.get("license") or (tags[0] if tags else "")),
+        gated=bool(info.gated),
+    )
+
+
+def _file(found: Any) -> RemoteFile:
+    stored = found.lfs or {}
+    return RemoteFile(
+        name=found.rfilename,
+        bytes=found.size or 0,
+        sha256=stored["sha256"] if stored else "",
+        git_sha1="" if stored else found.blob_id or "",
+    )

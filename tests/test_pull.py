@@ -1,0 +1,336 @@
+"""`edgevlm pull` and what it installs, against a small hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgevlm import catalogue, store
+from edgevlm.errors import BundleError, HubError
+from edgevlm.hub.download import snapshot
+from edgevlm.hub.repository import RemoteFile, Repository
+from edgevlm.models import built_in, resolve
+from tests.checkpoints.smolvlm import write_smolvlm
+from tests.hub import COMMIT, ROOT, Fault, Hub, serve
+
+REPO = "org/tiny-smolvlm"
+WEIGHTS = "model.safetensors"
+PULL = ("pull", REPO, "--name", "tiny", "--no-verify")
+# Downloads a checkpoint alone, without an export; says what came of it.
+DOWNLOAD = """
+import sys
+from edgevlm.errors import HubError
+from edgevlm.export.checkpoint.hub import locate
+try: print(locate(sys.argv[1])[0])
+except HubError as e: sys.exit(f'HubError: {e}')
+"""
+# The command line that says each stage of its work, and waits to be killed at one.
+STAGES = """
+import sys, time
+from edgevlm import cli, progress, store
+stage = sys.argv.pop(1)
+reach, install = progress.Stage.reach, store.install
+def reached(self, done):
+    reach(self, done)
+    announce(self._name, done)
+def announce(name, done=1):
+    if name == stage and done:
+        print(name, flush=True)
+        time.sleep(600)
+def installed(*arguments):
+    announce("install")
+    return install(*arguments)
+progress.Stage.reach, store.install = reached, installed
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_smolvlm(tmp_path_factory.mktemp("smolvlm"))
+
+
+@pytest.fixture
+def hub(checkpoint: Path) -> Iterator[Hub]:
+    with serve(tiny_smolvlm=checkpoint) as served:
+        yield served
+
+
+def downloaded(hub: Hub) -> list[str]:
+    """The requests for the weights' bytes."""
+    return [path for path in hub.asked if path.startswith("GET") and path.endswith(WEIGHTS)]
+
+
+def test_from_a_name_to_an_answer_and_back(hub: Hub, tmp_path: Path) -> None:
+    pulled = hub.edgevlm(tmp_path, *PULL)
+    assert pulled.returncode == 0 and pulled.stdout == ""
+    assert f"{REPO} at 1111111, licence apache-2.0" in pulled.stderr
+    assert "It is the default model now." in pulled.stderr
+    folder = tmp_path / "edgevlm/models/tiny"
+    manifest = json.loads((folder / "edgevlm.json").read_text(encoding="utf-8"))
+    assert (manifest["name"], manifest["origin"]) == ("tiny", f"{REPO}@{COMMIT}")
+
+    answered = hub.edgevlm(tmp_path, "ask", "Hi", "--max-tokens", "2", "-i", "examples/shapes.png")
+    assert answered.returncode == 0 and "pico" not in answered.stderr
+    assert "tiny *" in hub.edgevlm(tmp_path, "models").stdout
+    asked = len(hub.asked)
+    again = hub.edgevlm(tmp_path, *PULL)
+    assert again.returncode == 0 and "downloaded already" in again.stderr
+    assert len(hub.asked) == asked + 1 and len(downloaded(hub)) == 1
+
+    used = hub.edgevlm(tmp_path, "du").stdout
+    assert "checkpoint" in used and "tiny" in used and "broken" not in used
+    freed = hub.edgevlm(tmp_path, "gc")
+    assert freed.returncode == 0 and f"{REPO}@1111111" in freed.stdout
+    assert not [*(tmp_path / "hub").rglob(WEIGHTS)]
+    removed = hub.edgevlm(tmp_path, "rm", "tiny")
+    assert "pico is the default model again" in removed.stderr and not folder.exists()
+    assert hub.edgevlm(tmp_path, "use").stdout == "pico\n"
+
+
+def test_other_precisions_replace_a_model(hub: Hub, tmp_path: Path) -> None:
+    assert hub.edgevlm(tmp_path, *PULL).returncode == 0
+    changed = hub.edgevlm(tmp_path, *PULL, "--quant", "q8_0", "--remove-checkpoint")
+    assert changed.returncode == 0 and len(downloaded(hub)) == 1
+    manifest = json.loads((tmp_path / "edgevlm/models/tiny/edgevlm.json").read_text("utf-8"))
+    assert manifest["components"]["decoder"]["precision"] == "q8_0"
+    # It was there before this pull: not its to remove.
+    assert [*(tmp_path / "hub").rglob(WEIGHTS)]
+
+
+def test_a_checkpoint_goes_where_the_user_says_so(hub: Hub, tmp_path: Path) -> None:
+    assert hub.edgevlm(tmp_path, *PULL, "--remove-checkpoint").returncode == 0
+    assert not [*(tmp_path / "hub").rglob(WEIGHTS)]
+    assert "0.0 MiB" in hub.edgevlm(tmp_path, "gc", "--dry-run").stderr
+
+
+def test_a_name_that_another_model_has(hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree(built_in(), tmp_path / "edgevlm/models/tiny")
+    refused = hub.edgevlm(tmp_path, *PULL)
+    assert refused.returncode == 1 and "is another model" in refused.stderr
+    assert not downloaded(hub)
+
+
+def test_offline(hub: Hub, tmp_path: Path) -> None:
+    offline = {"HF_HUB_OFFLINE": "1"}
+    refused = hub.edgevlm(tmp_path, *PULL, **offline)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "HF_HUB_OFFLINE is set" in refused.stderr and not hub.asked
+    assert hub.edgevlm(tmp_path, *PULL).returncode == 0
+    assert hub.edgevlm(tmp_path, "rm", "tiny").returncode == 0
+    asked = len(hub.asked)
+    pulled = hub.edgevlm(tmp_path, *PULL, **offline)
+    assert pulled.returncode == 0 and "taken from its cache" in pulled.stderr
+    assert len(hub.asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("fault", "requests"),
+    [
+        (Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", cut_at=5000), 2),
+        (Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", times=3, cut_at=5000), 4),
+        (Fault("GET /api/models", status=429, headers={"Retry-After": "0"}), 1),
+        (Fault(f"HEAD /{REPO}", times=2, status=429, headers={"Retry-After": "0"}), 1),
+        (Fault(f"GET /{REPO}", status=503, headers={"Retry-After": "0"}), 1),
+        (Fault(f"HEAD /{REPO}/resolve/{COMMIT}/config.json", status=500), 1),
+        (Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", wrong=True), 2),
+        (Fault(f"GET /{REPO}/resolve/{COMMIT}/config.json", wrong=True), 1),
+    ],
+    ids=["cut", "cut thrice", "429 listing", "429 file", "503", "500", "wrong", "wrong small"],
+)
+def test_what_fails_in_passing_is_tried_again(
+    hub: Hub, checkpoint: Path, tmp_path: Path, fault: Fault, requests: int
+) -> None:
+    hub.faults.append(fault)
+    done = download(hub, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and fault.times == 0
+    folder = Path(done.stdout.strip())
+    for path in checkpoint.glob("*.json"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    assert (folder / WEIGHTS).read_bytes() == (checkpoint / WEIGHTS).read_bytes()
+    assert len(downloaded(hub)) >= requests
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (Fault(f"HEAD /{REPO}/resolve/{COMMIT}/{WEIGHTS}", 99, 403), "403"),
+        (Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", 99, wrong=True), "its hash differs"),
+        (Fault(f"HEAD /{REPO}/resolve/{COMMIT}/{WEIGHTS}", 99, 404), "404"),
+        (Fault("GET /api/models", 99, 429, {"Retry-After": "86400"}), "429"),
+        (
+            Fault("GET /api/models", 99, 403, {"X-Error-Code": "GatedRepo"}),
+            f"/{REPO} and log in with `hf auth login` or set HF_TOKEN",
+        ),
+        (Fault("GET /api/models", 99, 401), "hf auth login"),
+    ],
+    ids=["403", "wrong", "404", "come back tomorrow", "gated", "401"],
+)
+def test_what_fails_for_good_is_one_line(hub: Hub, tmp_path: Path, fault: Fault, says: str) -> None:
+    hub.faults.append(fault)
+    done = download(hub, tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"HubError: {REPO}: ") and says in done.stderr
+    hub.faults.clear()
+    assert download(hub, tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("there", ["half", "all", "too much"])
+def test_a_broken_download_goes_on_where_it_ended(
+    hub: Hub, checkpoint: Path, tmp_path: Path, there: str
+) -> None:
+    data = (checkpoint / WEIGHTS).read_bytes()
+    left = {"half": data[:5000], "all": data, "too much": data + b"more"}[there]
+    blob = tmp_path / f"hub/hub/models--org--tiny-smolvlm/blobs/{hashlib.sha256(data).hexdigest()}"
+    blob.parent.mkdir(parents=True)
+    blob.with_name(f"{blob.name}.edgevlm.part").write_bytes(left)
+    done = download(hub, tmp_path)
+    assert done.returncode == 0 and blob.read_bytes() == data
+    assert (Path(done.stdout.strip()) / WEIGHTS).resolve() == blob
+    assert hub.ranges == {"half": ["bytes=5000-"], "all": [], "too much": []}[there]
+    assert len(downloaded(hub)) == (0 if there == "all" else 1)
+
+
+def download(hub: Hub, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", DOWNLOAD, REPO],
+        capture_output=True,
+        text=True,
+        env=hub.environment(home, **more),
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def test_a_proxy_is_asked(hub: Hub, tmp_path: Path) -> None:
+    proxied = {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": hub.address}
+    done = download(hub, tmp_path, **proxied)
+    assert done.returncode == 0 and len(downloaded(hub)) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+@pytest.mark.parametrize("stage", ["download", "decoder", "vision", "install"])
+def test_killed_at_any_stage_the_same_command_finishes(
+    hub: Hub, tmp_path: Path, stage: str
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STAGES, stage, *PULL],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=hub.environment(tmp_path),
+        cwd=ROOT,
+    ) as child:
+        said = child.stdout.readline() if child.stdout else ""
+        child.kill()
+    assert said == f"{stage}\n"
+    assert "tiny" not in hub.edgevlm(tmp_path, "models").stdout
+    if stage != "download":
+        assert "broken pull" in hub.edgevlm(tmp_path, "du").stdout
+    assert hub.edgevlm(tmp_path, *PULL).returncode == 0
+    models = tmp_path / "edgevlm/models"
+    shown = sorted(p.name for p in models.iterdir() if not p.name.endswith((".locks", "points")))
+    assert shown == ["tiny"]
+    assert hub.edgevlm(tmp_path, "models", "verify", "tiny").returncode == 0
+
+
+def test_two_pulls_at_once(hub: Hub, tmp_path: Path) -> None:
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "edgevlm", *PULL],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=hub.environment(tmp_path),
+            cwd=ROOT,
+        )
+        for _ in range(2)
+    ]
+    errors = [child.communicate()[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], errors
+    assert len(downloaded(hub)) == 1
+
+
+def test_a_ready_bundle_is_taken_as_it_is(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(built_in(), repository)
+    (repository / "README.md").write_text("a card", encoding="utf-8")
+    with serve(pico_bundle=repository) as hub:
+        pulled = hub.edgevlm(tmp_path, "pull", "org/pico-bundle", "--name", "drawn")
+        assert pulled.returncode == 0
+        folder = tmp_path / "edgevlm/models/drawn"
+        assert sorted(p.name for p in folder.iterdir()) == sorted(
+            p.name for p in built_in().iterdir() if p.suffix in (".json", ".onnx", ".gguf")
+        )
+        (repository / "decoder.gguf").write_bytes(b"other")
+        assert hub.edgevlm(tmp_path, "rm", "drawn").returncode == 0
+        broken = hub.edgevlm(tmp_path, "pull", "org/pico-bundle", "--name", "drawn")
+        assert broken.returncode == 1 and "decoder.gguf: is truncated" in broken.stderr
+        assert not folder.exists()
+        (repository / "decoder.gguf").unlink()
+        lacking = hub.edgevlm(tmp_path, "pull", "org/pico-bundle", "--name", "drawn")
+        assert "lacks decoder.gguf of its bundle" in lacking.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("pull", "smolvm-256m"), "perhaps smolvlm-256m"),
+        (("pull", "xyzzy"), "`edgevlm models --all` lists them"),
+        (("pull", ""), "no such model in the catalogue"),
+        (("pull", "examples"), "`edgevlm export examples OUT` exports it"),
+        (("pull", "org/name", "--name", "pico"), "cannot go by this name"),
+        (("pull", "org/name", "--name", "a/b"), "cannot go by this name"),
+        (("rm", "pico"), "is built in and cannot be removed"),
+        (("rm", "nowhere"), "no such bundle folder"),
+        (("use", "smolvlm-256m"), "`edgevlm pull smolvlm-256m` gets it"),
+        (("ask", "hi", "-m", "smolvlm-500m"), "`edgevlm pull smolvlm-500m` gets it"),
+        (("ask", "hi", "-m", "smolvlm-500"), "did you mean smolvlm-500m"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    done = Hub("http://127.0.0.1:9").edgevlm(tmp_path, *arguments)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert says in done.stderr
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    huge = RemoteFile(WEIGHTS, 1 << 60, "0" * 64)
+    with pytest.raises(HubError, match=r"needs 1152921504\.61 GB in .*HF_HOME"):
+        snapshot(Repository("org/huge", COMMIT, (huge,)), [huge])
+
+
+def test_the_catalogue_names_families_that_there_are() -> None:
+    for entry in catalogue.entries().values():
+        assert (ROOT / f"edgevlm/families/{entry.family}.py").is_file()
+        assert entry.download > entry.bundle > 0 and entry.memory > entry.bundle
+        assert entry.revision is None or len(entry.revision) == 40
+
+
+def test_a_model_that_is_being_changed_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
+    shutil.copytree(built_in(), tmp_path / "models/mine")
+    code = "import sys\nfrom edgevlm import store\nstore.remove('mine')"
+    with store.locked("mine"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
+            env=os.environ | {"EDGEVLM_HOME": str(tmp_path)},
+        )  # fmt: skip
+        assert "BundleError: mine: is being changed by another process" in done.stderr
+    assert resolve("mine") == tmp_path / "models/mine"
+    assert store.remove("mine") > 0
+    with pytest.raises(BundleError):
+        store.remove("mine")
