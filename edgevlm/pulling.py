@@ -43,7 +43,7 @@ class Precisions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Pull:
     """A pull that was looked up and checked; nothing of it is downloaded yet.
 
     `name` is what the model will go by, `files` those to download, `ready` whether they are a
@@ -57,7 +57,7 @@ class Plan:
     files: tuple[RemoteFile, ...]
     ready: bool
     missing: int
-    entry: catalogue.Entry | None = None
+    entry: catalogue.CatalogueEntry | None = None
     folder: Path | None = None
 
     @property
@@ -97,7 +97,7 @@ def pull(
     )
 
 
-def prepare(model: str, *, name: str | None = None) -> Plan:
+def prepare(model: str, *, name: str | None = None) -> Pull:
     """Looks a model up and checks what a pull of it needs: access, packages, room."""
     entry = catalogue.entry(model)
     repo, revision = (entry.repo, entry.revision) if entry else _parsed(model)
@@ -110,7 +110,7 @@ def prepare(model: str, *, name: str | None = None) -> Plan:
         if folder is None:
             raise
         repository = Repository(repo, folder.name, ())
-        return Plan(short, repository, revision, (), False, 0, entry, folder)
+        return Pull(short, repository, revision, (), False, 0, entry, folder)
     ready = MANIFEST in repository.names
     files = _bundle_files(repository) if ready else _checkpoint_files(repository)
     size = sum(f.bytes for f in files)
@@ -119,7 +119,7 @@ def prepare(model: str, *, name: str | None = None) -> Plan:
         _check_room(short, 0, size)
     else:
         _check_room(short, missing, entry.bundle if entry else int(size * _BUNDLE_SHARE))
-    return Plan(short, repository, revision, tuple(files), ready, missing, entry)
+    return Pull(short, repository, revision, tuple(files), ready, missing, entry)
 
 
 def _parsed(model: str) -> tuple[str, str | None]:
@@ -185,7 +185,7 @@ def _there(folder: Path) -> Path:
 
 
 def carry_out(
-    plan: Plan,
+    plan: Pull,
     wanted: Precisions = Precisions(),
     *,
     verify: bool = True,
@@ -217,7 +217,7 @@ def carry_out(
     return open_bundle(folder)
 
 
-def _installed(plan: Plan, wanted: Precisions) -> Bundle | None:
+def _installed(plan: Pull, wanted: Precisions) -> Bundle | None:
     """The model where it is here as it is wanted; raises BundleError where another has its name."""
     folder = installed().get(plan.name)
     if folder is None:
@@ -247,7 +247,7 @@ def _fits(bundle: Bundle, wanted: Precisions) -> bool:
 
 
 def _export(
-    plan: Plan,
+    plan: Pull,
     wanted: Precisions,
     bundle: Path,
     verify: bool,

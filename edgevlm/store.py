@@ -35,7 +35,7 @@ _IDLE_S = 24 * 3600
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a broken pull or export left in the models directory, and its size in bytes."""
+    """Remains of a broken pull or export in the models directory, and their size in bytes."""
 
     path: Path
     bytes: int
@@ -121,7 +121,7 @@ def remove(name: str) -> int:
 
 
 def leftovers() -> list[Leftover]:
-    """What broken pulls and exports left, without that of processes that are at work."""
+    """Lists what broken pulls and exports left, without that of processes that are at work."""
     found = []
     for path in sorted(directory().glob(".*")):
         name = path.name.removeprefix(".").removesuffix(_ON_ITS_WAY)

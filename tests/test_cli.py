@@ -66,7 +66,7 @@ def test_the_built_in_model_introduces_itself_once(
 ) -> None:
     _, out, err = edge("ask", "caption en", "-i", picture)
     assert out == "a red circle\n"
-    assert err.count("built-in") == 1 and "drawn scenes" in err and "export" in err
+    assert err.count("built-in") == 1 and "drawn scenes" in err and "edgevlm pull" in err
     monkeypatch.setenv("EDGEVLM_MODEL", "mine")
     assert edge("ask", "caption en", "-i", picture)[2] == ""
     assert edge.loaded[-1][0] == "mine"

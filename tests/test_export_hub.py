@@ -104,7 +104,7 @@ def test_torchs_files_are_taken_where_there_are_no_others(tmp_path: Path) -> Non
     [
         ("org/unknown", "is neither a folder here nor a model on the hub"),
         ("org/gated", "access is restricted; accept its licence"),
-        ("org/broken", "cannot be downloaded"),
+        ("org/broken", "the hub cannot be reached"),
         (f"{REPO}@nowhere", "has no such revision"),
         ("org/--bad..name", "is not a valid name on the hub"),
     ],
@@ -118,7 +118,7 @@ def test_models_that_cannot_be_had(hub: Hub, tmp_path: Path, source: str, says: 
 
 def test_no_network(tmp_path: Path) -> None:
     done = locate_in_child(REPO, Hub("http://127.0.0.1:9"), tmp_path)
-    assert "SourceError: org/tiny-paligemma: cannot be downloaded" in done.stderr
+    assert "SourceError: org/tiny-paligemma: the hub cannot be reached" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

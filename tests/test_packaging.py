@@ -23,7 +23,7 @@ FOLDERS = {
 # From the lowest to the highest; a module imports from its own row or a row above it in this list.
 LAYERS = (
     ("edgevlm.errors", "edgevlm.cleanup", "edgevlm.submodules"),
-    ("edgevlm.types",),
+    ("edgevlm.types", "edgevlm.progress"),
     ("edgevlm.specs", "edgevlm.schema", "edgevlm.machine", "edgevlm.parts"),
     (
         "edgevlm.image",
@@ -42,7 +42,13 @@ LAYERS = (
         "edgevlm.llava_shape",
         "edgevlm.pinpoints",
     ),
-    ("edgevlm.families", "edgevlm.models"),
+    (
+        "edgevlm.families",
+        "edgevlm.models",
+        "edgevlm.catalogue",
+        "edgevlm.store",
+        "edgevlm.hub",
+    ),
     ("edgevlm.export",),
     ("edgevlm.runtimes",),
     ("edgevlm.api", "edgevlm"),
@@ -110,6 +116,7 @@ def test_every_file_of_data_is_in_setup_cfg() -> None:
         folder = ROOT / package.removeprefix("edgevlm.").replace(".", "/")
         listed = {p for glob in data[package].split() for p in folder.glob(glob)}
         there = {p for p in (folder / "assets").rglob("*") if p.is_file()}
+        there |= {*(folder / "catalogue").glob("*.json")}
         assert there and there <= listed
     licences = config["metadata"]["license_files"].split()
     found = {p.name for glob in licences for p in ROOT.glob(glob)}

@@ -280,6 +280,26 @@ def test_a_ready_bundle_is_taken_as_it_is(tmp_path: Path) -> None:
         assert "lacks decoder.gguf of its bundle" in lacking.stderr
 
 
+def test_what_is_pushed_can_be_pulled(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    with serve(mine=repository) as hub:
+        pushed = hub.edgevlm(tmp_path, "push", "pico", "org/mine", HF_TOKEN="hf_token")
+        assert (
+            pushed.returncode == 0 and pushed.stdout == f"{hub.address}/org/mine/commit/{COMMIT}\n"
+        )
+        card = (repository / "README.md").read_text(encoding="utf-8")
+        assert "license: apache-2.0" in card and "edgevlm pull org/mine" in card
+        (repository / "README.md").write_text("my own words", encoding="utf-8")
+        assert hub.edgevlm(tmp_path, "push", "pico", "org/mine", HF_TOKEN="t").returncode == 0
+        assert (repository / "README.md").read_text(encoding="utf-8") == "my own words"
+        assert hub.edgevlm(tmp_path, "pull", "org/mine").returncode == 0
+        hub.faults.append(Fault("POST /api/", times=99, status=401))
+        refused = hub.edgevlm(tmp_path, "push", "pico", "org/mine")
+        assert refused.returncode == 1 and "hf auth login" in refused.stderr
+    assert hub.edgevlm(tmp_path, "models", "verify", "mine").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

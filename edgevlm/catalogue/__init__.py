@@ -21,7 +21,7 @@ _SUGGESTIONS = 3
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """A published model: where it is, what it costs and what it can do.
 
     `languages` are ISO codes as its card names them, `tasks` edgevlm's commands that it was trained
@@ -50,7 +50,7 @@ class Entry:
 
 
 @functools.cache
-def entries() -> dict[str, Entry]:
+def entries() -> dict[str, CatalogueEntry]:
     """All models of the catalogue by name, the families and their models in the files' order.
 
     >>> entries()["smolvlm-256m"].repo
@@ -59,11 +59,11 @@ def entries() -> dict[str, Entry]:
     found = {}
     for path in sorted(_FOLDER.glob("*.json")):
         for name, facts in json.loads(path.read_text(encoding="utf-8")).items():
-            found[name] = schema.read(Entry, {"name": name, "family": path.stem, **facts})
+            found[name] = schema.read(CatalogueEntry, {"name": name, "family": path.stem, **facts})
     return found
 
 
-def entry(name: str) -> Entry | None:
+def entry(name: str) -> CatalogueEntry | None:
     """The model of a name or of a repository on the hub; None for one that is not here."""
     known = entries()
     return known.get(name.lower()) or next((e for e in known.values() if e.repo == name), None)

@@ -29,6 +29,7 @@ _COMMANDS = {
     "models": "edgevlm.cli.models",
     "ocr": "edgevlm.cli.tasks",
     "pull": "edgevlm.cli.pull",
+    "push": "edgevlm.cli.push",
     "requantize": "edgevlm.cli.requantize",
     "rm": "edgevlm.cli.store",
     "use": "edgevlm.cli.store",

@@ -83,8 +83,8 @@ def _list_catalogue() -> None:
     click.echo("`edgevlm pull NAME` gets one, `edgevlm models show NAME` says more.", err=True)
 
 
-def fits(entry: catalogue.Entry) -> str:
-    """Whether this machine can take a model: "fits", or what it lacks."""
+def fits(entry: catalogue.CatalogueEntry) -> str:
+    """Says whether this machine can take a model: "fits", or what it lacks."""
     there = next(p for p in (directory(), *directory().parents) if p.is_dir())
     if entry.memory > machine.memory().total_bytes:
         return "too little memory"
@@ -124,7 +124,7 @@ def show(model: str) -> None:
         console.print(parity_table(bundle))
 
 
-def _show_entry(entry: catalogue.Entry) -> None:
+def _show_entry(entry: catalogue.CatalogueEntry) -> None:
     rows = table("", "")
     tiles = f"up to {entry.tiles} tiles" if entry.tiles > 1 else "one square"
     for key, value in (

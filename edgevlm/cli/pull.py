@@ -12,7 +12,7 @@ from edgevlm.cli.progress import ProgressBars, err_console, mib
 from edgevlm.cli.signals import Aside
 from edgevlm.export import TARGETS
 from edgevlm.hub.refusals import page
-from edgevlm.pulling import Plan, Precisions, carry_out, prepare
+from edgevlm.pulling import Precisions, Pull, carry_out, prepare
 
 
 @click.command(cls=Aside)
@@ -61,7 +61,7 @@ def pull(model: str, name: str | None, target: str | None, quant: str | None,
         console.print(line, soft_wrap=True)
 
 
-def _about(plan: Plan) -> list[str]:
+def _about(plan: Pull) -> list[str]:
     """The lines before a download: whose it is, under which licence, what it costs."""
     repository, entry = plan.repository, plan.entry
     licence = repository.license or (entry.license if entry else "") or "not stated"
@@ -83,7 +83,7 @@ def _about(plan: Plan) -> list[str]:
     return lines
 
 
-def _done(plan: Plan, bundle: Bundle, kept: bool) -> list[str]:
+def _done(plan: Pull, bundle: Bundle, kept: bool) -> list[str]:
     """The lines after it: the size, the model that `ask` takes, what to try."""
     parity = bundle.manifest.parity
     compared = f", compared with the original in {len(parity)} stages" if parity else ""

@@ -1,4 +1,4 @@
-"""What fails in passing is tried again: cut connections, a hub that is busy or asks to wait."""
+"""Further attempts after passing failures: cut connections, a hub that is busy or asks to wait."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def _failed(error: BaseException) -> str:
         return f"cannot be kept on this disk ({line(error)}); HF_HOME names another folder"
     if status(error) == 401:
         return f"access is denied ({line(error)}); {_LOG_IN}"
-    return f"cannot be downloaded ({line(error)}); check the network, the same command goes on"
+    if status(error) == 403:
+        return f"the hub refuses this ({line(error)}); your token has no right to it"
+    return f"the hub cannot be reached ({line(error)}); check the network, the same command goes on"
 
 
 def transport() -> tuple[type[BaseException], ...]:
