@@ -7,7 +7,6 @@ exported. Whatever ends a pull, the model is whole or absent, and the same pull 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle, read_manif
 from edgevlm.errors import BundleError, HubError, SourceError
 from edgevlm.export import targets
 from edgevlm.hub import cache, download
-from edgevlm.hub.repository import RemoteFile, Repository, look_up
+from edgevlm.hub.repository import RemoteFile, Repository, look_up, parse
 from edgevlm.models import directory, installed
 from edgevlm.types import Progress
 
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 # A bundle beside its weights, with room for what an export writes on its way: the float32 graph of
 # a vision tower, which is 4 to 12 percent of the models in the catalogue, and its quantized copies.
 _BUNDLE_SHARE = 0.9
@@ -84,7 +82,9 @@ def pull(
     its own. Without `keep_checkpoint` the checkpoint that was downloaded for it is removed from the
     hub's cache. A model that is here already is returned as it is.
 
-    >>> vlm = edgevlm.load(edgevlm.pull("smolvlm-256m").folder)
+    >>> bundle = edgevlm.pull("smolvlm-256m")
+    >>> vlm = edgevlm.load("smolvlm-256m")
+    >>> vlm.close()
 
     Raises HubError, SourceError, EngineMissing without the packages that an export needs, and
     ExportError or BundleError where it cannot be written.
@@ -107,7 +107,7 @@ def prepare(model: str, *, name: str | None = None) -> Pull:
         repository = look_up(repo, revision)
     except HubError:
         folder = download.cached(repo, revision)
-        if folder is None:
+        if folder is None or not any(_has_weights(path.name) for path in folder.iterdir()):
             raise
         repository = Repository(repo, folder.name, ())
         return Pull(short, repository, revision, (), False, 0, entry, folder)
@@ -123,11 +123,10 @@ def prepare(model: str, *, name: str | None = None) -> Pull:
 
 
 def _parsed(model: str) -> tuple[str, str | None]:
-    match = _HUB_ID.fullmatch(model)
-    if match and not model.startswith(".") and not os.path.exists(model):
-        return match[1], match[2]
-    if os.path.exists(model):
+    if model and os.path.exists(model):
         raise SourceError(f"{model}: is on this machine; `edgevlm export {model} OUT` exports it")
+    if found := parse(model):
+        return found
     close = catalogue.near(model, catalogue.entries())
     hint = f"perhaps {' or '.join(close)}" if close else "`edgevlm models --all` lists them"
     raise SourceError(
@@ -154,12 +153,16 @@ def _checkpoint_files(repository: Repository) -> list[RemoteFile]:
     from edgevlm.export.checkpoint import hub
 
     files = hub.wanted(repository)
-    if not any(f.name.endswith((".safetensors", ".bin")) for f in files):
+    if not any(_has_weights(f.name) for f in files):
         raise SourceError(
             f"{repository.id}: holds neither a bundle nor weights that edgevlm reads "
             "(*.safetensors, pytorch_model*.bin); name another repository"
         )
     return files
+
+
+def _has_weights(file: str) -> bool:
+    return file.endswith((".safetensors", ".bin"))
 
 
 def _check_room(name: str, cached: int, installed: int) -> None:

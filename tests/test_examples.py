@@ -5,6 +5,7 @@ import inspect
 import runpy
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ import pytest
 from PIL import Image
 
 import edgevlm
+from edgevlm import catalogue
+from edgevlm.bundle import read_manifest, write_manifest
+from edgevlm.hub.repository import RemoteFile, Repository
+from edgevlm.models import built_in
 from edgevlm.runtimes import fakes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -66,11 +71,19 @@ def documented() -> Iterator[Any]:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paligemma_checkpoint: Path) -> None:
-    """The files that examples name, in the working directory."""
+    """The files and the installed model that examples name, in the working directory."""
     shutil.copyfile(EXAMPLES / "shapes.png", tmp_path / "photo.png")
     shutil.copyfile(EXAMPLES / "sign.png", tmp_path / "sign.png")
     (tmp_path / "checkpoint").symlink_to(paligemma_checkpoint)
     monkeypatch.chdir(tmp_path)
+    entry = catalogue.entries()["smolvlm-256m"]
+    there = (RemoteFile("model.safetensors", 1),)
+    repository = Repository(entry.repo, str(entry.revision), there)
+    monkeypatch.setattr("edgevlm.pulling.look_up", lambda *_: repository)
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
+    folder = tmp_path / "models" / entry.name
+    shutil.copytree(built_in(), folder)
+    write_manifest(folder, replace(read_manifest(folder), origin=entry.source))
 
 
 def test_examples_in_docstrings(files: None) -> None:
@@ -82,5 +95,6 @@ def test_examples_in_docstrings(files: None) -> None:
         runner.run(test)
     assert runner.summarize(verbose=False).failed == 0
     wanted = {"load", "export_bundle", "VLM", "Chat", "Answer", "Message", "Reply", "edgevlm"}
+    wanted |= {"pull"}
     wanted |= {"stream", "ask", "chat", "caption", "ocr", "detect", "score", "embed_image"}
     assert wanted <= tried

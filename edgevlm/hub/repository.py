@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.hub.patience import persistently
 from edgevlm.hub.refusals import told
+
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,16 @@ class Repository:
     def names(self) -> set[str]:
         """Names of all files, with their folders."""
         return {file.name for file in self.files}
+
+
+def parse(name: str) -> tuple[str, str | None] | None:
+    """Repository and revision of `org/name[@revision]`; None for what is no such name.
+
+    >>> parse("org/name@main")
+    ('org/name', 'main')
+    """
+    match = _ID.fullmatch(name)
+    return (match[1], match[2]) if match and not name.startswith(".") else None
 
 
 def look_up(repo: str, revision: str | None = None) -> Repository:

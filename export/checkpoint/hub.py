@@ -10,7 +10,7 @@ from pathlib import Path
 from edgevlm.bundle import check_path
 from edgevlm.errors import BundleError, HubError, SourceError
 from edgevlm.hub.download import cached, snapshot
-from edgevlm.hub.repository import RemoteFile, Repository, look_up
+from edgevlm.hub.repository import RemoteFile, Repository, look_up, parse
 from edgevlm.progress import Report
 
 # What an export reads; everything else of a repository stays where it is.
@@ -28,7 +28,6 @@ PATTERNS = [
 # Weights in torch's format, taken from a repository that has no others.
 PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
 _REVISION = re.compile("[0-9a-f]{40}")
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def locate(source: str | os.PathLike[str], report: Report | None = None) -> tuple[Path, str]:
@@ -47,10 +46,11 @@ def locate(source: str | os.PathLike[str], report: Report | None = None) -> tupl
         return folder, _name(folder.resolve())
     if folder.exists():
         raise SourceError(f"{folder}: is a file; name the checkpoint's folder")
-    match = _HUB_ID.fullmatch(os.fspath(source))
-    if not match or os.fspath(source).startswith("."):
+    found = parse(os.fspath(source))
+    if found is None:
         raise SourceError(f"{source}: no such folder; name one, or a model on the hub as org/name")
-    return _download(match[1], match[2], report), match[1].split("/")[1]
+    repo, revision = found
+    return _download(repo, revision, report), repo.split("/")[1]
 
 
 def _name(folder: Path) -> str:
