@@ -25,8 +25,8 @@ from edgevlm.export.gguf import tools
 from edgevlm.family import TOWER, Source
 from edgevlm.image.plan import plan
 from edgevlm.processors import PREPROCESSOR
-from tests.checkpoints.deepseek_vl import write_deepseek_vl
 from edgevlm.progress import Stage
+from tests.checkpoints.deepseek_vl import write_deepseek_vl
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.tinygptv import write_tinygptv
