@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 from edgevlm import decoders
 from edgevlm.family import (
@@ -25,7 +25,8 @@ from edgevlm.family import (
     setting,
     stop_tokens,
 )
-from edgevlm.parts import Connector
+from edgevlm.parts import Connector, VisionTower
+from edgevlm.parts.anyres import Anyres
 from edgevlm.parts.clip import ClipTower
 from edgevlm.parts.ldp import Ldp
 from edgevlm.parts.ldpv2 import LdpV2
@@ -35,6 +36,8 @@ from edgevlm.parts.mlp import Mlp
 from edgevlm.processors import CLIP, ProcessorSettings, default_settings, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec
 from edgevlm.templates import BEGIN_3, IMAGE, TEMPLATES, Cutter, Spaces, Template
+
+Tower = TypeVar("Tower", bound=VisionTower)
 
 # transformers' defaults for CLIPVisionConfig, which a config.json omits.
 _VISION = ClipTower(
@@ -49,6 +52,8 @@ _VISION = ClipTower(
     layer_norm_eps=1e-5,
 )
 OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral", "llava_phi", "llava_phi3")
+# LLaVA-NeXT's code with a Qwen2: its type, or LLaVA's first one with its class.
+OWN_QWEN, _QWEN_CLASS = "llava_qwen", "LlavaQwenForCausalLM"
 # OpenAI's towers have heads of this width; a tower inside a checkpoint does not say.
 _CLIP_HEAD = 64
 _TOKENIZER = "tokenizer_config.json"
@@ -78,7 +83,7 @@ def describe(source: Source, default: str, pictures: Pictures, *, several: bool 
         raise ValueError(f"text_config.model_type {kind!r} is not known; no LLaVA here has it")
     text = decoders.read(decoder, kind)
     vision = _vision(source, config)
-    projector = _projector(config, vision, text, own)
+    projector = read_projector(config, vision, text, own)
     template = _template(source, default)
     stops = stop_tokens(source.files, decoder, decoders.EOS[text.architecture])
     cutter = Cutter(source.tokenizer, _spaces(source, own), stops[0])
@@ -106,7 +111,14 @@ def is_own(config: Config) -> bool:
     """True for a config of the original projects, which called theirs "llava" at first."""
     kind = config["model_type"]
     first = kind == "llava" and "text_config" not in config and "mm_vision_tower" in config
-    return first or kind in OWN_LAYOUT
+    return first or kind in (*OWN_LAYOUT, OWN_QWEN)
+
+
+def is_own_qwen(config: Config) -> bool:
+    """True for a config of LLaVA-NeXT's own code whose decoder is a Qwen2."""
+    classes = config.get("architectures")
+    named = isinstance(classes, list) and _QWEN_CLASS in classes
+    return config["model_type"] == OWN_QWEN or (is_own(config) and named)
 
 
 def _vision(source: Source, config: Config) -> ClipTower:
@@ -136,6 +148,19 @@ _SELECT = {"patch": False, "default": False, "cls_patch": True, "full": True}
 
 
 def _from_shapes(source: Source) -> ClipTower:
+    vision, positions = inside(source, _VISION)
+    return replace(
+        vision,
+        num_attention_heads=vision.hidden_size // _CLIP_HEAD,
+        image_size=round((positions - 1) ** 0.5) * vision.patch_size,
+    )
+
+
+def inside(source: Source, defaults: Tower) -> tuple[Tower, int]:
+    """`defaults` with the sizes of the vision tower in the weights, and its number of positions.
+
+    Pixels and heads are not to be seen. Raises ValueError where there is no tower.
+    """
     shapes = {
         name.removeprefix("vision."): shape
         for raw, shape in source.shapes.items()
@@ -148,19 +173,19 @@ def _from_shapes(source: Source) -> ClipTower:
     except (KeyError, ValueError):
         raise ValueError("it holds no vision tower; name one (--vision-tower)") from None
     layers = [int(m[1]) for n in shapes if (m := re.match(r"encoder\.layers\.(\d+)\.", n))]
-    return replace(
-        _VISION,
+    found = replace(
+        defaults,
         hidden_size=width,
         intermediate_size=mlp,
         num_hidden_layers=max(layers) + 1,
-        num_attention_heads=width // _CLIP_HEAD,
         num_channels=channels,
-        image_size=round((positions - 1) ** 0.5) * patch,
         patch_size=patch,
     )
+    return found, positions
 
 
-def _projector(config: Config, vision: ClipTower, text: Llama, own: bool) -> Connector:
+def read_projector(config: Config, vision: VisionTower, text: Llama, own: bool) -> Connector:
+    """The connector; raises ValueError for one that is not known."""
     for key in ("s2", "mm_resampler_type"):
         if config.get(key):
             raise ValueError(f"{key} is {config[key]!r}; only models without it are known")
@@ -178,6 +203,13 @@ def _projector(config: Config, vision: ClipTower, text: Llama, own: bool) -> Con
             f"mm_projector_type {name!r} is not one of {', '.join(_CONNECTORS)}, mlp<N>x_gelu"
         )
     return _CONNECTORS[name](in_features=inside, out_features=outside)
+
+
+def anyres(projector: Connector) -> Anyres:
+    """Linear maps with a newline; raises ValueError for another connector."""
+    if not isinstance(projector, Mlp):
+        raise ValueError(f"the projector is {projector.kind!r}; with tiles only linear maps are")
+    return Anyres(**asdict(projector))
 
 
 _CONNECTORS: dict[str, type[Linear | Ldp | LdpV2]] = {
@@ -303,7 +335,7 @@ _PARTS = (
 # stored tables.
 _UNUSED = re.compile(
     r".*vision_(?:model|tower)\.(?:(?:post_layernorm|head)\..+|embeddings\.position_ids)"
-    rf"|{re.escape(TOWER)}(?:text_model\..+|logit_scale|(?:visual|text)_projection\.weight)"
+    rf"|{re.escape(TOWER)}(?:text_model\..+|logit_(?:scale|bias)|(?:visual|text)_projection\.weight)"
     r"|.+\.rotary_emb\.inv_freq"
 )
 
@@ -315,8 +347,18 @@ def locate(name: str) -> str | None:
 
 def tower(source: Source) -> str | None:
     """The name in `mm_vision_tower`, unless the checkpoint holds a tower's tensors itself."""
-    inside = any((locate(name) or "").startswith("vision.") for name in source.shapes)
-    return None if inside else named_tower(source)
+    return None if _holds_tower(source) else named_tower(source)
+
+
+def keep_tower(source: Source) -> None:
+    """Raises ValueError where another vision tower was chosen than the one inside."""
+    if any(name.startswith(TOWER) for name in source.shapes) and _holds_tower(source):
+        raise ValueError("its own vision tower was trained with it; export it without another")
+
+
+def _holds_tower(source: Source) -> bool:
+    names = (locate(n) or "" for n in source.shapes if not n.startswith(TOWER))
+    return any(name.startswith("vision.") for name in names)
 
 
 def named_tower(source: Source) -> str | None:

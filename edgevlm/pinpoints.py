@@ -1,4 +1,4 @@
-"""The key image_grid_pinpoints -> the canvases that a picture is cut on, widths and heights.
+"""The keys by which LLaVA-NeXT and LLaVA-OneVision cut pictures -> TileSpec.
 
 Facts from transformers 4.57 (LlavaNextImageProcessor, LlavaOnevisionImageProcessor) and LLaVA's and
 LLaVA-NeXT's own code (llava/mm_utils.py).
@@ -11,6 +11,7 @@ from typing import Any
 
 from edgevlm.family import Config
 from edgevlm.processors import PINPOINTS, ProcessorSettings
+from edgevlm.specs import MapSpec, TileSpec
 
 Canvases = tuple[tuple[int, int], ...]
 
@@ -19,9 +20,36 @@ _RANGE = re.compile(r"\((\d+)x(\d+)\)(?:[^x]*\((\d+)x(\d+)\))?")
 _PAIR = re.compile(r"[(\[](\d+),(\d+)[)\]]")
 _LIST = re.compile(rf"[(\[](?:{_PAIR.pattern},?)+[)\]]")
 
+# LLaVA's code takes pictures in tiles by this value of image_aspect_ratio, LLaVA-NeXT's also with a
+# number of tiles that their map is resized to.
+_ANYRES = re.compile(r"anyres(?:_max_([1-9]\d*))?")
+_RATIO, _MERGE, _UNPAD = "image_aspect_ratio", "mm_patch_merge_type", "spatial_unpad"
+# transformers rounds the lengths that it cuts off (modeling_llava_next and
+# modeling_llava_onevision, unpad_image).
+DIGITS = 7
+
+
+def tiles(canvases: Canvases, joined: MapSpec) -> TileSpec:
+    """The cutting of a picture on canvases, whose tiles' embeddings are joined so."""
+    return TileSpec(
+        "pinpoints", overview="first", overview_of="picture", canvases=canvases, map=joined
+    )
+
+
+def own_tiles(config: Config, side: int) -> TileSpec:
+    """The cutting that LLaVA's own config.json states; raises ValueError."""
+    ratio = _ANYRES.fullmatch(str(config.get(_RATIO)))
+    if ratio is None:
+        raise ValueError(
+            f"{_RATIO} {config.get(_RATIO)!r} is not known; only anyres and anyres_max_<N> are"
+        )
+    if config.get(_MERGE) != _UNPAD:
+        raise ValueError(f"{_MERGE} is {config.get(_MERGE)!r}; only {_UNPAD} is known")
+    return tiles(_own(config, side), MapSpec(most=int(ratio[1] or 0)))
+
 
 def stated(found: ProcessorSettings, config: Config, side: int) -> Canvases:
-    """Those of a picture processor, heights before widths, in tiles of `side` pixels.
+    """The canvases of a picture processor, heights before widths, in tiles of `side` pixels.
 
     The model cuts its map by config.json's. Raises FileError where that has others.
     """
@@ -36,9 +64,9 @@ def stated(found: ProcessorSettings, config: Config, side: int) -> Canvases:
     return tuple((width, height) for height, width in heights_first)
 
 
-def own(config: Config, side: int) -> Canvases:
+def _own(config: Config, side: int) -> Canvases:
     """Those of LLaVA's own config.json, widths first: a list, or a text with a list or a range of
-    numbers of tiles. Raises ValueError.
+    numbers of tiles.
     """
     value = config.get(PINPOINTS)
     pairs: Any = value

@@ -205,6 +205,7 @@ OWN: dict[str, dict[str, Any]] = {
         "config": {"image_grid_pinpoints": str([tuple(p) for p in PINPOINTS])},
     },
     "llama3": LLAMA3,
+    "first-name": {"model_type": "llava"},
     "most": {
         "config": {"image_aspect_ratio": "anyres_max_2", "image_grid_pinpoints": "(1x1),...,(3x3)"}
     },

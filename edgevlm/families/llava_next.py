@@ -5,25 +5,17 @@ Facts from haotian-liu/LLaVA, LLaVA-VL/LLaVA-NeXT and transformers 4.57 (models/
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from edgevlm import llava_shape, pinpoints
-from edgevlm.family import TOWER, Config, Family, FileError, Model, Source, section
+from edgevlm.family import Config, Family, FileError, Model, Source, section
 from edgevlm.image_specs import check_rows, image_spec
-from edgevlm.parts.anyres import Anyres
 from edgevlm.parts.clip import ClipTower
-from edgevlm.parts.mlp import Mlp
 from edgevlm.processors import LLAVA_NEXT, default_settings, find_settings
-from edgevlm.specs import ImageSpec, MapSpec, TileSpec
+from edgevlm.specs import ImageSpec, MapSpec
 
-_OWN = ("llava_llama", "llava_mistral")
-# LLaVA's code takes pictures in tiles by this value of image_aspect_ratio, LLaVA-NeXT's also with a
-# number of tiles that their map is resized to.
-_ANYRES = re.compile(r"anyres(?:_max_([1-9]\d*))?")
-_MERGE = "spatial_unpad"
-# transformers rounds the lengths that it cuts off (modeling_llava_next, unpad_image).
-_DIGITS = 7
+# The last is what LLaVA called its models at first.
+_OWN = ("llava_llama", "llava_mistral", "llava")
 # transformers sets no bound; the context does.
 _MAX_PICTURES = 64
 
@@ -31,11 +23,9 @@ _MAX_PICTURES = 64
 def _describe(source: Source) -> Model:
     own = llava_shape.is_own(source.files["config.json"])
     model = llava_shape.describe(source, _template(source), _image, several=not own)
-    if not isinstance(model.projector, Mlp):
-        raise ValueError(f"the projector is {model.projector.kind!r}; LLaVA-NeXT has linear maps")
     if model.vision.rows != model.vision.grid**2:
         raise ValueError("the class token's row is read, which has no place among tiles")
-    return replace(model, projector=Anyres(**asdict(model.projector)))
+    return replace(model, projector=llava_shape.anyres(model.projector))
 
 
 def _template(source: Source) -> str:
@@ -66,7 +56,7 @@ def _image(
     if found is None:
         found, notes = default_settings(LLAVA_NEXT, side)
     check_rows(source.files, side, tokens)
-    tiles = _tiles(pinpoints.stated(found, config, side), MapSpec(digits=_DIGITS))
+    tiles = pinpoints.tiles(pinpoints.stated(found, config, side), MapSpec(digits=pinpoints.DIGITS))
     image = image_spec(found, side, tokens, max_pictures=_MAX_PICTURES)
     return replace(image, tiles=tiles), notes
 
@@ -74,43 +64,21 @@ def _image(
 def _own_image(
     source: Source, config: Config, side: int, tokens: int
 ) -> tuple[ImageSpec, tuple[str, ...]]:
-    ratio = _ANYRES.fullmatch(str(config.get("image_aspect_ratio")))
-    if ratio is None:
-        raise ValueError(
-            f"image_aspect_ratio {config.get('image_aspect_ratio')!r} is not known; LLaVA-NeXT has "
-            "anyres or anyres_max_<N>"
-        )
-    if config.get("mm_patch_merge_type") != _MERGE:
-        raise ValueError(
-            f"mm_patch_merge_type is {config.get('mm_patch_merge_type')!r}; only {_MERGE} is known"
-        )
-    if any(name.startswith(TOWER) for name in source.shapes) and not _lacks_tower(source):
-        raise ValueError("its own vision tower was trained with it; export it without another")
+    tiles = pinpoints.own_tiles(config, side)
+    llava_shape.keep_tower(source)
     found, notes = llava_shape.own_settings(source, side)
     image = image_spec(found, side, tokens)
     # Pillow's default, whatever CLIP's processor says; that has nothing left to resize.
     if (image.fit, image.resize, image.resample) != ("crop", 0, "bicubic"):
         raise FileError(found.file, f"only squares of {side} pixels, resized bicubic, are known")
-    joined = MapSpec(most=int(ratio[1] or 0))
-    tiles = _tiles(pinpoints.own(config, side), joined)
     return replace(image, fit="stretch", tiles=tiles), notes
-
-
-def _lacks_tower(source: Source) -> bool:
-    names = (llava_shape.locate(n) or "" for n in source.shapes if not n.startswith(TOWER))
-    return not any(name.startswith("vision.") for name in names)
-
-
-def _tiles(canvases: pinpoints.Canvases, joined: MapSpec) -> TileSpec:
-    return TileSpec(
-        "pinpoints", overview="first", overview_of="picture", canvases=canvases, map=joined
-    )
 
 
 def _claims(config: Config) -> bool:
     """True for a config in LLaVA's own layout that takes pictures in tiles."""
     ratio = config.get("image_aspect_ratio")
-    return llava_shape.is_own(config) and isinstance(ratio, str) and ratio.startswith("anyres")
+    own = llava_shape.is_own(config) and not llava_shape.is_own_qwen(config)
+    return own and isinstance(ratio, str) and ratio.startswith("anyres")
 
 
 FAMILY = Family(
