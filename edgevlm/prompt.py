@@ -87,6 +87,8 @@ def conversation(spec: PromptSpec, exchanges: Sequence[Exchange]) -> list[Segmen
                 f"question {i + 1} comes with a picture and this model takes pictures with the "
                 "first question only; begin a new conversation for another picture"
             )
+        if exchange.answer is not None and spec.answered:
+            template = (*template[:-1], spec.answered)
         pictures = [Image(seen + j) for j in range(exchange.n_pictures)]
         question = check_text(exchange.question)
         if spec.strip:

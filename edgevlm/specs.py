@@ -135,7 +135,9 @@ class PromptSpec:
     then tokenized as one; `reply` stands before an answer that is given as text. With `strip`
     blanks around a question or such an answer are no part of it, but for those between a picture
     and its words. `normalize` is the form of Unicode that every text is brought to before it is
-    tokenized, "" for none: llama.cpp's tokenizers do not.
+    tokenized, "" for none: llama.cpp's tokenizers do not. `answered` is the last item of each
+    template before an answer that is given, where the original writes another there than before one
+    that is to come.
     """
 
     template: tuple[str, ...]
@@ -148,6 +150,7 @@ class PromptSpec:
     reply: str = ""
     strip: bool = False
     normalize: Literal["", "NFC"] = ""
+    answered: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ adds.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from edgevlm.family import Tokenizer
+from edgevlm.family import Config, Tokenizer
 
 IMAGE = "<image>"
 # What stands for the begin and end tokens in a template: their texts are the checkpoint's to say.
@@ -30,12 +30,14 @@ class Template:
     """A conversation as its original writes it.
 
     `before` stands before the picture (or the words, where there is none), `after` between the
-    words and the answer, `again` between an answer and the words that follow it.
+    words and the answer, `again` between an answer and the words that follow it. `answered` is
+    `after` before an answer that is given, where it is another there.
     """
 
     before: str
     after: str
     again: str
+    answered: str = ""
 
 
 _SYSTEM = (
@@ -56,7 +58,9 @@ _NEXT_3 = _HEADER.format("system") + SEEING + "<|eot_id|>"
 _PHI3_USER, _PHI3_ANSWER = "<|user|>\n", "<|end|>\n<|assistant|>\n"
 # As llava/conversation.py has them: LLaVA-pp's of llava_llama3 and phi3_instruct, LLaVA-NeXT's of
 # llava_llama_3, which next_llama3 is in transformers' layout. What is called after a decoder alone
-# is that decoder's own form, as checkpoints in transformers' layout use it.
+# is that decoder's own form, as checkpoints in transformers' layout use it. "onevision" is the chat
+# template that is published with LLaVA-OneVision in transformers' layout, "chatml" the one that its
+# convert_llava_onevision_weights_to_hf.py writes.
 TEMPLATES = {
     "vicuna_v1": Template(_SYSTEM.format("user") + "USER: ", " ASSISTANT:", f"{EOS}USER: "),
     "llava_v1": Template(_SYSTEM.format("human") + "USER: ", " ASSISTANT:", f"{EOS}USER: "),
@@ -82,6 +86,12 @@ TEMPLATES = {
         "<|im_start|>user ",
         "<|im_end|><|im_start|>assistant\n",
         "<|im_end|><|im_start|>user ",
+        "<|im_end|><|im_start|>assistant \n",
+    ),
+    "chatml": Template(
+        "<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>\n<|im_start|>user\n",
     ),
     "qwen_1_5": Template(
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
@@ -90,6 +100,20 @@ TEMPLATES = {
     ),
     "phi3": Template(_PHI3_USER, _PHI3_ANSWER, f"<|end|>\n{_PHI3_USER}"),
 }
+
+
+# Where transformers' processors look for a chat template, the first one that is there.
+_CHATS = ("chat_template.jinja", "chat_template.json", "processor_config.json")
+
+
+def chat_template(files: Mapping[str, Config], *more: str) -> tuple[str, str] | None:
+    """transformers' chat template in a checkpoint's JSON files, `more` after its processor's own:
+    the file and the text, None where there is none.
+    """
+    for name in (*_CHATS, *more):
+        if isinstance(text := files.get(name, {}).get("chat_template"), str):
+            return name, text
+    return None
 
 
 @dataclass(frozen=True)

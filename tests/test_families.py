@@ -23,7 +23,7 @@ from tests.checkpoints.deepseek_vl import write_deepseek_vl
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.llava_next import write_next
-from tests.checkpoints.llava_onevision import write_onevision
+from tests.checkpoints.llava_onevision import OWN, write_onevision
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
@@ -44,7 +44,8 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "internvl-2-2b": ("internvl", partial(write_internvl, layout="own", internlm2=True)),
     "llava-next-hf": ("llava_next", write_next),
     "llava-next": ("llava_next", partial(write_next, layout="own")),
-    "llava-onevision": ("llava_onevision", write_onevision),
+    "llava-onevision-hf": ("llava_onevision", write_onevision),
+    "llava-onevision": ("llava_onevision", partial(write_onevision, **OWN)),
     "smolvlm": ("smolvlm", write_smolvlm),
     "smolvlm-2.2b-v1": ("smolvlm", partial(write_smolvlm, places=False, factor=2)),
     "tinygptv": ("tinygptv", lambda folder: write_tinygptv(folder, stage=4)),

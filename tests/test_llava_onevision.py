@@ -17,6 +17,7 @@ from edgevlm.prompt import Exchange
 from edgevlm.runtimes.request import prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
+from edgevlm.types import Reply
 from tests.answers import greedy, sequence
 from tests.anyres_reference import Original, Picture
 from tests.checkpoints.llava_onevision import PINPOINTS, SIZE, write_onevision
@@ -29,8 +30,15 @@ SMALL = RNG.integers(0, 256, (7, 9, 3), np.uint8)
 # With what Qwen2's tokenizers compose first.
 WORDS = "what is in 2024's picture? опиши 图片 cafe\u0301"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "0.5b": {},
-    "7b": {"tied": False, "shards": 2, "dtype": "bfloat16", "layout": "hf-4.52", "most": 9},
+    "0.5b": {"chat": "onevision"},
+    "7b": {
+        "chat": "chatml",
+        "tied": False,
+        "shards": 2,
+        "dtype": "bfloat16",
+        "layout": "hf-4.52",
+        "most": 9,
+    },
 }
 
 
@@ -69,25 +77,33 @@ CASES: dict[str, tuple[list[Exchange], list[Picture]]] = {
     "none": ([Exchange(WORDS)], []),
     "turns": ([Exchange("one", 1, "a cat"), Exchange("two", 0, "a dog"), Exchange(WORDS)], [TALL]),
     "two in turns": ([Exchange("one", 1, "a cat"), Exchange(WORDS, 1)], [TALL, WIDE]),
+    # What the model said is tokenized anew with the texts around it.
+    "reply": (
+        [Exchange("one", 1, Reply("\n cafe\u0301", (5, 6), "stop")), Exchange(WORDS)],
+        [WIDE],
+    ),
 }
 
 
-def chat(exchanges: list[Exchange]) -> str:
-    """A conversation as the published chat template has it up to an answer."""
-    text = ""
+def chat(original: Original, exchanges: list[Exchange]) -> str:
+    """A conversation as the checkpoint's chat template writes it up to an answer."""
+    messages: list[dict[str, Any]] = []
     for exchange in exchanges:
-        pictures = "<image>" * exchange.n_pictures
-        text += f"<|im_start|>user {pictures}\n{exchange.question}<|im_end|><|im_start|>assistant\n"
+        pictures: list[dict[str, str]] = [{"type": "image"}] * exchange.n_pictures
+        asked = [*pictures, {"type": "text", "text": exchange.question}]
+        messages.append({"role": "user", "content": asked})
         if exchange.answer is not None:
-            text += f"{exchange.answer}<|im_end|>"
-    return text
+            said = {"type": "text", "text": str(exchange.answer)}
+            messages.append({"role": "assistant", "content": [said]})
+    written = original.processor.apply_chat_template(messages, add_generation_prompt=True)
+    return str(written)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_answers_like_transformers(vlm: VLM, original: Original, case: str) -> None:
     exchanges, pictures = CASES[case]
     request = prepare(vlm.engines, exchanges, pictures, Sampling(max_tokens=16))
-    inputs = original.inputs(chat(exchanges), pictures)
+    inputs = original.inputs(chat(original, exchanges), pictures)
     assert sequence(request, original.image_token) == inputs["input_ids"][0].tolist()
     ours, tokens = greedy(vlm, request, 16)
     theirs = original.logits(inputs, tokens)
@@ -131,7 +147,7 @@ def test_with_fewer_tiles_it_answers_like_transformers_with_fewer_pinpoints(
         before = config.image_grid_pinpoints
         config.image_grid_pinpoints = pictures.image_grid_pinpoints = fewer
         try:
-            inputs = original.inputs(chat([Exchange(WORDS, 1)]), [WIDE])
+            inputs = original.inputs(chat(original, [Exchange(WORDS, 1)]), [WIDE])
             assert sequence(request, original.image_token) == inputs["input_ids"][0].tolist()
             ours, tokens = greedy(vlm, request, 4)
             assert np.abs(ours - original.logits(inputs, tokens)).max() < 5e-3
@@ -156,9 +172,33 @@ def test_the_prompt_of_its_training(tmp_path: Path) -> None:
         assert sequence(request, original.image_token) == ids
 
 
-@pytest.mark.parametrize("layout", ["hf", "hf-5"])
-def test_saved_by_transformers_5(layout: str, tmp_path: Path) -> None:
-    source = as_saved_by_5(write_onevision(tmp_path / "source", layout=layout))
+def test_a_checkpoint_without_a_chat_template_is_asked_as_the_published(tmp_path: Path) -> None:
+    found = [
+        inspect_source(write_onevision(tmp_path / str(chat), chat=chat)).prompt
+        for chat in (None, "onevision")
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_chat_template_of_another_kind_is_noted(tmp_path: Path) -> None:
+    source = write_onevision(tmp_path / "source", chat="{{ messages }}")
+    model = inspect_source(source)
+    assert model.notes == (
+        "chat_template.json: its chat_template has no <|im_start|> and is not followed",
+    )
+
+
+def test_another_chat_template_is_refused_unless_one_is_chosen(tmp_path: Path) -> None:
+    chat = "{{ '<|im_start|>system\\nBe kind.<|im_end|>' }}{{ messages[0]['content'] }}"
+    source = write_onevision(tmp_path / "source", chat=chat)
+    with pytest.raises(SourceError, match="chat_template.json: its chat_template is not known"):
+        inspect_source(source)
+    inspect_source(source, ReadOptions(template="onevision"))
+
+
+@pytest.mark.parametrize(("layout", "chat"), [("hf", None), ("hf-5", "chatml")])
+def test_saved_by_transformers_5(layout: str, chat: str | None, tmp_path: Path) -> None:
+    source = as_saved_by_5(write_onevision(tmp_path / "source", layout=layout, chat=chat))
     bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
     assert all(s.ok for s in bundle.manifest.parity) and len(bundle.manifest.parity) >= 8
 
@@ -200,7 +240,12 @@ def test_choices_that_it_does_not_have(tmp_path: Path) -> None:
     source = write_onevision(tmp_path / "source")
     with pytest.raises(SourceError, match="one fit of pictures"):
         inspect_source(source, ReadOptions(image_fit="pad"))
-    with pytest.raises(SourceError, match="not one of onevision, qwen_1_5"):
+    with pytest.raises(SourceError, match="vision_heads cannot be set"):
+        inspect_source(source, ReadOptions(settings={"vision_heads": "2"}))
+    write_onevision(tmp_path / "own", layout="own", tower="folder")
+    with pytest.raises(SourceError, match="own vision tower was trained with it"):
+        inspect_source(source, ReadOptions(vision_tower=tmp_path / "own-siglip"))
+    with pytest.raises(SourceError, match="not one of onevision, chatml, qwen_1_5"):
         inspect_source(source, ReadOptions(template="hf"))
 
 

@@ -30,7 +30,7 @@ from edgevlm.parts.llama import Llama
 from edgevlm.parts.merged_mlp import MergedMlp
 from edgevlm.processors import GOT_OCR2, PREPROCESSOR, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec, TileSpec
-from edgevlm.templates import Cutter
+from edgevlm.templates import Cutter, chat_template
 
 _OWN = "internvl_chat"
 # Defaults of InternVLVisionConfig, and of InternVisionConfig, which are the 6B's.
@@ -271,8 +271,6 @@ _TEMPLATES = {
     "internvl2_5": _Template(_SYSTEM),
 }
 _CONVERSATION = "conversation.py"
-# Where transformers looks for a chat template, the first one that is there.
-_CHATS = ("chat_template.jinja", "chat_template.json", "processor_config.json")
 _CHAT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\|>")
 
 
@@ -282,15 +280,14 @@ def _template(source: Source) -> _Template:
     """
     if source.template:
         raise ValueError("InternVL in transformers' layout has one prompt template")
-    for name in (*_CHATS, "tokenizer_config.json"):
-        text = source.files.get(name, {}).get("chat_template")
-        if not isinstance(text, str):
-            continue
-        if _TURN not in text:
-            raise FileError(name, f"its chat_template lacks {_TURN}; only ChatML is known")
-        found = _CHAT_SYSTEM.search(text)
-        return _Template(found[1].replace("\\n", "\n") if found else "")
-    return _Template("")
+    stated = chat_template(source.files, "tokenizer_config.json")
+    if stated is None:
+        return _Template("")
+    name, text = stated
+    if _TURN not in text:
+        raise FileError(name, f"its chat_template lacks {_TURN}; only ChatML is known")
+    found = _CHAT_SYSTEM.search(text)
+    return _Template(found[1].replace("\\n", "\n") if found else "")
 
 
 def _own_template(source: Source, config: Config) -> _Template:

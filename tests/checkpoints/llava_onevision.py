@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of LLaVA-OneVision, in transformers' layouts."""
+"""Tiny random checkpoints of LLaVA-OneVision, in transformers' layouts and in LLaVA-NeXT's own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.checkpoints.paligemma import Tensors, write_weights
-from tests.checkpoints.qwen2_vocabulary import write_qwen2
+from tests.checkpoints.paligemma import Tensors, write_safetensors, write_weights
+from tests.checkpoints.qwen2_vocabulary import Files, write_qwen2
 from tests.checkpoints.vocabulary import write_json
 
 SIZE, PATCH = 32, 4
@@ -23,14 +23,34 @@ _NAMES = {
                 "model.image_newline", "model.language_model.", "lm_head.weight"),
     "hf-5": ("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline",
              "model.language_model.", "lm_head.weight"),
+    "own": ("model.vision_tower.vision_tower.vision_model.", "model.mm_projector.",
+            "model.image_newline", "model.", "lm_head.weight"),
 }  # fmt: skip
+# Expressions of the chat templates: what stands behind a role, for a picture, before the words of a
+# text and at the end of a turn; the published one's, and that of transformers' conversion.
+CHATS = {
+    "onevision": ("' '", "'<image>'", "'\\n' + ", "'<|im_end|>'"),
+    "chatml": ("'\\n'", "'<image>\\n'", "", "'<|im_end|>' + '\\n'"),
+}
+# LLaVA-NeXT's own layout, with heads as wide as So400m's.
+OWN: Mapping[str, Any] = {"layout": "own", "vision_width": 144, "vision_heads": 2, "files": "pair"}
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """Sizes of a tiny checkpoint; mappings override keys of its files, None leaves a file out."""
+    """Sizes of a tiny checkpoint; mappings override keys of its files, None leaves a file out.
+
+    `chat` is the chat template by its name in CHATS, or its text. Of the own layout alone: `tower`
+    says where that is ("inside", or in a "folder" beside the checkpoint, with a last layer that is
+    not read), `files` how the tokenizer is written, `image_token` whether it has <image>.
+    """
 
     layout: str = "hf"
+    chat: str | None = None
+    tower: str = "inside"
+    files: Files = "json"
+    image_token: bool = False
+    size: int = SIZE
     tied: bool = True
     vision_width: int = 64
     vision_layers: int = 2
@@ -56,13 +76,23 @@ def write_onevision(folder: Path, **options: Any) -> Path:
     """Writes a checkpoint; `options` are Tiny's."""
     tiny = Tiny(**options)
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = write_qwen2(folder, ("<image>", "<video>"))
+    own = tiny.layout == "own"
+    added = ("<image>", "<video>")[: tiny.image_token if own else 2]
+    tokens = write_qwen2(folder, added, tiny.files)
     vocab = len(tokens) + 5  # Rows that no token has, as the published tables.
-    write_json(folder / "config.json", _config(tiny, tokens, vocab))
     write_json(
         folder / "generation_config.json",
         {"bos_token_id": tokens["<|endoftext|>"], "eos_token_id": tokens["<|im_end|>"]},
     )
+    made = _tensors(tiny, vocab)
+    if own:
+        _write_own(folder, tiny, tokens, vocab, made)
+        return folder
+    write_weights(folder, made, tiny.dtype, tiny.shards)
+    write_json(folder / "config.json", _config(tiny, tokens, vocab))
+    if tiny.chat:
+        text = _chat_template(*CHATS[tiny.chat]) if tiny.chat in CHATS else tiny.chat
+        write_json(folder / "chat_template.json", {"chat_template": text})
     if tiny.processor is not None:
         write_json(folder / "preprocessor_config.json", _pictures() | dict(tiny.processor))
     nested = {
@@ -74,8 +104,114 @@ def write_onevision(folder: Path, **options: Any) -> Path:
         "vision_feature_select_strategy": "full",
     }
     write_json(folder / "processor_config.json", nested | dict(tiny.nested))
-    write_weights(folder, _tensors(tiny, vocab), tiny.dtype, tiny.shards)
     return folder
+
+
+def _chat_template(role: str, picture: str, words: str, end: str) -> str:
+    def each(kind: str, shown: str) -> str:
+        chosen = f"message['content'] | selectattr('type', 'equalto', '{kind}')"
+        return f"{{% for content in {chosen} %}}{{{{ {shown} }}}}{{% endfor %}}"
+
+    film = picture.replace("image", "video")
+    turn = each("image", picture) + each("video", film) + each("text", f"{words}content['text']")
+    return (
+        f"{{% for message in messages %}}{{{{'<|im_start|>' + message['role'] + {role}}}}}{turn}"
+        f"{{{{{end}}}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+def _write_own(
+    folder: Path, tiny: Tiny, tokens: Mapping[str, int], vocab: int, made: Tensors
+) -> None:
+    """LLaVA-NeXT's own layout: no file of a picture processor, maybe no tower."""
+    tower, vision = folder.with_name(folder.name + "-siglip"), _NAMES["own"][0]
+    if tiny.tower == "folder":
+        inside = {name: made.pop(name) for name in list(made) if name.startswith(vision)}
+        _write_tower(tower, tiny, {n.removeprefix(vision): t for n, t in inside.items()})
+    write_weights(folder, made, tiny.dtype, tiny.shards)
+    name = str(tower) if tiny.tower == "folder" else "google/siglip-so400m-patch14-384"
+    tuned = "" if tiny.tower == "folder" else "mm_vision_tower,"
+    n = tiny.size
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": ["LlavaQwenForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": tokens["<|endoftext|>"],
+            "eos_token_id": tokens["<|im_end|>"],
+            "hidden_act": "silu",
+            "hidden_size": tiny.width,
+            "image_aspect_ratio": f"anyres_max_{tiny.most}",
+            "image_crop_resolution": None,
+            "image_grid_pinpoints": [[n * a, n * b] for a in range(1, 4) for b in range(1, 4)],
+            "image_split_resolution": None,
+            "image_token_index": 151646,
+            "intermediate_size": tiny.mlp,
+            "max_position_embeddings": 8192,
+            "max_window_layers": 24,
+            "mm_hidden_size": tiny.vision_width,
+            "mm_newline_position": "one_token",
+            "mm_patch_merge_type": "spatial_unpad",
+            "mm_projector_lr": None,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_resampler_type": None,
+            "mm_spatial_pool_mode": "bilinear",
+            "mm_tunable_parts": f"{tuned}mm_mlp_adapter,mm_language_model",
+            "mm_use_im_patch_token": False,
+            "mm_use_im_start_end": False,
+            "mm_vision_select_feature": "patch",
+            "mm_vision_select_layer": -2,
+            "mm_vision_tower": name,
+            "mm_vision_tower_lr": 2e-06,
+            "model_type": "llava_qwen",
+            "num_attention_heads": tiny.heads,
+            "num_hidden_layers": tiny.layers,
+            "num_key_value_heads": tiny.kv_heads,
+            "pos_skipping_range": 4096,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 1000000.0,
+            "sliding_window": 131072,
+            "tie_word_embeddings": tiny.tied,
+            "tokenizer_model_max_length": 8192,
+            "tokenizer_padding_side": "right",
+            "torch_dtype": tiny.dtype,
+            "use_cache": True,
+            "use_mm_proj": True,
+            "use_pos_skipping": False,
+            "use_sliding_window": False,
+            "vision_tower_pretrained": None,
+            "vocab_size": vocab,
+            **tiny.config,
+        },
+    )
+
+
+def _write_tower(folder: Path, tiny: Tiny, vision: Tensors) -> None:
+    """A SigLIP as it is published: with a text tower, the head and one layer more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stated = {
+        "hidden_size": tiny.vision_width,
+        "image_size": tiny.size,
+        "intermediate_size": tiny.vision_mlp,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": tiny.vision_heads,
+        "num_hidden_layers": tiny.vision_layers + 1,
+        "patch_size": PATCH,
+        **tiny.vision_config,
+    }
+    write_json(
+        folder / "config.json",
+        {"architectures": ["SiglipModel"], "model_type": "siglip", "vision_config": stated},
+    )
+    made = {f"vision_model.{name}": tensor for name, tensor in vision.items()}
+    first, last = ".layers.0.", f".layers.{tiny.vision_layers}."
+    made |= {n.replace(first, last): 1 - t for n, t in made.items() if first in n}
+    made["vision_model.head.probe"] = np.zeros((1, 1, tiny.vision_width), np.float32)
+    made["text_model.final_layer_norm.bias"] = np.zeros(4, np.float32)
+    made |= {f"logit_{name}": np.zeros(1, np.float32) for name in ("scale", "bias")}
+    write_safetensors(folder / "model.safetensors", made, "float32")
 
 
 def _config(tiny: Tiny, tokens: Mapping[str, int], vocab: int) -> dict[str, Any]:
@@ -166,7 +302,7 @@ def _tensors(tiny: Tiny, vocab: int) -> Tensors:
     v = tiny.vision_width
     add(f"{vision}embeddings.patch_embedding.weight", v, 3, PATCH, PATCH, scale=0.15)
     add(f"{vision}embeddings.patch_embedding.bias", v, scale=0.1)
-    add(f"{vision}embeddings.position_embedding.weight", (SIZE // PATCH) ** 2, v)
+    add(f"{vision}embeddings.position_embedding.weight", (tiny.size // PATCH) ** 2, v)
     for i in range(tiny.vision_layers):
         layer = f"{vision}encoder.layers.{i}."
         norm(f"{layer}layer_norm1", v)
@@ -178,8 +314,9 @@ def _tensors(tiny: Tiny, vocab: int) -> Tensors:
     # It is there, and nobody reads it.
     norm(f"{vision}post_layernorm", v)
     d = tiny.width
-    linear(f"{projector}linear_1", d, v)
-    linear(f"{projector}linear_2", d, d)
+    first, second = ("0", "2") if tiny.layout == "own" else ("linear_1", "linear_2")
+    linear(f"{projector}{first}", d, v)
+    linear(f"{projector}{second}", d, d)
     add(newline, d, scale=1)
     add(f"{decoder}embed_tokens.weight", vocab, d, scale=5 * d**-0.5 if tiny.tied else 1)
     kv = tiny.kv_heads * d // tiny.heads

@@ -28,7 +28,10 @@ def as_saved_by_5(folder: Path, **image_processor: Any) -> Path:
     write_json(folder / "tokenizer_config.json", _tokenizer(folder, config))
     for name in _GONE:
         (folder / name).unlink(missing_ok=True)
-    (folder / "chat_template.jinja").write_text("{{ messages }}\n", encoding="utf-8")
+    chat = folder / "chat_template.json"
+    text = _read(chat)["chat_template"] if chat.is_file() else "{{ messages }}\n"
+    chat.unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
     return folder
 
 

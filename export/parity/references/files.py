@@ -32,6 +32,15 @@ def processor_settings(folder: Path) -> dict[str, Any]:
     return _json(folder / "processor_config.json")
 
 
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a folder's processor, None where it states none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    stated = _json(folder / "chat_template.json") or processor_settings(folder)
+    return stated.get("chat_template")
+
+
 def picture_processor(folder: Path, kind: str = "AutoImageProcessor") -> Any:
     """The folder's picture processor of a class, by default the one that its file names.
 

@@ -4,7 +4,6 @@ one by internvl_chat.py.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +98,13 @@ class _Processor(_hf.InternVLProcessor):  # type: ignore[misc]
 
 def processor(folder: Path) -> Any:
     """The processor of a folder, with the slow one of pictures and the folder's chat template."""
-    sizes = _json(folder / "processor_config.json")
+    sizes = files.processor_settings(folder)
     text = files.tokenizer(folder)
     return _Processor(
         files.picture_processor(folder, "GotOcr2ImageProcessor"),
         text,
         image_seq_length=sizes.get("image_seq_length", 256),
-        chat_template=_chat_template(folder, sizes) or text.chat_template,
+        chat_template=files.chat_template(folder) or text.chat_template,
     )
 
 
@@ -134,16 +133,3 @@ def _config(folder: Path) -> Any:
     config = _hf.InternVLConfig.from_pretrained(folder)
     files.set_rotary(config.text_config)
     return config
-
-
-def _chat_template(folder: Path, sizes: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    stated = _json(folder / "chat_template.json") or sizes
-    return stated.get("chat_template")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return found

@@ -1,4 +1,4 @@
-"""LLaVA's shape: transformers' CLIP and LLaMA in float32, and the connector computed plainly.
+"""LLaVA's shape: transformers' towers and decoders in float32, and the connector computed plainly.
 
 No release of transformers reads the original layouts, so the parts take the checkpoint's tensors
 one by one; nothing here uses the modules that were exported.
@@ -34,6 +34,8 @@ from edgevlm.parts.linear import Linear
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.mlp import Mlp
 from edgevlm.parts.phi3 import Phi3
+from edgevlm.parts.qwen2 import Qwen2
+from edgevlm.parts.siglip import SiglipTower
 from edgevlm.templates import IMAGE
 
 # transformers leaves its classes without types.
@@ -163,18 +165,25 @@ def _expand2square(picture: Image.Image, background: tuple[int, ...]) -> Image.I
 
 
 def _features(pixels: Tensor, config: VisionTower, part: Weights, added: Added | None) -> Tensor:
-    assert isinstance(config, ClipTower)
-    settings = {k: v for k, v in asdict(config).items() if k not in ("depth", "class_token")}
-    tower = _hf.CLIPVisionModel(
-        _hf.CLIPVisionConfig(**settings, attn_implementation="eager")
+    name = _TOWERS[type(config)]
+    settings = {k: v for k, v in asdict(config).items() if k not in _NOT_THEIRS}
+    tower = getattr(_hf, f"{name}VisionModel")(
+        getattr(_hf, f"{name}VisionConfig")(
+            **settings, vision_use_head=False, attn_implementation="eager"
+        )
     ).eval()
     state = {f"vision_model.{name}": value for name, value in weights(part).items()}
     _load(tower, state, allowed="vision_model.post_layernorm.")
     if added:
         added.attach(tower, "vision.")
     states = tower(pixels, output_hidden_states=True).hidden_states[-1]
-    features: Tensor = states if config.class_token else states[:, 1:]
+    cut = isinstance(config, ClipTower) and not config.class_token
+    features: Tensor = states[:, 1:] if cut else states
     return features
+
+
+_TOWERS: dict[type[VisionTower], str] = {ClipTower: "CLIP", SiglipTower: "Siglip"}
+_NOT_THEIRS = ("depth", "class_token", "final_norm")
 
 
 def _projector(part: Weights, added: Added | None) -> dict[str, Tensor]:
@@ -195,7 +204,7 @@ def _decoder(config: Decoder, part: Weights, added: Added | None, stated: Config
     assert isinstance(config, Llama)
     text = stated.get("text_config") or stated
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    name = {Llama: "Llama", Phi3: "Phi3"}[type(config)]
+    name = {Llama: "Llama", Phi3: "Phi3", Qwen2: "Qwen2"}[type(config)]
     scaled = {"rope_scaling": scaling} if scaling.get("rope_type") == "llama3" else {}
     made = getattr(_hf, f"{name}Config")(
         **asdict(config), **scaled, pad_token_id=None, attn_implementation="eager"

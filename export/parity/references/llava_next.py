@@ -44,7 +44,7 @@ class Reference:
     def __init__(self, job: Job) -> None:
         self._job = job
         own = job.checkpoint.configs["config.json"]["model_type"] != "llava_next"
-        self._source = _Own(job) if own else Transformed(job, load_processor)
+        self._source = Own(job) if own else Transformed(job, load_processor)
 
     def token_ids(self, texts: list[str], *, plain: bool = False) -> list[list[int]]:
         """See references.SourceModel."""
@@ -74,9 +74,13 @@ class Transformed:
             model = load(self._folder)
             if self._job.adapter:
                 Added(self._job.adapter.folder, _NAMES.items()).attach(model)
-            text = self._job.model.original.replace("{prompt}", request.prompt)
+            text = self._text(request.prompt)
             inputs = self._processor(images=request.image, text=text, return_tensors="pt")
             return _seen(model, inputs, tokens)
+
+    def _text(self, prompt: str) -> str:
+        """The prompt up to the answer."""
+        return self._job.model.original.replace("{prompt}", prompt)
 
 
 def _seen(model: Any, inputs: Any, tokens: NDArray[np.int32]) -> Arrays:
@@ -150,7 +154,7 @@ def _config(folder: Path) -> Any:
     return config
 
 
-class _Own(llava.Reference):
+class Own(llava.Reference):
     """LLaVA's own layout, which no release of transformers reads."""
 
     def _connected(self, features: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
@@ -160,7 +164,7 @@ class _Own(llava.Reference):
     def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
         """llava/mm_utils.py, process_anyres_image."""
         picture, processor = Image.fromarray(image), self._processor()
-        side = processor.crop_size["height"]
+        side = getattr(processor, "crop_size", processor.size)["height"]
         width, height = self._canvas(picture.size, side)
         across, down = width / picture.width, height / picture.height
         if across < down:
