@@ -167,6 +167,33 @@ LLAVA_ONEVISION: dict[str, Any] = {
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "full",
 }
+# The config.json of its own layout, but for the decoder.
+LLAVA_ONEVISION_OWN: dict[str, Any] = {
+    "architectures": ["LlavaQwenForCausalLM"],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "image_aspect_ratio": "anyres_max_9",
+    "image_grid_pinpoints": LLAVA_ONEVISION["image_grid_pinpoints"],
+    "max_position_embeddings": 32768,
+    "mm_hidden_size": 1152,
+    "mm_newline_position": "one_token",
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "google/siglip-so400m-patch14-384",
+    "model_type": "llava_qwen",
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+}
 LLAVA_ONEVISION_PICTURES: dict[str, Any] = {
     "image_grid_pinpoints": LLAVA_ONEVISION["image_grid_pinpoints"],
     "image_mean": [0.5, 0.5, 0.5],

@@ -18,6 +18,7 @@ from edgevlm.benchmarks.synthetic.configs import (
     INTERNVL_TOKENS,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
+    LLAVA_ONEVISION_OWN,
     LLAVA_ONEVISION_PICTURES,
     LLAVA_ONEVISION_TOKENS,
     MOBILEPALO,
@@ -170,20 +171,27 @@ _INTERNLM2_1_8B = {
 }  # fmt: skip
 
 
-def _onevision(**text: Any) -> Source:
-    """LLaVA-OneVision; `text` is what differs from the decoder of 0.5B."""
-    config = LLAVA_ONEVISION | {"text_config": LLAVA_ONEVISION["text_config"] | text}
+def _onevision() -> Source:
+    """LLaVA-OneVision-0.5B in transformers' layout."""
     added = {text: AddedToken(i, special=True) for text, i in LLAVA_ONEVISION_TOKENS.items()}
     return Source(
-        {"config.json": config, PREPROCESSOR: LLAVA_ONEVISION_PICTURES},
+        {"config.json": LLAVA_ONEVISION, PREPROCESSOR: LLAVA_ONEVISION_PICTURES},
         tokenizer=Tokenizer(bytes=True, add_bos=False, added=added),
     )
+
+
+def _onevision_own(**text: Any) -> Source:
+    """LLaVA-OneVision in LLaVA-NeXT's own layout; `text` is its decoder."""
+    config = LLAVA_ONEVISION_OWN | text
+    tower = LLAVA_ONEVISION["vision_config"] | {"num_hidden_layers": 27}
+    files = {"config.json": config, f"{TOWER}config.json": tower}
+    return Source(files, tokenizer=_onevision().tokenizer)
 
 
 _QWEN2_7B = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
     "num_hidden_layers": 28, "num_key_value_heads": 4, "max_window_layers": 28,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": False, "vocab_size": 152064,
 }  # fmt: skip
 _SMOLLM2_360M = {
     "hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15,
@@ -212,6 +220,6 @@ MODELS: Mapping[str, Source] = {
     "llava-next-mistral-7b": Source({"config.json": LLAVA_NEXT}),
     "llava-next-vicuna-7b": _next("llava_llama", **_VICUNA_7B),
     "llava-onevision-0.5b": _onevision(),
-    "llava-onevision-7b": _onevision(**_QWEN2_7B),
+    "llava-onevision-7b": _onevision_own(**_QWEN2_7B),
     "llava-1.5-7b": _llava("llava_llama", "mlp2x_gelu", **_VICUNA_7B),
 }
