@@ -25,7 +25,7 @@ RUN = {
     "datasets": {"a": {"vis_processor": {"train": {"image_size": 448, "mean": [0.5, 0.5, 0.5]}}}},
 }
 # Sections of a config.json that hold the decoder's, where it is not the whole of it.
-DECODERS = ("text_config", "llm_config")
+DECODERS = ("text_config", "llm_config", "language_config")
 
 
 def _more(source: Source) -> Source:
