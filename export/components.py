@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +26,11 @@ from edgevlm.export.gguf import decoder
 from edgevlm.export.gguf.decoder import DecoderSource
 from edgevlm.export.options import ReadOptions, WriteOptions
 from edgevlm.export.parity import images
+from edgevlm.export.parts import net
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.family import Family, Model
+from edgevlm.parts import Part
 from edgevlm.progress import Report, Stage
-
-if TYPE_CHECKING:
-    from edgevlm.export.onnx.modules import PartModule
 
 # Room for what the estimate does not count: headers, the tokenizer, rounding to blocks.
 _SPARE_BYTES = 64 << 20
@@ -119,7 +117,6 @@ def write(job: Job, options: WriteOptions, folder: Path) -> Written:
     """
     work = folder / "work"
     work.mkdir()
-    # First the decoder: what a checkpoint lacks shows before torch has to load.
     source = DecoderSource(job.parts["decoder"], job.model.text, job.vocabulary, job.name)
     if options.imatrix:
         # The model has to answer before it is quantized.
@@ -157,16 +154,16 @@ def hashed(
 def _write_vision(
     job: Job, options: WriteOptions, folder: Path, work: Path
 ) -> dict[str, list[Path]]:
-    from edgevlm.export.onnx import trace
+    from edgevlm.export.onnx.write import write
 
-    traced = work / "vision.onnx"
+    whole = work / "vision.onnx"
     n_steps = len(job.parts["vision"]) + 1 + len(options.vision)
     stage = Stage(job.report, "vision", n_steps, "tensors")
     config = job.model.vision
-    trace.trace(trace.build(config, job.parts["vision"], stage), config.pixels, traced)
+    write(config, config.pixels, job.parts["vision"], whole, stage)
     stage.advance(1)
     pixels = images.calibration(job.model.image, options.calibration)
-    return _write_precisions(traced, folder, options.vision, pixels, stage)
+    return _write_precisions(whole, folder, options.vision, pixels, stage)
 
 
 def _write_precisions(
@@ -197,27 +194,26 @@ def _write_projector(
     job: Job, options: WriteOptions, folder: Path, work: Path
 ) -> tuple[str, list[Path]]:
     """The projector's precision and files."""
-    from edgevlm.export.onnx import quantize, storage, trace
+    from edgevlm.export.onnx import quantize, storage
+    from edgevlm.export.onnx.write import write
 
-    target, traced = folder / "projector.onnx", work / "projector.onnx"
-    model, precision = job.model, options.vision[0]
-    stage = Stage(job.report, "projector", len(job.parts["projector"]) + 1, "tensors")
-    module = trace.build(model.projector, job.parts["projector"], stage)
-    trace.trace(module, (model.vision.rows, model.projector.in_features), traced)
-    if module.quantized:
+    model, tensors, target = job.model, job.parts["projector"], folder / "projector.onnx"
+    quantized, precision = net(model.projector).quantized, options.vision[0]
+    whole = work / "projector.onnx" if quantized else target
+    stage = Stage(job.report, "projector", len(tensors) + 1, "tensors")
+    write(model.projector, (model.vision.rows, model.projector.in_features), tensors, whole, stage)
+    if quantized:
         pixels = images.calibration(model.image, options.calibration)
         features = storage.run(folder / "vision.onnx", "pixels", pixels)
-        quantize.convert(traced, target, precision, features)
-    else:
-        storage.store(traced, target)
+        quantize.convert(whole, target, precision, features)
     stage.advance(1)
-    written = [*storage.files(target), *write_newline(module, folder)]
-    return precision.name if module.quantized else "fp32", written
+    written = [*storage.files(target), *write_newline(model.projector, tensors, folder)]
+    return precision.name if quantized else "fp32", written
 
 
-def write_newline(module: PartModule, folder: Path) -> list[Path]:
+def write_newline(config: Part, tensors: Weights, folder: Path) -> list[Path]:
     """Writes a connector's newline beside its graph; the file, if it has one."""
-    if module.newline is None:
+    if not (name := net(config).newline):
         return []
-    np.save(folder / NEWLINE, module.newline.numpy())
+    np.save(folder / NEWLINE, tensors[name].float32())
     return [folder / NEWLINE]

@@ -15,7 +15,7 @@ import edgevlm
 from edgevlm.errors import SourceError, UnknownFamily
 from edgevlm.export import ReadOptions, export_bundle, inspect_source
 from edgevlm.export.checkpoint.source import read_checkpoint
-from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.quiet import quiet
 from edgevlm.prompt import Exchange
 from edgevlm.runtimes.request import prepare
 from edgevlm.runtimes.session import VLM

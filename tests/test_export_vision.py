@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgevlm.errors import EngineMissing, ImageError
+from edgevlm.errors import ImageError
 from edgevlm.export import components, precisions
 from edgevlm.export.onnx import dynamic8, flow, quantize, storage
 from edgevlm.export.options import WriteOptions
@@ -51,7 +51,7 @@ def pixels_for(folder: Path) -> Array:
 
 
 @dataclass(frozen=True)
-class Traced:
+class Tower:
     """A tiny tower in float32 as a file, pictures, and what the file makes of them."""
 
     path: Path
@@ -59,25 +59,25 @@ class Traced:
     features: Array
 
 
-def traced(folder: Path, out: Path) -> Traced:
+def written(folder: Path, out: Path) -> Tower:
     vision, _ = write(folder, out, "fp32")
     pixels = pixels_for(folder)
-    return Traced(vision, pixels, storage.run(vision, "pixels", pixels))
+    return Tower(vision, pixels, storage.run(vision, "pixels", pixels))
 
 
 @pytest.fixture(scope="module")
-def tower(paligemma_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    return traced(paligemma_checkpoint, tmp_path_factory.mktemp("tower") / "out")
+def tower(paligemma_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Tower:
+    return written(paligemma_checkpoint, tmp_path_factory.mktemp("tower") / "out")
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Tower:
     folder = tmp_path_factory.mktemp("odd")
-    return traced(write_paligemma(folder / "checkpoint", **ODD), folder / "out")
+    return written(write_paligemma(folder / "checkpoint", **ODD), folder / "out")
 
 
 @pytest.fixture(scope="module")
-def loud(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+def loud(tmp_path_factory: pytest.TempPathFactory) -> Tower:
     """A tower with outliers, one of them out of half precision's reach."""
 
     def enlarge(tensors: dict[str, Array]) -> None:
@@ -86,10 +86,10 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Traced:
 
     folder = tmp_path_factory.mktemp("loud")
     made = write_paligemma(folder / "checkpoint", outliers=True, edit=enlarge)
-    return traced(made, folder / "out")
+    return written(made, folder / "out")
 
 
-def convert(tower: Traced, target: Path, precision: str, cosine: float | None = None) -> list[str]:
+def convert(tower: Tower, target: Path, precision: str, cosine: float | None = None) -> list[str]:
     """Converts within the precision's own bound or a stricter one; the nodes left in float32."""
     wanted = precisions.vision_precision(precision)
     wanted = replace(wanted, cosine=wanted.cosine if cosine is None else cosine)
@@ -135,12 +135,12 @@ def test_dynamic_quantization_is_onnxruntimes_to_the_bit(
 ) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    traced: Traced = request.getfixturevalue(kind)
-    maps = quantize.linear_maps(traced.path)
+    made: Tower = request.getfixturevalue(kind)
+    maps = quantize.linear_maps(made.path)
     float32 = sorted(maps)[:kept]
     with quantize._quiet():
         quantize_dynamic(
-            traced.path,
+            made.path,
             tmp_path / "theirs.onnx",
             op_types_to_quantize=["MatMul"],
             per_channel=True,
@@ -150,11 +150,9 @@ def test_dynamic_quantization_is_onnxruntimes_to_the_bit(
             extra_options={"MatMulConstBOnly": True},
         )
     dynamic8.write(
-        traced.path, tmp_path / "ours.onnx", {k: v for k, v in maps.items() if k not in float32}
+        made.path, tmp_path / "ours.onnx", {k: v for k, v in maps.items() if k not in float32}
     )
-    a, b = (
-        storage.run(tmp_path / n, "pixels", traced.pixels) for n in ("theirs.onnx", "ours.onnx")
-    )
+    a, b = (storage.run(tmp_path / n, "pixels", made.pixels) for n in ("theirs.onnx", "ours.onnx"))
     assert np.array_equal(a, b)
     assert (tmp_path / "ours.onnx").stat().st_size <= (tmp_path / "theirs.onnx").stat().st_size
 
@@ -176,7 +174,7 @@ def test_batch_is_dynamic_and_names_are_the_bundles(
         assert onnx.load(path).opset_import[0].version == 18
 
 
-def test_precisions_shrink_the_file(loud: Traced, tmp_path: Path) -> None:
+def test_precisions_shrink_the_file(loud: Tower, tmp_path: Path) -> None:
     sizes = [loud.path.stat().st_size]
     for precision in ("fp16", "int8", "int4"):
         convert(loud, tmp_path / precision, precision, 1.0)
@@ -188,7 +186,7 @@ def test_precisions_shrink_the_file(loud: Traced, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "qdq8", "int4"])
 def test_large_weights_lie_in_a_file_of_their_own(
-    tower: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     plain, split = tmp_path / "plain.onnx", tmp_path / "vision.onnx"
     convert(tower, plain, precision)
@@ -207,7 +205,7 @@ def test_large_weights_lie_in_a_file_of_their_own(
 
 
 def test_a_float32_graph_with_its_weights_beside_it_is_converted_alike(
-    tower: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "EXTERNAL_BYTES", 1000)
     storage.save(storage.load(tower.path), tmp_path / "split.onnx")
@@ -225,7 +223,7 @@ def test_a_float32_graph_with_its_weights_beside_it_is_converted_alike(
 
 
 def test_nothing_is_printed(
-    tower: Traced, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tower: Tower, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     handlers = list(logging.getLogger().handlers)
     for precision in ("fp16", "int8", "qdq8", "int4"):
@@ -235,25 +233,16 @@ def test_nothing_is_printed(
     assert logging.getLogger().handlers == handlers
 
 
-def test_missing_torch_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "optimum.exporters.onnx", None)
-    monkeypatch.delitem(sys.modules, "edgevlm.export.onnx.trace", raising=False)
-    with pytest.raises(EngineMissing, match=r'pip install "edgevlm\[export\]"'):
-        __import__("edgevlm.export.onnx.trace")
-
-
 def test_every_linear_map_of_the_tower_is_found(paligemma_checkpoint: Path, tmp_path: Path) -> None:
     vision, _ = write(paligemma_checkpoint, tmp_path / "out", "fp32")
     maps = quantize.linear_maps(vision)
     # Two layers of four projections and two feed-forward maps; queries, keys and values share
     # their input.
     assert len(maps) == 12 and len({given for given, _ in maps.values()}) == 8
-    assert all(name.startswith("/tower/encoder/layers.") for name in maps)
+    assert all(name.startswith("encoder.layers.") for name in maps)
 
 
-def test_the_flow_of_a_tensor(tower: Traced) -> None:
+def test_the_flow_of_a_tensor(tower: Tower) -> None:
     before = sorted(p.name for p in tower.path.parent.iterdir())
     found = flow.measure(tower.path, ["features", "pixels"], tower.pixels)
     for name, values in (("pixels", tower.pixels), ("features", tower.features)):
@@ -283,7 +272,7 @@ def test_noise_of_rounding_is_what_rounding_does() -> None:
 # Bounds that no tower with outliers meets unless some of it stays in float32.
 @pytest.mark.parametrize(("precision", "cosine"), [("int8", 1e-5), ("qdq8", 1e-5), ("int4", 3e-3)])
 def test_what_is_noisy_stays_in_float32_and_is_named(
-    loud: Traced, tmp_path: Path, precision: str, cosine: float
+    loud: Tower, tmp_path: Path, precision: str, cosine: float
 ) -> None:
     target = tmp_path / "vision.onnx"
     kept = convert(loud, target, precision, cosine)
@@ -295,12 +284,12 @@ def test_what_is_noisy_stays_in_float32_and_is_named(
     assert named.split(" ") == kept
 
 
-def test_what_half_precision_cannot_hold_stays_in_float32(loud: Traced, tmp_path: Path) -> None:
+def test_what_half_precision_cannot_hold_stays_in_float32(loud: Tower, tmp_path: Path) -> None:
     kept = convert(loud, tmp_path / "vision.onnx", "fp16")
     # The bias, and what GELU makes of it.
-    assert any("layers.1/mlp/fc1/Add" in name for name in kept)
-    assert any("layers.1/mlp/activation_fn" in name for name in kept)
-    assert not any("layers.0/self_attn" in name for name in kept)
+    assert any("layers.1.mlp.fc1/Add" in name for name in kept)
+    assert any("layers.1.mlp.act/" in name for name in kept)
+    assert not any("layers.0.self_attn" in name for name in kept)
 
 
 def test_each_attempt_keeps_more_in_float32() -> None:
@@ -309,7 +298,7 @@ def test_each_attempt_keeps_more_in_float32() -> None:
     assert found == [["c"], ["b", "c"], ["a", "b", "c"], ["a", "b", "c", "d"]]
 
 
-def test_a_static_graph_is_what_npus_read(tower: Traced, tmp_path: Path) -> None:
+def test_a_static_graph_is_what_npus_read(tower: Tower, tmp_path: Path) -> None:
     assert convert(tower, tmp_path / "vision.onnx", "qdq8") == []
     graph = onnx.load(tmp_path / "vision.onnx").graph
     made = {name: n for n in graph.node for name in n.output}
@@ -327,7 +316,7 @@ def test_a_static_graph_is_what_npus_read(tower: Traced, tmp_path: Path) -> None
     assert domains <= {"", "ai.onnx"}
 
 
-def test_four_bits_come_in_blocks(loud: Traced, tmp_path: Path) -> None:
+def test_four_bits_come_in_blocks(loud: Tower, tmp_path: Path) -> None:
     assert convert(loud, tmp_path / "vision.onnx", "int4") == []
     graph = onnx.load(tmp_path / "vision.onnx").graph
     nodes = [n for n in graph.node if n.op_type == "MatMulNBits"]

@@ -18,7 +18,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from edgevlm.export import pipeline
-    from edgevlm.export.onnx.trace import quiet
+    from edgevlm.export.parity.quiet import quiet
     from edgevlm.export.parity.references import tinygptv as original
     from edgevlm.export.parity.references.causal import weights
 

@@ -25,6 +25,7 @@ from edgevlm.bundle import (
 from edgevlm.errors import BenchError
 from edgevlm.export.components import write_newline
 from edgevlm.export.gguf.decoder import FILE, embedding_location
+from edgevlm.export.parts import net
 from edgevlm.family import Family, Model, Source, by_config
 from edgevlm.models import directory
 from edgevlm.parts import Connector, VisionTower
@@ -38,7 +39,7 @@ def synthetic(name: str, quant: str, starts: Callable[[str], None] = lambda _: N
     """The bundle of a name in MODELS at a precision in QUANTS, made if it is not there yet;
     `starts` is told its name before that, since it takes minutes.
 
-    Raises BenchError for another name or precision or a full disk, EngineMissing without torch.
+    Raises BenchError for another name or precision or a full disk.
     """
     if name not in MODELS:
         raise BenchError(f"{name!r} cannot be synthesized; choose from {', '.join(MODELS)}")
@@ -63,9 +64,8 @@ def describe(source: Source, name: str) -> tuple[Family, Model]:
 
 
 def make(destination: Path, name: str, source: Source, quant: str) -> None:
-    """Writes a bundle of random weights in the shapes of a checkpoint.
-
-    Raises BenchError without room on the disk, EngineMissing without torch and what else exports.
+    """Writes a bundle of random weights in the shapes of a checkpoint; raises BenchError without
+    room on the disk.
     """
     family, model = describe(source, name)
     _check_disk(destination, model, quant)
@@ -104,29 +104,26 @@ def write_graphs(folder: Path, model: Model) -> dict[str, Component]:
 
 
 def _write_graph(path: Path, part: VisionTower | Connector, shape: tuple[int, ...]) -> Component:
-    from edgevlm.export.onnx import dynamic8, quantize, storage, trace
+    from edgevlm.export.onnx import dynamic8, quantize
+    from edgevlm.export.onnx.storage import files
+    from edgevlm.export.onnx.write import write
 
+    tensors, quantized = random_part(part), net(part).quantized
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        traced, stored = Path(work) / "traced.onnx", Path(work) / "stored.onnx"
-        module = trace.build(part, random_part(part), Stage(None, path.stem, 1, "tensors"))
-        trace.trace(module, shape, traced)
-        quantized, beside = module.quantized, write_newline(module, path.parent)
-        del module
-        # With the weights beside the graph, one at a time is in memory from here on.
-        storage.store(traced, stored if quantized else path)
-        storage.remove(traced)
+        whole = Path(work) / path.name if quantized else path
+        write(part, shape, tensors, whole, Stage(None, path.stem, 1, "tensors"))
         if quantized:
-            dynamic8.write(stored, path, quantize.linear_maps(stored))
-    files = tuple(record(file) for file in (*storage.files(path), *beside))
-    return Component("int8" if quantized else "fp32", files)
+            dynamic8.write(whole, path, quantize.linear_maps(whole))
+    written = (*files(path), *write_newline(part, tensors, path.parent))
+    return Component("int8" if quantized else "fp32", tuple(map(record, written)))
 
 
 def _check_disk(destination: Path, model: Model, quant: str) -> None:
     vision, projector = (
         sum(map(math.prod, part.tensors().values())) for part in (model.vision, model.projector)
     )
-    # Both graphs are there in float32 first, twice for a moment.
-    making = max(8 * vision, 8 * projector, decoder_bytes(model, quant))
+    # Both graphs are there in float32 first.
+    making = max(4 * vision, 4 * projector, decoder_bytes(model, quant))
     need = vision + 4 * projector + making + _SPARE_BYTES
     place = destination.absolute()
     while not place.exists():

@@ -15,6 +15,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 EMBED = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+# Activations of vision towers, by transformers' names.
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class VisionTower(Part):
     """A vision tower: pixels [n, num_channels, image_size, image_size] -> features
     [n, rows, hidden_size].
 
-    `num_hidden_layers` are run; `depth` is how many the checkpoint has, None for no more.
+    `num_hidden_layers` are run; `depth` is how many the checkpoint has, None for no more. Raises
+    ValueError for an activation that is not in ACTIVATIONS.
     """
 
     hidden_size: int
@@ -49,6 +52,11 @@ class VisionTower(Part):
     hidden_act: str
     layer_norm_eps: float
     depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"the vision tower's hidden_act {self.hidden_act!r} is not in {known}")
 
     @property
     def grid(self) -> int:

@@ -22,7 +22,7 @@ from edgevlm.export.checkpoint.source import Checkpoint
 from edgevlm.export.checkpoint.tensors import DTYPES, SourceTensor, Tensor, Weights
 from edgevlm.export.parts import room
 from edgevlm.family import IGNORED, TOWER, Family, Model
-from edgevlm.parts import EMBED, LM_HEAD, Decoder, Part, Shapes
+from edgevlm.parts import EMBED, LM_HEAD, Part, Shapes
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def assign(
     parts: dict[str, Weights] = {}
     for part, config in configs.items():
         expected = config.tensors()
-        found = _canonical(_part(chosen, part), config, expected)
+        found = _canonical(_part(chosen, part), config)
         parts[part] = _complete(found, part, expected, checkpoint)
     records = _records(checkpoint, family, origins) if family.weight_files else ()
     return TensorMap(parts, records, plain, notes)
@@ -82,15 +82,13 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
 
 
-def _canonical(found: Weights, config: Part, expected: Shapes) -> dict[str, Tensor]:
+def _canonical(found: Weights, config: Part) -> dict[str, Tensor]:
     """A part's tensors in the canonical layout."""
-    # Rooms of decoders alone do without torch, which takes seconds to import.
-    if isinstance(config, Decoder) or found.keys() - expected.keys():
-        canonical = getattr(room(config), "canonical", None)
-        if canonical:
-            for tensor in found.values():
-                _check_type(tensor)
-            found = canonical(found, config)
+    canonical = getattr(room(config), "canonical", None)
+    if canonical:
+        for tensor in found.values():
+            _check_type(tensor)
+        found = canonical(found, config)
     return dict(found)
 
 

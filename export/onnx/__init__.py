@@ -1,1 +1,1 @@
-"""Vision towers and connectors as ONNX: traced, stored, quantized."""
+"""Vision towers and connectors as ONNX: written, stored, quantized."""

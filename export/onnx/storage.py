@@ -5,21 +5,16 @@ Knows onnx and onnxruntime; does not know where a graph came from or what its we
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
-
-from edgevlm.errors import EngineMissing
-
-try:
-    import onnx
-    from onnx import helper, numpy_helper
-except ImportError:
-    raise EngineMissing("export needs onnx", 'pip install "edgevlm[export]"') from None
+from onnx import helper, numpy_helper
 
 # Weights of more than this lie in a file of their own: onnxruntime maps it instead of parsing it.
 EXTERNAL_BYTES = 64 << 20
@@ -78,10 +73,15 @@ def rewrite(model: Any, source: Path, target: Path, change: Change) -> None:
     """
     weights = list(model.graph.initializer)
     del model.graph.initializer[:]
+    changed = (change(old.name, numpy_helper.to_array(old, str(source.parent))) for old in weights)
+    write(model, target, itertools.chain.from_iterable(changed))
+
+
+def write(model: Any, target: Path, weights: Iterable[tuple[str, NDArray[Any]]]) -> None:
+    """Writes a model that has no weights, and these by name, one at a time."""
     with _data(target).open("wb") as data:
-        for old in weights:
-            for name, values in change(old.name, numpy_helper.to_array(old, str(source.parent))):
-                model.graph.initializer.append(_append(name, values, data))
+        for name, values in weights:
+            model.graph.initializer.append(_append(name, values, data))
     save_skeleton(model, target)
     if _data(target).stat().st_size <= EXTERNAL_BYTES:
         whole = load(target)
@@ -159,7 +159,7 @@ def _session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    # torch's threads live in this process, too: spinning workers would take their cores.
+    # Other engines' threads live in this process, too: spinning workers would take their cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -3,12 +3,10 @@
 The room of a config in edgevlm/parts/NAME.py is NAME.py here, found by the config's type as a
 family is by its name: there is no table to edit.
 
-A tower's or a connector's room has `build(config)`, the torch module that is traced (see
-export/onnx/modules.py). It imports torch, so nothing asks for it before a module is built or a
-layout is not the canonical one. Any room may have `canonical(tensors, config)`: the tensors of
-layouts that fuse, split or adapt them, under canonical names and in canonical shapes.
-
-A decoder's room has `GRAPH`, what llama.cpp's graph of its architecture expects of a GGUF.
+A tower's or a connector's room has `NET`, which makes an ONNX graph of its tensors. A decoder's has
+`GRAPH`, what llama.cpp's graph of its architecture expects of a GGUF. Any room may have
+`canonical(tensors, config)`: the tensors of layouts that fuse, split or adapt them, under canonical
+names and in canonical shapes.
 """
 
 from __future__ import annotations
@@ -27,6 +25,8 @@ from edgevlm.parts import Decoder, Part
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+    from edgevlm.export.onnx.graph import Builder, Value
 
 # A layer of Decoder.gated's without what differs, GGUF's names -> canonical ones.
 GATED: Mapping[str, str | tuple[str, ...]] = {
@@ -62,6 +62,29 @@ class Graph:
     gain: Callable[[str, Any], float] = lambda *_: 1.0
     norm_offset: float = 0.0
     permuted: bool = False
+
+
+@dataclass(frozen=True)
+class Net:
+    """A tower or a connector as an ONNX graph.
+
+    build: adds the operators to a builder; is given the config and the input, pixels or features,
+        and returns the output.
+    quantized: whether bundles have it at the vision precision, which pays from a hundred million
+        weights on; otherwise it stays in float32.
+    newline: the tensor that ends the lines of a picture and lies beside the graph; "" in most.
+    """
+
+    build: Callable[[Builder, Any, Value], Value]
+    quantized: bool = False
+    newline: str = ""
+
+
+def net(config: Part) -> Net:
+    """Looks up the graph of a tower's or a connector's config."""
+    found = room(config).NET
+    assert isinstance(found, Net)
+    return found
 
 
 def graph(config: Decoder) -> Graph:

@@ -1,29 +1,20 @@
-"""CLIP's tower: transformers' own, up to the layer whose output is read."""
+"""CLIP's tower up to the layer whose output is read."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPVisionTransformer
-
-from edgevlm.export.onnx.modules import IndexedTower, transformers_config
+from edgevlm.export.onnx.graph import Builder, Value
+from edgevlm.export.onnx.layers import encoder_layer, layer_norm, patches, with_first
+from edgevlm.export.parts import Net
 from edgevlm.parts.clip import ClipTower
 
 
-class ClipModule(IndexedTower):
-    """See edgevlm/parts/clip.py."""
-
-    def __init__(self, config: ClipTower) -> None:
-        super().__init__()
-        self.config = transformers_config(CLIPVisionConfig, config)
-        self.first = 0 if config.class_token else 1
-        self.tower = CLIPVisionTransformer(self.config)
-        self.tower.post_layernorm = nn.Identity()
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Features of the last kept layer, without a norm."""
-        features: Tensor = self.tower(pixels).last_hidden_state
-        return features[:, self.first :]
+def _build(b: Builder, config: ClipTower, pixels: Value) -> Value:
+    x = patches(b, "embeddings.patch_embedding", pixels, config.patch_size)
+    x = with_first(b, x, "embeddings.class_embedding", "embeddings.position_embedding.weight")
+    x = layer_norm(b, "pre_layrnorm", x, config.layer_norm_eps)
+    for i in range(config.num_hidden_layers):
+        x = encoder_layer(b, f"encoder.layers.{i}", x, config)
+    return x if config.class_token else b.part("features", x, 0, 1, x.shape[0] - 1)
 
 
-build = ClipModule
+NET = Net(_build, quantized=True)

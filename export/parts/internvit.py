@@ -1,44 +1,35 @@
-"""InternViT-300M: transformers' own layers (internvl), positions as they are stored."""
+"""InternViT-300M, positions as they are stored."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-from transformers import InternVLVisionConfig
-from transformers.models.internvl.modeling_internvl import (
-    InternVLVisionEmbeddings,
-    InternVLVisionEncoder,
-)
-
 from edgevlm.export.checkpoint.layouts import renamed
 from edgevlm.export.checkpoint.tensors import Weights
-from edgevlm.export.onnx.modules import TowerModule, transformers_config
+from edgevlm.export.onnx.graph import Builder, Value
+from edgevlm.export.onnx.layers import attention, layer_norm, linear, mlp, patches, with_first
+from edgevlm.export.parts import Net
 from edgevlm.parts.internvit import InternVit
 
 
-class InternVitModule(TowerModule):
-    """See edgevlm/parts/internvit.py."""
-
-    def __init__(self, config: InternVit) -> None:
-        super().__init__()
-        bias = config.attention_bias
-        self.config = transformers_config(InternVLVisionConfig, config, attention_bias=bias)
-        self.tower = nn.Module()
-        self.tower.embeddings = InternVLVisionEmbeddings(self.config)
-        self.tower.encoder = InternVLVisionEncoder(self.config)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Features of the patches after the last layer."""
-        embeddings = self.tower.embeddings
-        patches, _ = embeddings.patch_embeddings(pixels)
-        first = embeddings.cls_token.expand(patches.shape[0], -1, -1)
-        # transformers' own forward resamples positions wherever it is traced.
-        x = torch.cat((first, patches), 1) + embeddings.position_embeddings
-        features: Tensor = self.tower.encoder(x).last_hidden_state[:, 1:]
-        return features
+def _build(b: Builder, config: InternVit, pixels: Value) -> Value:
+    x = patches(b, "embeddings.patch_embeddings.projection", pixels, config.patch_size)
+    x = with_first(b, x, "embeddings.cls_token", "embeddings.position_embeddings")
+    for i in range(config.num_hidden_layers):
+        x = _layer(b, f"encoder.layer.{i}", x, config)
+    return b.part("features", x, 0, 1, x.shape[0] - 1)
 
 
-build = InternVitModule
+def _layer(b: Builder, name: str, x: Value, config: InternVit) -> Value:
+    y = layer_norm(b, f"{name}.layernorm_before", x, config.layer_norm_eps)
+    q, k, v = (linear(b, f"{name}.attention.{kind}_proj", y) for kind in "qkv")
+    y = attention(b, f"{name}.attention", q, k, v, config.num_attention_heads)
+    y = linear(b, f"{name}.attention.projection_layer", y)
+    x = b.apply("Add", name, x, b.apply("Mul", name, y, b.weight(f"{name}.lambda_1")))
+    y = layer_norm(b, f"{name}.layernorm_after", x, config.layer_norm_eps)
+    y = mlp(b, f"{name}.mlp", y, config.hidden_act)
+    return b.apply("Add", name, x, b.apply("Mul", name, y, b.weight(f"{name}.lambda_2")))
+
+
+NET = Net(_build, quantized=True)
 
 # InternVL's own names (modeling_intern_vit.py) -> transformers'.
 _NAMES = {

@@ -2,71 +2,43 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from edgevlm.export.onnx.modules import ConnectorModule, to_grid
+from edgevlm.export.onnx.graph import Builder, Value
+from edgevlm.export.onnx.layers import activation, layer_norm, linear, to_grid, to_rows
+from edgevlm.export.parts import Net
 from edgevlm.parts.ldp import Ldp
 
-
-class LdpModule(ConnectorModule):
-    """See edgevlm/parts/ldp.py: a quarter of the patches come out."""
-
-    def __init__(self, config: Ldp) -> None:
-        super().__init__()
-        d = config.out_features
-        self.mlp = nn.Sequential(
-            nn.Identity(), nn.Linear(config.in_features, d), nn.GELU(), nn.Linear(d, d)
-        )
-        self.mb_block = nn.Sequential(
-            nn.Identity(), _InvertedResidual(config, stride=1), _InvertedResidual(config, stride=2)
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [n, h * h, in] -> embeddings [n, ceil(h / 2)^2, out]."""
-        rows: Tensor = self.mb_block(to_grid(self.mlp(features))).flatten(2).transpose(1, 2)
-        return rows
+_EPS = 1e-5
 
 
-class _InvertedResidual(nn.Module):
-    """MobileNetV3's block as torchvision 0.15 builds it for equal widths, with channel norms."""
-
-    def __init__(self, config: Ldp, stride: int) -> None:
-        super().__init__()
-        d = config.out_features
-        depthwise = nn.Conv2d(d, d, 3, stride, 1, groups=d, bias=False)
-        pointwise = nn.Conv2d(d, d, 1, bias=False)
-        self.block = nn.Sequential(
-            nn.Sequential(depthwise, _ChannelNorm(d), nn.Hardswish()),
-            _SqueezeExcitation(config),
-            nn.Sequential(pointwise, _ChannelNorm(d)),
-        )
-        self.residual = stride == 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.block(x)
-        return x + out if self.residual else out
+def _build(b: Builder, config: Ldp, features: Value) -> Value:
+    """Features [n, h * h, in] -> embeddings [n, ceil(h / 2)^2, out]."""
+    x = linear(b, "mlp.3", activation(b, "mlp.2", linear(b, "mlp.1", features), "gelu"))
+    grid = to_grid(b, "grid", x)
+    grid = b.apply("Add", "mb_block.1", grid, _block(b, "mb_block.1.block", grid, stride=1))
+    return to_rows(b, "rows", _block(b, "mb_block.2.block", grid, stride=2))
 
 
-class _SqueezeExcitation(nn.Module):
-    def __init__(self, config: Ldp) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(config.out_features, config.squeezed, 1)
-        self.fc2 = nn.Conv2d(config.squeezed, config.out_features, 1)
+def _block(b: Builder, name: str, grid: Value, stride: int) -> Value:
+    """MobileNetV3's inverted residual as torchvision 0.15 builds it for equal widths, with channel
+    norms; without the residual.
+    """
+    x = b.conv(f"{name}.0.0", grid, stride=stride, pad=1, groups=grid.shape[0])
+    x = b.apply("HardSwish", f"{name}.0.2", _channel_norm(b, f"{name}.0.1", x))
+    x = b.apply("Mul", f"{name}.1", x, _gates(b, f"{name}.1", x))
+    return _channel_norm(b, f"{name}.2.1", b.conv(f"{name}.2.0", x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        gates: Tensor = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))
-        return x * F.hardsigmoid(gates)
+
+def _gates(b: Builder, name: str, grid: Value) -> Value:
+    """Squeeze and excitation: a number for each channel, [n, d, 1, 1]."""
+    x = b.conv(f"{name}.fc1", b.pooled(name, grid))
+    x = b.conv(f"{name}.fc2", b.apply("Relu", name, x))
+    return b.apply("HardSigmoid", name, x, alpha=1 / 6)
 
 
-class _ChannelNorm(nn.LayerNorm):
+def _channel_norm(b: Builder, name: str, grid: Value) -> Value:
     """Layer norm over the channels of every pixel (timm's LayerNormAct2d without activation)."""
-
-    def __init__(self, d: int) -> None:
-        super().__init__(d, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    x = layer_norm(b, name, b.transpose(name, grid, 1, 2, 0), _EPS)
+    return b.transpose(name, x, 2, 0, 1)
 
 
-build = LdpModule
+NET = Net(_build)

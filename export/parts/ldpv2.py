@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
 
-from edgevlm.export.onnx.modules import ConnectorModule, to_grid
+from edgevlm.export.onnx.graph import Builder, Value
+from edgevlm.export.onnx.layers import activation, linear, to_grid, to_rows
+from edgevlm.export.parts import Net
 from edgevlm.parts.ldpv2 import LdpV2
 
 
-class LdpV2Module(ConnectorModule):
-    """See edgevlm/parts/ldpv2.py."""
-
-    def __init__(self, config: LdpV2) -> None:
-        super().__init__()
-        d = config.out_features
-        layers = (nn.Linear(config.in_features, d), nn.GELU(), nn.Linear(d, d))
-        self.mlp = nn.ModuleDict({"mlp": nn.Sequential(*layers)})
-        self.peg = nn.ModuleDict({"peg": nn.Sequential(nn.Conv2d(d, d, 3, 1, 1, groups=d))})
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [n, h * h, in] -> embeddings [n, 144, out]."""
-        grid = to_grid(self.mlp["mlp"](features))
-        # A matrix on either side: the same for every h, where pooling operators want h = 12 k.
-        pool = torch.from_numpy(_pooling(math.isqrt(features.shape[1])))
-        pooled = pool @ grid @ pool.T
-        rows: Tensor = (self.peg["peg"](pooled) + pooled).flatten(2).transpose(1, 2)
-        return rows
+def _build(b: Builder, _: LdpV2, features: Value) -> Value:
+    """Features [n, h * h, in] -> embeddings [n, 144, out]."""
+    x = linear(b, "mlp.mlp.2", activation(b, "mlp.mlp.1", linear(b, "mlp.mlp.0", features), "gelu"))
+    grid = to_grid(b, "grid", x)
+    # A matrix on either side: the same for every h, where pooling operators want h = 12 k.
+    pool = _pooling(grid.shape[1])
+    x = b.matmul("pool", b.constant("pool.rows", pool), grid)
+    x = b.matmul("pool", x, b.constant("pool.columns", pool.T))
+    x = b.apply("Add", "peg", b.conv("peg.peg.0", x, pad=1, groups=x.shape[0]), x)
+    return to_rows(b, "rows", x)
 
 
-def _pooling(side: int) -> npt.NDArray[np.float32]:
-    """Adaptive average pooling of one axis as a matrix float32 [12, side], by numpy: what torch
-    writes into a tensor element by element is traced, element by element.
-    """
+def _pooling(side: int) -> NDArray[np.float32]:
+    """Adaptive average pooling of one axis as a matrix float32 [12, side]."""
     n = LdpV2.POOLED
     pool = np.zeros((n, side), np.float32)
     for i in range(n):
@@ -45,4 +33,4 @@ def _pooling(side: int) -> npt.NDArray[np.float32]:
     return pool
 
 
-build = LdpV2Module
+NET = Net(_build)

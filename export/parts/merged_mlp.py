@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from edgevlm.export.onnx.modules import ConnectorModule, merged
+from edgevlm.export.onnx.graph import Builder, Value
+from edgevlm.export.onnx.layers import activation, layer_norm, linear, merged
+from edgevlm.export.parts import Net
 from edgevlm.parts.merged_mlp import MergedMlp
 
-
-class MergedMlpModule(ConnectorModule):
-    """See edgevlm/parts/merged_mlp.py."""
-
-    def __init__(self, config: MergedMlp) -> None:
-        super().__init__()
-        self.factor = config.factor
-        width = config.in_features * config.factor**2
-        self.layer_norm = nn.LayerNorm(width)
-        self.linear_1 = nn.Linear(width, config.out_features)
-        self.linear_2 = nn.Linear(config.out_features, config.out_features)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [n, h * h, in] -> embeddings [n, h * h / factor ** 2, out]."""
-        x = self.layer_norm(merged(features, self.factor))
-        rows: Tensor = self.linear_2(F.gelu(self.linear_1(x)))
-        return rows
+_EPS = 1e-5  # torch's own, which the original does not change
 
 
-build = MergedMlpModule
+def _build(b: Builder, config: MergedMlp, features: Value) -> Value:
+    """Features [n, h * h, in] -> embeddings [n, h * h / factor ** 2, out]."""
+    x = layer_norm(b, "layer_norm", merged(b, "merged", features, config.factor), _EPS)
+    return linear(b, "linear_2", activation(b, "act", linear(b, "linear_1", x), "gelu"))
+
+
+NET = Net(_build)

@@ -6,115 +6,67 @@ salesforce/LAVIS (blip2_models/Qformer.py) and transformers (models/blip_2), who
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
-from typing import Any
+import numpy as np
+from numpy.typing import NDArray
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from edgevlm.export.onnx.modules import ConnectorModule
+from edgevlm.export.onnx.graph import Builder, Value
+from edgevlm.export.onnx.layers import activation, attention, layer_norm, linear
+from edgevlm.export.parts import Net
 from edgevlm.parts.qformer import QFormer
 
+Floats = NDArray[np.floating]
 
-class QFormerModule(ConnectorModule):
-    """See edgevlm/parts/qformer.py: a stack of post-norm layers over the queries.
 
-    The maps have nothing between them, so `loaded` folds them into one.
+def _build(b: Builder, config: QFormer, features: Value) -> Value:
+    """Features [n, patches, in] -> embeddings [n, queries, out]: post-norm layers over the queries,
+    which are the same for all pictures until they read the first features.
     """
-
-    quantized = True
-
-    def __init__(self, config: QFormer) -> None:
-        super().__init__()
-        d, eps = config.hidden_size, config.layer_norm_eps
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.queries, d))
-        self.layernorm = nn.LayerNorm(d, eps)
-        layers = (_Layer(config, i) for i in range(config.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        widths = pairwise((d, *config.widths))
-        self.maps = nn.ModuleList(nn.Linear(columns, rows) for columns, rows in widths)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [n, patches, in] -> embeddings [n, queries, out]."""
-        x = self.layernorm(self.query_tokens).expand(features.shape[0], -1, -1)
-        layers: Any = self.encoder["layer"]  # torch's modules by name have no types
-        for layer in layers:
-            x = layer(x, features)
-        for linear in self.maps:
-            x = linear(x)
-        rows: Tensor = x
-        return rows
-
-    @torch.no_grad()
-    def loaded(self) -> None:
-        """Folds the maps into one, in float64."""
-        maps: Any = self.maps
-        first, *others = maps
-        weight, bias = first.weight.double(), first.bias.double()
-        for linear in others:
-            weight = linear.weight.double() @ weight
-            bias = linear.weight.double() @ bias + linear.bias.double()
-        folded = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        folded.weight, folded.bias = (nn.Parameter(t.float()) for t in (weight, bias))
-        self.maps = nn.ModuleList([folded])
+    queries = b.weight("query_tokens")
+    x = layer_norm(b, "layernorm", Value(queries.name, queries.shape[1:]), config.layer_norm_eps)
+    for i in range(config.num_hidden_layers):
+        name = f"encoder.layer.{i}"
+        x = _attention(b, f"{name}.attention", x, x, config)
+        if i % config.cross_attention_frequency == 0:
+            x = _attention(b, f"{name}.crossattention", x, features, config)
+        dense = linear(b, f"{name}.intermediate_query.dense", x)
+        y = activation(b, f"{name}.intermediate_query", dense, "gelu")
+        x = _output(b, f"{name}.output_query", y, x, config)
+    return _maps(b, x, config)
 
 
-class _Layer(nn.Module):
-    def __init__(self, config: QFormer, index: int) -> None:
-        super().__init__()
-        d, mlp = config.hidden_size, config.intermediate_size
-        self.attention = _Attention(config, d)
-        crosses = index % config.cross_attention_frequency == 0
-        self.crossattention = _Attention(config, config.in_features) if crosses else None
-        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(d, mlp)})
-        self.output_query = _Output(config, mlp)
-
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        x = self.attention(x, x)
-        if self.crossattention is not None:
-            x = self.crossattention(x, features)
-        y = F.gelu(self.intermediate_query["dense"](x))
-        out: Tensor = self.output_query(y, x)
-        return out
-
-
-class _Attention(nn.Module):
+def _attention(b: Builder, name: str, x: Value, source: Value, config: QFormer) -> Value:
     """Queries attend to `source`; the result is added to them and normed."""
-
-    def __init__(self, config: QFormer, width: int) -> None:
-        super().__init__()
-        d = config.hidden_size
-        self.heads = config.num_attention_heads
-        columns = {"query": d, "key": width, "value": width}
-        self.attention = nn.ModuleDict({n: nn.Linear(c, d) for n, c in columns.items()})
-        self.output = _Output(config, d)
-
-    def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        q = self._split(self.attention["query"](x))
-        k = self._split(self.attention["key"](source))
-        v = self._split(self.attention["value"](source))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        read = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        out: Tensor = self.output(read, x)
-        return out
-
-    def _split(self, x: Tensor) -> Tensor:
-        return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
+    q = linear(b, f"{name}.attention.query", x)
+    k, v = (linear(b, f"{name}.attention.{kind}", source) for kind in ("key", "value"))
+    read = attention(b, f"{name}.attention", q, k, v, config.num_attention_heads)
+    return _output(b, f"{name}.output", read, x, config)
 
 
-class _Output(nn.Module):
+def _output(b: Builder, name: str, x: Value, residual: Value, config: QFormer) -> Value:
     """A linear map, added to what it came from and normed."""
-
-    def __init__(self, config: QFormer, width: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        out: Tensor = self.LayerNorm(self.dense(x) + residual)
-        return out
+    x = b.apply("Add", name, linear(b, f"{name}.dense", x), residual)
+    return layer_norm(b, f"{name}.LayerNorm", x, config.layer_norm_eps)
 
 
-build = QFormerModule
+def _maps(b: Builder, x: Value, config: QFormer) -> Value:
+    """The maps behind the layers, which have nothing between them, as one."""
+    names = [f"maps.{i}.{kind}" for i in range(len(config.widths)) for kind in ("weight", "bias")]
+    weight = b.made(
+        "maps.weight", names, lambda *maps: _folded(maps)[0].T, (x.shape[1], config.widths[-1])
+    )
+    bias = b.made("maps.bias", names, lambda *maps: _folded(maps)[1], (config.widths[-1],))
+    return b.apply("Add", "maps", b.matmul("maps", x, weight), bias)
+
+
+def _folded(maps: tuple[Floats, ...]) -> tuple[Floats, Floats]:
+    """Weight and bias, float32, of linear maps one behind the other, given as weight, bias, weight,
+    ...; multiplied in float64.
+    """
+    weight, bias = (values.astype(np.float64) for values in maps[:2])
+    for more, shift in zip(maps[2::2], maps[3::2], strict=True):
+        matrix = more.astype(np.float64)
+        weight, bias = matrix @ weight, matrix @ bias + shift
+    return weight.astype(np.float32), bias.astype(np.float32)
+
+
+NET = Net(_build, quantized=True)

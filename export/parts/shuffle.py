@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-from edgevlm.export.onnx.modules import ConnectorModule, merged
+from edgevlm.export.onnx.graph import Builder, Value
+from edgevlm.export.onnx.layers import linear, merged
+from edgevlm.export.parts import Net
 from edgevlm.parts.shuffle import Shuffle
 
 
-class ShuffleModule(ConnectorModule):
-    """See edgevlm/parts/shuffle.py."""
-
-    def __init__(self, config: Shuffle) -> None:
-        super().__init__()
-        self.factor = config.factor
-        self.proj = nn.Linear(config.in_features * config.factor**2, config.out_features, False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features [n, h * h, in] -> embeddings [n, h * h / factor ** 2, out]."""
-        rows: Tensor = self.proj(merged(features, self.factor))
-        return rows
+def _build(b: Builder, config: Shuffle, features: Value) -> Value:
+    """Features [n, h * h, in] -> embeddings [n, h * h / factor ** 2, out]."""
+    return linear(b, "proj", merged(b, "merged", features, config.factor))
 
 
-build = ShuffleModule
+NET = Net(_build)

@@ -1,35 +1,25 @@
-"""SigLIP's tower: transformers' own, every patch after the last norm or without it."""
+"""SigLIP's tower: every patch after the last norm or without it."""
 
 from __future__ import annotations
-
-from torch import Tensor, nn
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipVisionTransformer
 
 from edgevlm.export.checkpoint.computed import reshaped
 from edgevlm.export.checkpoint.layouts import renamed
 from edgevlm.export.checkpoint.tensors import Weights
-from edgevlm.export.onnx.modules import IndexedTower, transformers_config
+from edgevlm.export.onnx.graph import Builder, Value
+from edgevlm.export.onnx.layers import encoder_layer, layer_norm, patches
+from edgevlm.export.parts import Net
 from edgevlm.parts.siglip import SiglipTower
 
 
-class SiglipModule(IndexedTower):
-    """See edgevlm/parts/siglip.py."""
-
-    def __init__(self, config: SiglipTower) -> None:
-        super().__init__()
-        self.config = transformers_config(SiglipVisionConfig, config, vision_use_head=False)
-        self.tower = SiglipVisionTransformer(self.config)
-        if not config.final_norm:
-            self.tower.post_layernorm = nn.Identity()
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Features of every patch."""
-        features: Tensor = self.tower(pixels).last_hidden_state
-        return features
+def _build(b: Builder, config: SiglipTower, pixels: Value) -> Value:
+    x = patches(b, "embeddings.patch_embedding", pixels, config.patch_size)
+    x = b.apply("Add", "embeddings", x, b.weight("embeddings.position_embedding.weight"))
+    for i in range(config.num_hidden_layers):
+        x = encoder_layer(b, f"encoder.layers.{i}", x, config)
+    return layer_norm(b, "post_layernorm", x, config.layer_norm_eps) if config.final_norm else x
 
 
-build = SiglipModule
+NET = Net(_build, quantized=True)
 
 # timm's names (vision_transformer.py) -> transformers'.
 _POSITIONS = "embeddings.position_embedding.weight"

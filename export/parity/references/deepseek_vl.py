@@ -17,7 +17,7 @@ from PIL import Image
 from edgevlm.errors import EngineMissing
 from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.components import Job
-from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.quiet import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest, SourceModel
 
 try:

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from edgevlm.errors import ExportError
-from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.quiet import quiet
 
 # transformers leaves its classes without types.
 _hf: Any = transformers

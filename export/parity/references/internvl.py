@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgevlm.errors import EngineMissing
 from edgevlm.export.components import Job
-from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.quiet import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest, SourceModel
 
 try:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from edgevlm.export.checkpoint.tensors import Weights
-from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.quiet import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest, causal, files
 
 # transformers leaves its classes without types.

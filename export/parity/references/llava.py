@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.components import Job
-from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.quiet import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest, files
 from edgevlm.export.parity.references.adapters import Added
 from edgevlm.export.parity.references.causal import Seen, stages, weights

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from edgevlm.export.components import Job
-from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.quiet import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest, files, llava
 from edgevlm.export.parity.references.adapters import Added
 from edgevlm.export.parity.references.causal import generated

@@ -21,7 +21,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel
 
 from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.components import Job
-from edgevlm.export.onnx.trace import quiet
+from edgevlm.export.parity.quiet import quiet
 from edgevlm.export.parity.references import Arrays, ParityRequest, files
 from edgevlm.export.parity.references.causal import Seen, stages, weights
 from edgevlm.parts import Connector, Decoder, VisionTower

@@ -1,0 +1,208 @@
+"""A builder of ONNX graphs: one input, nodes, one output, and a part's tensors by name.
+
+The batch is the first axis and dynamic, every other axis is known: no graph computes a shape.
+Weights stay in their files until the graph is written, and then pass through memory one at a time.
+Knows operators; layers.py makes layers of them, and the rooms of export/parts/ whole parts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from edgevlm.export.checkpoint.tensors import Weights
+from edgevlm.export.onnx import storage
+
+# The first opset with LayerNormalization is 17; every onnxruntime that edgevlm accepts has all of
+# 18. Its files are of version 8.
+OPSET = 18
+_IR_VERSION = 8
+# The batch's name; the runtime sets it to one for devices that plan for known shapes.
+_BATCH = "n"
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+# What a weight becomes of the tensors that it is made of.
+Change = Callable[..., Array]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A float32 tensor [n, *shape] of a graph; n is 1 where it does not depend on the input."""
+
+    name: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A float32 tensor [*shape] that stands in a graph."""
+
+    name: str
+    shape: Shape
+
+
+Operand = Value | Weight
+
+
+def same(values: Array) -> Array:
+    """The values as they are."""
+    return values
+
+
+class Builder:
+    """A graph that grows: each method adds an operator under a name and returns its output.
+
+    `tensors` are the part's by canonical name; `read` is called with 1 for each that is read.
+    """
+
+    def __init__(
+        self, given: str, shape: Shape, tensors: Weights, read: Callable[[int], None]
+    ) -> None:
+        self.input = Value(given, shape)
+        self._tensors = tensors
+        self._read = read
+        self._unused = set(tensors)
+        self._nodes: list[Any] = []
+        self._names: Counter[str] = Counter()
+        self._weights: dict[str, Callable[[], Array]] = {}
+
+    def write(self, output: Value, name: str, path: Path) -> None:
+        """Writes the graph up to `output`, which is called `name` from then on; raises SourceError
+        for weights that cannot be read.
+        """
+        assert not self._unused, f"not in the graph: {sorted(self._unused)}"
+        (last,) = (node for node in self._nodes if node.output[0] == output.name)
+        last.output[0] = name
+        given, made = _described(self.input), _described(Value(name, output.shape))
+        model = helper.make_model(
+            helper.make_graph(self._nodes, path.stem, [given], [made]),
+            producer_name="edgevlm",
+            ir_version=_IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+        )
+        storage.write(model, path, self._values())
+
+    def _values(self) -> Iterator[tuple[str, Array]]:
+        for name, values in self._weights.items():
+            yield name, values()
+
+    def has(self, name: str) -> bool:
+        """True if the part has a tensor of this name."""
+        return name in self._tensors
+
+    def shape(self, name: str) -> Shape:
+        """The shape of a tensor of the part."""
+        return self._tensors[name].shape
+
+    def weight(self, name: str, change: Change = same, shape: Shape | None = None) -> Weight:
+        """A tensor of the part; `change` makes it one of `shape` where that is not its own."""
+        return self.made(name, (name,), change, shape or self.shape(name))
+
+    def made(self, name: str, of: Sequence[str], change: Change, shape: Shape) -> Weight:
+        """A weight that `change` makes of the values, float32, of tensors of the part."""
+        self._unused -= set(of)
+
+        def values() -> Array:
+            found = change(*(self._float32(tensor) for tensor in of))
+            assert found.shape == shape, f"{name}: {found.shape} is not {shape}"
+            return found
+
+        self._weights[name] = values
+        return Weight(name, shape)
+
+    def _float32(self, name: str) -> Array:
+        self._read(1)
+        return self._tensors[name].float32()
+
+    def constant(self, name: str, values: Array) -> Weight:
+        """A weight that is not of the part."""
+        self._weights[name] = lambda: values
+        return Weight(name, values.shape)
+
+    def number(self, value: float) -> Weight:
+        """A number; the same one stands in the graph once."""
+        return self.constant(f"float32 {value!r}", np.array(value, np.float32))
+
+    def _integers(self, *values: int) -> str:
+        return self.constant(f"int64 {[*values]}", np.array(values, np.int64)).name
+
+    def node(self, operator: str, name: str, given: Sequence[str], shape: Shape,
+             **attributes: Any) -> Value:  # fmt: skip
+        """Any operator with one output of that shape; `given` are its inputs' names."""
+        stem = f"{name}/{operator}"
+        self._names[stem] += 1
+        if (times := self._names[stem]) > 1:
+            stem = f"{stem}_{times}"
+        self._nodes.append(helper.make_node(operator, [*given], [stem], stem, **attributes))
+        return Value(stem, shape)
+
+    def apply(self, operator: str, name: str, *given: Operand, **attributes: Any) -> Value:
+        """An operator on each element: Add, Mul, Erf, Softmax, ...; operands are broadcast."""
+        shape = np.broadcast_shapes(*(operand.shape for operand in given))
+        return self.node(operator, name, [o.name for o in given], shape, **attributes)
+
+    def matmul(self, name: str, a: Operand, b: Operand) -> Value:
+        """a @ b, broadcast over all axes but the last two."""
+        assert a.shape[-1] == b.shape[-2], (name, a, b)
+        outer = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        return self.node("MatMul", name, [a.name, b.name], (*outer, a.shape[-2], b.shape[-1]))
+
+    def reshape(self, name: str, x: Value, *shape: int) -> Value:
+        """[n, *x.shape] -> [n, *shape]."""
+        assert prod(shape) == prod(x.shape), (name, x, shape)
+        # A zero keeps what is there: the batch.
+        return self.node("Reshape", name, [x.name, self._integers(0, *shape)], shape)
+
+    def transpose(self, name: str, x: Value, *axes: int) -> Value:
+        """The axes behind the batch in another order; 0 is the first of them."""
+        order = [0, *(axis + 1 for axis in axes)]
+        return self.node("Transpose", name, [x.name], tuple(x.shape[a] for a in axes), perm=order)
+
+    def part(self, name: str, x: Value, axis: int, start: int, count: int) -> Value:
+        """`count` of what lies along an axis behind the batch, 0 the first of them."""
+        shape = tuple(count if i == axis else size for i, size in enumerate(x.shape))
+        ends = [self._integers(i) for i in (start, start + count, axis + 1)]
+        return self.node("Slice", name, [x.name, *ends], shape)
+
+    def pooled(self, name: str, grid: Value) -> Value:
+        """[n, d, h, w] -> the mean of every channel, [n, d, 1, 1]."""
+        given = [grid.name, self._integers(2, 3)]
+        return self.node("ReduceMean", name, given, (grid.shape[0], 1, 1), keepdims=1)
+
+    def above(self, name: str, x: Value) -> Value:
+        """[n, rows, width] with a row of zeros above them."""
+        rows, width = x.shape
+        return self.node("Pad", name, [x.name, self._integers(0, 1, 0, 0, 0, 0)], (rows + 1, width))
+
+    def conv(self, name: str, x: Value, stride: int = 1, pad: int = 0, groups: int = 1) -> Value:
+        """A convolution over [n, channels, h, w] with the part's `name`.weight and, if there is
+        one, `name`.bias.
+        """
+        stems = [n for n in (f"{name}.weight", f"{name}.bias") if self.has(n)]
+        out, _, *kernel = self.shape(stems[0])
+        sides = (
+            (side + 2 * pad - k) // stride + 1 for side, k in zip(x.shape[1:], kernel, strict=True)
+        )
+        return self.node(
+            "Conv",
+            name,
+            [x.name, *(self.weight(n).name for n in stems)],
+            (out, *sides),
+            kernel_shape=kernel,
+            strides=[stride, stride],
+            pads=[pad] * 4,
+            group=groups,
+        )
+
+
+def _described(value: Value) -> Any:
+    return helper.make_tensor_value_info(value.name, TensorProto.FLOAT, [_BATCH, *value.shape])
