@@ -15,7 +15,7 @@ from PIL import Image
 
 from edgevlm.errors import ImageError
 from edgevlm.export import components, precisions
-from edgevlm.export.onnx import dynamic8, flow, quantize, storage
+from edgevlm.export.onnx import dynamic8, flow, four_bits, quantize, storage
 from edgevlm.export.options import WriteOptions
 from edgevlm.export.parity import images
 from edgevlm.export.parity.metrics import distance
@@ -322,7 +322,19 @@ def test_four_bits_come_in_blocks(loud: Tower, tmp_path: Path) -> None:
     nodes = [n for n in graph.node if n.op_type == "MatMulNBits"]
     assert len(nodes) == 12
     sizes = {onnx.helper.get_node_attr_value(n, "block_size") for n in nodes}
-    assert sizes == {quantize.INT4_BLOCK}
+    assert sizes == {four_bits.BLOCK}
+
+
+@pytest.mark.parametrize("rows", [64, 72, 32])
+def test_four_bits_are_onnxruntimes(rows: int) -> None:
+    module = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
+    weight = np.random.default_rng(0).normal(size=(rows, 9)).astype(np.float32)
+    weight[:, 3], weight[:, 4], weight[:32, 5] = 0, np.abs(weight[:, 4]), -1
+    config = module.DefaultWeightOnlyQuantConfig(block_size=four_bits.BLOCK, is_symmetric=False)
+    theirs = module.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
+    ours: list[Array] = [*four_bits.rounded(weight)]
+    for made, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(made, expected.reshape(made.shape), rtol=1e-6)
 
 
 def test_half_precision_has_float32_ends_and_widens_back(tmp_path: Path) -> None:

@@ -21,15 +21,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from edgevlm.export.onnx import dynamic8, flow, storage
+from edgevlm.export.onnx import dynamic8, flow, four_bits, storage
 from edgevlm.export.parity.metrics import distance
 from edgevlm.export.precisions import VisionPrecision, recipe
 
 # The key under which a graph names its nodes that stayed in float32.
 FLOAT_KEY = "edgevlm.float32"
-# Rows of a weight that share a scale in 4 bits: the size of llama.cpp's q4_0. Other sizes were not
-# measured.
-INT4_BLOCK = 32
 _HALF_MAX = 65504.0
 
 Array = NDArray[np.float32]
@@ -136,14 +133,12 @@ def _half_noise(graph: FloatGraph) -> Noise:
 
 def _weight_noise(graph: FloatGraph) -> Noise:
     """Noise over signal of rounding a map's weights to 16 even steps in every block."""
-    weights = {i.name: i for i in storage.load(graph.path).graph.initializer}
+    weights = {i.name: i for i in storage.skeleton(graph.path).graph.initializer}
     noise = {}
     for name, (_, weight) in graph.maps.items():
-        values = numpy_helper.to_array(weights[weight])
-        rows = len(values) // INT4_BLOCK * INT4_BLOCK
-        blocks = values[:rows].reshape(-1, INT4_BLOCK, values.shape[1])
-        low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
-        step = (high - low).astype(np.float64) / 15
+        values = numpy_helper.to_array(weights[weight], str(graph.path.parent))
+        whole = len(values) // four_bits.BLOCK * four_bits.BLOCK
+        step = four_bits.steps(values[:whole])[2].astype(np.float64)
         noise[name] = float((step**2).mean() / 12 / max(float((values**2).mean()), 1e-30))
     return noise
 
@@ -204,19 +199,9 @@ def _write_static(graph: FloatGraph, target: Path, keep: Collection[str]) -> Non
 
 
 def _write_four_bits(graph: FloatGraph, target: Path, keep: Collection[str]) -> None:
-    """Weights in 4 bits with a scale and zero point for every block of INT4_BLOCK."""
-    with _unconfigured():
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    quantizer = MatMulNBitsQuantizer(
-        str(graph.path),
-        block_size=INT4_BLOCK,
-        is_symmetric=False,
-        # 4: products of 8-bit integers, where the provider has them.
-        accuracy_level=4,
-        nodes_to_exclude=sorted(keep),
-    )
-    quantizer.process()
-    storage.save(quantizer.model.model, target)
+    """Weights in 4 bits with a scale and zero point for every block."""
+    maps = {name: parts for name, parts in graph.maps.items() if name not in keep}
+    four_bits.write(graph.path, target, maps)
 
 
 _SCHEMES = {
@@ -261,15 +246,3 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             root.setLevel(level)
-
-
-@contextlib.contextmanager
-def _unconfigured() -> Iterator[None]:
-    """Undoes what a module does to the root logger when it is imported."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
