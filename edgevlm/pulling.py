@@ -10,11 +10,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from edgevlm import catalogue, cleanup, store
 from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle, read_manifest
-from edgevlm.errors import BundleError, HubError, SourceError
+from edgevlm.errors import BundleError, EngineMissing, HubError, SourceError
 from edgevlm.export import targets
 from edgevlm.hub import cache, download
 from edgevlm.hub.repository import RemoteFile, Repository, look_up, parse
@@ -71,7 +72,7 @@ def pull(
     target: str | None = None,
     quant: str | None = None,
     vision_precision: str | Sequence[str] = (),
-    verify: bool = True,
+    verify: bool | None = None,
     keep_checkpoint: bool = True,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
@@ -191,7 +192,7 @@ def carry_out(
     plan: Pull,
     wanted: Precisions = Precisions(),
     *,
-    verify: bool = True,
+    verify: bool | None = None,
     keep_checkpoint: bool = True,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
@@ -253,11 +254,12 @@ def _export(
     plan: Pull,
     wanted: Precisions,
     bundle: Path,
-    verify: bool,
+    verify: bool | None,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     from edgevlm.export import export_bundle
 
+    _check_packages(plan, verify)
     repository = plan.repository
     folder = plan.folder
     if folder is None:
@@ -276,6 +278,18 @@ def _export(
         name=plan.name,
         progress=progress,
     )
+
+
+def _check_packages(plan: Pull, verify: bool | None) -> None:
+    """Raises EngineMissing before a download whose export would miss torch or transformers."""
+    from edgevlm.export.parity.compare import wanted
+
+    wanted(verify)
+    if any(f.name.endswith(".bin") for f in plan.files) and find_spec("torch") is None:
+        raise EngineMissing(
+            f"{plan.repository.id}: its weights are in torch's format, and torch is not there",
+            'pip install "edgevlm[export]"',
+        )
 
 
 def remove_checkpoint(repo: str, commit: str) -> int:

@@ -1,6 +1,7 @@
 """Exports a published checkpoint to a bundle: `export_bundle` is the door.
 
-Importing this package loads nothing heavy; torch, optimum and onnx are needed when an export runs.
+Importing this package loads nothing heavy. An export needs onnx; torch and transformers only to
+compare the bundle with the original, and torch to read weights that torch.save wrote.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def export_bundle(
     target: str | None = None,
     quant: str | None = None,
     vision_precision: str | Sequence[str] = (),
-    verify: bool = True,
+    verify: bool | None = None,
     name: str | None = None,
     vision_tower: str | os.PathLike[str] | None = None,
     template: str | None = None,
@@ -87,7 +88,8 @@ def export_bundle(
 
     Raises SourceError for a checkpoint that is incomplete or unknown, ParityError when the bundle
     does not answer like its source, ExportError or BundleError when there is no room, EngineMissing
-    without the packages of edgevlm[export]. Whatever happens, `out` is whole or untouched.
+    without the packages of edgevlm[export] where `verify` or the source's format needs them.
+    Whatever happens, `out` is whole or untouched.
     """
     from edgevlm.export import pipeline
 

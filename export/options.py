@@ -29,19 +29,25 @@ class ReadOptions:
 
 
 AS_FOUND = ReadOptions()
+# Stands among the notes of a bundle that nothing was there to compare with.
+UNCOMPARED = (
+    "not compared with the original, which torch and transformers run; to have it compared, "
+    'pip install "edgevlm[export]" and export again'
+)
 
 
 @dataclass(frozen=True)
 class WriteOptions:
     """The precisions of a bundle, the main vision encoder's first, and what they are made with: the
-    decoder's importance matrix, a folder of pictures to calibrate on.
+    decoder's importance matrix, a folder of pictures to calibrate on. `verify` None is for where
+    there is something to compare with.
     """
 
     quant: Quant
     vision: tuple[VisionPrecision, ...]
     imatrix: bool = False
     calibration: Path | None = None
-    verify: bool = True
+    verify: bool | None = None
 
     @classmethod
     def checked(
@@ -51,7 +57,7 @@ class WriteOptions:
         *,
         imatrix: bool | None = None,
         calibration: Location | None = None,
-        verify: bool = True,
+        verify: bool | None = None,
     ) -> WriteOptions:
         """Options by name; without a choice of `imatrix` one is made where llama.cpp insists on it.
 

@@ -34,7 +34,13 @@ from edgevlm.export.checkpoint.tokenizer import side_files
 from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from edgevlm.export.components import Job, Written
 from edgevlm.export.gguf import decoder
-from edgevlm.export.options import AS_FOUND, Location, ReadOptions, WriteOptions
+from edgevlm.export.options import (
+    AS_FOUND,
+    UNCOMPARED,
+    Location,
+    ReadOptions,
+    WriteOptions,
+)
 from edgevlm.export.parity import compare, images
 from edgevlm.family import TOWER, Family, FileError, Model, Source
 from edgevlm.processors import PROCESSORS
@@ -48,8 +54,6 @@ _PACKAGES = (
     "llama-cpp-python",
     "onnx",
     "onnxruntime",
-    "optimum",
-    "optimum-onnx",
     "torch",
     "transformers",
 )
@@ -59,15 +63,17 @@ def run(
     source: Location, out: Path, options: ReadOptions, write: WriteOptions, report: Report | None
 ) -> Bundle:
     """Exports `source` to `out`; see `export_bundle`."""
-    # First of all: what cannot be written is refused before anything is read or computed.
+    # First of all: what cannot be done is refused before anything is read or computed.
+    verified = compare.wanted(write.verify)
     images.check_folder(write.calibration)
     with components.destination(out) as folder:
         job = read(source, options, report)
         components.check_disk(job, write, out, folder)
-        verified = write.verify and compare.available()
         if verified:
             compare.check_memory(job)
         manifest = _manifest(job, components.write(job, write, folder), folder)
+        if write.verify is None and not verified:
+            manifest = replace(manifest, notes=(*manifest.notes, UNCOMPARED))
         write_manifest(folder, manifest)
         if write.imatrix:
             unquantized = Bundle(folder, manifest)

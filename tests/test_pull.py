@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm import catalogue, store
-from edgevlm.errors import BundleError, HubError
+from edgevlm import catalogue, pulling, store
+from edgevlm.errors import BundleError, EngineMissing, HubError
 from edgevlm.hub.download import snapshot
 from edgevlm.hub.repository import RemoteFile, Repository
 from edgevlm.models import built_in, resolve
@@ -354,3 +354,18 @@ def test_a_model_that_is_being_changed_cannot_be_removed(
     assert store.remove("mine") > 0
     with pytest.raises(BundleError):
         store.remove("mine")
+
+
+def test_missing_packages_are_named_before_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    download = "edgevlm.hub.download.snapshot"
+    monkeypatch.setattr(download, lambda *_, **__: pytest.fail("downloaded"))
+    weights = (RemoteFile("pytorch_model.bin", 1),)
+    plan = pulling.Pull("tiny", Repository(REPO, COMMIT, weights), None, weights, False, 1)
+    with pytest.raises(EngineMissing, match=r"weights are in torch's format.*edgevlm\[export\]"):
+        pulling.carry_out(plan)
+    with pytest.raises(EngineMissing, match=r"verification needs torch.*edgevlm\[export\]"):
+        pulling.carry_out(plan, verify=True)

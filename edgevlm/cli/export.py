@@ -42,7 +42,12 @@ class _Choices(TypedDict):
     type=click.Choice(list(TARGETS)),
     help="Kind of device, which picks the precisions not named  [default: laptop]",
 )
-@precisions("the target's", "the original (needs memory for it in float32)")
+@precisions(
+    "the target's",
+    "the original (needs memory for it in float32)",
+    verify=None,
+    unasked="where edgevlm[export] is installed",
+)
 @click.option("--name", metavar="NAME", help="Name of the model  [default: the source's]")
 @click.option(
     "--vision-tower",
@@ -80,7 +85,7 @@ class _Choices(TypedDict):
 )
 @click.option("--dry-run", is_flag=True, help="Check SOURCE and say what is in it; write nothing.")
 def export(source: str, out: Path, target: str | None, quant: str | None,
-           vision_precisions: tuple[str, ...], verify: bool, calibration: Path | None,
+           vision_precisions: tuple[str, ...], verify: bool | None, calibration: Path | None,
            dry_run: bool, parts: tuple[str, ...], settings: tuple[str, ...],
            imatrix: bool | None, **choices: Unpack[_Choices]) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE into the bundle OUT.

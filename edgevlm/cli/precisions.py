@@ -13,16 +13,18 @@ from edgevlm.export import QUANTS, VISION_PRECISIONS
 Command = Callable[..., Any]
 
 
-def precisions(default: str, compared: str) -> Callable[[Command], Command]:
+def precisions(
+    default: str, compared: str, verify: bool | None = True, unasked: str = ""
+) -> Callable[[Command], Command]:
     """Adds the options of precisions; `default` says what holds where one is not named, `compared`
-    what a bundle is compared with.
+    what a bundle is compared with, and `unasked` when, if `verify` is None.
     """
     options = (
         *quant_and_vision(default),
         click.option(
             "--verify/--no-verify",
-            default=True,
-            show_default=True,
+            default=verify,
+            show_default=unasked or True,
             help=f"Compare every stage with {compared}.",
         ),
         click.option(

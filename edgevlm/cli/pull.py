@@ -11,6 +11,7 @@ from edgevlm.cli.precisions import added, quant_and_vision
 from edgevlm.cli.progress import ProgressBars, err_console, mib
 from edgevlm.cli.signals import Aside
 from edgevlm.export import TARGETS
+from edgevlm.export.options import UNCOMPARED
 from edgevlm.hub.refusals import page
 from edgevlm.pulling import Precisions, Pull, carry_out, prepare
 
@@ -26,9 +27,9 @@ from edgevlm.pulling import Precisions, Pull, carry_out, prepare
 @added(quant_and_vision("the target's"))
 @click.option(
     "--verify/--no-verify",
-    default=True,
-    show_default=True,
-    help="Compare every stage with the original, where transformers is installed.",
+    default=None,
+    show_default="where edgevlm[export] is installed",
+    help="Compare every stage with the original.",
 )
 @click.option(
     "--keep-checkpoint/--remove-checkpoint",
@@ -37,7 +38,7 @@ from edgevlm.pulling import Precisions, Pull, carry_out, prepare
     help="Keep what was downloaded in the hub's cache after the export.",
 )
 def pull(model: str, name: str | None, target: str | None, quant: str | None,
-         vision_precisions: tuple[str, ...], verify: bool,
+         vision_precisions: tuple[str, ...], verify: bool | None,
          keep_checkpoint: bool) -> None:  # fmt: skip
     """Download MODEL and install it under a short name.
 
@@ -88,6 +89,8 @@ def _done(plan: Pull, bundle: Bundle, kept: bool) -> list[str]:
     parity = bundle.manifest.parity
     compared = f", compared with the original in {len(parity)} stages" if parity else ""
     lines = [f"{plan.name}: {mib(bundle.bytes)}{compared}"]
+    if UNCOMPARED in bundle.manifest.notes:
+        lines.append(f"Note: {UNCOMPARED}.")
     if kept and plan.missing and not plan.ready:
         lines.append(
             f"The checkpoint stays in the hub's cache ({mib(plan.missing)}); `edgevlm gc` "

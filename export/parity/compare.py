@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.bundle import StageParity
-from edgevlm.errors import EdgeVLMError, ExportError, ParityError
+from edgevlm.errors import EdgeVLMError, EngineMissing, ExportError, ParityError
 from edgevlm.export import child
 from edgevlm.export.checkpoint.tokenizer import side_files
 from edgevlm.export.checkpoint.tokenizer.vocabulary import USER_DEFINED
@@ -35,6 +35,7 @@ PROMPT = "answer en what is in the picture?"
 N_TOKENS = 16
 # PIL resizes for both; what is left is the order of float32 operations on values in -1..1.
 _PIXELS = 1e-5
+_PACKAGES = ("torch", "transformers")
 # Float32 beside the language model itself: activations, logits, the processor.
 _MEMORY_BYTES = 1 << 30
 
@@ -42,9 +43,18 @@ Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 
-def available() -> bool:
-    """True if transformers, the reference, is installed."""
-    return importlib.util.find_spec("transformers") is not None
+def wanted(verify: bool | None) -> bool:
+    """True if an export is compared: as asked, or else where what runs the original is installed.
+
+    Raises EngineMissing where it is asked for and cannot be.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if verify and missing:
+        raise EngineMissing(
+            f"verification needs {' and '.join(_PACKAGES)} ({missing[0]} is not there)",
+            'pip install "edgevlm[export]" or export without it (--no-verify)',
+        )
+    return not missing if verify is None else verify
 
 
 def check_memory(job: Job) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevlm.errors import EngineMissing, SourceError
+from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.source import FAST, TOKENIZERS, Checkpoint
 from edgevlm.export.checkpoint.tokenizer.byte_pairs import BytePairs, is_byte_level, read_byte_pairs
 from edgevlm.export.checkpoint.tokenizer.checks import (
@@ -188,12 +188,8 @@ def _hidden(tokens: list[Token], path: Path, *, merges: bool) -> Iterator[Token]
 
 
 def _sentencepiece(path: Path, model: Model) -> list[Token]:
-    try:
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError:
-        raise EngineMissing(
-            "export needs sentencepiece and protobuf", 'pip install "edgevlm[export]"'
-        ) from None
+    from sentencepiece import sentencepiece_model_pb2
+
     # Its classes are made when the module runs; type checkers see none of them.
     pb2: Any = sentencepiece_model_pb2
     proto = pb2.ModelProto()
