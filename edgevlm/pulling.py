@@ -288,7 +288,7 @@ def _check_packages(plan: Pull, verify: bool | None) -> None:
     if any(f.name.endswith(".bin") for f in plan.files) and find_spec("torch") is None:
         raise EngineMissing(
             f"{plan.repository.id}: its weights are in torch's format, and torch is not there",
-            'pip install "edgevlm[export]"',
+            'pip install "edgevlm[export]" (a gigabyte or more)',
         )
 
 
