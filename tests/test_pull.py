@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,11 @@ from pathlib import Path
 import pytest
 
 from edgevlm import catalogue, pulling, store
+from edgevlm.benchmarks.synthetic import make
+from edgevlm.benchmarks.synthetic.decoder import decoder_bytes
+from edgevlm.benchmarks.synthetic.models import MODELS
 from edgevlm.errors import BundleError, EngineMissing, HubError
+from edgevlm.export.parts import net
 from edgevlm.hub.download import snapshot
 from edgevlm.hub.repository import RemoteFile, Repository
 from edgevlm.models import built_in, resolve
@@ -336,6 +341,15 @@ def test_the_catalogue_names_families_that_there_are() -> None:
         assert (ROOT / f"edgevlm/families/{entry.family}.py").is_file()
         assert entry.download > entry.bundle > 0 and entry.memory > entry.bundle
         assert entry.revision is None or len(entry.revision) == 40
+
+
+@pytest.mark.parametrize("name", sorted({*catalogue.entries()} & {*MODELS}))
+def test_the_catalogue_knows_a_bundles_size(name: str) -> None:
+    _, model = make.describe(MODELS[name], name)
+    parts = [(model.vision, 1), (model.projector, 1 if net(model.projector).quantized else 4)]
+    graphs = sum(size * sum(map(math.prod, p.tensors().values())) for p, size in parts)
+    found = graphs + decoder_bytes(model, "q4_k_m")
+    assert catalogue.entries()[name].bundle == pytest.approx(found, rel=0.01)
 
 
 def test_a_model_that_is_being_changed_cannot_be_removed(
