@@ -19,10 +19,11 @@ import click
 from edgevlm.bundle import Bundle
 from edgevlm.export import export_bundle
 from tests.checkpoints import tinygptv as tinygptv_checkpoints
+from tests.checkpoints.deepseek_vl import write_deepseek_vl
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.llava_next import write_next
-from tests.checkpoints.llava_onevision import write_onevision
+from tests.checkpoints.llava_onevision import OWN, write_onevision
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
@@ -74,6 +75,7 @@ _MODELS: Models = {
     "InternVL 3": write_internvl,
     "LLaVA-NeXT": write_next,
     "LLaVA-OneVision": write_onevision,
+    "DeepSeek-VL": write_deepseek_vl,
 }
 _LAYOUTS: Models = {
     **{name: partial(write_llava, **options) for name, options in ORIGINALS.items()},
@@ -94,6 +96,8 @@ _LAYOUTS: Models = {
     "internvl-3, original": partial(write_internvl, layout="own", files="pair"),
     "internvl-2-2b, original": partial(write_internvl, layout="own", internlm2=True),
     "llava-next, original": partial(write_next, layout="own"),
+    "llava-onevision, original": partial(write_onevision, **OWN),
+    "deepseek-vl, transformers": partial(write_deepseek_vl, layout="hf"),
 }
 
 
