@@ -23,7 +23,10 @@ from edgevlm.errors import BenchError
 from edgevlm.export import export_bundle
 from edgevlm.family import Source
 from edgevlm.models import built_in
+from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import write_llava
+from tests.checkpoints.llava_onevision import write_onevision
+from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
 
 Make = Callable[[dict[str, Any]], Bundle]
@@ -77,6 +80,28 @@ def test_pytorch_answers_a_tinygptv_with_the_same_positions(picture: Path, tmp_p
     ours, theirs = found["edgevlm"], found["PyTorch"]
     assert not theirs.error and set(theirs.metrics) == TIMES | {"peak_rss_bytes"}
     assert theirs.positions == ours.positions
+
+
+@pytest.mark.parametrize(
+    ("write", "options", "multimodal"),
+    [
+        # llama.cpp looks for a token of two newlines, which a grown vocabulary has.
+        pytest.param(write_smolvlm, {"n_vocab": 1000}, True, id="smolvlm"),
+        pytest.param(write_internvl, {"layout": "hf"}, True, id="internvl"),
+        pytest.param(write_onevision, {"chat": "onevision"}, False, id="onevision"),
+    ],
+)
+def test_peers_answer_about_pictures_in_tiles(
+    write: Callable[..., Path], options: dict[str, Any], multimodal: bool, picture: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    source = write(tmp_path / "source", **options)
+    bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
+    found = compared(bundle, picture, "mtmd", "transformers_cpu", checkpoint=source)
+    theirs, library = found["transformers"], found["llama.cpp, multimodal"]
+    assert not theirs.error and theirs.positions == found["edgevlm"].positions
+    # It has its own rule of tiles, so maybe another number of positions.
+    assert bool(library.error) is not multimodal and bool(library.positions) is multimodal
 
 
 @pytest.fixture
@@ -183,6 +208,16 @@ def test_a_peer_that_ends_at_once_is_heard_to_the_last_word(
     pythons = {"dies": python} if python else {}
     found = compared(open_bundle(built_in()), picture, "dies", pythons=pythons)
     assert found["DIES"].error == "its process ended with status 9 (out of memory)"
+
+
+def test_a_peer_that_ggml_aborts_says_where(
+    few: dict[str, Path], picture: Path, tmp_path: Path
+) -> None:
+    said = "/a/b/helper.cpp:226: GGML_ASSERT(idx >= 0) failed\n[process detached]\n"
+    code = f"import os, sys\nsys.stderr.write({said!r})\nos.abort()"
+    few["dies"].write_text(code, encoding="utf-8")
+    found = compared(open_bundle(built_in()), picture, "dies")
+    assert found["DIES"].error == "aborts: helper.cpp:226: GGML_ASSERT(idx >= 0) failed"
 
 
 def test_a_peer_may_have_a_python_of_its_own(few: dict[str, Path], picture: Path) -> None:

@@ -23,7 +23,9 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
         task["decoder"].encode(), llama.llama_model_default_params()
     )
     params = llama.llama_context_default_params()
-    params.n_ctx, params.n_batch = 2048, 2048
+    # Its own texts around tiles may be longer than ours.
+    positions = len(task["before"]) + task["image_tokens"] + len(task["after"])
+    params.n_ctx, params.n_batch = max(2048, positions + task["n_tokens"] + 512), 2048
     params.n_threads = params.n_threads_batch = task["threads"]
     context = llama.llama_init_from_model(model, params)
     settings: Any = mtmd.mtmd_context_params_default()

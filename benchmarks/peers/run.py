@@ -33,6 +33,7 @@ OURS = "ours"
 _UNITS = dict.fromkeys(peers.METRICS, "ms") | {"peak_rss_bytes": "B"}
 # A turn of the slowest peer takes minutes; beyond this nobody waits for it.
 _LONGEST_S = 900.0
+_ASSERTION = "GGML_ASSERT("
 # The folders of a path in a message.
 _FOLDERS = re.compile(r"(?<![\w/:.])/(?:[^\s/'\"()]+/)+")
 
@@ -210,5 +211,12 @@ def _turn(peer: Peer, task: dict[str, Any], python: str | None) -> dict[str, Any
     with suppress(ValueError, IndexError):
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return found
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return {"error": f"its process ended with status {done.returncode} ({last[:300]})"}
+    return {"error": _end(done.returncode, done.stderr.strip().splitlines() or ["no message"])}
+
+
+def _end(status: int, said: list[str]) -> str:
+    """The end of a process that did not answer; ggml prints a backtrace behind its reason."""
+    for line in said:
+        if _ASSERTION in line:
+            return f"aborts: {line[-300:]}"
+    return f"its process ended with status {status} ({said[-1][:300]})"

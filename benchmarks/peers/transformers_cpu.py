@@ -14,6 +14,9 @@ _PROCESSORS = {
     "siglip_vision_model": "SiglipImageProcessor",
     "clip_vision_model": "CLIPImageProcessor",
 }
+# What a model's own processor tells that of its pictures, and what a model reads of them.
+_TILED = {"internvl": {"crop_to_patches": True}}
+_PICTURES = ("pixel_values", "image_sizes")
 # Modules as families call them: the tower, the connector.
 _TOWERS, _CONNECTORS = ("vision_tower", "vision_model"), ("multi_modal_projector", "connector")
 
@@ -102,12 +105,13 @@ def _ask(model: Any, processor: Any, task: dict[str, Any], n_tokens: int) -> dic
 
     start = time.perf_counter()
     picture = Image.open(task["image"]).convert("RGB")
-    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    made = processor(images=picture, return_tensors="pt", **_TILED.get(model.config.model_type, {}))
+    pictures = {key: made[key] for key in _PICTURES if key in made}
     tokens = torch.tensor([ids])
     model.generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
-        pixel_values=pixels,
+        **pictures,
         do_sample=False,
         min_new_tokens=n_tokens + 1,
         max_new_tokens=n_tokens + 1,

@@ -19,6 +19,9 @@ from edgevlm.export.checkpoint.tokenizer.vocabulary import (
 from edgevlm.family import Model
 
 _SPACE = "\u2581"
+# llama.cpp's multimodal library puts that token behind the tiles of an Idefics3 and aborts where
+# there is none.
+_BLANK_LINE = "\n\n"
 _SPECIALS = ("pad", "eos", "bos", "unk")
 # What people ask a model of pictures.
 _COMMON = """a about an and are at can color colour describe do does doing for from has have how in
@@ -34,7 +37,8 @@ def vocabulary(model: Model, added: Mapping[str, int]) -> Vocabulary:
     words = sorted(set(_COMMON.split()) | set(_words(model)))
     tokens = [Token(f"<{name}>", 0.0, UNKNOWN if name == "unk" else CONTROL) for name in _SPECIALS]
     tokens += [Token(f"<0x{i:02X}>", 0.0, BYTE) for i in range(256)]
-    tokens += [Token(text, -1.0, NORMAL) for text in (_SPACE, *map(chr, range(33, 127)))]
+    letters = (_SPACE, *map(chr, range(33, 127)), _BLANK_LINE)
+    tokens += [Token(text, -1.0, NORMAL) for text in letters]
     # Merging can only reach a word whose every beginning is a token, too; longer ones come first.
     known = {token.text for token in tokens}
     for text in dict.fromkeys(p for word in words for p in _beginnings(word)):

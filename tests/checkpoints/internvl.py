@@ -9,8 +9,8 @@ from typing import Any
 from tests.checkpoints.internlm2_vocabulary import write_internlm2, write_internlm2_as_llama
 from tests.checkpoints.internvl_tensors import Tiny, tensors
 from tests.checkpoints.paligemma import write_weights
-from tests.checkpoints.qwen2_vocabulary import write_qwen2
-from tests.checkpoints.vocabulary import write_json
+from tests.checkpoints.qwen2_vocabulary import trained, write_qwen2
+from tests.checkpoints.vocabulary import grown, write_json
 
 # As the published tokenizers have them, behind Qwen2's own.
 ADDED = (
@@ -76,14 +76,15 @@ def write_internvl(folder: Path, **options: Any) -> Path:
     elif tiny.internlm2:
         tokens = write_internlm2(folder, added)
     else:
-        tokens = write_qwen2(folder, added, tiny.files, **more)
-    vocab = len(tokens) + 3  # Rows that no token has, as the published tables.
+        tokens = write_qwen2(folder, added, tiny.files, grown(trained(), tiny.n_vocab), **more)
+    vocab = tiny.n_vocab or len(tokens) + 3  # Rows that no token has, as the published tables.
     write_json(folder / "config.json", _config(tiny, tokens, vocab))
     if tiny.layout != "own":
         _write_processor(folder, tiny)
     if tiny.conversation:
         (folder / "conversation.py").write_text(tiny.conversation, encoding="utf-8")
-    write_weights(folder, tensors(tiny, vocab), tiny.dtype, tiny.shards)
+    if tiny.weights:
+        write_weights(folder, tensors(tiny, vocab), tiny.dtype, tiny.shards)
     return folder
 
 

@@ -18,7 +18,8 @@ Layout = Literal["own", "hf", "hf-old"]
 class Tiny:
     """Sizes of a tiny checkpoint; `processor` overrides keys of preprocessor_config.json, `chat` is
     its chat template ("" the published one, None no file), `conversation` its conversation.py.
-    "hf-old" has the names of transformers before 4.52.
+    "hf-old" has the names of transformers before 4.52. `n_vocab` are the tables' rows, 0 a few more
+    than tokens; without `weights` whoever calls writes them.
     """
 
     layout: Layout = "hf"
@@ -41,6 +42,8 @@ class Tiny:
     dtype: str = "float32"
     seed: int = 0
     shards: int = 1
+    n_vocab: int = 0
+    weights: bool = True
     chat: str | None = ""
     conversation: str = ""
     processor: Mapping[str, Any] = field(default_factory=dict)

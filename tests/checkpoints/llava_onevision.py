@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from tests.checkpoints.paligemma import Tensors, write_safetensors, write_weights
-from tests.checkpoints.qwen2_vocabulary import Files, write_qwen2
-from tests.checkpoints.vocabulary import write_json
+from tests.checkpoints.qwen2_vocabulary import Files, trained, write_qwen2
+from tests.checkpoints.vocabulary import grown, write_json
 
 SIZE, PATCH = 32, 4
 PINPOINTS = [[SIZE * a, SIZE * b] for a in range(1, 4) for b in range(1, 4)]
@@ -40,9 +40,11 @@ OWN: Mapping[str, Any] = {"layout": "own", "vision_width": 144, "vision_heads": 
 class Tiny:
     """Sizes of a tiny checkpoint; mappings override keys of its files, None leaves a file out.
 
-    `chat` is the chat template by its name in CHATS, or its text. Of the own layout alone: `tower`
-    says where that is ("inside", or in a "folder" beside the checkpoint, with a last layer that is
-    not read), `files` how the tokenizer is written, `image_token` whether it has <image>.
+    `n_vocab` are the tables' rows, 0 a few more than tokens; without `weights` whoever calls writes
+    those of transformers' layouts. `chat` is the chat template by its name in CHATS, or its text.
+    Of the own layout alone: `tower` says where that is ("inside", or in a "folder" beside the
+    checkpoint, with a last layer that is not read), `files` how the tokenizer is written,
+    `image_token` whether it has <image>.
     """
 
     layout: str = "hf"
@@ -65,6 +67,8 @@ class Tiny:
     seed: int = 0
     shards: int = 1
     most: int = 2
+    n_vocab: int = 0
+    weights: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] = field(default_factory=dict)
     vision_config: Mapping[str, Any] = field(default_factory=dict)
@@ -78,17 +82,17 @@ def write_onevision(folder: Path, **options: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     own = tiny.layout == "own"
     added = ("<image>", "<video>")[: tiny.image_token if own else 2]
-    tokens = write_qwen2(folder, added, tiny.files)
-    vocab = len(tokens) + 5  # Rows that no token has, as the published tables.
+    tokens = write_qwen2(folder, added, tiny.files, grown(trained(), tiny.n_vocab))
+    vocab = tiny.n_vocab or len(tokens) + 5  # Rows that no token has, as the published tables.
     write_json(
         folder / "generation_config.json",
         {"bos_token_id": tokens["<|endoftext|>"], "eos_token_id": tokens["<|im_end|>"]},
     )
-    made = _tensors(tiny, vocab)
     if own:
-        _write_own(folder, tiny, tokens, vocab, made)
+        _write_own(folder, tiny, tokens, vocab, _tensors(tiny, vocab))
         return folder
-    write_weights(folder, made, tiny.dtype, tiny.shards)
+    if tiny.weights:
+        write_weights(folder, _tensors(tiny, vocab), tiny.dtype, tiny.shards)
     write_json(folder / "config.json", _config(tiny, tokens, vocab))
     if tiny.chat:
         text = _chat_template(*CHATS[tiny.chat]) if tiny.chat in CHATS else tiny.chat

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.checkpoints.paligemma import Tensors, write_weights
-from tests.checkpoints.vocabulary import CORPUS, write_json
+from tests.checkpoints.vocabulary import CORPUS, grown, write_json
 
 # As SmolLM2's tokenizer has them, and those that SmolVLM adds behind its last.
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>")
@@ -24,6 +24,8 @@ ADDED = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 class Tiny:
     """Sizes of a tiny checkpoint; `places` says whether its tokenizer knows those of tiles, which
     the first SmolVLM-2.2B's does not. `processor` overrides keys of preprocessor_config.json.
+    `n_vocab` are the tables' rows, 0 a few more than tokens; without `weights` whoever calls writes
+    them.
     """
 
     model_type: str = "idefics3"
@@ -45,6 +47,8 @@ class Tiny:
     seed: int = 0
     shards: int = 1
     processor: Mapping[str, Any] = field(default_factory=dict)
+    n_vocab: int = 0
+    weights: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,7 +58,7 @@ def write_smolvlm(folder: Path, **options: Any) -> Path:
     tiny = Tiny(**options)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = _write_tokenizer(folder, tiny)
-    vocab = len(tokens) + 3  # Rows that no token has, as the published tables.
+    vocab = tiny.n_vocab or len(tokens) + 3  # Rows that no token has, as the published tables.
     kind = "SmolVLM" if tiny.model_type == "smolvlm" else "Idefics3"
     config = {
         "architectures": [f"{kind}ForConditionalGeneration"],
@@ -122,7 +126,8 @@ def write_smolvlm(folder: Path, **options: Any) -> Path:
     )
     generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}
     write_json(folder / "generation_config.json", generation)
-    write_weights(folder, _tensors(tiny, vocab), tiny.dtype, tiny.shards)
+    if tiny.weights:
+        write_weights(folder, _tensors(tiny, vocab), tiny.dtype, tiny.shards)
     return folder
 
 
@@ -150,7 +155,7 @@ def _trained() -> str:
 
 def _write_tokenizer(folder: Path, tiny: Tiny) -> dict[str, int]:
     """Writes the tokenizer's files; returns the ids of all tokens by text."""
-    data = json.loads(_trained())
+    data = json.loads(grown(_trained(), tiny.n_vocab))
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     for text in (*(PLACES if tiny.places else ()), *ADDED):
         i = len(data["model"]["vocab"]) + len(data["added_tokens"]) - len(SPECIALS)

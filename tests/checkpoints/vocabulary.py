@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Rows that a grown tokenizer leaves for tokens that are added to it.
+_ADDED_ROWS = 64
+# As byte-level pieces write two newlines; llama.cpp aborts on an Idefics3 without that token.
+_BLANK_LINE = "\u010a\u010a"
 # Enough text for a few hundred merges in several scripts.
 CORPUS = """\
 answer en what is in the picture? caption en describe this image in detail
@@ -201,6 +207,29 @@ def write_tokenizer(folder: Path, kind: str = "model") -> None:
         {"additional_special_tokens": [{"content": IMAGE, **special}], **names},
     )
     write_json(folder / "added_tokens.json", {IMAGE: n_pieces()})
+
+
+def grown(tokenizer: str, n_rows: int) -> str:
+    """A byte-level tokenizer.json with pieces for a table of `n_rows`, at least its own: behind
+    these such as merging can reach, and rows left for added tokens.
+    """
+    data = json.loads(tokenizer)
+    pieces, merges = data["model"]["vocab"], data["model"]["merges"]
+    missing = max(0, n_rows - _ADDED_ROWS - len(pieces))
+    fresh = (w for w in itertools.chain([_BLANK_LINE], words()) if w not in pieces)
+    for word in itertools.islice(fresh, missing):
+        pieces[word] = len(pieces)
+        merges.append([word[:-1], word[-1]])
+    return json.dumps(data)
+
+
+def words() -> Iterator[str]:
+    """Letters in every order, from pairs on: each word is an earlier one and a letter."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    stems = letters
+    while True:
+        stems = [stem + letter for stem in stems for letter in letters]
+        yield from stems
 
 
 def write_json(path: Path, data: Any) -> None:
