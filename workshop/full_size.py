@@ -1,37 +1,51 @@
-"""The full-size proof: a random model of real size is written, exported, and asked about a picture.
+"""The full-size proof: random models of real size are written, exported, and asked about a picture.
 
-    python -m workshop.full_size /path/with/20GB [--model paligemma-3b-224]
+    python -m workshop.full_size /path/with/20GB [--model NAME]... [--peers]
 
-The checkpoint has the published layout, names, shapes and number types and random weights
-(published.py), so that the numbers are those of the real model and the answers are noise. Export
-and answer run in child processes, whose wall time and peak resident memory are printed as a
+The checkpoints have the published layouts, names, shapes and number types and random weights
+(published.py), so that the numbers are those of the real models and the answers are noise. Each
+export, answer and turn of an engine runs in a child process of its own. What is printed is one
 Markdown table.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from edgevlm.benchmarks.latency.files import default_picture
+from edgevlm.benchmarks.latency.report import PeerResult
+from edgevlm.benchmarks.peers.run import OURS, Comparison, beside
+from edgevlm.bundle import open_bundle
 from edgevlm.machine import usable_cpus
 from workshop.published import WRITERS, write
 
-# Peaks that each model must stay below: export and answer, in GB.
-GOALS = {
+# Peaks that models must stay below: export and answer, in GB; None where there is no goal.
+GOALS: dict[str, tuple[float | None, float | None]] = {
     "paligemma-3b-224": (8, 3),
     "mobilepalo-1.7b": (6, 3),
     "tiny-llava-v1": (6, 3),
     "tinygptv": (12, 6),
+    "smolvlm-256m": (None, 0.7),
 }
-PROMPTS = {"paligemma-3b-224": "answer en what is in the picture?"}
+_PROMPT = "What is in the picture?"
+_PROMPTS = {"paligemma-3b-224": "answer en what is in the picture?"}
+
+
+# Those that a person would take instead.
+_PEERS = ("mtmd", "transformers_cpu")
+_HEAD = (
+    "| model | engine | export | on disk | ask, 16 tokens, start to end "
+    "| first token | decode | peak memory |"
+)
 
 
 @dataclass(frozen=True)
@@ -74,28 +88,81 @@ def measure(arguments: list[str]) -> Measured:
     return Measured(seconds, peak, child.stdout)
 
 
-def _picture(path: Path) -> Path:
-    from PIL import Image
-
-    from edgevlm.export.parity.images import scene
-
-    Image.fromarray(scene()).save(path)
-    return path
-
-
 def _size(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
 
 
-def _row(what: str, measured: Measured, size: int, goal: int) -> str:
-    gb = (f"{n / 1e9:.2f} GB" for n in (measured.peak_bytes, size))
-    return f"| {what} | {measured.seconds:.0f} s | {' | '.join(gb)} | peak < {goal} GB |"
+def _cost(measured: Measured, goal: float | None) -> str:
+    below = f" (goal {goal})" if goal else ""
+    return f"{measured.seconds:.0f} s, {measured.peak_bytes / 1e9:.2f} GB{below}"
+
+
+def _engine(result: PeerResult) -> str:
+    """An engine's own cells: first token, decode, peak memory; or why there are none."""
+    if result.error:
+        return f"{result.error.replace('|', '/')} | - | -"
+    of = {name: metric.median for name, metric in result.metrics.items()}
+    first, tokens = of["first_token_ms"] / 1e3, 1e3 / of["token_ms"]
+    peak = f"{of['peak_rss_bytes'] / 1e9:.2f} GB" if "peak_rss_bytes" in of else "-"
+    return f"{first:.2f} s | {tokens:.1f} tokens/s | {peak}"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Models in a folder, a picture to ask them about, precisions, and the engines' turns."""
+
+    folder: Path
+    image: Path
+    quant: str
+    vision_precision: str
+    verify: bool
+    peers: tuple[str, ...]
+    rounds: int
+
+    def rows(self, model: str) -> Iterator[str]:
+        """Writes, exports and asks a model; its rows of the table, edgevlm's first."""
+        checkpoint, bundle = self.folder / model, self.folder / f"{model}-bundle"
+        more = write(model, checkpoint)
+        how = ["--quant", self.quant, "--vision-precision", self.vision_precision, *more]
+        check = "--verify" if self.verify else "--no-verify"
+        exported = measure(["export", str(checkpoint), str(bundle), *how, check])
+        words = _PROMPTS.get(model, _PROMPT)
+        asked = measure(
+            ["ask", words, "-i", str(self.image), "-m", str(bundle), "--max-tokens", "16"]
+        )
+        comparison = Comparison(
+            bundle=open_bundle(bundle),
+            image=self.image,
+            words=words,
+            checkpoint=checkpoint,
+            tower=Path(more[1]) if more else None,
+            rounds=self.rounds,
+            only=(OURS, *self.peers),
+        )
+        found = beside(comparison, model, lambda text: click.echo(text, err=True))
+        export_goal, ask_goal = GOALS.get(model, (None, None))
+        own = (
+            f"{_cost(exported, export_goal)} | {_size(bundle) / 1e6:.0f} MB "
+            f"| {_cost(asked, ask_goal)}"
+        )
+        for i, result in enumerate(found.results):
+            name, cells = ("", "| |") if i else (model, own)
+            engine = f"{result.title} {result.version}".strip()
+            if result.positions not in (0, found.results[0].positions):
+                engine += f", {result.positions} positions"
+            yield f"| {name} | {engine} | {cells} | {_engine(result)} |"
 
 
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
-    "--model", type=click.Choice(list(WRITERS)), default="paligemma-3b-224", show_default=True
+    "--model",
+    "models",
+    type=click.Choice(list(WRITERS)),
+    multiple=True,
+    default=["paligemma-3b-224"],
+    show_default=True,
+    help="Repeatable.",
 )
 @click.option(
     "--image", type=click.Path(exists=True, path_type=Path), help="A picture to ask about."
@@ -103,25 +170,29 @@ def _row(what: str, measured: Measured, size: int, goal: int) -> str:
 @click.option("--quant", default="q4_k_m", show_default=True)
 @click.option("--vision-precision", default="int8", show_default=True)
 @click.option("--verify/--no-verify", default=False, help="Compare with transformers (12 GB).")
+@click.option("--peers", is_flag=True, help="Beside llama.cpp and transformers.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 def main(
-    folder: Path, model: str, image: Path | None, quant: str, vision_precision: str, verify: bool
+    folder: Path,
+    models: tuple[str, ...],
+    image: Path | None,
+    quant: str,
+    vision_precision: str,
+    verify: bool,
+    peers: bool,
+    rounds: int,
 ) -> None:
-    """Writes, exports and asks a random model in FOLDER; prints a Markdown table."""
-    checkpoint, bundle = folder / model, folder / f"{model}-bundle"
-    more = write(model, checkpoint)
-    image = image or _picture(folder / "picture.png")
-    how = ["--quant", quant, "--vision-precision", vision_precision, *more]
-    check = "--verify" if verify else "--no-verify"
-    exported = measure(["export", str(checkpoint), str(bundle), *how, check])
-    question = [PROMPTS.get(model, "What is in the picture?"), "-i", str(image), "-m", str(bundle)]
-    answered = measure(["ask", *question, "--max-tokens", "16", "--json"])
-    timings = json.loads(answered.stdout.strip().splitlines()[-1])["timings"]
-    click.echo(f"{platform.machine()}, {usable_cpus()} cores, {quant} + {vision_precision}\n")
-    click.echo("| step | wall time | peak memory | model read | goal |\n|---|---|---|---|---|")
-    export_goal, answer_goal = GOALS[model]
-    click.echo(_row("export", exported, _size(checkpoint), export_goal))
-    click.echo(_row("ask, 16 tokens", answered, _size(bundle), answer_goal))
-    click.echo(f"\nTimings of the answer: {json.dumps(timings)}")
+    """Writes, exports and asks random models in FOLDER; prints a Markdown table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    others = _PEERS if peers else ()
+    picture = image or default_picture(folder)
+    run = _Run(folder, picture, quant, vision_precision, verify, others, rounds)
+    rows = [row for model in models for row in run.rows(model)]
+    click.echo(
+        f"{platform.machine()}, {usable_cpus()} cores, {quant} + {vision_precision}, "
+        f"medians of {rounds}\n"
+    )
+    click.echo("\n".join([_HEAD, "|" + "---|" * 8, *rows]))
 
 
 if __name__ == "__main__":

@@ -7,23 +7,41 @@ are written a few megabytes at a time.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgevlm.benchmarks.synthetic.configs import CLIP, MOBILEPALO, PALIGEMMA, PIECES, TINY_LLAVA
-from edgevlm.family import Source, by_name
+from edgevlm.benchmarks.synthetic.configs import (
+    CLIP,
+    LLAVA_ONEVISION_PICTURES,
+    MOBILEPALO,
+    PALIGEMMA,
+    PIECES,
+    TINY_LLAVA,
+)
+from edgevlm.benchmarks.synthetic.make import describe
+from edgevlm.benchmarks.synthetic.models import MODELS
+from edgevlm.family import Config, Source, by_name
 from edgevlm.parts import Part, Shapes
+from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import preprocessor as clip_preprocessor
+from tests.checkpoints.llava_onevision import write_onevision
 from tests.checkpoints.paligemma import encode, header, preprocessor
-from tests.checkpoints.vocabulary import write_json
+from tests.checkpoints.smolvlm import write_smolvlm
+from tests.checkpoints.vocabulary import words, write_json
 
 SHARD_BYTES = 4_000_000_000
 _PICKLED_BYTES = 1_000_000_000
 _BLOCK = 1 << 22
+# Vectors that others are multiplied by.
+_SCALE = re.compile(r"norm.*\.weight$|\.lambda_[12]$")
+# Writes a checkpoint's files but its weights: folder, config.json, sizes.
+_Files = Callable[[Path, Config, dict[str, Any]], None]
 
 
 def write(name: str, folder: Path) -> list[str]:
@@ -56,7 +74,7 @@ def write_paligemma(folder: Path) -> None:
         "language_model.model.": model.text,
     }
     tensors = {p + n: s for p, config in parts.items() for n, s in config.tensors().items()}
-    _write_safetensors(folder, tensors)
+    _write_safetensors(folder, tensors, from_one=("language_model.",))
 
 
 def write_mobilepalo(folder: Path) -> None:
@@ -110,11 +128,90 @@ def write_tinygptv(folder: Path) -> None:
     pieces.write_tinygptv(folder, stage=4, below=False, **pieces.SIZES)
 
 
+def _write_tiles(folder: Path, name: str, files: _Files, parts: tuple[str, str, str]) -> None:
+    """Writes a synthetic shape in transformers' layout, bfloat16 safetensors: its files but the
+    weights, and its tensors behind what the names of its parts begin with.
+    """
+    config = MODELS[name].files["config.json"]
+    files(folder, config, _sizes(config) | {"dtype": "bfloat16", "weights": False})
+    _, model = describe(MODELS[name], name)
+    tensors = {}
+    configs: tuple[Part, ...] = (model.vision, model.projector, model.text)
+    for prefix, part in zip(parts, configs, strict=True):
+        for key, shape in part.tensors().items():
+            tensors[_ELSEWHERE.get(key, prefix + key)] = shape
+    _write_safetensors(folder, tensors)
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+    """Sizes as the writers of tiny checkpoints call them."""
+    vision, text = config["vision_config"], config.get("text_config") or config["llm_config"]
+    return {
+        "size": vision["image_size"],
+        "vision_width": vision["hidden_size"],
+        "vision_layers": vision["num_hidden_layers"],
+        "vision_heads": vision["num_attention_heads"],
+        "vision_mlp": vision["intermediate_size"],
+        "width": text["hidden_size"],
+        "layers": text["num_hidden_layers"],
+        "heads": text["num_attention_heads"],
+        "kv_heads": text["num_key_value_heads"],
+        "mlp": text["intermediate_size"],
+        "n_vocab": text["vocab_size"],
+        "text_config": {"max_position_embeddings": text["max_position_embeddings"]},
+    }
+
+
+def _smolvlm_files(folder: Path, config: Config, sizes: dict[str, Any]) -> None:
+    write_smolvlm(folder, patch=config["vision_config"]["patch_size"], **sizes)
+
+
+def _internvl_files(folder: Path, config: Config, sizes: dict[str, Any]) -> None:
+    write_internvl(folder, layout="hf", patch=config["vision_config"]["patch_size"], **sizes)
+
+
+def _onevision_files(folder: Path, config: Config, sizes: dict[str, Any]) -> None:
+    vision, tiles = config["vision_config"], {"vision_aspect_ratio": config["vision_aspect_ratio"]}
+    grid = vision["image_size"] // vision["patch_size"]
+    write_onevision(
+        folder,
+        layout="hf",
+        chat="onevision",
+        config={**tiles, "image_grid_pinpoints": config["image_grid_pinpoints"]},
+        vision_config={key: vision[key] for key in ("image_size", "patch_size")},
+        processor=LLAVA_ONEVISION_PICTURES,
+        nested={**tiles, "num_image_tokens": grid**2},
+        **sizes,
+    )
+
+
+_SMOLVLM = ("model.vision_model.", "model.connector.modality_projection.", "model.text_model.")
+_INTERNVL = ("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.")
+_ONEVISION = ("vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.")
+# Canonical names that these layouts have elsewhere than in their part, or otherwise.
+_ELSEWHERE = {
+    "lm_head.weight": "lm_head.weight",
+    "image_newline": "image_newline",
+    **{
+        f"{i}.{kind}": f"multi_modal_projector.linear_{1 + i // 2}.{kind}"
+        for i in (0, 2)
+        for kind in ("weight", "bias")
+    },
+}
 WRITERS: dict[str, Callable[[Path], None]] = {
     "paligemma-3b-224": write_paligemma,
     "mobilepalo-1.7b": write_mobilepalo,
     "tiny-llava-v1": write_tiny_llava,
     "tinygptv": write_tinygptv,
+    **{
+        name: partial(_write_tiles, name=name, files=files, parts=parts)
+        for name, files, parts in (
+            ("smolvlm-256m", _smolvlm_files, _SMOLVLM),
+            ("smolvlm-500m", _smolvlm_files, _SMOLVLM),
+            ("internvl3-1b", _internvl_files, _INTERNVL),
+            ("llava-onevision-0.5b", _onevision_files, _ONEVISION),
+        )
+    },
 }
 
 
@@ -137,13 +234,16 @@ def _write_index(path: Path, files: dict[str, Shapes]) -> None:
     write_json(path, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_safetensors(folder: Path, tensors: Shapes) -> None:
+def _write_safetensors(folder: Path, tensors: Shapes, from_one: tuple[str, ...] = ()) -> None:
+    """Writes shards and their index; norms behind a prefix in `from_one` scale by one more than
+    their weight, as Gemma's.
+    """
     shards = _shards(tensors, SHARD_BYTES)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for i, (name, shard) in enumerate(zip(names, shards, strict=True)):
         with (folder / name).open("wb") as f:
             f.write(header(shard, "bfloat16"))
-            for block in _blocks(shard, np.random.default_rng(i)):
+            for block in _blocks(shard, np.random.default_rng(i), from_one):
                 f.write(encode(block, "bfloat16"))
     _write_index(folder / "model.safetensors.index.json", dict(zip(names, shards, strict=True)))
 
@@ -162,12 +262,13 @@ def _write_pickles(folder: Path, tensors: Shapes) -> None:
     _write_index(folder / "pytorch_model.bin.index.json", dict(zip(names, shards, strict=True)))
 
 
-def _blocks(tensors: Shapes, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def _blocks(
+    tensors: Shapes, rng: np.random.Generator, from_one: tuple[str, ...] = ()
+) -> Iterator[np.ndarray]:
     """Random values of the size that keeps activations of a deep net near one."""
     for name, shape in tensors.items():
-        # Gemma's norms scale by one more than their weight.
-        one = "norm" in name and name.endswith("weight") and "language_model" not in name
-        mean, std = float(one and len(shape) == 1), 0.02
+        one = len(shape) == 1 and not name.startswith(from_one) and _SCALE.search(name)
+        mean, std = float(bool(one)), 0.02
         if len(shape) > 1:
             std = int(np.prod(shape[1:])) ** -0.5
         left = int(np.prod(shape))
@@ -197,18 +298,9 @@ def _tokenizer(n: int, specials: tuple[str, ...], tail: list[str], *, prefix: bo
     pieces = [(text, 0.0, 2 if text == "<unk>" else 3) for text in specials]
     pieces += [(f"<0x{i:02X}>", 0.0, 6) for i in range(256)]
     letters = ["\u2581", "\n", *map(chr, range(33, 127))]
-    words = itertools.islice(_words(), n - len(pieces) - len(letters) - len(tail))
-    pieces += [(t, -float(i), 1) for i, t in enumerate([*words, *letters])]
+    plain = itertools.islice(words(), n - len(pieces) - len(letters) - len(tail))
+    pieces += [(t, -float(i), 1) for i, t in enumerate([*plain, *letters])]
     pieces += [(t, 0.0, 4) for t in tail]
     for text, score, kind in pieces:
         model.pieces.add(piece=text, score=score, type=kind)
     return bytes(model.SerializeToString())
-
-
-def _words() -> Iterator[str]:
-    """Pieces that merging can reach: every one is an earlier one and a letter."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    stems = letters
-    while True:
-        stems = [stem + letter for stem in stems for letter in letters]
-        yield from stems
