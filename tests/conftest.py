@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from edgevlm.bundle import Bundle
+from edgevlm.export import child
+from tests import inside
 from tests.checkpoints.paligemma import write_paligemma
 
 # A run in the background inherits an ignored Ctrl-C; the programs that tests interrupt must not.
@@ -19,6 +23,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.fixture(scope="module")
+def children_inside() -> Iterator[None]:
+    """What exports run in child processes is run in this process, but llama.cpp's quantizer. For
+    files about a family; `tests/test_families.py` exports each as users do.
+    """
+    with mock.patch.object(child, "run", inside.child):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,8 @@ from tests.checkpoints.deepseek_vl import write_deepseek_vl
 from tests.checkpoints.deepseek_vocabulary import END, IMAGE
 from tests.checkpoints.saved_by_5 import as_saved_by_5
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 RNG = np.random.default_rng(8)
 WIDE = RNG.integers(0, 256, (70, 110, 3), np.uint8)
 TALL = RNG.integers(0, 256, (150, 40, 3), np.uint8)

@@ -36,6 +36,8 @@ from tests.checkpoints.vocabulary import write_json
 from tests.test_llava import PICTURE
 from tests.tinygptv_sources import SMALL
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 TEXT = "language_model.model.layers.0."
 TOWER = "vision_tower.vision_model.encoder.layers.0."
 Q, UP = f"{TEXT}self_attn.q_proj", f"{TEXT}mlp.up_proj"

@@ -22,6 +22,8 @@ from edgevlm.sampling import Sampling
 from tests.answers import greedy, sequence
 from tests.checkpoints.internvl import SYSTEM_TEMPLATE, write_internvl
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 RNG = np.random.default_rng(5)
 WIDE = RNG.integers(0, 256, (70, 110, 3), np.uint8)
 TALL = RNG.integers(0, 256, (150, 40, 3), np.uint8)

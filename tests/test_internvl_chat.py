@@ -23,6 +23,8 @@ from tests.answers import greedy, sequence
 from tests.checkpoints.internvl import CONVERSATION, write_internvl
 from tests.test_internvl import SMALL, TALL, WIDE, WORDS, Picture
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "3-1b": {"files": "pair"},
     "2-1b": {

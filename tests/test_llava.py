@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from edgevlm.prompt import Exchange, Image, Tokens
 from edgevlm.runtimes.engines import Float
 from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.sampling import Sampling
-from tests import published
+from tests import inside, published
 from tests.checkpoints import byte_vocabulary
 from tests.checkpoints.llava import ORIGINALS, Tiny, write_llava
 from tests.checkpoints.vocabulary import llama_model, write_json
 from tests.multilingual import PROMPTS
+
+pytestmark = pytest.mark.usefixtures("children_inside")
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 PROMPT = "what is in the picture? опиши 图片"
@@ -66,26 +68,36 @@ def test_it_answers_like_the_original(name: str, tmp_path: Path) -> None:
     theirs = Original(Tiny(**options), source).logits(PICTURE, PROMPT, tokens)
     assert theirs[:-1].argmax(1).tolist() == tokens
     assert np.abs(ours - theirs).max() < 5e-3
-    ask_and_chat(bundle, tmp_path)
+    ask_and_chat(bundle, tmp_path, program if name == "llava-1.5" else inside.edgevlm)
 
 
-def ask_and_chat(bundle: Bundle, folder: Path) -> None:
+def program(*arguments: str, input: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the command line as users do."""
+    return subprocess.run(
+        [sys.executable, "-m", "edgevlm", *(a.encode() for a in arguments)],
+        input=input,
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONUTF8": "1"},  # as the prompt is, whatever the locale
+        check=False,
+    )
+
+
+def ask_and_chat(
+    bundle: Bundle, folder: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     """The command line answers about the picture, and goes on about it in a chat."""
     PIL.Image.fromarray(PICTURE).save(folder / "picture.png")
     about = ["-m", str(bundle.folder), "-i", str(folder / "picture.png"), "--max-tokens", "3"]
-    edgevlm: list[str | bytes] = [sys.executable, "-m", "edgevlm"]
-    utf8 = os.environ | {"PYTHONUTF8": "1"}  # as the prompt is, whatever the locale
-    ask = [*edgevlm, "ask", PROMPT.encode(), "--json", *about]
-    asked = subprocess.run(ask, capture_output=True, env=utf8)
-    assert asked.returncode == 0, asked.stderr.decode()
+    asked = command("ask", PROMPT, "--json", *about)
+    assert asked.returncode == 0, asked.stderr
     reply = json.loads(asked.stdout.splitlines()[-1])
     assert len(reply["token_ids"]) == 3
-    typed = f"{PROMPT}\nand now?\n/stats\n".encode()
-    talked = subprocess.run([*edgevlm, "chat", *about], input=typed, capture_output=True, env=utf8)
-    assert talked.returncode == 0, talked.stderr.decode()
-    assert talked.stdout.decode().startswith(reply["text"])
+    talked = command("chat", *about, input=f"{PROMPT}\nand now?\n/stats\n")
+    assert talked.returncode == 0, talked.stderr
+    assert talked.stdout.startswith(reply["text"])
     # The second question follows the first and its answer.
-    told = re.search(r"text (\d+), cached (\d+)", talked.stderr.decode())
+    told = re.search(r"text (\d+), cached (\d+)", talked.stderr)
     assert told and int(told[1]) > reply["tokens"]["text"] + 3
     # What comes before the question is not read again.
     assert int(told[2]) > bundle.manifest.image.tokens
@@ -129,7 +141,7 @@ def test_transformers_layout_answers_like_transformers(
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids + tokens]), pixel_values=pixels).logits
     assert np.abs(ours - logits[0, -17:].numpy()).max() < 5e-3
-    ask_and_chat(bundle, tmp_path)
+    ask_and_chat(bundle, tmp_path, inside.edgevlm)
 
 
 AGAIN = {

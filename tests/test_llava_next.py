@@ -27,6 +27,8 @@ from tests.checkpoints.adapters import shapes_of, write_adapter
 from tests.checkpoints.llava_next import PINPOINTS, SIZE, write_next
 from tests.checkpoints.saved_by_5 import as_saved_by_5
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 RNG = np.random.default_rng(5)
 WIDE = RNG.integers(0, 256, (70, 110, 3), np.uint8)
 TALL = RNG.integers(0, 256, (150, 40, 3), np.uint8)

@@ -23,6 +23,8 @@ from tests.anyres_reference import Original, Picture
 from tests.checkpoints.llava_onevision import PINPOINTS, SIZE, write_onevision
 from tests.checkpoints.saved_by_5 import as_saved_by_5
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 RNG = np.random.default_rng(6)
 WIDE = RNG.integers(0, 256, (70, 110, 3), np.uint8)
 TALL = RNG.integers(0, 256, (150, 40, 3), np.uint8)

@@ -27,6 +27,8 @@ from tests.onevision_reference import IMAGE, OwnOriginal
 from tests.test_llava_onevision import CASES, TALL, WIDE, WORDS
 from tests.test_tiles import pictures
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 RANGE = {"image_grid_pinpoints": "(1x1),...,(3x3)"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "0.5b": {},

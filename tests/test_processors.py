@@ -27,6 +27,8 @@ from tests.checkpoints.tinygptv import write_tinygptv
 from tests.checkpoints.vocabulary import write_json
 from tests.tinygptv_sources import SMALL
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 RNG = np.random.default_rng(3)
 WIDE = RNG.integers(0, 256, (50, 90, 3), np.uint8)
 TALL = RNG.integers(0, 256, (101, 67, 3), np.uint8)

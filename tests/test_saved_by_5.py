@@ -21,6 +21,8 @@ from tests.checkpoints.tinygptv import write_tinygptv
 from tests.checkpoints.vocabulary import write_json
 from tests.tinygptv_sources import SMALL
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 LLAMA3: dict[str, Any] = {"vocabulary": "llama3", "kv_heads": 2, "text_config": {"rope_theta": 5e5}}
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "paligemma-1": partial(write_paligemma, tokenizer="json"),

@@ -21,6 +21,8 @@ from edgevlm.types import Progress
 from tests.answers import greedy, sequence
 from tests.checkpoints.smolvlm import write_smolvlm
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 RNG = np.random.default_rng(5)
 WIDE = RNG.integers(0, 256, (70, 110, 3), np.uint8)
 TALL = RNG.integers(0, 256, (150, 40, 3), np.uint8)

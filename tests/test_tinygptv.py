@@ -32,6 +32,8 @@ from tests.multilingual import PROMPTS
 from tests.tinygptv_reference import Original
 from tests.tinygptv_sources import SMALL, prepared
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 PROMPT = "what is in the picture? опиши  图片"
 # What stands on both sides of the picture, from demo.py and demo_v2.py.

@@ -17,6 +17,8 @@ from edgevlm.parts.qformer import QFormer
 from tests.checkpoints.tinygptv import write_tinygptv
 from tests.tinygptv_sources import SMALL, prepared
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 
 def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Rewrites what a file of torch or JSON holds; `change` edits it, or returns another."""
