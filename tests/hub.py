@@ -7,17 +7,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
 import threading
 import urllib.parse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
+
+from edgevlm import cli
+from edgevlm.hub import patience
+from tests import inside
 
 COMMIT = "1" * 40
 # As on the hub, where .gitattributes says so.
@@ -77,15 +84,23 @@ class Hub:
         }
 
     def edgevlm(self, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """Runs the command line against this hub."""
-        return subprocess.run(
-            [sys.executable, "-m", "edgevlm", *arguments],
-            capture_output=True,
-            text=True,
-            env=self.environment(home, **more),
-            cwd=ROOT,
-            check=False,
-        )
+        """Runs the command line against this hub, in this process."""
+        return self.run(cli.main, home, *arguments, **more)
+
+    def run(
+        self, action: Callable[[], object], home: Path, *arguments: str, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Calls `action` in this process as a child with `environment` would: the hub client is
+        imported anew, as it reads its variables then. Nobody waits before a further attempt.
+        """
+        log = logging.getLogger("huggingface_hub")
+        with ExitStack() as stack:
+            variables = self.environment(home, **more)
+            stack.enter_context(mock.patch.dict(os.environ, variables, clear=True))
+            stack.enter_context(mock.patch.object(patience, "time"))
+            stack.enter_context(mock.patch.object(log, "handlers", []))
+            stack.enter_context(_imported_anew("huggingface_hub"))
+            return inside.called(action, arguments)
 
     def fault(self, path: str) -> Fault | None:
         """The next fault that this request meets."""
@@ -94,6 +109,22 @@ class Hub:
                 found.times -= 1
                 return found
         return None
+
+
+@contextmanager
+def _imported_anew(package: str) -> Iterator[None]:
+    """Whoever imports the package within the block gets another one than before and after it."""
+    before = _taken_out(package)
+    try:
+        yield
+    finally:
+        _taken_out(package)
+        sys.modules.update(before)
+
+
+def _taken_out(package: str) -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name.partition(".")[0] == package]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 @contextmanager

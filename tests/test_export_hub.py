@@ -12,7 +12,8 @@ import pytest
 
 from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.hub import locate
-from tests.hub import COMMIT, ROOT, Hub, serve
+from edgevlm.types import Progress
+from tests.hub import COMMIT, Hub, serve
 
 REPO = "org/tiny-paligemma"
 
@@ -49,29 +50,22 @@ def hub(paligemma_checkpoint: Path) -> Iterator[Hub]:
         yield served
 
 
-def locate_in_child(source: str, hub: Hub, home: Path) -> subprocess.CompletedProcess[str]:
-    """The hub client reads its address and its cache's place when it is imported."""
-    code = (
-        "import sys\n"
-        "from edgevlm.errors import SourceError\n"
-        "from edgevlm.export.checkpoint.hub import locate\n"
-        "steps = []\n"
-        "try: print(*locate(sys.argv[1], steps.append), steps[-1].done, sep='\\n')\n"
-        "except SourceError as e: sys.exit(f'SourceError: {e}')\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, source],
-        capture_output=True,
-        text=True,
-        env=hub.environment(home),
-        cwd=ROOT,
-        check=False,
-    )
+def located(source: str, hub: Hub, home: Path) -> subprocess.CompletedProcess[str]:
+    """Says where a source was downloaded to, its name, and how many bytes that were."""
+
+    def action() -> None:
+        steps: list[Progress] = []
+        try:
+            print(*locate(source, steps.append), steps[-1].done, sep="\n")
+        except SourceError as e:
+            sys.exit(f"SourceError: {e}")
+
+    return hub.run(action, home)
 
 
 def test_a_model_is_downloaded(hub: Hub, paligemma_checkpoint: Path, tmp_path: Path) -> None:
     (paligemma_checkpoint / "pytorch_model.bin").write_bytes(b"not wanted")
-    done = locate_in_child(f"{REPO}@main", hub, tmp_path)
+    done = located(f"{REPO}@main", hub, tmp_path)
     (paligemma_checkpoint / "pytorch_model.bin").unlink()
     assert done.returncode == 0 and done.stderr == ""
     folder, name, n_bytes = done.stdout.splitlines()
@@ -90,7 +84,7 @@ def test_torchs_files_are_taken_where_there_are_no_others(tmp_path: Path) -> Non
     for name in ("config.json", *shards, "training_args.bin"):
         (repository / name).write_bytes(name.encode())
     with serve(tiny_paligemma=repository) as hub:
-        done = locate_in_child(REPO, hub, tmp_path / "home")
+        done = located(REPO, hub, tmp_path / "home")
     assert done.returncode == 0 and done.stderr == ""
     folder = Path(done.stdout.splitlines()[0])
     assert sorted(p.name for p in folder.glob("*.bin")) == shards
@@ -110,14 +104,14 @@ def test_torchs_files_are_taken_where_there_are_no_others(tmp_path: Path) -> Non
     ],
 )
 def test_models_that_cannot_be_had(hub: Hub, tmp_path: Path, source: str, says: str) -> None:
-    done = locate_in_child(source, hub, tmp_path)
+    done = located(source, hub, tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"SourceError: {source}: ") and says in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_no_network(tmp_path: Path) -> None:
-    done = locate_in_child(REPO, Hub("http://127.0.0.1:9"), tmp_path)
+    done = located(REPO, Hub("http://127.0.0.1:9"), tmp_path)
     assert "SourceError: org/tiny-paligemma: the hub cannot be reached" in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -128,7 +122,7 @@ def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path, home: str) -> 
     place = tmp_path / "file" if home == "file" else Path("/proc/none")
     if not place.parent.is_dir():
         pytest.skip("no /proc here")
-    done = locate_in_child(REPO, hub, place)
+    done = located(REPO, hub, place)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"SourceError: {REPO}: cannot be kept on this disk (")
     assert str(place) in done.stderr and done.stderr.endswith("HF_HOME names another folder\n")

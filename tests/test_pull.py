@@ -20,6 +20,7 @@ from edgevlm.benchmarks.synthetic import make
 from edgevlm.benchmarks.synthetic.decoder import decoder_bytes
 from edgevlm.benchmarks.synthetic.models import MODELS
 from edgevlm.errors import BundleError, EngineMissing, HubError
+from edgevlm.export.checkpoint.hub import locate
 from edgevlm.export.parts import net
 from edgevlm.hub.download import snapshot
 from edgevlm.hub.repository import RemoteFile, Repository
@@ -30,14 +31,6 @@ from tests.hub import COMMIT, ROOT, Fault, Hub, serve
 REPO = "org/tiny-smolvlm"
 WEIGHTS = "model.safetensors"
 PULL = ("pull", REPO, "--name", "tiny", "--no-verify")
-# Downloads a checkpoint alone, without an export; says what came of it.
-DOWNLOAD = """
-import sys
-from edgevlm.errors import HubError
-from edgevlm.export.checkpoint.hub import locate
-try: print(locate(sys.argv[1])[0])
-except HubError as e: sys.exit(f'HubError: {e}')
-"""
 # The command line that says each stage of its work, and waits to be killed at one.
 STAGES = """
 import sys, time
@@ -62,6 +55,11 @@ cli.main()
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_smolvlm(tmp_path_factory.mktemp("smolvlm"))
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
@@ -205,20 +203,27 @@ def test_a_broken_download_goes_on_where_it_ended(
     assert len(downloaded(hub)) == (0 if there == "all" else 1)
 
 
-def download(hub: Hub, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", DOWNLOAD, REPO],
-        capture_output=True,
-        text=True,
-        env=hub.environment(home, **more),
-        cwd=ROOT,
-        check=False,
-    )
+def locate_it() -> None:
+    """Downloads the checkpoint alone, without an export; says what came of it."""
+    try:
+        print(locate(REPO)[0])
+    except HubError as e:
+        sys.exit(f"HubError: {e}")
+
+
+def download(hub: Hub, home: Path) -> subprocess.CompletedProcess[str]:
+    return hub.run(locate_it, home)
 
 
 def test_a_proxy_is_asked(hub: Hub, tmp_path: Path) -> None:
+    """By another process: the hub client may keep a connection that knows no proxy."""
     proxied = {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": hub.address}
-    done = download(hub, tmp_path, **proxied)
+    done = subprocess.run(
+        [sys.executable, "-c", "from tests import test_pull\ntest_pull.locate_it()"],
+        env=hub.environment(tmp_path, **proxied),
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == 0 and len(downloaded(hub)) == 1
 
 
