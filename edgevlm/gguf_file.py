@@ -80,16 +80,18 @@ _ggml = Library(
     gguf_get_kv_type=(c_int, c_void_p, c_int64),
     gguf_get_val_u32=(c_uint32, c_void_p, c_int64),
     gguf_get_val_f32=(c_float, c_void_p, c_int64),
+    gguf_get_val_str=(c_char_p, c_void_p, c_int64),
     gguf_get_arr_type=(c_int, c_void_p, c_int64),
     gguf_get_arr_n=(c_size_t, c_void_p, c_int64),
     gguf_get_arr_data=(c_void_p, c_void_p, c_int64),
+    gguf_get_arr_str=(c_char_p, c_void_p, c_int64, c_size_t),
     # The shapes are in tensors without data, in a context of ggml's own.
     ggml_get_tensor=(c_void_p, c_void_p, c_char_p),
     ggml_nrows=(c_int64, c_void_p),
     ggml_nelements=(c_int64, c_void_p),
     ggml_free=(None, c_void_p),
 )
-_UINT32, _FLOAT32, _ARRAY = 4, 6, 9
+_UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
 
 
 class StoredTensor(NamedTuple):
@@ -146,6 +148,22 @@ class GGUFFile:
         known = i >= 0 and _ggml.gguf_get_kv_type(self._file, i) == _UINT32
         return int(_ggml.gguf_get_val_u32(self._file, i)) if known else default
 
+    def text(self, key: str) -> str:
+        """A text; empty where it is absent or of another type."""
+        i = _ggml.gguf_find_key(self._file, key.encode())
+        known = i >= 0 and _ggml.gguf_get_kv_type(self._file, i) == _STRING
+        return _decoded(_ggml.gguf_get_val_str(self._file, i)) if known else ""
+
+    def texts(self, key: str) -> list[str]:
+        """An array of texts; empty where it is absent or of another type."""
+        i = _ggml.gguf_find_key(self._file, key.encode())
+        if i < 0 or _ggml.gguf_get_kv_type(self._file, i) != _ARRAY:
+            return []
+        if _ggml.gguf_get_arr_type(self._file, i) != _STRING:
+            return []
+        n = _ggml.gguf_get_arr_n(self._file, i)
+        return [_decoded(_ggml.gguf_get_arr_str(self._file, i, k)) for k in range(n)]
+
     def heads(self, spec: DecoderSpec) -> Heads:
         """Attention heads; what a file leaves out follows from the width, as in llama.cpp."""
         prefix = f"{spec.architecture}.attention."
@@ -176,6 +194,10 @@ class GGUFFile:
             _ggml.gguf_get_arr_data(self._file, i)
         )
         return np.frombuffer(memory, np.float32).copy()
+
+
+def _decoded(text: bytes) -> str:
+    return text.decode(errors="replace")
 
 
 @contextmanager

@@ -82,6 +82,10 @@ def export_bundle(
     source; one in the source's own folder is merged unasked. `progress` is called with every step
     of a long stage.
 
+    A source without a checkpoint's weights may have the decoder and llama.cpp's multimodal
+    projector file as GGUF instead: of several decoders the one in `quant` is taken, and nothing is
+    compared.
+
     >>> bundle = edgevlm.export_bundle("checkpoint", "bundle", target="laptop", verify=False)
     >>> bundle.manifest.components["decoder"].precision
     'q4_k_m'
@@ -109,6 +113,7 @@ def export_bundle(
         imatrix=imatrix,
         calibration=calibration,
         verify=verify,
+        insists=quant is not None,
     )
     return pipeline.run(source, Path(out), read, write, progress)
 

@@ -22,8 +22,9 @@ from edgevlm.export.checkpoint.source import Checkpoint
 from edgevlm.export.checkpoint.tensor_map import TensorMap
 from edgevlm.export.checkpoint.tensors import DTYPES, Weights
 from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary
-from edgevlm.export.gguf import decoder
+from edgevlm.export.gguf import decoder, ready
 from edgevlm.export.gguf.decoder import DecoderSource
+from edgevlm.export.gguf.ready import ReadyDecoder
 from edgevlm.export.options import ReadOptions, WriteOptions
 from edgevlm.export.parity import images
 from edgevlm.export.parts import net
@@ -38,7 +39,9 @@ _SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Job:
-    """One source, read and checked; `adapter` is merged into its checkpoint."""
+    """One source, read and checked; `adapter` is merged into its checkpoint, `ready` a published
+    decoder, whose tensors are taken as they are.
+    """
 
     checkpoint: Checkpoint
     family: Family
@@ -49,6 +52,7 @@ class Job:
     options: ReadOptions
     adapter: Adapter | None = None
     report: Report | None = None
+    ready: ReadyDecoder | None = None
 
     @property
     def parts(self) -> Mapping[str, Weights]:
@@ -99,7 +103,7 @@ def _disk_bytes(job: Job, options: WriteOptions) -> int:
     kept = vision * sum(v.bits for v in options.vision) / 8 + language * options.quant.bits / 8
     # The decoder before it is quantized, every matrix as its source has it.
     stored = sum(t.elements * DTYPES[t.dtype].itemsize for t in job.parts["decoder"].values())
-    making_language = 0 if options.quant.direct else stored
+    making_language = 0 if options.quant.direct or job.ready else stored
     return int(max(making_vision, kept + making_language)) + _SPARE_BYTES
 
 
@@ -118,7 +122,10 @@ def write(job: Job, options: WriteOptions, folder: Path) -> Written:
     work = folder / "work"
     work.mkdir()
     source = DecoderSource(job.parts["decoder"], job.model.text, job.vocabulary, job.name)
-    if options.imatrix:
+    if job.ready:
+        gguf, stored = folder / decoder.FILE, job.ready.quant.name
+        ready.copy(job.ready, source, gguf, job.report)
+    elif options.imatrix:
         # The model has to answer before it is quantized.
         gguf, stored = folder / decoder.FILE, source.precision
         decoder.write_gguf(source, gguf, None, job.report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,13 +34,21 @@ UNCOMPARED = (
     "not compared with the original, which torch and transformers run; to have it compared, "
     'pip install "edgevlm[export]" and export again'
 )
+# Begins the note of a bundle that was put together from published files.
+PUT_TOGETHER = "put together from published GGUF files"
+
+
+def uncompared(notes: Iterable[str]) -> list[str]:
+    """Those of a manifest's notes that say that nothing was compared with the original."""
+    return [note for note in notes if note.startswith((UNCOMPARED, PUT_TOGETHER))]
 
 
 @dataclass(frozen=True)
 class WriteOptions:
     """The precisions of a bundle, the main vision encoder's first, and what they are made with: the
     decoder's importance matrix, a folder of pictures to calibrate on. `verify` None is for where
-    there is something to compare with.
+    there is something to compare with. `insists` is true where the user named `quant`, so that of
+    several published decoders no other is taken.
     """
 
     quant: Quant
@@ -48,6 +56,7 @@ class WriteOptions:
     imatrix: bool = False
     calibration: Path | None = None
     verify: bool | None = None
+    insists: bool = False
 
     @classmethod
     def checked(
@@ -58,6 +67,7 @@ class WriteOptions:
         imatrix: bool | None = None,
         calibration: Location | None = None,
         verify: bool | None = None,
+        insists: bool = False,
     ) -> WriteOptions:
         """Options by name; without a choice of `imatrix` one is made where llama.cpp insists on it.
 
@@ -70,4 +80,5 @@ class WriteOptions:
             precisions.wants_imatrix(wanted, imatrix),
             Path(calibration) if calibration else None,
             verify,
+            insists,
         )

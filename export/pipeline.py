@@ -16,26 +16,31 @@ from edgevlm.bundle import (
 )
 from edgevlm.errors import SourceError
 from edgevlm.export import components, requantize
-from edgevlm.export.checkpoint import adapters, hub
+from edgevlm.export.checkpoint import adapters, hub, published
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.assembly import family_of, read_source
+from edgevlm.export.checkpoint.chats import read_chats
+from edgevlm.export.checkpoint.published import ANY, Choice, Published
 from edgevlm.export.checkpoint.source import (
     CONFIG,
     FAST,
     TOKENIZERS,
     Checkpoint,
     read_checkpoint,
+    read_configs,
     read_present,
     read_settings,
     stated_license,
 )
-from edgevlm.export.checkpoint.tensor_map import assign
+from edgevlm.export.checkpoint.tensor_map import TensorMap, assign
 from edgevlm.export.checkpoint.tokenizer import side_files
 from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from edgevlm.export.components import Job, Written
-from edgevlm.export.gguf import decoder
+from edgevlm.export.gguf import decoder, mmproj, ready
+from edgevlm.export.gguf.ready import ReadyDecoder
 from edgevlm.export.options import (
     AS_FOUND,
+    PUT_TOGETHER,
     UNCOMPARED,
     Location,
     ReadOptions,
@@ -67,12 +72,14 @@ def run(
     verified = compare.wanted(write.verify)
     images.check_folder(write.calibration)
     with components.destination(out) as folder:
-        job = read(source, options, report)
+        job = read(source, options, report, Choice(write.quant.name, write.insists))
+        if job.ready:
+            verified, write = False, _as_published(job.ready, write)
         components.check_disk(job, write, out, folder)
         if verified:
             compare.check_memory(job)
         manifest = _manifest(job, components.write(job, write, folder), folder)
-        if write.verify is None and not verified:
+        if write.verify is None and not verified and not job.ready:
             manifest = replace(manifest, notes=(*manifest.notes, UNCOMPARED))
         write_manifest(folder, manifest)
         if write.imatrix:
@@ -85,9 +92,37 @@ def run(
         return Bundle(out, manifest)
 
 
-def read(source: Location, options: ReadOptions = AS_FOUND, report: Report | None = None) -> Job:
-    """Reads and checks all of a source but the values of its tensors; raises SourceError."""
-    folder, name = hub.locate(source, report)
+def _as_published(decoder: ReadyDecoder, write: WriteOptions) -> WriteOptions:
+    """Options for a decoder that is taken as it is; raises SourceError for those that need the
+    original's weights.
+    """
+    for asked, option in (
+        (write.verify, "--verify"),
+        (write.imatrix and not write.quant.imatrix, "--imatrix"),
+    ):
+        if asked:
+            raise SourceError(
+                f"{decoder.path}: {option} needs the original's weights; leave it out, or name the "
+                "original checkpoint"
+            )
+    if write.insists and write.quant != decoder.quant:
+        raise SourceError(f"{decoder.path}: is in {decoder.quant.name}, not in {write.quant.name}")
+    return replace(write, quant=decoder.quant, imatrix=False)
+
+
+def read(
+    source: Location,
+    options: ReadOptions = AS_FOUND,
+    report: Report | None = None,
+    choice: Choice = ANY,
+) -> Job:
+    """Reads and checks all of a source but the values of its tensors; raises SourceError.
+
+    `choice` is for a source with several published decoders.
+    """
+    folder, name = hub.locate(source, report, choice)
+    if files := published.find(folder, choice):
+        return _read_published(folder, files, _checked_name(options.name or name), options, report)
     folder, adapter = adapters.find(folder, options.adapter, report)
     given = {part: Path(path) for part, path in options.parts.items()}
     checkpoint = with_tower(read_source(folder, given, adapter), options, report)
@@ -103,6 +138,47 @@ def read(source: Location, options: ReadOptions = AS_FOUND, report: Report | Non
     model = replace(model, answer=_resolved(model, vocabulary))
     name = _checked_name(options.name or name)
     return Job(checkpoint, family, model, tensors, vocabulary, name, options, adapter, report)
+
+
+def _read_published(
+    folder: Path, files: Published, name: str, options: ReadOptions, report: Report | None
+) -> Job:
+    """A job of GGUF files in a folder, with the settings beside them or those of the original."""
+    if options.adapter or options.parts or options.vision_tower:
+        raise SourceError(
+            f"{folder}: adapters, weight files and towers cannot be joined with GGUF files; name "
+            "the original checkpoint"
+        )
+    settings = hub.settings_of(folder, report)
+    paths = (folder / files.decoder, folder / files.mmproj)
+    configs = {**read_chats(settings), **read_configs(settings)}
+    checkpoint = Checkpoint(settings, configs, {}, paths)
+    family = family_of(checkpoint)
+    if family.weight_files or (family.tower and family.tower(_source(checkpoint, options))):
+        raise SourceError(
+            f"{settings}: does not say all of its vision tower; name the original checkpoint"
+        )
+    family, model = describe(with_tower(checkpoint, options, report), options)
+    parts = mmproj.read(paths[1], model)
+    vocabulary = read_vocabulary(checkpoint, model)
+    found = ready.read(paths[0], model.text, vocabulary)
+    tensors = TensorMap({**parts, "decoder": ready.expected(paths[0], model.text)})
+    model = replace(
+        model,
+        answer=_resolved(model, vocabulary),
+        notes=(*model.notes, _put_together(files, settings)),
+    )
+    return Job(
+        checkpoint, family, model, tensors, vocabulary, name, options, report=report, ready=found
+    )
+
+
+def _put_together(files: Published, settings: Path) -> str:
+    origin = hub.origin(settings.resolve())
+    return (
+        f"{PUT_TOGETHER} ({files.decoder}, {files.mmproj}) and the settings of "
+        f"{origin or settings.name}; not compared with the original, whose weights were not read"
+    )
 
 
 def _checked_name(name: str) -> str:
@@ -224,11 +300,13 @@ def _path(checkpoint: Checkpoint, file: str) -> Path:
 
 
 def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
+    # Published files come first: their settings may be of another repository.
+    folders = (*((job.ready.path.parent,) if job.ready else ()), job.checkpoint.folder)
     return Manifest(
         format=FORMAT,
         family=job.family.name,
         name=job.name,
-        license=stated_license(job.checkpoint.folder) or job.family.license,
+        license=next(filter(None, map(stated_license, folders)), job.family.license),
         components=written.components,
         alternatives=written.alternatives,
         image=job.model.image,
@@ -240,7 +318,7 @@ def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
         versions=_versions(),
         weight_files=job.tensors.weight_files,
         notes=(*job.model.notes, *job.tensors.notes),
-        origin=hub.origin(job.checkpoint.folder.resolve()),
+        origin=hub.origin(folders[0].resolve()),
     )
 
 

@@ -153,6 +153,11 @@ def quant(name: str) -> Quant:
     raise ExportError(f"quant {name!r} is not known; choose from {', '.join(QUANTS)}")
 
 
+def by_file_type(number: int) -> Quant | None:
+    """The decoder precision of llama.cpp's file type, None for one that is not known."""
+    return next((q for q in _QUANTS if q.ftype == number), None)
+
+
 def vision_precision(name: str) -> VisionPrecision:
     """The vision precision of that name; raises ExportError."""
     for v in _VISION:

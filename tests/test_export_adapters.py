@@ -278,7 +278,7 @@ def test_the_base_is_found_where_the_adapter_says(
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     asked = []
 
-    def locate(name: str, report: object = None) -> tuple[Path, str]:
+    def locate(name: str, *_: object) -> tuple[Path, str]:
         asked.append(name)
         return (adapter, "vqa") if Path(name).is_dir() else (base, "base")
 

@@ -18,12 +18,13 @@ def err_console() -> Console:
 def summary(console: Console, bundle: Bundle) -> None:
     """Prints a new bundle's source, parity and size, and the next command."""
     from edgevlm.cli.models import parity_table, weight_files_text
-    from edgevlm.export.options import UNCOMPARED
+    from edgevlm.export.options import uncompared
 
     if bundle.manifest.weight_files:
         console.print(weight_files_text(bundle.manifest.weight_files, bundle.manifest.notes))
-    elif UNCOMPARED in bundle.manifest.notes:
-        console.print(f"Note: {UNCOMPARED}.", soft_wrap=True)
+    else:
+        for note in uncompared(bundle.manifest.notes):
+            console.print(f"Note: {note}.", soft_wrap=True)
     if bundle.manifest.parity:
         console.print(parity_table(bundle))
     console.print(f"{bundle.folder}: {mib(bundle.bytes)}")

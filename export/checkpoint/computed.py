@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.export.checkpoint.tensors import Raw, Tensor, to_float32
+from edgevlm.export.checkpoint.tensors import Raw, Tensor, check_finite, stored, to_float32
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,22 @@ class _Constant(_Computed):
 
     def raw(self) -> Raw:
         return self.values
+
+
+@dataclass(frozen=True)
+class _Dequantized(_Computed):
+    type: str
+    offset: int
+    n_bytes: int
+
+    def raw(self) -> Raw:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        blocks = stored(self.file, self.offset, self.n_bytes, np.dtype(np.uint8))
+        values: Raw = dequantize(blocks, GGMLQuantizationType[self.type]).reshape(self.shape)
+        check_finite(self, values, self.dtype)
+        return values
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,13 @@ class _Adapted(_Computed):
 def constant(name: str, values: NDArray[np.float32]) -> Tensor:
     """A tensor of these values, which lie in no file."""
     return _Constant(name, Path(), "F32", values.shape, values)
+
+
+def dequantized(
+    name: str, file: Path, shape: tuple[int, ...], type: str, offset: int, n_bytes: int
+) -> Tensor:
+    """A tensor that lies in a file in blocks of a ggml type ("Q8_0"), as float32."""
+    return _Dequantized(name, file, "F32", shape, type, offset, n_bytes)
 
 
 def zeros(like: Tensor, name: str) -> Tensor:

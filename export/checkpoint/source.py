@@ -65,10 +65,31 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
-    """Reads a checkpoint's JSON files and the headers of its weights.
+    """Reads a checkpoint's JSON files and the headers of its weights; `tokenizer` as in
+    read_configs.
+
+    Raises SourceError, and EngineMissing where the weights are torch's and torch is not there.
+    """
+    configs = read_configs(folder, tokenizer=tokenizer)
+    single, index = _layout(folder)
+    weight_map = _weight_map(folder, index)
+    tensors: dict[str, SourceTensor] = {}
+    for name in sorted(set(weight_map.values())) if weight_map else [single]:
+        for tensor in read_tensors(folder / name):
+            if tensor.name in tensors:
+                other = tensors[tensor.name].file.name
+                raise SourceError(f"{folder / name}: {tensor.name} is also in {other}; remove one")
+            tensors[tensor.name] = tensor
+    _check_index(folder / index, weight_map, tensors)
+    weights = tuple(sorted({t.file for t in tensors.values()}))
+    return Checkpoint(folder, configs, tensors, weights)
+
+
+def read_configs(folder: Path, *, tokenizer: bool = True) -> dict[str, Config]:
+    """A checkpoint's JSON files by name.
 
     With `tokenizer` the folder must hold one; a vision tower's has none that matters. Raises
-    SourceError, and EngineMissing where the weights are torch's and torch is not there.
+    SourceError.
     """
     if not (folder / CONFIG).is_file():
         raise SourceError(
@@ -82,18 +103,7 @@ def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
                 f"{folder}: has no {' or '.join(TOKENIZERS)}; copy it from the model's page"
             )
         configs |= read_present(folder, (FAST,))
-    single, index = _layout(folder)
-    weight_map = _weight_map(folder, index)
-    tensors: dict[str, SourceTensor] = {}
-    for name in sorted(set(weight_map.values())) if weight_map else [single]:
-        for tensor in read_tensors(folder / name):
-            if tensor.name in tensors:
-                other = tensors[tensor.name].file.name
-                raise SourceError(f"{folder / name}: {tensor.name} is also in {other}; remove one")
-            tensors[tensor.name] = tensor
-    _check_index(folder / index, weight_map, tensors)
-    weights = tuple(sorted({t.file for t in tensors.values()}))
-    return Checkpoint(folder, configs, tensors, weights)
+    return configs
 
 
 def read_settings(folder: Path, names: Collection[str]) -> Checkpoint | None:
@@ -145,12 +155,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def stated_license(folder: Path) -> str | None:
     """The licence that the model card (README.md) states in its front matter, or None."""
+    return _stated(folder, r"^license: *(\S+)")
+
+
+def stated_base(folder: Path) -> str | None:
+    """The hub id of the one model that the model card says this one was made of, or None."""
+    return _stated(folder, r"^base_model:(?: *| *\n *- *)([\w.-]+/[\w.-]+) *$(?!\n *- )")
+
+
+def _stated(folder: Path, pattern: str) -> str | None:
     try:
         card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    found = re.search(r"^license: *(\S+)", front[1], re.MULTILINE) if front else None
+    found = re.search(pattern, front[1], re.MULTILINE) if front else None
     return found[1] if found else None
 
 

@@ -100,24 +100,35 @@ class SourceTensor:
             yield self._read(start, min(count, self.elements - start))
 
     def _read(self, start: int, count: int) -> Raw:
-        # Pages of a memory map would count as memory of this process, and numpy's fromfile turns an
-        # interrupt into a SystemError.
         dtype = DTYPES[self.dtype]
-        values: Raw = np.empty(count, dtype)
-        try:
-            with self.file.open("rb") as file:
-                file.seek(self.offset + start * dtype.itemsize)
-                n_bytes = file.readinto(values.data)
-        except OSError as e:
-            raise SourceError(f"{self.file}: cannot be read ({e.strerror})") from None
-        if n_bytes != values.nbytes:
-            raise SourceError(f"{self.file}: changed while it was read; start again")
-        if not _finite(values, self.dtype):
-            raise SourceError(
-                f"{self.file}: {self.name} holds NaN or infinity; the checkpoint is damaged, "
-                "download it again"
-            )
+        values = stored(self.file, self.offset + start * dtype.itemsize, count, dtype)
+        check_finite(self, values, self.dtype)
         return values
+
+
+def stored(path: Path, offset: int, count: int, dtype: np.dtype[Any]) -> Raw:
+    """That many values of a type, from a byte of a file on; raises SourceError."""
+    # Pages of a memory map would count as memory of this process, and numpy's fromfile turns an
+    # interrupt into a SystemError.
+    values: Raw = np.empty(count, dtype)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            n_bytes = file.readinto(values.data)
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read ({e.strerror})") from None
+    if n_bytes != values.nbytes:
+        raise SourceError(f"{path}: changed while it was read; start again")
+    return values
+
+
+def check_finite(tensor: Tensor, values: Raw, dtype: str) -> None:
+    """Refuses values of a tensor that are not numbers; `dtype` is safetensors' name."""
+    if not _finite(values, dtype):
+        raise SourceError(
+            f"{tensor.file}: {tensor.name} holds NaN or infinity; the checkpoint is damaged, "
+            "download it again"
+        )
 
 
 class _Writable(np.ndarray[Any, Any]):

@@ -91,6 +91,11 @@ def untyped(text: str, vocab: Collection[str], *, merges: bool) -> str:
     return _UNTYPED + text if found else text
 
 
+def plain(text: str) -> str:
+    """A token's text as its tokenizer has it, of one that went through `untyped`."""
+    return text.removeprefix(_UNTYPED)
+
+
 def _split(text: str, vocab: Collection[str]) -> tuple[str, str] | None:
     """Two neighbours that llama.cpp would merge into a text."""
     pairs = ((text[:n], text[n:]) for n in range(1, len(text)))
