@@ -1,7 +1,8 @@
 """From a name to an installed model: look up, check, download, export, put in its place.
 
-A repository that holds a bundle is downloaded as it is; of another the checkpoint, which is then
-exported. Whatever ends a pull, the model is whole or absent, and the same pull goes on.
+A repository that holds a bundle is downloaded as it is; of another the checkpoint, or the GGUF
+files of one that has nothing else, which are then exported. Whatever ends a pull, the model is
+whole or absent, and the same pull goes on.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ class Pull:
     folder: Path | None = None
 
     @property
+    def published(self) -> bool:
+        """True where its weights are GGUF files."""
+        return any(f.name.endswith(".gguf") for f in self.files) and not self.ready
+
+    @property
     def origin(self) -> str:
         """Repository and commit, `org/name@COMMIT`."""
         return f"{self.repository.id}@{self.repository.commit}"
@@ -92,14 +98,17 @@ def pull(
     """
     several = (vision_precision,) if isinstance(vision_precision, str) else tuple(vision_precision)
     wanted = Precisions(target, quant, several)
-    plan = prepare(model, name=name)
+    plan = prepare(model, wanted, name=name)
     return carry_out(
         plan, wanted, verify=verify, keep_checkpoint=keep_checkpoint, progress=progress
     )
 
 
-def prepare(model: str, *, name: str | None = None) -> Pull:
-    """Looks a model up and checks what a pull of it needs: access, packages, room."""
+def prepare(model: str, wanted: Precisions = Precisions(), *, name: str | None = None) -> Pull:
+    """Looks a model up and checks what a pull of it needs: access, packages, room.
+
+    `wanted` chooses among several published decoders.
+    """
     entry = catalogue.entry(model)
     repo, revision = (entry.repo, entry.revision) if entry else _parsed(model)
     short = store.check_name(name or (entry.name if entry else repo.split("/")[1]))
@@ -113,7 +122,7 @@ def prepare(model: str, *, name: str | None = None) -> Pull:
         repository = Repository(repo, folder.name, ())
         return Pull(short, repository, revision, (), False, 0, entry, folder)
     ready = MANIFEST in repository.names
-    files = _bundle_files(repository) if ready else _checkpoint_files(repository)
+    files = _bundle_files(repository) if ready else _checkpoint_files(repository, wanted)
     size = sum(f.bytes for f in files)
     missing = size if ready else download.missing_bytes(repository, files)
     if ready:
@@ -150,20 +159,41 @@ def _bundle_files(repository: Repository) -> list[RemoteFile]:
     return [known[name] for name in names]
 
 
-def _checkpoint_files(repository: Repository) -> list[RemoteFile]:
-    from edgevlm.export.checkpoint import hub
+def _checkpoint_files(repository: Repository, wanted: Precisions) -> list[RemoteFile]:
+    from edgevlm.export.checkpoint import hub, published
 
-    files = hub.wanted(repository)
+    chosen = published.Choice(_decoder_precision(wanted), bool(wanted.quant))
+    files = hub.wanted(repository, chosen)
     if not any(_has_weights(f.name) for f in files):
         raise SourceError(
             f"{repository.id}: holds neither a bundle nor weights that edgevlm reads "
-            "(*.safetensors, pytorch_model*.bin); name another repository"
+            "(*.safetensors, pytorch_model*.bin, *.gguf with an mmproj file); name another"
         )
+    names = {f.name for f in files}
+    if not published.has_weights(names) and not published.has_settings(names):
+        _check_original(repository)
     return files
 
 
+def _check_original(repository: Repository) -> None:
+    """Raises SourceError or HubError where the original of published GGUF files is not known or not
+    accessible.
+    """
+    from edgevlm.export.checkpoint import hub
+    from edgevlm.export.checkpoint.source import CARD
+
+    with cleanup.temporary_folder() as folder:
+        card = [f for f in repository.files if f.name == CARD]
+        download.into(folder, repository, card)
+        look_up(hub.original_of(folder, repository.id))
+
+
+def _decoder_precision(wanted: Precisions) -> str:
+    return wanted.quant or targets.target(wanted.target or "laptop").quant
+
+
 def _has_weights(file: str) -> bool:
-    return file.endswith((".safetensors", ".bin"))
+    return file.endswith((".safetensors", ".bin", ".gguf"))
 
 
 def _check_room(name: str, cached: int, installed: int) -> None:
@@ -237,17 +267,18 @@ def _installed(plan: Pull, wanted: Precisions) -> Bundle | None:
             f"{plan.name}: is another model ({whence}); --name gives this one another name, or "
             f"`edgevlm rm {plan.name}` first"
         )
-    same = manifest.origin == plan.origin and _fits(bundle, wanted)
+    same = manifest.origin == plan.origin and _fits(bundle, wanted, plan.published)
     return bundle if same else None
 
 
-def _fits(bundle: Bundle, wanted: Precisions) -> bool:
+def _fits(bundle: Bundle, wanted: Precisions, published: bool) -> bool:
+    """True for a bundle as it is wanted; a published decoder is so where none was named."""
     if not wanted.asked:
         return True
-    chosen = targets.target(wanted.target or "laptop")
     decoder = bundle.manifest.components["decoder"].precision
-    vision = wanted.vision or chosen.vision
-    return (decoder, bundle.vision_precisions) == (wanted.quant or chosen.quant, vision)
+    vision = wanted.vision or targets.target(wanted.target or "laptop").vision
+    same = decoder == _decoder_precision(wanted) or (published and not wanted.quant)
+    return same and bundle.vision_precisions == vision
 
 
 def _export(
@@ -284,6 +315,11 @@ def _check_packages(plan: Pull, verify: bool | None) -> None:
     """Raises EngineMissing before a download whose export would miss torch or transformers."""
     from edgevlm.export.parity.compare import wanted
 
+    if verify and plan.published:
+        raise SourceError(
+            f"{plan.repository.id}: has GGUF files alone, and there is nothing to compare them "
+            "with; leave out --verify"
+        )
     wanted(verify)
     if any(f.name.endswith(".bin") for f in plan.files) and find_spec("torch") is None:
         raise EngineMissing(

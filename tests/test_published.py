@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 
 import edgevlm
 from edgevlm.benchmarks.peers.mmproj import write_mmproj
-from edgevlm.bundle import Bundle
+from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import SourceError
 from edgevlm.export import ReadOptions, export_bundle, pipeline
 from edgevlm.export.checkpoint.published import Choice, Published, choose
@@ -22,7 +24,7 @@ from edgevlm.export.gguf.mmproj import connector_name, projector_of, tower_name
 from edgevlm.export.onnx import storage
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.smolvlm import write_smolvlm
-from tests.hub import ROOT
+from tests.hub import COMMIT, ROOT, serve
 from tests.test_export_light import COMMAND, light
 
 DECODER, MMPROJ = "tiny-Q8_0.gguf", "mmproj-tiny-f16.gguf"
@@ -333,3 +335,53 @@ def test_the_choice_among_files(
 def test_a_choice_that_there_is_not(names: tuple[str, ...], choice: Choice, says: str) -> None:
     with pytest.raises(SourceError, match=says):
         choose(names, choice, "here")
+
+
+PULL = ("pull", "org/tiny-GGUF", "--name", "tiny")
+
+
+def pulled(hub: Any, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    done: subprocess.CompletedProcess[str] = hub.edgevlm(home, *PULL, *options)
+    return done
+
+
+def test_pulled_with_its_settings(published: Path, tmp_path: Path) -> None:
+    shutil.copy(published / DECODER, published / "tiny-f16.gguf")
+    with serve(tiny_GGUF=published) as hub:
+        done = pulled(hub, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"Note: put together from published GGUF files ({DECODER}, {MMPROJ})" in done.stderr
+        assert not [path for path in hub.asked if path.endswith("/tiny-f16.gguf")]
+        assert "downloaded already" in pulled(hub, tmp_path, "--target", "laptop").stderr
+        refused = pulled(hub, tmp_path, "--verify", "--quant", "q8_0", "--name", "other")
+        assert refused.returncode == 1 and "nothing to compare them" in refused.stderr
+    bundle = open_bundle(tmp_path / "edgevlm/models/tiny")
+    assert bundle.manifest.origin == f"org/tiny-GGUF@{COMMIT}"
+
+
+def test_pulled_with_the_settings_of_the_original(
+    checkpoint: Path, files: Path, exported: Bundle, tmp_path: Path
+) -> None:
+    folder = tmp_path / "repository"
+    shutil.copytree(files, folder)
+    with serve(tiny_GGUF=folder, original=checkpoint) as hub:
+        refused = pulled(hub, tmp_path)
+        assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+        assert "no card that names one base_model" in refused.stderr
+        (folder / "README.md").write_text(
+            "---\nlicense: mit\nbase_model: org/missing\n---\n", "utf-8"
+        )
+        refused = pulled(hub, tmp_path)
+        assert refused.returncode == 1 and "org/missing: is neither" in refused.stderr
+        (folder / "README.md").write_text(
+            "---\nlicense: mit\nbase_model:\n- org/original\n---\n", "utf-8"
+        )
+        done = pulled(hub, tmp_path, "--vision-precision", "fp32")
+        assert done.returncode == 0, done.stderr
+        assert f"the settings of org/original@{COMMIT}" in " ".join(done.stderr.split())
+        assert not [path for path in hub.asked if path.endswith(".safetensors")]
+        assert pulled(hub, tmp_path).returncode == 0
+    bundle = open_bundle(tmp_path / "edgevlm/models/tiny")
+    manifest = json.loads((bundle.folder / "edgevlm.json").read_text(encoding="utf-8"))
+    assert (manifest["license"], manifest["origin"]) == ("mit", f"org/tiny-GGUF@{COMMIT}")
+    assert answered(bundle) == answered(exported)

@@ -11,7 +11,7 @@ from edgevlm.cli.precisions import added, quant_and_vision
 from edgevlm.cli.progress import ProgressBars, err_console, mib
 from edgevlm.cli.signals import Aside
 from edgevlm.export import TARGETS
-from edgevlm.export.options import UNCOMPARED
+from edgevlm.export.options import uncompared
 from edgevlm.hub.refusals import page
 from edgevlm.pulling import Precisions, Pull, carry_out, prepare
 
@@ -44,16 +44,18 @@ def pull(model: str, name: str | None, target: str | None, quant: str | None,
 
     MODEL is a name that `edgevlm models --all` lists, or a repository on the hub such as
     google/paligemma-3b-mix-224. One that holds a bundle is taken as it is; another's checkpoint is
-    exported. A pull that was cut off goes on where it was.
+    exported, or its GGUF files where it has nothing else. A pull that was cut off goes on where it
+    was.
     """
     console = err_console()
-    plan = prepare(model, name=name)
+    wanted = Precisions(target, quant, vision_precisions)
+    plan = prepare(model, wanted, name=name)
     for line in _about(plan):
         console.print(line, soft_wrap=True)
     with ProgressBars(console) as bars:
         bundle = carry_out(
             plan,
-            Precisions(target, quant, vision_precisions),
+            wanted,
             verify=verify,
             keep_checkpoint=keep_checkpoint,
             progress=bars.update,
@@ -89,8 +91,7 @@ def _done(plan: Pull, bundle: Bundle, kept: bool) -> list[str]:
     parity = bundle.manifest.parity
     compared = f", compared with the original in {len(parity)} stages" if parity else ""
     lines = [f"{plan.name}: {mib(bundle.bytes)}{compared}"]
-    if UNCOMPARED in bundle.manifest.notes:
-        lines.append(f"Note: {UNCOMPARED}.")
+    lines += [f"Note: {note}." for note in uncompared(bundle.manifest.notes)]
     if kept and plan.missing and not plan.ready:
         lines.append(
             f"The checkpoint stays in the hub's cache ({mib(plan.missing)}); `edgevlm gc` "
