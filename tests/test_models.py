@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import edgevlm
-from edgevlm import models
+from edgevlm import catalogue, models
 from edgevlm.bundle import MANIFEST, open_bundle
 from edgevlm.errors import BundleError, BundleNotFound
 
@@ -31,6 +31,7 @@ def test_a_home_of_somebody_else(monkeypatch: pytest.MonkeyPatch, error: OSError
     def denied(*_: object, **__: object) -> None:
         raise error
 
+    catalogue.entries()  # which are files of the package, read once
     for name in ("iterdir", "is_dir", "exists", "stat"):
         monkeypatch.setattr(Path, name, denied)
     monkeypatch.setattr(os.path, "exists", lambda path: False)
