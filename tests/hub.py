@@ -44,7 +44,7 @@ class Fault:
     """Something that goes wrong with requests whose path contains `path`, the first `times` times.
 
     status: the answer's instead of 200; headers: more of them; cut_at: bytes after which the
-    connection ends; wrong: other bytes than the file's.
+    connection ends; wrong: other bytes than the file's; silent: none, until the client hangs up.
     """
 
     path: str
@@ -53,6 +53,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut_at: int | None = None
     wrong: bool = False
+    silent: bool = False
 
 
 @dataclass
@@ -178,6 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault(f"{self.command} {path}")
         if fault and fault.status:
             return self._send(fault.status, fault.headers, b"{}", body)
+        if fault and fault.silent:
+            self.rfile.read(1)
+            return None
         for name, folder in self.hub.repositories.items():
             if path.startswith(f"/api/models/{name}"):
                 return self._json(_listing(self.hub, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -211,8 +212,26 @@ def locate_it() -> None:
         sys.exit(f"HubError: {e}")
 
 
-def download(hub: Hub, home: Path) -> subprocess.CompletedProcess[str]:
-    return hub.run(locate_it, home)
+def test_a_disk_that_fills_up(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgevlm.hub.download._Counted.write", full)
+        done = download(hub, tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "cannot be kept on this disk" in done.stderr and len(downloaded(hub)) == 1
+    assert download(hub, tmp_path).returncode == 0
+
+
+def test_a_hub_that_falls_silent(hub: Hub, tmp_path: Path) -> None:
+    hub.faults.append(Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", silent=True))
+    assert download(hub, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1").returncode == 0
+    assert len(downloaded(hub)) == 2
+
+
+def download(hub: Hub, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return hub.run(locate_it, home, **more)
 
 
 def test_a_proxy_is_asked(hub: Hub, tmp_path: Path) -> None:
