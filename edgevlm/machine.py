@@ -32,6 +32,11 @@ class Memory:
     free_bytes: int
 
 
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists: a new one is going to be on its disk."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
 def physical_cores() -> int:
     """Physical cores that this process may keep busy: those for threads that compute."""
     physical = psutil.cpu_count(logical=False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from edgevlm import catalogue, cleanup, store
+from edgevlm import catalogue, cleanup, machine, store
 from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle, read_manifest
 from edgevlm.errors import BundleError, EngineMissing, HubError, SourceError
 from edgevlm.export import targets
@@ -126,9 +126,9 @@ def prepare(model: str, wanted: Precisions = Precisions(), *, name: str | None =
     size = sum(f.bytes for f in files)
     missing = size if ready else download.missing_bytes(repository, files)
     if ready:
-        _check_room(short, 0, size)
+        _check_room(short, repo, 0, size)
     else:
-        _check_room(short, missing, entry.bundle if entry else int(size * _BUNDLE_SHARE))
+        _check_room(short, repo, missing, entry.bundle if entry else int(size * _BUNDLE_SHARE))
     return Pull(short, repository, revision, tuple(files), ready, missing, entry)
 
 
@@ -196,11 +196,11 @@ def _has_weights(file: str) -> bool:
     return file.endswith((".safetensors", ".bin", ".gguf"))
 
 
-def _check_room(name: str, cached: int, installed: int) -> None:
+def _check_room(name: str, repo: str, cached: int, installed: int) -> None:
     """Raises BundleError where the disks of the hub's cache and of the models cannot take these
     bytes.
     """
-    models, hub = _there(directory()), _there(download.storage("org/name"))
+    models, hub = (machine.nearest(f) for f in (directory(), download.storage(repo)))
     same = models.stat().st_dev == hub.stat().st_dev
     needs = {models: cached + installed} if same else {hub: cached, models: installed}
     for folder, need in needs.items():
@@ -211,11 +211,6 @@ def _check_room(name: str, cached: int, installed: int) -> None:
                 "make room (`edgevlm du` says what is here), or let EDGEVLM_HOME and HF_HOME name "
                 "folders on other disks"
             )
-
-
-def _there(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    return next(p for p in (folder, *folder.parents) if p.is_dir())
 
 
 def carry_out(
@@ -292,23 +287,29 @@ def _export(
 
     _check_packages(plan, verify)
     repository = plan.repository
-    folder = plan.folder
-    if folder is None:
-        if plan.missing and not download.storage(repository.id).is_dir():
-            store.note_checkpoint(repository.id, repository.commit)
-        folder = download.snapshot(repository, plan.files, revision=plan.revision, report=progress)
-    for path in bundle.parent.iterdir():
-        shutil.rmtree(path)  # of an attempt that was killed
-    export_bundle(
-        folder,
-        bundle,
-        target=wanted.target,
-        quant=wanted.quant,
-        vision_precision=wanted.vision,
-        verify=verify,
-        name=plan.name,
-        progress=progress,
-    )
+    with store.locked(store.checkpoint_key(repository.id, repository.commit)):
+        folder = plan.folder or _checkpoint(plan, progress)
+        for path in bundle.parent.iterdir():
+            shutil.rmtree(path)  # of an attempt that was killed
+        export_bundle(
+            folder,
+            bundle,
+            target=wanted.target,
+            quant=wanted.quant,
+            vision_precision=wanted.vision,
+            verify=verify,
+            name=plan.name,
+            progress=progress,
+        )
+
+
+def _checkpoint(plan: Pull, progress: Callable[[Progress], None] | None) -> Path:
+    """The folder of the checkpoint in the hub's cache; notes one that was not there."""
+    repository = plan.repository
+    there = download.storage(repository.id) / "snapshots" / repository.commit
+    if not there.is_dir():
+        store.note_checkpoint(repository.id, repository.commit)
+    return download.snapshot(repository, plan.files, revision=plan.revision, report=progress)
 
 
 def _check_packages(plan: Pull, verify: bool | None) -> None:
@@ -329,7 +330,10 @@ def _check_packages(plan: Pull, verify: bool | None) -> None:
 
 
 def remove_checkpoint(repo: str, commit: str) -> int:
-    """Removes a pulled checkpoint from the hub's cache; returns the bytes that this freed."""
-    freed = cache.remove_checkpoint(repo, commit)
-    store.forget_checkpoint(repo, commit)
+    """Removes a pulled checkpoint from the hub's cache, once nobody exports it; returns the bytes
+    that this freed.
+    """
+    with store.locked(store.checkpoint_key(repo, commit)):
+        freed = cache.remove_checkpoint(repo, commit)
+        store.forget_checkpoint(repo, commit)
     return freed

@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
-
 from edgevlm import cleanup
 from edgevlm.bundle import MANIFEST
 from edgevlm.errors import BundleError
@@ -56,6 +54,8 @@ def locked(name: str, *, wait: bool = True) -> Iterator[None]:
     """Holds the right to change the model `name`; waits for another process that holds it, or
     raises BundleError.
     """
+    import filelock  # no command that answers needs it
+
     folder = directory() / ".locks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,14 +107,14 @@ def remove(name: str) -> int:
         raise unknown(name)
     with locked(name, wait=False):
         folder = directory() / name
-        if folder.is_symlink():
-            folder.unlink()
-            return 0
-        freed = folder_bytes(folder)
-        # Without its manifest it is no model any more, whatever becomes of the rest.
+        freed = 0 if folder.is_symlink() else folder_bytes(folder)
         with cleanup.lock:
-            (folder / MANIFEST).unlink()
-            shutil.rmtree(folder)
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                # Without its manifest it is no model any more, whatever becomes of the rest.
+                (folder / MANIFEST).unlink()
+                shutil.rmtree(folder)
         if default() == name:
             set_default(None)
     return freed
@@ -142,22 +142,30 @@ def _idle(folder: Path) -> bool:
     return time.time() - newest > _IDLE_S
 
 
+def checkpoint_key(repo: str, commit: str) -> str:
+    """The name of a checkpoint's note, and of the lock of whoever reads or removes it."""
+    return f"{repo.replace('/', '--')}@{commit}"
+
+
 def note_checkpoint(repo: str, commit: str) -> None:
     """Writes down that a pull put a checkpoint into the hub's cache."""
     folder = directory() / _CHECKPOINTS
     folder.mkdir(exist_ok=True)
-    (folder / f"{repo.replace('/', '--')}@{commit}").touch()
+    (folder / checkpoint_key(repo, commit)).touch()
 
 
 def forget_checkpoint(repo: str, commit: str) -> None:
     """Takes `note_checkpoint` back."""
-    (directory() / _CHECKPOINTS / f"{repo.replace('/', '--')}@{commit}").unlink(missing_ok=True)
+    (directory() / _CHECKPOINTS / checkpoint_key(repo, commit)).unlink(missing_ok=True)
 
 
 def noted_checkpoints() -> list[tuple[str, str]]:
-    """Repository and commit of the checkpoints that pulls put into the hub's cache."""
-    names = (path.name.rpartition("@") for path in sorted((directory() / _CHECKPOINTS).glob("*@*")))
-    return [(repo.replace("--", "/", 1), commit) for repo, _, commit in names]
+    """Repository and commit of the checkpoints that pulls put into the hub's cache, without those
+    that are in use.
+    """
+    names = [path.name for path in sorted((directory() / _CHECKPOINTS).glob("*@*"))]
+    free = (name.rpartition("@") for name in names if _free(name))
+    return [(repo.replace("--", "/", 1), commit) for repo, _, commit in free]
 
 
 def _free(name: str) -> bool:

@@ -14,6 +14,8 @@ from edgevlm.bundle import Bundle
 from edgevlm.export import child
 from tests import inside
 from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.smolvlm import write_smolvlm
+from tests.hub import Hub, serve
 
 # A run in the background inherits an ignored Ctrl-C; the programs that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,8 +29,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 
 @pytest.fixture(scope="module")
 def children_inside() -> Iterator[None]:
-    """What exports run in child processes is run in this process, but llama.cpp's quantizer. For
-    files about a family; `tests/test_families.py` exports each as users do.
+    """Programs that exports run in child processes are run in this process, but llama.cpp's
+    quantizer. For files about a family; `tests/test_families.py` exports each as users do.
     """
     with mock.patch.object(child, "run", inside.child):
         yield
@@ -38,6 +40,19 @@ def children_inside() -> Iterator[None]:
 def paligemma_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny PaliGemma 1 checkpoint in the published layout; treat as read-only."""
     return write_paligemma(tmp_path_factory.mktemp("paligemma"), version=1)
+
+
+@pytest.fixture(scope="session")
+def smolvlm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SmolVLM checkpoint in the published layout; treat as read-only."""
+    return write_smolvlm(tmp_path_factory.mktemp("smolvlm"))
+
+
+@pytest.fixture
+def hub(smolvlm_checkpoint: Path) -> Iterator[Hub]:
+    """A hub with `smolvlm_checkpoint` as the repository tests.hub.TINY."""
+    with serve(tiny_smolvlm=smolvlm_checkpoint) as served:
+        yield served
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,9 @@ REFUSED = {
     "org/private": (401, "RepoNotFound"),
     "org/broken": (500, ""),
 }
+# The repository of conftest's hub, and its large file.
+TINY = "org/tiny-smolvlm"
+WEIGHTS = "model.safetensors"
 ROOT = Path(__file__).parent.parent
 
 
@@ -58,7 +61,11 @@ class Fault:
 
 @dataclass
 class Hub:
-    """A running hub: repositories are folders, `asked` the requests, as "METHOD PATH"."""
+    """A running hub: repositories are folders, `asked` the requests, as "METHOD PATH".
+
+    The listing of a `gated` one is public, its files are not; without `hashes` it states neither
+    those nor sizes, as some mirrors.
+    """
 
     address: str = ""
     repositories: dict[str, Path] = field(default_factory=dict)
@@ -66,7 +73,12 @@ class Hub:
     asked: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
     gated: bool = False
-    sizes: bool = True
+    hashes: bool = True
+
+    @property
+    def downloads(self) -> list[str]:
+        """The requests for the weights' bytes."""
+        return [path for path in self.asked if path.startswith("GET") and path.endswith(WEIGHTS)]
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         """Variables for a child process that uses this hub and `home`, nothing of the user's."""
@@ -164,6 +176,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.asked.append(f"PUT {self.path}")
+        if (fault := self.hub.fault(f"PUT {self.path}")) and fault.status:
+            return self._send(fault.status, fault.headers, b"{}", True)
         _uploaded(self.hub, self.path.rsplit("/", 1)[1]).write_bytes(data)
         self._send(200, {}, b"", True)
 
@@ -183,6 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(1)
             return None
         for name, folder in self.hub.repositories.items():
+            if self.hub.gated and (path.endswith("/auth-check") or path.startswith(f"/{name}/")):
+                return self._send(403, {"X-Error-Code": "GatedRepo"}, b"{}", body)
             if path.startswith(f"/api/models/{name}"):
                 return self._json(_listing(self.hub, name))
             if path.startswith(f"/{name}/"):
@@ -220,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
 
     def _posted(self, data: bytes) -> Any:
-        """What an upload asks for: a repository, how files go, where large ones go, a commit."""
+        """Answers to an upload: a repository, how files go, where large ones go, a commit."""
         if self.path.endswith("/repos/create"):
             name = "/".join(
                 filter(None, (json.loads(data).get("organization"), json.loads(data)["name"]))
@@ -278,7 +294,7 @@ def _listing(hub: Hub, repo: str) -> dict[str, Any]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name, data = path.relative_to(folder).as_posix(), path.read_bytes()
         found: dict[str, Any] = {"rfilename": name}
-        if hub.sizes:
+        if hub.hashes:
             found |= {"size": len(data), "blobId": _git_sha1(data)}
             if name.endswith(LARGE):
                 digest = hashlib.sha256(data).hexdigest()

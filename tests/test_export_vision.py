@@ -334,7 +334,7 @@ def test_four_bits_are_onnxruntimes(rows: int) -> None:
     theirs = module.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
     ours: list[Array] = [*four_bits.rounded(weight)]
     for made, expected in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(made, expected.reshape(made.shape), rtol=1e-6)
+        assert np.array_equal(made, expected.reshape(made.shape))
 
 
 def test_half_precision_has_float32_ends_and_widens_back(tmp_path: Path) -> None:

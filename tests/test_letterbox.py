@@ -48,7 +48,7 @@ def transformers_class(**settings: Any) -> Any:
 
 
 def stated(processor: Any) -> dict[str, Any]:
-    """What the class writes into its file."""
+    """The settings that the class writes into its file."""
     found: dict[str, Any] = json.loads(processor.to_json_string())
     return found
 

@@ -31,11 +31,16 @@ DECODER, MMPROJ = "tiny-Q8_0.gguf", "mmproj-tiny-f16.gguf"
 Change = Callable[[str, Any, Type], tuple[str, Any, Type] | None]
 
 
+def unchanged(name: str, values: Any, kind: Type) -> tuple[str, Any, Type]:
+    """A change of a tensor that is none."""
+    return name, values, kind
+
+
 def rewritten(
     source: Path,
     target: Path,
     keys: Mapping[str, Any] | None = None,
-    change: Change = lambda *found: found,
+    change: Change = unchanged,
 ) -> Path:
     """A GGUF file with other values of keys, and other tensors or without some."""
     reader = gguf.GGUFReader(source)
@@ -211,24 +216,21 @@ def narrower(name: str) -> Change:
     return lambda found, values, kind: (found, values[1:] if found == name else values, kind)
 
 
-UNCHANGED: Change = lambda *found: found  # noqa: E731
-
-
 @pytest.mark.parametrize(
     ("file", "change", "keys", "says"),
     [
         (MMPROJ, lacking("mm.model.fc.weight"), {}, "lacks mm.model.fc.weight"),
         (MMPROJ, narrower("v.blk.1.attn_q.bias"), {}, r"v.blk.1.attn_q.bias has shape \[63\]"),
         (MMPROJ, lambda n, *r: (n.replace("ln1.bias", "ln3.bias"), *r), {}, "lacks v.blk.0.ln1"),
-        (MMPROJ, UNCHANGED, {"clip.projector_type": "ldp"}, "projector_type is 'ldp'"),
-        (MMPROJ, UNCHANGED, {"clip.vision.image_size": 64}, "image_size is 64"),
+        (MMPROJ, unchanged, {"clip.projector_type": "ldp"}, "projector_type is 'ldp'"),
+        (MMPROJ, unchanged, {"clip.vision.image_size": 64}, "image_size is 64"),
         (DECODER, lacking("output.weight"), {}, "lacks output.weight"),
         (DECODER, narrower("blk.0.ffn_up.weight"), {}, r"blk.0.ffn_up.weight has shape \[511"),
         (DECODER, lambda n, *r: (n.replace("output.w", "odd.w"), *r), {}, "odd.weight is not a"),
-        (DECODER, UNCHANGED, {"general.architecture": "qwen2"}, "is a qwen2 decoder"),
-        (DECODER, UNCHANGED, {"llama.rope.freq_base": 1e4}, "rope.freq_base is 10000"),
-        (DECODER, UNCHANGED, {"llama.attention.head_count": 8}, "head_count is 8"),
-        (DECODER, UNCHANGED, {"general.file_type": 99}, "file_type 99"),
+        (DECODER, unchanged, {"general.architecture": "qwen2"}, "is a qwen2 decoder"),
+        (DECODER, unchanged, {"llama.rope.freq_base": 1e4}, "rope.freq_base is 10000"),
+        (DECODER, unchanged, {"llama.attention.head_count": 8}, "head_count is 8"),
+        (DECODER, unchanged, {"general.file_type": 99}, "file_type 99"),
     ],
 )  # fmt: skip
 def test_another_models_file_is_refused(
@@ -251,7 +253,7 @@ def test_a_foreign_vocabulary_is_refused(
     fields = gguf.GGUFReader(published / DECODER).fields
     tokens = list(fields["tokenizer.ggml.tokens"].contents())
     tokens[slice(None) if row is None else row] = [*tokens, text] if row is None else text
-    damaged(published, DECODER, UNCHANGED, **{"tokenizer.ggml.tokens": tokens})
+    damaged(published, DECODER, unchanged, **{"tokenizer.ggml.tokens": tokens})
     with pytest.raises(SourceError, match=says):
         put_together(published, tmp_path / "out")
 
@@ -259,7 +261,7 @@ def test_a_foreign_vocabulary_is_refused(
 def test_rows_that_no_token_has_may_be_called_anything(published: Path, tmp_path: Path) -> None:
     tokens = list(gguf.GGUFReader(published / DECODER).fields["tokenizer.ggml.tokens"].contents())
     tokens[-1] = "[PAD]"
-    damaged(published, DECODER, UNCHANGED, **{"tokenizer.ggml.tokens": tokens})
+    damaged(published, DECODER, unchanged, **{"tokenizer.ggml.tokens": tokens})
     assert pipeline.read(published).ready
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import math
 import os
@@ -11,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +17,13 @@ from edgevlm import catalogue, pulling, store
 from edgevlm.benchmarks.synthetic import make
 from edgevlm.benchmarks.synthetic.decoder import decoder_bytes
 from edgevlm.benchmarks.synthetic.models import MODELS
-from edgevlm.errors import BundleError, EngineMissing, HubError
-from edgevlm.export.checkpoint.hub import locate
+from edgevlm.errors import BundleError, EngineMissing
 from edgevlm.export.parts import net
-from edgevlm.hub.download import snapshot
 from edgevlm.hub.repository import RemoteFile, Repository
 from edgevlm.models import built_in, resolve
-from tests.checkpoints.smolvlm import write_smolvlm
-from tests.hub import COMMIT, ROOT, Fault, Hub, serve
+from tests.hub import COMMIT, ROOT, TINY, WEIGHTS, Fault, Hub, serve
 
-REPO = "org/tiny-smolvlm"
-WEIGHTS = "model.safetensors"
-PULL = ("pull", REPO, "--name", "tiny", "--no-verify")
+PULL = ("pull", TINY, "--name", "tiny", "--no-verify")
 # The command line that says each stage of its work, and waits to be killed at one.
 STAGES = """
 import sys, time
@@ -53,35 +45,19 @@ cli.main()
 """
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_smolvlm(tmp_path_factory.mktemp("smolvlm"))
-
-
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture
-def hub(checkpoint: Path) -> Iterator[Hub]:
-    with serve(tiny_smolvlm=checkpoint) as served:
-        yield served
-
-
-def downloaded(hub: Hub) -> list[str]:
-    """The requests for the weights' bytes."""
-    return [path for path in hub.asked if path.startswith("GET") and path.endswith(WEIGHTS)]
-
-
 def test_from_a_name_to_an_answer_and_back(hub: Hub, tmp_path: Path) -> None:
     pulled = hub.edgevlm(tmp_path, *PULL)
     assert pulled.returncode == 0 and pulled.stdout == ""
-    assert f"{REPO} at 1111111, licence apache-2.0" in pulled.stderr
+    assert f"{TINY} at 1111111, licence apache-2.0" in pulled.stderr
     assert "It is the default model now." in pulled.stderr
     folder = tmp_path / "edgevlm/models/tiny"
     manifest = json.loads((folder / "edgevlm.json").read_text(encoding="utf-8"))
-    assert (manifest["name"], manifest["origin"]) == ("tiny", f"{REPO}@{COMMIT}")
+    assert (manifest["name"], manifest["origin"]) == ("tiny", f"{TINY}@{COMMIT}")
 
     answered = hub.edgevlm(tmp_path, "ask", "Hi", "--max-tokens", "2", "-i", "examples/shapes.png")
     assert answered.returncode == 0 and "pico" not in answered.stderr
@@ -89,12 +65,12 @@ def test_from_a_name_to_an_answer_and_back(hub: Hub, tmp_path: Path) -> None:
     asked = len(hub.asked)
     again = hub.edgevlm(tmp_path, *PULL)
     assert again.returncode == 0 and "downloaded already" in again.stderr
-    assert len(hub.asked) == asked + 1 and len(downloaded(hub)) == 1
+    assert len(hub.asked) == asked + 1 and len(hub.downloads) == 1
 
     used = hub.edgevlm(tmp_path, "du").stdout
     assert "checkpoint" in used and "tiny" in used and "broken" not in used
     freed = hub.edgevlm(tmp_path, "gc")
-    assert freed.returncode == 0 and f"{REPO}@1111111" in freed.stdout
+    assert freed.returncode == 0 and f"{TINY}@1111111" in freed.stdout
     assert not [*(tmp_path / "hub").rglob(WEIGHTS)]
     removed = hub.edgevlm(tmp_path, "rm", "tiny")
     assert "pico is the default model again" in removed.stderr and not folder.exists()
@@ -104,7 +80,7 @@ def test_from_a_name_to_an_answer_and_back(hub: Hub, tmp_path: Path) -> None:
 def test_other_precisions_replace_a_model(hub: Hub, tmp_path: Path) -> None:
     assert hub.edgevlm(tmp_path, *PULL).returncode == 0
     changed = hub.edgevlm(tmp_path, *PULL, "--quant", "q8_0", "--remove-checkpoint")
-    assert changed.returncode == 0 and len(downloaded(hub)) == 1
+    assert changed.returncode == 0 and len(hub.downloads) == 1
     manifest = json.loads((tmp_path / "edgevlm/models/tiny/edgevlm.json").read_text("utf-8"))
     assert manifest["components"]["decoder"]["precision"] == "q8_0"
     # It was there before this pull: not its to remove.
@@ -121,7 +97,7 @@ def test_a_name_that_another_model_has(hub: Hub, tmp_path: Path) -> None:
     shutil.copytree(built_in(), tmp_path / "edgevlm/models/tiny")
     refused = hub.edgevlm(tmp_path, *PULL)
     assert refused.returncode == 1 and "is another model" in refused.stderr
-    assert not downloaded(hub)
+    assert not hub.downloads
 
 
 def test_offline(hub: Hub, tmp_path: Path) -> None:
@@ -135,115 +111,6 @@ def test_offline(hub: Hub, tmp_path: Path) -> None:
     pulled = hub.edgevlm(tmp_path, *PULL, **offline)
     assert pulled.returncode == 0 and "taken from its cache" in pulled.stderr
     assert len(hub.asked) == asked
-
-
-@pytest.mark.parametrize(
-    ("fault", "requests"),
-    [
-        (Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", cut_at=5000), 2),
-        (Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", times=3, cut_at=5000), 4),
-        (Fault("GET /api/models", status=429, headers={"Retry-After": "0"}), 1),
-        (Fault(f"HEAD /{REPO}", times=2, status=429, headers={"Retry-After": "0"}), 1),
-        (Fault(f"GET /{REPO}", status=503, headers={"Retry-After": "0"}), 1),
-        (Fault(f"HEAD /{REPO}/resolve/{COMMIT}/config.json", status=500), 1),
-        (Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", wrong=True), 2),
-        (Fault(f"GET /{REPO}/resolve/{COMMIT}/config.json", wrong=True), 1),
-    ],
-    ids=["cut", "cut thrice", "429 listing", "429 file", "503", "500", "wrong", "wrong small"],
-)
-def test_what_fails_in_passing_is_tried_again(
-    hub: Hub, checkpoint: Path, tmp_path: Path, fault: Fault, requests: int
-) -> None:
-    hub.faults.append(fault)
-    done = download(hub, tmp_path)
-    assert (done.returncode, done.stderr) == (0, "") and fault.times == 0
-    folder = Path(done.stdout.strip())
-    for path in checkpoint.glob("*.json"):
-        assert (folder / path.name).read_bytes() == path.read_bytes()
-    assert (folder / WEIGHTS).read_bytes() == (checkpoint / WEIGHTS).read_bytes()
-    assert len(downloaded(hub)) >= requests
-
-
-@pytest.mark.parametrize(
-    ("fault", "says"),
-    [
-        (Fault(f"HEAD /{REPO}/resolve/{COMMIT}/{WEIGHTS}", 99, 403), "403"),
-        (Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", 99, wrong=True), "its hash differs"),
-        (Fault(f"HEAD /{REPO}/resolve/{COMMIT}/{WEIGHTS}", 99, 404), "404"),
-        (Fault("GET /api/models", 99, 429, {"Retry-After": "86400"}), "429"),
-        (
-            Fault("GET /api/models", 99, 403, {"X-Error-Code": "GatedRepo"}),
-            f"/{REPO} and log in with `hf auth login` or set HF_TOKEN",
-        ),
-        (Fault("GET /api/models", 99, 401), "hf auth login"),
-    ],
-    ids=["403", "wrong", "404", "come back tomorrow", "gated", "401"],
-)
-def test_what_fails_for_good_is_one_line(hub: Hub, tmp_path: Path, fault: Fault, says: str) -> None:
-    hub.faults.append(fault)
-    done = download(hub, tmp_path)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"HubError: {REPO}: ") and says in done.stderr
-    hub.faults.clear()
-    assert download(hub, tmp_path).returncode == 0
-
-
-@pytest.mark.parametrize("there", ["half", "all", "too much"])
-def test_a_broken_download_goes_on_where_it_ended(
-    hub: Hub, checkpoint: Path, tmp_path: Path, there: str
-) -> None:
-    data = (checkpoint / WEIGHTS).read_bytes()
-    left = {"half": data[:5000], "all": data, "too much": data + b"more"}[there]
-    blob = tmp_path / f"hub/hub/models--org--tiny-smolvlm/blobs/{hashlib.sha256(data).hexdigest()}"
-    blob.parent.mkdir(parents=True)
-    blob.with_name(f"{blob.name}.edgevlm.part").write_bytes(left)
-    done = download(hub, tmp_path)
-    assert done.returncode == 0 and blob.read_bytes() == data
-    assert (Path(done.stdout.strip()) / WEIGHTS).resolve() == blob
-    assert hub.ranges == {"half": ["bytes=5000-"], "all": [], "too much": []}[there]
-    assert len(downloaded(hub)) == (0 if there == "all" else 1)
-
-
-def locate_it() -> None:
-    """Downloads the checkpoint alone, without an export; says what came of it."""
-    try:
-        print(locate(REPO)[0])
-    except HubError as e:
-        sys.exit(f"HubError: {e}")
-
-
-def test_a_disk_that_fills_up(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("edgevlm.hub.download._Counted.write", full)
-        done = download(hub, tmp_path)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "cannot be kept on this disk" in done.stderr and len(downloaded(hub)) == 1
-    assert download(hub, tmp_path).returncode == 0
-
-
-def test_a_hub_that_falls_silent(hub: Hub, tmp_path: Path) -> None:
-    hub.faults.append(Fault(f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}", silent=True))
-    assert download(hub, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="1").returncode == 0
-    assert len(downloaded(hub)) == 2
-
-
-def download(hub: Hub, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    return hub.run(locate_it, home, **more)
-
-
-def test_a_proxy_is_asked(hub: Hub, tmp_path: Path) -> None:
-    """By another process: the hub client may keep a connection that knows no proxy."""
-    proxied = {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": hub.address}
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests import test_pull\ntest_pull.locate_it()"],
-        env=hub.environment(tmp_path, **proxied),
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0 and len(downloaded(hub)) == 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
@@ -272,6 +139,18 @@ def test_killed_at_any_stage_the_same_command_finishes(
     assert hub.edgevlm(tmp_path, "models", "verify", "tiny").returncode == 0
 
 
+def test_a_checkpoint_in_use_stays(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hub.edgevlm(tmp_path, *PULL).returncode == 0
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "edgevlm"))
+    with store.locked(store.checkpoint_key(TINY, COMMIT)):
+        assert hub.edgevlm(tmp_path, "gc").stdout == ""
+    assert [*(tmp_path / "hub").rglob(WEIGHTS)]
+    assert TINY in hub.edgevlm(tmp_path, "gc").stdout
+    assert not [*(tmp_path / "hub").rglob(WEIGHTS)]
+
+
 def test_two_pulls_at_once(hub: Hub, tmp_path: Path) -> None:
     children = [
         subprocess.Popen(
@@ -285,7 +164,7 @@ def test_two_pulls_at_once(hub: Hub, tmp_path: Path) -> None:
     ]
     errors = [child.communicate()[1] for child in children]
     assert [child.returncode for child in children] == [0, 0], errors
-    assert len(downloaded(hub)) == 1
+    assert len(hub.downloads) == 1
 
 
 def test_a_ready_bundle_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -323,7 +202,11 @@ def test_what_is_pushed_can_be_pulled(tmp_path: Path) -> None:
         assert hub.edgevlm(tmp_path, "push", "pico", "org/mine", HF_TOKEN="t").returncode == 0
         assert (repository / "README.md").read_text(encoding="utf-8") == "my own words"
         assert hub.edgevlm(tmp_path, "pull", "org/mine").returncode == 0
-        hub.faults.append(Fault("POST /api/", times=99, status=401))
+        hub.faults.append(Fault("PUT /put/", times=9, status=400))
+        broken = hub.edgevlm(tmp_path, "push", "pico", "org/mine", HF_TOKEN="t")
+        assert broken.returncode == 1 and "edgevlm: org/mine: the hub" in broken.stderr
+        assert "Traceback" not in broken.stderr
+        hub.faults[:] = [Fault("POST /api/", times=99, status=401)]
         refused = hub.edgevlm(tmp_path, "push", "pico", "org/mine")
         assert refused.returncode == 1 and "hf auth login" in refused.stderr
     assert hub.edgevlm(tmp_path, "models", "verify", "mine").returncode == 0
@@ -351,13 +234,6 @@ def test_what_cannot_be_done_is_one_line(
     done = Hub("http://127.0.0.1:9").edgevlm(tmp_path, *arguments)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert says in done.stderr
-
-
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    huge = RemoteFile(WEIGHTS, 1 << 60, "0" * 64)
-    with pytest.raises(HubError, match=r"needs 1152921504\.61 GB in .*HF_HOME"):
-        snapshot(Repository("org/huge", COMMIT, (huge,)), [huge])
 
 
 def test_the_catalogue_names_families_that_there_are() -> None:
@@ -402,7 +278,7 @@ def test_missing_packages_are_named_before_a_download(
     download = "edgevlm.hub.download.snapshot"
     monkeypatch.setattr(download, lambda *_, **__: pytest.fail("downloaded"))
     weights = (RemoteFile("pytorch_model.bin", 1),)
-    plan = pulling.Pull("tiny", Repository(REPO, COMMIT, weights), None, weights, False, 1)
+    plan = pulling.Pull("tiny", Repository(TINY, COMMIT, weights), None, weights, False, 1)
     with pytest.raises(EngineMissing, match=r"weights are in torch's format.*edgevlm\[export\]"):
         pulling.carry_out(plan)
     with pytest.raises(EngineMissing, match=r"verification needs torch.*edgevlm\[export\]"):

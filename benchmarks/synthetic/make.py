@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from edgevlm import machine
 from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes, write_decoder
 from edgevlm.benchmarks.synthetic.models import MODELS, PREFIX
 from edgevlm.benchmarks.synthetic.tensors import random_part
@@ -125,9 +126,7 @@ def _check_disk(destination: Path, model: Model, quant: str) -> None:
     # Both graphs are there in float32 first.
     making = max(4 * vision, 4 * projector, decoder_bytes(model, quant))
     need = vision + 4 * projector + making + _SPARE_BYTES
-    place = destination.absolute()
-    while not place.exists():
-        place = place.parent
+    place = machine.nearest(destination.absolute())
     free = shutil.disk_usage(place).free
     if free < need:
         raise BenchError(

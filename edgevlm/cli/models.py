@@ -85,10 +85,9 @@ def _list_catalogue() -> None:
 
 def fits(entry: catalogue.CatalogueEntry) -> str:
     """Says whether this machine can take a model: "fits", or what it lacks."""
-    there = next(p for p in (directory(), *directory().parents) if p.is_dir())
     if entry.memory > machine.memory().total_bytes:
         return "too little memory"
-    if entry.download + entry.bundle > shutil.disk_usage(there).free:
+    if entry.download + entry.bundle > shutil.disk_usage(machine.nearest(directory())).free:
         return "too little disk"
     return "fits"
 

@@ -56,7 +56,7 @@ def du() -> None:
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")
 def gc(dry_run: bool) -> None:
-    """Remove what broken pulls left, and pulled checkpoints that are bundles by now."""
+    """Remove what broken pulls left, and the checkpoints that pulls put into the hub's cache."""
     total = 0
     for found in store.leftovers():
         total += found.bytes

@@ -41,5 +41,4 @@ def _blobs(snapshot: Path) -> set[Path]:
 
 
 def _broken(repo: str) -> set[Path]:
-    blobs = storage(repo) / "blobs"
-    return {*blobs.glob(f"*{PART}"), *blobs.glob("*.incomplete")}
+    return {*(storage(repo) / "blobs").glob(f"*{PART}")}

@@ -8,19 +8,21 @@ client and other programs share, or in a plain folder.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import filelock
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from edgevlm.errors import HubError
 from edgevlm.hub.patience import persistently
 from edgevlm.hub.refusals import told
 from edgevlm.hub.repository import RemoteFile, Repository
 from edgevlm.progress import Report, Stage
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 PART = ".edgevlm.part"
 _BLOCK = 1 << 20
@@ -58,6 +60,8 @@ def snapshot(
     `revision` is the name by which the commit was looked up, so that it is found again offline.
     Raises HubError.
     """
+    import filelock
+
     place = storage(repository.id)
     with told(repository.id, revision):
         place.mkdir(parents=True, exist_ok=True)
@@ -109,7 +113,7 @@ def _check_room(repo: str, folder: Path, need: int) -> None:
     if free < need + _SPARE_BYTES:
         raise HubError(
             f"{repo}: the download needs {need / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are "
-            "free; make room, or let HF_HOME name a folder on another disk"
+            "free; make room, or let HF_HOME and EDGEVLM_HOME name folders on another disk"
         )
 
 
@@ -161,12 +165,11 @@ class _Transfer:
             repository = self._repository
             url = hf_hub_url(repository.id, file.name, revision=repository.commit)
             found = get_hf_file_metadata(url)
-            with part.open("ab") as f:
-                counted = _Counted(f, lambda n: self._stage.reach(self._before + n))
+            with _Counted(part, lambda n: self._stage.reach(self._before + n)) as f:
                 # A signed address of another host wants no token.
                 http_get(
                     found.location,
-                    counted,  # type: ignore[arg-type]
+                    f,
                     resume_size=have,
                     headers=headers.build_hf_headers() if found.location == url else None,
                     expected_size=file.bytes,
@@ -196,30 +199,18 @@ class _Transfer:
             )
 
 
-class _Counted:
-    """A file being downloaded into, as the hub client writes it; `told` gets its size in bytes."""
+class _Counted(io.BufferedWriter):
+    """A file that is appended to; `told` gets its size in bytes after every write."""
 
-    def __init__(self, file: BinaryIO, told: Callable[[int], None]) -> None:
-        self._file = file
-        self._told = told
+    def __init__(self, path: Path, told: Callable[[int], None]) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._size_told = told
 
-    def write(self, data: bytes) -> int:
-        """See io.RawIOBase."""
-        n = self._file.write(data)
-        self._told(self._file.tell())
+    def write(self, data: ReadableBuffer) -> int:
+        """See io.BufferedWriter."""
+        n = super().write(data)
+        self._size_told(self.tell())
         return n
-
-    def tell(self) -> int:
-        """See io.IOBase."""
-        return self._file.tell()
-
-    def seek(self, position: int) -> int:
-        """See io.IOBase."""
-        return self._file.seek(position)
-
-    def truncate(self) -> int:
-        """See io.IOBase."""
-        return self._file.truncate()
 
 
 def _size(path: Path) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from edgevlm.hub.refusals import status, transport
+from edgevlm.hub.refusals import FULL, status, transport
 from edgevlm.progress import Report, Stage
 
 T = TypeVar("T")
@@ -61,7 +60,7 @@ def _wait(seconds: float, report: Report | None) -> None:
 
 
 def _passing(error: BaseException) -> bool:
-    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC,)):
+    if isinstance(error, OSError) and (error.filename or error.errno in FULL):
         return False
     statuses = [s for e in _chain(error) if (s := status(e)) is not None]
     return all(s in _BUSY for s in statuses)

@@ -12,7 +12,7 @@ from typing import Any
 from edgevlm.errors import HubError
 
 # A full disk names no file.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -46,10 +46,15 @@ def told(repo: str, revision: str | None = None) -> Iterator[None]:
         ) from None
     except transport() as e:
         raise HubError(f"{where}: {_failed(e)}") from None
+    except RuntimeError as e:
+        # The client makes one of what ends an upload.
+        if not isinstance(e.__cause__, transport()):
+            raise
+        raise HubError(f"{where}: {_failed(e.__cause__)}") from None
 
 
 def _failed(error: BaseException) -> str:
-    if getattr(error, "filename", None) or getattr(error, "errno", None) in _FULL:
+    if getattr(error, "filename", None) or getattr(error, "errno", None) in FULL:
         return f"cannot be kept on this disk ({line(error)}); HF_HOME names another folder"
     if status(error) == 401:
         return f"access is denied ({line(error)}); {_LOG_IN}"

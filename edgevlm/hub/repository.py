@@ -26,15 +26,12 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at a commit; `license` is the hub's tag, `gated` whether one has to ask for
-    access.
-    """
+    """A repository at a commit; `license` is the hub's tag."""
 
     id: str
     commit: str
     files: tuple[RemoteFile, ...]
     license: str = ""
-    gated: bool = False
 
     @property
     def names(self) -> set[str]:
@@ -53,11 +50,18 @@ def parse(name: str) -> tuple[str, str | None] | None:
 
 
 def look_up(repo: str, revision: str | None = None) -> Repository:
-    """Asks the hub what a repository holds; None is its main branch. Raises HubError."""
+    """Asks the hub what a repository holds, and whether its files may be had; None is its main
+    branch. Raises HubError.
+    """
     import huggingface_hub
 
     def ask() -> Any:
-        return huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+        api = huggingface_hub.HfApi()
+        found = api.model_info(repo, revision=revision, files_metadata=True)
+        # The listing of a gated repository is public.
+        if found.gated:
+            api.auth_check(repo)
+        return found
 
     with told(repo, revision):
         info = persistently(ask, pauses=())
@@ -68,7 +72,6 @@ def look_up(repo: str, revision: str | None = None) -> Repository:
         commit=info.sha,
         files=tuple(_file(found) for found in info.siblings or ()),
         license=str(card.get("license") or (tags[0] if tags else "")),
-        gated=bool(info.gated),
     )
 
 
