@@ -36,7 +36,8 @@ def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """A new hidden folder in `parent`, which is made where it is missing, or where the system has
     such. It is removed with all it holds, and so are folders above it that nothing else came into.
     """
-    place = Path(tempfile.gettempdir() if parent is None else os.path.abspath(parent))
+    with lock:  # The first gettempdir() writes a file to find out whether it can.
+        place = Path(tempfile.gettempdir() if parent is None else os.path.abspath(parent))
     path = place / f".edgevlm-{secrets.token_hex(4)}.part"
     made = [folder for folder in (place, *place.parents) if not os.path.lexists(folder)]
     try:

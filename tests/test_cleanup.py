@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -39,6 +41,27 @@ def test_a_temporary_folder_goes_with_what_it_holds_and_was_made_for(tmp_path: P
     with cleanup.temporary_folder() as folder:
         assert folder.stat().st_mode & 0o77 == 0
     assert not folder.exists()
+
+
+def test_the_search_for_the_systems_folder_is_not_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes a file to find out whether it can, which an end amid the search would leave."""
+
+    def free() -> bool:
+        if taken := cleanup.lock.acquire(blocking=False):
+            cleanup.lock.release()
+        return taken
+
+    with ThreadPoolExecutor(1) as other:
+
+        def search() -> str:
+            assert not other.submit(free).result()
+            return str(tmp_path)
+
+        monkeypatch.setattr(tempfile, "gettempdir", search)
+        with cleanup.temporary_folder() as folder:
+            assert folder.parent == tmp_path
 
 
 def test_a_child_ends_with_the_block(pipe: str) -> None:

@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +42,7 @@ def quantize(
     `matrix` holds the importance of each column by the tensor's name. The stage follows the bytes
     written. Raises ExportError, or OSError where the disk is full.
     """
-    with tempfile.TemporaryFile() as log, temporary_folder() as scratch:
+    with temporary_folder() as scratch, (scratch / "log").open("w+b") as log:
         weights = scratch / "matrix.npz"
         if matrix:
             np.savez(weights, **matrix)  # type: ignore[arg-type]
