@@ -10,7 +10,9 @@ from edgevlm.models import resolve
 if TYPE_CHECKING:
     import os
 
+    from edgevlm.runtimes.rules import Goal
     from edgevlm.runtimes.session import VLM
+    from edgevlm.types import Repacking
 
 
 def load(
@@ -20,18 +22,22 @@ def load(
     vision_device: str | None = None,
     decoder_device: str | None = None,
     threads: int | None = None,
-    repack: bool | None = None,
+    repack: bool | Repacking | None = None,
     kv: str | None = None,
     max_tiles: int | None = None,
+    goal: Goal = "both",
 ) -> VLM:
     """Loads a model: a bundle folder, the name of an installed one, or None for the built-in pico.
 
     device: what it runs on, "auto", "cpu", "gpu", "npu" or a name such as "cuda", "openvino",
     "vulkan" (docs/devices.md lists them); vision_device and decoder_device override it for one
-    part. threads: None for the physical cores. repack: llama.cpp's weight re-ordering at load; None
-    follows what was measured. kv: type of the KV cache, "f16" or "q8_0", half as large; None is
-    f16, and float32 for decoders in f32. max_tiles: the most tiles that a picture is cut into by a
-    model that cuts them, its overview among them; fewer are faster and show less, 1 cuts none.
+    part. goal: what is to be fast, a first short answer ("caption"), long ones ("chat") or "both".
+    What is None follows what `edgevlm tune` measured here for the goal, else what was measured on
+    such processors: threads; repack, llama.cpp's weight re-ordering at load, where "decode" is a
+    re-ordered copy that only draws tokens. kv: type of the KV cache, "f16" or "q8_0", half as
+    large; None is f16, and float32 for decoders in f32. max_tiles: the most tiles that a picture is
+    cut into by a model that cuts them, its overview among them; fewer are faster and show less, 1
+    cuts none.
     `VLM.devices` says what runs where, and why,
     `VLM.settings` how.
 
@@ -43,6 +49,8 @@ def load(
     installed, EngineError for one that cannot run its part; "auto" falls back instead.
     """
     from edgevlm.runtimes.loading import LoadOptions, load_bundle
+    from edgevlm.runtimes.rules import GOALS
+    from edgevlm.types import REPACKINGS
 
     if threads is not None and threads < 1:
         raise PromptError("threads must be at least 1")
@@ -50,5 +58,11 @@ def load(
         raise PromptError(f"kv {kv!r} is not known; choose f16 or q8_0")
     if max_tiles is not None and max_tiles < 1:
         raise PromptError("max_tiles must be at least 1")
-    options = LoadOptions(threads, device, repack, vision_device, decoder_device, kv, max_tiles)
+    if goal not in GOALS:
+        raise PromptError(f"goal {goal!r} is not known; choose {', '.join(GOALS)}")
+    if repack not in (None, True, False, *REPACKINGS):
+        raise PromptError(f"repack {repack!r} is not known; choose True, False or 'decode'")
+    options = LoadOptions(
+        threads, device, repack, vision_device, decoder_device, kv, max_tiles, goal
+    )
     return load_bundle(resolve(model), options)

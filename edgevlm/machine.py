@@ -8,6 +8,7 @@ of the host otherwise. Read anew at every call, since limits may be changed whil
 from __future__ import annotations
 
 import os
+import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ class Memory:
 def nearest(folder: Path) -> Path:
     """The folder, or the nearest above it that exists: a new one is going to be on its disk."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def processor_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    # platform.processor() is empty or generic on Linux; processors of phones have no model name.
+    name = re.search(r"^(?:model name|Model)\s*: (.+)", _text(_ROOT / "proc/cpuinfo"), re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def physical_cores() -> int:

@@ -7,6 +7,8 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
 FlashAttention = Literal["auto", "on", "off"]
+Repacking = Literal["off", "on", "decode"]
+REPACKINGS: tuple[Repacking, ...] = ("off", "on", "decode")
 
 
 @dataclass(frozen=True)
@@ -162,19 +164,24 @@ class Devices:
 class RunSettings:
     """Settings that a loaded model really runs with.
 
-    `threads` are those of both engines; `repacking` says whether llama.cpp re-orders quantized
-    weights at load. `kv` is the type of the KV cache ("f32", "f16", "q8_0"). `flash_attention` is
-    "on", "off" or, before the first question where llama.cpp chooses, "auto". `batch` is how many
-    rows the decoder reads at once and `context` how many fit its KV cache; both are 0 before the
-    first question and grow with what is asked.
+    `threads` draw tokens, `prefill_threads` read the input and `vision_threads` encode pictures.
+    `repacking` says whether the decoder's quantized weights are re-ordered at load: "on" for
+    everything, "decode" to draw tokens with, beside the file's own order for reading the input, or
+    "off". `kv` is the type of the KV cache ("f32", "f16", "q8_0"). `flash_attention` is "on", "off"
+    or, before the first question where llama.cpp chooses, "auto". `batch` is how many rows the
+    decoder reads at once and `context` how many fit its KV cache; both are 0 before the first
+    question and grow with what is asked. `tuned` says whether `edgevlm tune` measured them here.
     """
 
     threads: int
-    repacking: bool
+    repacking: Repacking
     kv: str
     flash_attention: FlashAttention
     batch: int = 0
     context: int = 0
+    prefill_threads: int = 0
+    vision_threads: int = 0
+    tuned: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class FakeDecoder:
     """
 
     bos = _BOS
-    settings = RunSettings(1, False, "f32", "off")
+    settings = RunSettings(1, "off", "f32", "off")
 
     def __init__(self, answers: Iterable[str | bytes]) -> None:
         self._answers = [a.encode() if isinstance(a, str) else a for a in answers]

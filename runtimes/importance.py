@@ -24,7 +24,7 @@ from edgevlm.runtimes.loading import LoadOptions, load_bundle
 def importance(folder: Path, source: Path, target: Path) -> None:
     """Asks the bundle what is in `source` and writes what its decoder's matrices were fed."""
     given = np.load(source)
-    with load_bundle(folder, LoadOptions(device="cpu")) as vlm:
+    with load_bundle(folder, LoadOptions(device="cpu", repack=False)) as vlm:
         decoder = vlm.engines.decoder
         if not isinstance(decoder, LlamaDecoder):
             raise EngineError("only llama.cpp's decoder has an importance matrix")

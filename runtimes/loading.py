@@ -12,35 +12,49 @@ from edgevlm import family
 from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.image.plan import limited
-from edgevlm.runtimes import devices, rules
+from edgevlm.machine import memory
+from edgevlm.runtimes import devices, rules, tuned
 from edgevlm.runtimes.joining import read_newline
 from edgevlm.runtimes.llama import backends, ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, LlamaDevice, Offload
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
+from edgevlm.runtimes.llama.paired import PairedDecoder
+from edgevlm.runtimes.rules import EngineSettings, Goal
 from edgevlm.runtimes.session import VLM
 from edgevlm.runtimes.vision import providers
 from edgevlm.runtimes.vision.choose import Wish, open_encoder
 from edgevlm.runtimes.vision.ort import Ort
 from edgevlm.specs import DecoderSpec
-from edgevlm.types import Devices, Placement
+from edgevlm.types import REPACKINGS, Devices, Placement, Repacking
+
+_REPACKING: dict[bool | Repacking, Repacking] = {
+    True: "on",
+    False: "off",
+    **{word: word for word in REPACKINGS},
+}
+# The file's pages, a re-ordered copy, and as much for everything else.
+_SPARE_COPIES = 3
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Options of loading a model; None follows the measured rules (`rules.py`).
+    """Options of loading a model; None follows what was measured, here (`tuned.py`) or elsewhere
+    (`rules.py`).
 
     threads: of both engines. device: of both engines; vision_device and decoder_device
-    override it for one. repack: whether llama.cpp re-orders quantized weights at load. kv: type of
-    the KV cache, "f16" or "q8_0". max_tiles: of a picture, where the model cuts it into tiles.
+    override it for one. repack: whether llama.cpp re-orders quantized weights at load, or "decode".
+    kv: type of the KV cache, "f16" or "q8_0". max_tiles: of a picture, where the model cuts it into
+    tiles. goal: what is to be fast.
     """
 
     threads: int | None = None
     device: str = "auto"
-    repack: bool | None = None
+    repack: bool | Repacking | None = None
     vision_device: str | None = None
     decoder_device: str | None = None
     kv: str | None = None
     max_tiles: int | None = None
+    goal: Goal = "both"
 
 
 def load_bundle(
@@ -61,31 +75,64 @@ def load_bundle(
     if lacking := [role for role in kind.needs if role not in manifest.components]:
         raise BundleCorrupt(folder / MANIFEST, f"has no {lacking[0]}, which {kind.name} needs")
     newline = read_newline(bundle)
-    text = manifest.components.get("decoder")
-    facts = rules.this_machine(ggml.cpu_features(), text.precision if text else "")
-    threads = options.threads or rules.decide("threads", facts)
+    settings, measured = choose(bundle, options)
     ort, offered = Ort(), ggml.devices()
     for_vision, for_decoder = words(options, ort, offered)
-    wish = Wish(
-        for_vision,
-        threads,
-        spin=rules.decide("spinning", facts),
-        cpu_precisions=rules.decide("vision", facts),
+    encoder, vision = open_encoder(
+        bundle, Wish(for_vision, settings.vision_threads, settings.spinning, settings.vision), ort
     )
-    encoder, vision = open_encoder(bundle, wish, ort)
     loaded("vision")
-    repack = rules.decide("repacking", facts) if options.repack is None else options.repack
     decoder, placed = None, Placement(for_decoder, "none", "no decoder")
-    if text:
-        decoder, placed = open_decoder(
-            bundle, for_decoder, offered, threads=threads, repack=repack, kv=options.kv
-        )
+    if "decoder" in manifest.components:
+        decoder, placed = open_decoder(bundle, for_decoder, offered, settings, kv=options.kv)
         loaded("decoder")
     load_ms = (time.perf_counter() - start) * 1e3
-    placements = Devices(vision, placed)
     return VLM(
-        manifest, kind, encoder, decoder, newline=newline, load_ms=load_ms, devices=placements
+        manifest,
+        kind,
+        encoder,
+        decoder,
+        newline=newline,
+        load_ms=load_ms,
+        devices=Devices(vision, placed),
+        vision_threads=settings.vision_threads,
+        tuned=measured,
     )
+
+
+def choose(
+    bundle: Bundle, options: LoadOptions, *, tunings: bool = True
+) -> tuple[EngineSettings, bool]:
+    """The settings for a bundle, the caller's before those of a tuning before those of the rules,
+    and whether there is a tuning; without `tunings` none is looked for.
+    """
+    features, text = ggml.cpu_features(), bundle.manifest.components.get("decoder")
+    facts = rules.this_machine(
+        features,
+        text.precision if text else "",
+        goal=options.goal,
+        short_answers=not bundle.manifest.prompt.turn,
+    )
+    found = tuned.chosen(bundle, features, options.goal) if tunings else None
+    settings = found or rules.settings(facts)
+    if text and settings.repacking == "decode" and not _has_room(bundle):
+        settings = replace(settings, repacking="off")
+    if options.threads:
+        settings = replace(
+            settings,
+            vision_threads=options.threads,
+            prefill_threads=options.threads,
+            decode_threads=options.threads,
+        )
+    if options.repack is not None:
+        settings = replace(settings, repacking=_REPACKING[options.repack])
+    return settings, found is not None
+
+
+def _has_room(bundle: Bundle) -> bool:
+    """True if a second copy of the decoder's weights leaves this machine memory for other work."""
+    weights = bundle.manifest.components["decoder"].files[0].bytes
+    return memory().free_bytes > _SPARE_COPIES * weights
 
 
 def words(options: LoadOptions, ort: Ort, offered: Sequence[LlamaDevice]) -> tuple[str, str]:
@@ -103,31 +150,19 @@ def open_decoder(
     bundle: Bundle,
     word: str,
     offered: Sequence[LlamaDevice],
+    settings: EngineSettings,
     *,
-    threads: int,
-    repack: bool,
     kv: str | None = None,
-) -> tuple[LlamaDecoder, Placement]:
+) -> tuple[LlamaDecoder | PairedDecoder, Placement]:
     """The bundle's decoder on the first device that has room for layers of it, or on the CPU.
 
     Raises EngineMissing where nothing of that name is offered, EngineError where what was named
     takes no layer or the decoder's heads do not fit the `kv` cache.
     """
-    spec = bundle.manifest.decoder
+    spec, exact = bundle.manifest.decoder, _exact(bundle)
     if kv == "q8_0":
         ggml.check_heads(bundle.path("decoder"), spec)
-    # Who keeps the decoder in f32 wants the original's numbers, not speed.
-    exact = bundle.manifest.components["decoder"].precision == "f32"
-    make = partial(
-        LlamaDecoder,
-        bundle.path("decoder"),
-        spec,
-        bundle.manifest.token_embedding,
-        threads=threads,
-        exact=exact,
-        kv=kv,
-        repack=repack,
-    )
+    make = partial(single, bundle, settings, kv=kv)
     notes: list[str] = []
     found = backends.candidates(word, offered)
     if found and word == "auto" and (reason := _stays(spec, exact)):
@@ -137,7 +172,10 @@ def open_decoder(
     for device in found:
         assert needs is not None
         try:
-            decoder = make(offload=backends.offload(device, needs, spec.context_length))
+            decoder = make(
+                repack=settings.repacking != "off",
+                offload=backends.offload(device, needs, spec.context_length),
+            )
         except EngineError as e:
             notes.append(str(e))
             continue
@@ -148,7 +186,41 @@ def open_decoder(
         notes.append(f"{device.name}: llama.cpp put no layer there")
     if found and word != "auto":
         raise backends.refused(word, notes)
-    return make(), backends.placement(word, ON_THE_CPU, spec.n_layer + 1, notes)
+    placed_here = backends.placement(word, ON_THE_CPU, spec.n_layer + 1, notes)
+    if settings.repacking == "decode":
+        return PairedDecoder(make(repack=False), make(repack=True), spec), placed_here
+    return make(repack=settings.repacking == "on"), placed_here
+
+
+def single(
+    bundle: Bundle,
+    settings: EngineSettings,
+    *,
+    repack: bool,
+    kv: str | None = None,
+    offload: Offload = ON_THE_CPU,
+) -> LlamaDecoder:
+    """The bundle's decoder on one device, all its weights in one order. Raises EngineError where
+    the device takes no layer.
+    """
+    return LlamaDecoder(
+        bundle.path("decoder"),
+        bundle.manifest.decoder,
+        bundle.manifest.token_embedding,
+        threads=settings.decode_threads,
+        prefill_threads=settings.prefill_threads,
+        batch=settings.batch,
+        exact=_exact(bundle),
+        kv=kv,
+        flash_attention=settings.flash_attention,
+        repack=repack,
+        offload=offload,
+    )
+
+
+def _exact(bundle: Bundle) -> bool:
+    """True if the decoder is in f32: who keeps it so wants the original's numbers, not speed."""
+    return bundle.manifest.components["decoder"].precision == "f32"
 
 
 def _stays(spec: DecoderSpec, exact: bool) -> str:

@@ -1,8 +1,8 @@
 """The first rules: settings that follow what was measured, as one table.
 
 Every rule says when it holds, what it sets and what was measured (the numbers stand in
-docs/performance.md). The caller's own setting wins over any of them; a tuner that measures on the
-machine itself puts rules of its own before these.
+docs/performance.md). The caller's own setting wins over any of them, and what `edgevlm tune`
+measured on this machine (`tuned.py`) comes before them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,33 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from edgevlm.machine import physical_cores
+from edgevlm.types import FlashAttention, Repacking
+
+Goal = Literal["chat", "caption", "both"]
+GOALS: tuple[Goal, ...] = ("chat", "caption", "both")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """EngineSettings that decide how soon an answer comes, and of its words nothing but rounding.
+
+    vision_threads, prefill_threads, decode_threads: see RunSettings, as repacking and
+    flash_attention. batch: rows of a causal block that the decoder reads at once. spinning: whether
+    onnxruntime's workers wait busily. vision: precisions of the encoder on the CPU, best first, ()
+    for the bundle's main one.
+    """
+
+    vision_threads: int
+    prefill_threads: int
+    decode_threads: int
+    repacking: Repacking
+    spinning: bool
+    vision: tuple[str, ...]
+    batch: int = 512
+    flash_attention: FlashAttention = "auto"
 
 
 @dataclass(frozen=True)
@@ -20,13 +44,22 @@ class Facts:
     """Facts that rules may depend on.
 
     cores: physical cores that this process may keep busy. features: llama.cpp's words for what the
-    processor can do, such as "AVX2". decoder: the decoder's precision, such as "q4_k_m".
+    processor can do, such as "AVX2". decoder: the decoder's precision, such as "q4_k_m". goal: what
+    should be fast: a long answer or many ("chat"), a first short one ("caption"), "both".
+    short_answers: whether the model answers in a few words, as PaliGemma does.
     """
 
     cores: int
     features: frozenset[str]
     decoder: str = ""
     x86: bool = True
+    goal: Goal = "both"
+    short_answers: bool = False
+
+    @property
+    def short(self) -> bool:
+        """True if an answer is over before re-ordering the weights has paid."""
+        return self.goal == "caption" or (self.goal == "both" and self.short_answers)
 
 
 @dataclass(frozen=True)
@@ -44,18 +77,26 @@ class Rule:
 RULES = (
     Rule(
         "repacking",
-        "K-quants on AVX-512 VNNI",
-        lambda f: "AVX512_VNNI" in f.features and "_k" in f.decoder,
-        lambda _: False,
-        "PaliGemma-3B q4_k_m: prefill 85 tok/s against 59, decode 6.4 against 6.3, 0.9 GiB less",
+        "K-quants on x86, short answers",
+        lambda f: f.x86 and "_k" in f.decoder and f.short,
+        lambda _: "off",
+        "PaliGemma-3B q4_k_m, AVX-512 VNNI: prefill 85 tok/s against 59; AVX2: 47 against 42; "
+        "loads in half the time, 0.9 GiB less",
+    ),
+    Rule(
+        "repacking",
+        "K-quants on x86",
+        lambda f: f.x86 and "_k" in f.decoder,
+        lambda _: "decode",
+        "MobilePALO-1.7B q4_k_m: prefill 1.05 to 1.4 times as fast as re-ordered, decode "
+        "1.1 to 1.2 times as fast as in the file's order",
     ),
     Rule(
         "repacking",
         "elsewhere",
         lambda _: True,
-        lambda _: True,
-        "AVX2, q4_k_m: decode 1.1 to 1.2 times as fast, prefill 0.87 times; "
-        "AVX-512 VNNI, q4_0 and iq4_nl: prefill 1.5 to 1.7 times as fast",
+        lambda _: "on",
+        "llama.cpp's default; AVX-512 VNNI, q4_0 and iq4_nl: prefill 1.5 to 1.7 times as fast",
     ),
     Rule(
         "threads",
@@ -88,17 +129,36 @@ RULES = (
 )
 
 
-def decide(setting: str, facts: Facts, rules: Sequence[Rule] = RULES) -> Any:
+def decide(setting: str, facts: Facts) -> Any:
     """The value of the first rule for a setting that holds."""
-    return rule(setting, facts, rules).value(facts)
+    return rule(setting, facts).value(facts)
 
 
-def rule(setting: str, facts: Facts, rules: Sequence[Rule] = RULES) -> Rule:
+def rule(setting: str, facts: Facts) -> Rule:
     """The first rule for a setting that holds."""
-    return next(r for r in rules if r.setting == setting and r.holds(facts))
+    return next(r for r in RULES if r.setting == setting and r.holds(facts))
 
 
-def this_machine(features: Sequence[str], decoder: str = "") -> Facts:
+def settings(facts: Facts) -> EngineSettings:
+    """The settings that the rules choose."""
+    threads = decide("threads", facts)
+    return EngineSettings(
+        vision_threads=threads,
+        prefill_threads=threads,
+        decode_threads=threads,
+        repacking=decide("repacking", facts),
+        spinning=decide("spinning", facts),
+        vision=decide("vision", facts),
+    )
+
+
+def this_machine(
+    features: Sequence[str],
+    decoder: str = "",
+    *,
+    goal: Goal = "both",
+    short_answers: bool = False,
+) -> Facts:
     """The facts of this machine; `features` are llama.cpp's words."""
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "x86")
-    return Facts(physical_cores(), frozenset(features), decoder, x86)
+    return Facts(physical_cores(), frozenset(features), decoder, x86, goal, short_answers)

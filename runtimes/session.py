@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,17 +68,21 @@ class VLM:
         newline: npt.NDArray[np.float32] | None = None,
         load_ms: float = 0.0,
         devices: Devices | None = None,
+        vision_threads: int = 0,
+        tuned: bool = False,
     ) -> None:
         self.manifest = manifest
         self.load_ms = load_ms
         self.devices = devices or _only("cpu", encoder.provider)
+        self._vision_threads, self._tuned = vision_threads, tuned
         self.engines = Engines(manifest, family, encoder, decoder, newline)
         self._turns = Turns()
 
     @property
     def settings(self) -> RunSettings:
         """Settings that the engines really run with."""
-        return self.engines.decoder.settings
+        decoder = self.engines.decoder.settings
+        return replace(decoder, vision_threads=self._vision_threads, tuned=self._tuned)
 
     def stream(
         self,

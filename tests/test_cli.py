@@ -90,7 +90,7 @@ def test_options_reach_the_answer(edge: Terminal, picture: Path) -> None:
     assert edge("ask", "x", "-i", picture, "--stop", "ci", "--stop", "zz")[1] == "a red \n"
     edge("ask", "x", "--threads", 2, "--device", "npu", "--decoder-device", "gpu")
     given = {name: value for name, value in edge.loaded[-1][1].items() if value is not None}
-    assert given == {"device": "npu", "decoder_device": "gpu", "threads": 2}
+    assert given == {"device": "npu", "decoder_device": "gpu", "threads": 2, "goal": "caption"}
 
 
 def test_stats_list_every_stage_on_stderr(edge: Terminal, picture: Path) -> None:
@@ -355,7 +355,8 @@ def test_doctor_shows_what_is_here_what_is_missing_and_what_is_used(
     assert "CPUExecutionProvider" in out and "llama-cpp-python" in out
     # Nobody has every vendor's hardware: something is missing, and its line stands there.
     assert "pip install onnxruntime" in out and "CMAKE_ARGS=-DGGML_" in out
-    assert [" ".join(line.split()) for line in lines[-2:]] == ["vision cpu", "decoder cpu"]
+    assert [" ".join(line.split()) for line in lines[-3:-1]] == ["vision cpu", "decoder cpu"]
+    assert "edgevlm tune" in lines[-1]
 
 
 def test_stats_say_why_a_device_was_passed_over(

@@ -24,6 +24,7 @@ from edgevlm.runtimes.llama.backends import (
     layers_that_fit,
 )
 from edgevlm.runtimes.loading import open_decoder
+from edgevlm.runtimes.rules import Goal
 from edgevlm.specs import DecoderSpec
 from edgevlm.types import Placement
 
@@ -71,7 +72,7 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> type[FakeLlama]:
 
 
 def opened(bundle: Bundle, word: str, devices: Sequence[LlamaDevice]) -> Placement:
-    return open_decoder(bundle, word, devices, threads=1, repack=True)[1]
+    return open_decoder(bundle, word, devices, rules.settings(rules.this_machine([])))[1]
 
 
 @pytest.mark.parametrize(
@@ -212,25 +213,25 @@ def test_this_build_lists_its_devices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "decoder", "repacking"),
+    ("x86", "decoder", "goal", "short", "repacking"),
     [
-        ({"AVX2", "AVX512_VNNI"}, "q4_k_m", False),
-        ({"AVX2", "AVX512_VNNI"}, "q4_0", True),
-        ({"AVX2"}, "q4_k_m", True),
-        ({"NEON"}, "q4_k_m", True),
+        (True, "q4_k_m", "both", False, "decode"),
+        (True, "q4_k_m", "both", True, "off"),
+        (True, "q4_k_m", "caption", False, "off"),
+        (True, "q4_k_m", "chat", True, "decode"),
+        (True, "q4_0", "caption", True, "on"),
+        (False, "q4_k_m", "caption", True, "on"),
     ],
 )
-def test_repacking_follows_the_processor_and_the_types(
-    features: set[str], decoder: str, repacking: bool
+def test_repacking_follows_the_processor_the_types_and_the_answers(
+    x86: bool, decoder: str, goal: Goal, short: bool, repacking: str
 ) -> None:
-    assert rules.decide("repacking", rules.Facts(2, frozenset(features), decoder)) is repacking
+    facts = rules.Facts(2, frozenset(), decoder, x86, goal, short)
+    assert rules.decide("repacking", facts) == repacking
 
 
-def test_a_tuners_rules_come_first() -> None:
-    facts = rules.this_machine(["AVX2"])
-    mine = rules.Rule("threads", "here", lambda _: True, lambda _: 7, "measured here")
-    assert rules.decide("threads", facts, (mine, *rules.RULES)) == 7
-    assert rules.decide("threads", facts) == physical_cores() >= 1
+def test_threads_are_the_cores() -> None:
+    assert rules.decide("threads", rules.this_machine(["AVX2"])) == physical_cores() >= 1
 
 
 def test_every_setting_has_a_rule_that_always_holds() -> None:

@@ -444,7 +444,9 @@ def test_positions_that_do_not_follow_are_refused(vlm: VLM) -> None:
 
 def test_settings_say_what_runs(paligemma_bundle: Bundle) -> None:
     with edgevlm.load(paligemma_bundle.folder, threads=1, repack=False) as loaded:
-        assert loaded.settings == RunSettings(1, False, "f32", "off")
+        assert loaded.settings == RunSettings(
+            1, "off", "f32", "off", prefill_threads=1, vision_threads=1
+        )
         loaded.ask("caption en", PICTURE, max_tokens=2)
         ran = loaded.settings
     assert ran.context >= ran.batch >= loaded.manifest.image.tokens

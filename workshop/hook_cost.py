@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 from edgevlm.bundle import Bundle, open_bundle
-from edgevlm.machine import physical_cores
+from edgevlm.runtimes import rules
 from edgevlm.runtimes.engines import sequential
 from edgevlm.runtimes.llama import decoder, hooks
 from edgevlm.runtimes.loading import open_decoder
@@ -52,7 +52,7 @@ def measure(bundle: Bundle, hooked: bool, rows: int, tokens: int) -> Times:
     data = np.random.default_rng(0).standard_normal((rows, spec.n_embd), np.float32)
     hook = hooks.graph_hook if hooked else _nothing
     with mock.patch.object(decoder, "graph_hook", hook):
-        text, _ = open_decoder(bundle, "cpu", [], threads=physical_cores(), repack=True)
+        text, _ = open_decoder(bundle, "cpu", [], rules.settings(rules.this_machine([])))
     start = time.perf_counter()
     text.prefill([sequential(data, "causal")], room=tokens + 2)
     prefill = time.perf_counter() - start

@@ -12,18 +12,17 @@ import psutil
 
 from edgevlm.benchmarks.latency.report import Machine
 from edgevlm.benchmarks.latency.sensors import SYS, power_mode
-from edgevlm.machine import memory, usable_cpus
+from edgevlm.machine import memory, processor_name, usable_cpus
 
 _PACKAGES = ("edgevlm", "onnxruntime", "llama-cpp-python", "numpy", "pillow")
 
 
 def this_machine(sys_root: Path = SYS) -> Machine:
     """Describes the machine that runs this."""
-    cpu, flags = _processor()
     return Machine(
-        cpu=cpu,
+        cpu=processor_name(),
         architecture=platform.machine(),
-        flags=flags,
+        flags=_flags(),
         physical_cores=psutil.cpu_count(logical=False) or 1,
         usable_cores=usable_cpus(),
         memory_bytes=memory().total_bytes,
@@ -52,13 +51,11 @@ def differences(a: Machine, b: Machine) -> list[str]:
     return found
 
 
-def _processor() -> tuple[str, tuple[str, ...]]:
-    """Name and flags; platform.processor() is empty or generic on Linux."""
+def _flags() -> tuple[str, ...]:
+    """The processor's features, in the system's words."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        text = ""
-    name = re.search(r"^(?:model name|Model)\s*: (.+)", text, re.MULTILINE)
+        return ()
     flags = re.search(r"^(?:flags|Features)\s*: (.+)", text, re.MULTILINE)
-    fallback = platform.processor() or platform.machine()
-    return name[1] if name else fallback, tuple(flags[1].split()) if flags else ()
+    return tuple(flags[1].split()) if flags else ()

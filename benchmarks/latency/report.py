@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgevlm import schema
 from edgevlm.benchmarks.latency.stats import Better, Metric
@@ -139,14 +139,15 @@ class Workload:
 @dataclass(frozen=True)
 class Settings:
     """Settings of a run: device asked for, provider that really ran the encoder and the precision
-    of its file, threads, llama.cpp's repacking and features, what really ran the decoder, the
-    type of its cache, the sensor of the energy ("" for what is not known).
+    of its file, threads, llama.cpp's repacking (True or False in older reports) and features, what
+    really ran the decoder, the type of its cache, the sensor of the energy ("" for what is not
+    known).
     """
 
     device: str
     provider: str
     threads: int
-    repack: bool
+    repack: Literal["off", "on", "decode", True, False]
     llama_cpp: tuple[str, ...]
     energy: str = ""
     decoder: str = ""

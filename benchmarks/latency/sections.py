@@ -25,6 +25,8 @@ _SUMMARY = (
     ("decode", "decode_tokens_per_s"),
     ("peak memory", "peak_rss_bytes"),
 )
+# As older reports have it.
+_REPACKING = {"True": "on", "False": "off"}
 # Above this part of the cores, other programs are likely to be in the numbers.
 _BUSY = 0.3
 
@@ -194,6 +196,7 @@ def _details(report: Report, result: Result) -> Iterator[Section]:
 
 def _asked(result: Result) -> str:
     work, settings = result.workload, result.settings
+    repack = str(settings.repack)
     width, height = work.image_size
     return (
         f'Asked "{work.prompt}" about {work.image} ({width} x {height}): {work.image_tokens} '
@@ -201,7 +204,7 @@ def _asked(result: Result) -> str:
         f"{work.text_tokens} of text, {work.generated} generated, greedy. "
         f"{count(result.rounds, 'whole round')}, each in a process of its own; "
         f"{count(settings.threads, 'thread')}, {_engines(result)}, weight repacking "
-        f"{'on' if settings.repack else 'off'}; long context: {work.long_context} tokens"
+        f"{_REPACKING.get(repack, repack)}; long context: {work.long_context} tokens"
         f"{f'; energy: {settings.energy}' if settings.energy else ''}."
     )
 

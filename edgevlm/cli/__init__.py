@@ -32,6 +32,7 @@ _COMMANDS = {
     "push": "edgevlm.cli.push",
     "requantize": "edgevlm.cli.requantize",
     "rm": "edgevlm.cli.store",
+    "tune": "edgevlm.cli.tune",
     "use": "edgevlm.cli.store",
 }
 

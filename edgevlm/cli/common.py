@@ -21,6 +21,7 @@ from edgevlm.types import Devices, Progress, Reply
 
 if TYPE_CHECKING:
     from edgevlm.runtimes.answer import Answer
+    from edgevlm.runtimes.rules import Goal
     from edgevlm.runtimes.session import VLM
 
 Command = Callable[..., None]
@@ -106,7 +107,7 @@ class Run:
     sampling: SamplingOptions
     loading: dict[str, Any]
 
-    def load(self) -> VLM:
+    def load(self, goal: Goal = "caption") -> VLM:
         """Loads the model; says so once when it is the built-in one that nobody asked for."""
         model = self.model if self.model is not None else store.default()
         if model is None:
@@ -115,7 +116,7 @@ class Run:
                 "`edgevlm pull smolvlm-256m`.",
                 err=True,
             )
-        return edgevlm.load(model, **self.loading)
+        return edgevlm.load(model, goal=goal, **self.loading)
 
 
 def read_sources(images: tuple[str, ...]) -> list[str | bytes]:

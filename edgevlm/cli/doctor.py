@@ -18,6 +18,8 @@ from edgevlm.cli.signals import Aside
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_BY_THE_RULES = "those above; `edgevlm tune` measures them"
+
 
 @click.command(cls=Aside)
 @click.option("-m", "--model", envvar="EDGEVLM_MODEL", metavar="MODEL",
@@ -54,7 +56,7 @@ def _print(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> Non
 def _machine() -> list[tuple[str, str]]:
     import psutil
 
-    from edgevlm.machine import memory, physical_cores
+    from edgevlm.machine import memory, physical_cores, processor_name
 
     free, all_of_it = memory().free_bytes, memory().total_bytes
     physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
@@ -62,21 +64,10 @@ def _machine() -> list[tuple[str, str]]:
         ("edgevlm", edgevlm.__version__),
         ("system", platform.platform()),
         ("python", platform.python_version()),
-        ("processor", _processor()),
+        ("processor", processor_name()),
         ("cores", f"{physical_cores()} of {physical} for this process"),
         ("memory", f"{free / 2**30:.1f} of {all_of_it / 2**30:.1f} GiB free"),
     ]
-
-
-def _processor() -> str:
-    """The processor's name; platform.processor() is empty or generic on Linux."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            if match := re.search(r"model name\s*: (.+)", f.read()):
-                return match[1]
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _vision() -> list[tuple[str, str]]:
@@ -149,6 +140,10 @@ def _used(model: str | None) -> list[tuple[str, str]]:
             precision = f", {placement.precision}" if placement.precision else ""
             rows.append((part, f"{placement}{precision}"))
             rows += [("", f"skipped {note}") for note in placement.notes]
+        measured = (
+            "measured here" if vlm.settings.tuned else "by the rules; `edgevlm tune` measures"
+        )
+        rows.append(("settings", measured))
     return rows
 
 

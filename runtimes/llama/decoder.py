@@ -33,25 +33,34 @@ _SCORE_ROWS = 16
 # Contexts grow in these steps, so that a slightly longer question does not make a new one.
 _CTX_STEP = 256
 _BATCH_STEP = 64
-_CAUSAL_BATCH = 512
+# Rows of a causal block that are read at once where nobody chose another number.
+CAUSAL_BATCH = 512
 # ggml's type of the KV cache by name. Float32 is for exact decoders alone.
 _KV_TYPES = {
     "f32": llama.GGML_TYPE_F32,
     "f16": llama.GGML_TYPE_F16,
     "q8_0": llama.GGML_TYPE_Q8_0,
 }
-_FLASH_ATTENTION: dict[str, FlashAttention] = {"f32": "off", "f16": "auto", "q8_0": "on"}
+# The one way that these are read, whatever is wished.
+_FLASH_ATTENTION: dict[str, FlashAttention] = {"f32": "off", "q8_0": "on"}
+_FLASH_ATTENTION_TYPES = {
+    "auto": llama.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "off": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    "on": llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+}
 
 
 class LlamaDecoder:
     """TextDecoder on llama.cpp's low-level API.
 
-    `exact` keeps the KV cache in float32, flash attention off and GELU out of its table, for
-    decoders in f32. `kv` is the cache's type where another is wanted: "f16", or "q8_0", half as
-    large, which llama.cpp reads with flash attention only. `repack` lets llama.cpp re-order
-    quantized weights at load. `offload` says what runs on another device than the CPU; `layers` is
-    how many layers of how many really do. Raises BundleCorrupt if the file does not hold the
-    decoder of `spec`, EngineError if the device does not take its layers.
+    `threads` draw tokens and `prefill_threads`, as many where none are named, read the input,
+    `batch` rows of a causal block at once. `exact` keeps the KV cache in float32, flash attention
+    off and GELU out of its table, for decoders in f32. `kv` is the cache's type where another is
+    wanted: "f16", or "q8_0", half as large, which llama.cpp reads with flash attention only.
+    `repack` lets llama.cpp re-order quantized weights at load. `offload` says what runs on another
+    device than the CPU; `layers` is how many layers of how many really do. Raises BundleCorrupt if
+    the file does not hold the decoder of `spec`, EngineError if the device does not take its
+    layers.
     """
 
     def __init__(
@@ -61,8 +70,11 @@ class LlamaDecoder:
         location: TensorLocation,
         *,
         threads: int,
+        prefill_threads: int | None = None,
+        batch: int = CAUSAL_BATCH,
         exact: bool = False,
         kv: str | None = None,
+        flash_attention: FlashAttention = "auto",
         repack: bool = True,
         offload: Offload = ON_THE_CPU,
     ) -> None:
@@ -93,19 +105,28 @@ class LlamaDecoder:
         found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
         if found != (spec.n_embd, spec.n_layer, spec.n_vocab):
             raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
-        self._spec, self._threads, self._repack = spec, threads, repack
+        self._spec, self._repack = spec, repack
         self._kv = kv or ("f32" if exact else "f16")
-        self._flash_attention = _FLASH_ATTENTION[self._kv]
+        self._context: Handle | None = None
+        self._batch: Handle | None = None
+        self.adjust(threads, prefill_threads or threads, batch, flash_attention)
         self._hook = graph_hook(path, spec, exact=exact)
+        self._rows = EmbeddingRows(path, location)
+        self._cancelled = cancelled = threading.Event()
+        self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
+
+    def adjust(
+        self, threads: int, prefill_threads: int, batch: int, flash_attention: FlashAttention
+    ) -> None:
+        """Takes other settings, see the class; everything that was read is forgotten."""
+        self._free_context()
+        self._threads, self._prefill_threads, self._rows_at_once = threads, prefill_threads, batch
+        self._wanted_attention = _FLASH_ATTENTION.get(self._kv, flash_attention)
+        self._flash_attention = self._wanted_attention
+        self._n_ctx = self._n_batch = 0
         # The blocks that the KV cache begins with, and the position of each of its rows.
         self._blocks: tuple[Block, ...] = ()
         self._positions: list[int] = []
-        self._rows = EmbeddingRows(path, location)
-        self._context: Handle | None = None
-        self._batch: Handle | None = None
-        self._n_ctx = self._n_batch = 0
-        self._cancelled = cancelled = threading.Event()
-        self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
 
     def listen(self) -> Importance:
         """Sums up what flows into the layers' matrices from now on."""
@@ -128,8 +149,15 @@ class LlamaDecoder:
     @property
     def settings(self) -> RunSettings:
         """See TextDecoder."""
-        sizes = (self._n_batch, self._n_ctx)
-        return RunSettings(self._threads, self._repack, self._kv, self._flash_attention, *sizes)
+        return RunSettings(
+            threads=self._threads,
+            prefill_threads=self._prefill_threads,
+            repacking="on" if self._repack else "off",
+            kv=self._kv,
+            flash_attention=self._flash_attention,
+            batch=self._n_batch,
+            context=self._n_ctx,
+        )
 
     @property
     def bos(self) -> int:
@@ -174,7 +202,7 @@ class LlamaDecoder:
         if n + room > self._spec.context_length:
             raise ContextOverflow(0, n, room, self._spec.context_length)
         # The same for every causal prompt: a longer one does not cost the cache of the last.
-        self._reserve(n + room, max(map(_batch, blocks)))
+        self._reserve(n + room, max(map(self._at_once, blocks)))
         self._cancelled.clear()
         same = self._keep(blocks)
         kept = len(self._positions)
@@ -184,8 +212,8 @@ class LlamaDecoder:
             # the same batches, to the same bits.
             for block in blocks[same:]:
                 llama.llama_set_causal_attn(self._ctx, block.attention == "causal")
-                for start in range(0, len(block.rows), _batch(block)):
-                    end = start + _batch(block)
+                for start in range(0, len(block.rows), self._at_once(block)):
+                    end = start + self._at_once(block)
                     self._decode_rows(block.rows[start:end], block.positions[start:end].tolist())
             self._blocks = tuple(blocks[:-1])
         finally:
@@ -193,6 +221,10 @@ class LlamaDecoder:
             llama.llama_set_abort_callback(self._ctx, llama.ggml_abort_callback(), None)
             llama.llama_set_causal_attn(self._ctx, True)
         return kept
+
+    def _at_once(self, block: Block) -> int:
+        """Number of a block's rows that are read at once."""
+        return self._rows_at_once if block.attention == "causal" else len(block.rows)
 
     def _keep(self, blocks: Sequence[Block]) -> int:
         """Forgets everything but the leading blocks that are there, the last one never; returns
@@ -302,6 +334,19 @@ class LlamaDecoder:
             raise EngineError(f"llama.cpp could not go back to {n} of {past} rows")
         del self._positions[n:]
 
+    def hand_over(self, other: LlamaDecoder) -> None:
+        """Gives the state of all rows read to a decoder of the same file, which goes on from
+        there; this one keeps it.
+        """
+        size = llama.llama_state_seq_get_size(self._ctx, 0)
+        state = (ctypes.c_uint8 * size)()
+        written = llama.llama_state_seq_get_data(self._ctx, state, size, 0)
+        other._reserve(self._n_ctx, 0)
+        other.clear()
+        if not written or llama.llama_state_seq_set_data(other._ctx, state, size, 0) != written:
+            raise EngineError(f"llama.cpp could not hand over a state of {size} bytes")
+        other._positions = list(self._positions)
+
     def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> LlamaSampler:
         """See TextDecoder."""
         return LlamaSampler(self, sampling, self._spec, penalized)
@@ -324,16 +369,12 @@ class LlamaDecoder:
         params.n_ctx = -(-max(n_ctx, n_batch) // _CTX_STEP) * _CTX_STEP
         params.n_batch = params.n_ubatch = n_batch
         params.n_outputs_max = _SCORE_ROWS
-        params.n_threads = params.n_threads_batch = self._threads
+        params.n_threads, params.n_threads_batch = self._threads, self._prefill_threads
         params.no_perf = True
         if self._hook:
             params.cb_eval = self._hook.callback
         params.type_k = params.type_v = _KV_TYPES[self._kv]
-        params.flash_attn_type = {
-            "auto": llama.LLAMA_FLASH_ATTN_TYPE_AUTO,
-            "off": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
-            "on": llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-        }[_FLASH_ATTENTION[self._kv]]
+        params.flash_attn_type = _FLASH_ATTENTION_TYPES[self._wanted_attention]
         ggml.log.clear()
         context = llama.llama_init_from_model(self._model.pointer, params)
         if not context:
@@ -342,7 +383,7 @@ class LlamaDecoder:
                 "free some memory or shorten the request"
             )
         self._context = Handle("the decoder", context, llama.llama_free, self._model)
-        if self._kv == "f16":
+        if self._wanted_attention == "auto":
             self._flash_attention = ggml.flash_attention()
         self._n_ctx, self._n_batch = params.n_ctx, n_batch
         self._positions.clear()
@@ -359,8 +400,3 @@ class LlamaDecoder:
         """See TextDecoder."""
         self._free_context()
         self._model.close()
-
-
-def _batch(block: Block) -> int:
-    """Number of a block's rows that are read at once."""
-    return _CAUSAL_BATCH if block.attention == "causal" else len(block.rows)

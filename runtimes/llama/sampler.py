@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.native import Handle
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec
 
-if TYPE_CHECKING:
-    from edgevlm.runtimes.llama.decoder import LlamaDecoder
+
+class Drawn(Protocol):
+    """A decoder that llama.cpp's sampler chains draw from."""
+
+    def sample(self, chain: llama.llama_sampler_p) -> int:
+        """Draws from the last logits."""
 
 
 class LlamaSampler:
@@ -19,7 +23,7 @@ class LlamaSampler:
 
     def __init__(
         self,
-        decoder: LlamaDecoder,
+        decoder: Drawn,
         sampling: Sampling,
         spec: DecoderSpec,
         penalized: Sequence[int] = (),
