@@ -225,7 +225,7 @@ def test_peers_stand_in_one_table_with_their_ratio_and_the_reason(tmp_path: Path
     text = to_markdown(made)
     assert "| edgevlm 1.0 | - | - | 50.0 ms | 50.0 ms | - | 1.00 | 1.00 | q4_k_m |" in text
     assert "| llama.cpp 1.0 | - | - | 100 ms | 100 ms | - | 2.00 | 2.00 | q4_k_m, 72 pos" in text
-    assert "| x | - | - | not supported |" in text and "* x: no siglip." in text
+    assert "| x | - | - | no answer |" in text and "* x: no siglip." in text
     page = to_html(made)
     assert page.count("<svg") == 6 and "no siglip" in page
     assert read_report(write_files(made, tmp_path)[0]) == made

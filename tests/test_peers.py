@@ -136,7 +136,7 @@ def test_a_synthetic_model_needs_no_checkpoint(picture: Path, small_synthetic: M
 
 def test_optimum_says_which_models_it_cannot_export() -> None:
     pytest.importorskip("optimum.exporters.onnx")
-    with pytest.raises(KeyError, match="llava is not supported"):
+    with pytest.raises(NotImplementedError, match="no export of llava"):
         optimum_onnx.answer({"config": {"model_type": "llava"}})
 
 
@@ -161,11 +161,13 @@ def test_without_a_checkpoint_the_decoder_still_answers(picture: Path) -> None:
     assert text.positions == found["edgevlm"].positions
     for title in ("llama.cpp, multimodal", "transformers"):
         assert found[title].error == "needs the checkpoint; name it with --checkpoint"
+        assert found[title].state == "not asked"
 
 
 PEERS = {
     "good": "def answer(t):\n print('noise')\n return {'token_ms': 1.0, 'positions': 7}",
     "refuses": "def answer(t):\n raise ValueError('knows no\\n pictures (/a/b/c.py)')",
+    "lacks": "def answer(t):\n raise NotImplementedError('has no such model')",
     "dies": "import os, sys\ndef answer(t):\n sys.stderr.write('out of memory')\n os._exit(9)",
     "absent": "def answer(t):\n import no_such_engine",
 }
@@ -192,12 +194,18 @@ def test_a_peer_that_cannot_says_why_and_is_not_asked_again(
         open_bundle(built_in()), picture, "caption en", rounds=2, tokens=2, threads=1
     )
     found = {r.title: r for r in beside(asked, "pico").results}
-    assert (tmp_path / "asked").read_text(encoding="utf-8") == "good refuses dies absent good "
+    assert (tmp_path / "asked").read_text(
+        encoding="utf-8"
+    ) == "good refuses lacks dies absent good "
     assert found["GOOD"].metrics["token_ms"].samples == (1.0, 1.0) and found["GOOD"].positions == 7
     assert found["REFUSES"].error == "ValueError: knows no pictures (c.py)"
     assert found["DIES"].error == "its process ended with status 9 (out of memory)"
     assert found["ABSENT"].error == "No module named 'no_such_engine'; pip install absent"
-    assert [r.installed for r in found.values()] == [True, True, True, True, False]
+    assert [r.installed for r in found.values()] == [True, True, True, True, True, False]
+    assert [r.state for r in found.values()] == [
+        "", "", "failed", "not supported", "failed", "not installed",
+    ]  # fmt: skip
+    assert found["LACKS"].error == "has no such model"
 
 
 @pytest.mark.parametrize("python", [None, sys.executable], ids=["ours", "its own"])
@@ -258,5 +266,6 @@ def test_the_command_prints_a_table(few: dict[str, Path], picture: Path) -> None
     )
     assert done.exit_code == 0, done.output
     assert re.search(r"\| GOOD [\d.]+ \| - \| - \| - \| 1.00 ms \|", done.stdout)
-    assert "| REFUSES | - | - | not supported |" in done.stdout
+    assert "| REFUSES | - | - | failed |" in done.stdout
+    assert "| LACKS | - | - | not supported |" in done.stdout
     assert "* REFUSES: ValueError: knows no pictures (c.py)." in done.stdout

@@ -192,8 +192,10 @@ class Quality:
 
 @dataclass(frozen=True)
 class PeerResult:
-    """One project beside edgevlm; `error` says why it could not answer, "" if it did, and
-    `installed` whether it was there at all.
+    """One project beside edgevlm; `error` says why it did not answer, "" if it did, and `state` in
+    two words: "not installed" (`installed` is False), "not asked" for want of a checkpoint, "not
+    supported" where the project itself has no such model, else "failed". Older reports have no
+    state.
 
     `metrics` are those of edgevlm.benchmarks.peers.METRICS that it can tell, and peak_rss_bytes;
     `positions` is the length of its prompt, `how` its precisions and settings.
@@ -206,6 +208,7 @@ class PeerResult:
     installed: bool
     positions: int
     metrics: Mapping[str, Metric]
+    state: str = ""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def peers_section(beside: Beside) -> Section:
 
 def _peer_row(peer: PeerResult, ours: PeerResult) -> Row:
     if peer.error:
-        what = "not supported" if peer.installed else "not installed"
+        what = peer.state or ("no answer" if peer.installed else "not installed")
         return (peer.title, "-", "-", what, "-", "-", "-", "-", "see below")
     names = (*PEER_METRICS, "peak_rss_bytes")
     cells = (amount(m.median, m.unit) if (m := peer.metrics.get(n)) else "-" for n in names)

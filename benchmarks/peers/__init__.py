@@ -11,7 +11,8 @@ A peer is a module of this package that has
 and is found by that. `answer` loads the model, asks once to warm up and once to measure. It runs
 in a process of its own, maybe of another Python, so that a peer imports its engine inside functions
 and nothing of edgevlm (but `ours`, and `tinygptv_torch`, a model that no other project runs). What
-it raises says why it cannot run the model.
+it raises says why it cannot run the model: ImportError for what is not installed,
+NotImplementedError for a model that the project does not have, any other error for what failed.
 
 The task is a dict: `name`, `bundle` (folder), `decoder` (GGUF), `mmproj` (llama.cpp's projector
 file), `config` (config.json as a dict), `checkpoint` (folder), each of them None where there is

@@ -19,14 +19,16 @@ _LONGEST = 200
 
 def turn(file: str, task: dict[str, Any]) -> dict[str, Any]:
     """The answer of the peer in `file`, with its version and this process's peak memory; or, under
-    "error", why there is none.
+    "error", why there is none, and under "state" that in two words where it is clear.
     """
     try:
         peer = runpy.run_path(file)
         found: dict[str, Any] = peer["answer"](task)
         found["version"] = metadata.version(peer["PACKAGE"])
     except ImportError as e:
-        return {"error": _line(e), "missing": True}
+        return {"error": _line(e), "state": "not installed"}
+    except NotImplementedError as e:
+        return {"error": _line(e), "state": "not supported"}
     except Exception as e:
         return {"error": f"{type(e).__name__}: {_line(e)}"}
     if peak := _peak_bytes():

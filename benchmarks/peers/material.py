@@ -15,7 +15,7 @@ from edgevlm.export.checkpoint.source import CONFIG
 from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.family import Config, Model
 
-_NO_CHECKPOINT = "needs the checkpoint; name it with --checkpoint"
+NO_CHECKPOINT = "needs the checkpoint; name it with --checkpoint"
 
 
 def material(
@@ -28,7 +28,7 @@ def material(
     ExportError for a checkpoint that cannot be read.
     """
     config, model, parts = _origin(bundle, checkpoint, tower)
-    missing = dict.fromkeys(("config", "checkpoint", "mmproj"), _NO_CHECKPOINT)
+    missing = dict.fromkeys(("config", "checkpoint", "mmproj"), NO_CHECKPOINT)
     mmproj = None
     if model:
         mmproj, missing["mmproj"] = _mmproj(model, parts, work)

@@ -18,9 +18,12 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     from optimum.exporters.tasks import TasksManager
 
     kind = task["config"]["model_type"]
-    found = TasksManager.get_supported_tasks_for_model_type(
-        kind, exporter="onnx", library_name="transformers"
-    )
+    try:
+        found = TasksManager.get_supported_tasks_for_model_type(
+            kind, exporter="onnx", library_name="transformers"
+        )
+    except KeyError:
+        raise NotImplementedError(f"has no export of {kind}") from None
     raise NotImplementedError(
         f"exports {kind} for {', '.join(sorted(found))}; this peer knows no way to ask it"
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 TITLE = "onnxruntime-genai"
 PACKAGE = "onnxruntime-genai"
-INSTALL = 'pip install onnxruntime-genai torch "transformers<5" onnx-ir'
+INSTALL = 'pip install onnxruntime-genai torch "transformers<5" onnx-ir sentencepiece'
 NEEDS = ("config",)
 
 
@@ -33,5 +33,13 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise (ImportError if last.startswith("ModuleNotFoundError") else RuntimeError)(last)
+        raise _error(done.stderr, last)(last)
     raise NotImplementedError("builds this model; this peer knows no way to ask it")
+
+
+def _error(said: str, last: str) -> type[Exception]:
+    """The kind of error that the builder's process ended with."""
+    if last.startswith("ModuleNotFoundError") or "need to have sentencepiece" in said:
+        return ImportError
+    unknown = last.startswith("NotImplementedError") or "does not recognize this arch" in said
+    return NotImplementedError if unknown else RuntimeError

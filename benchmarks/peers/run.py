@@ -23,7 +23,7 @@ from typing import Any
 from edgevlm.benchmarks import peers
 from edgevlm.benchmarks.latency.report import Beside, PeerResult
 from edgevlm.benchmarks.latency.stats import metric
-from edgevlm.benchmarks.peers.material import material
+from edgevlm.benchmarks.peers.material import NO_CHECKPOINT, material
 from edgevlm.bundle import Bundle
 from edgevlm.errors import BenchError
 from edgevlm.export import child
@@ -109,6 +109,8 @@ def beside(
         )
         for one in asked:
             one.error = next((missing[key] for key in one.peer.needs if not task[key]), "")
+            if one.error:
+                one.state = "not asked" if one.error == NO_CHECKPOINT else "not supported"
         task |= {
             "image": str(comparison.image.absolute()),
             "words": comparison.words,
@@ -160,13 +162,15 @@ class _Asked:
     samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     last: dict[str, Any] = field(default_factory=dict)
     error: str = ""
-    installed: bool = True
+    state: str = ""
 
     def add(self, found: dict[str, Any]) -> None:
         """Takes in the answer of one turn; folders of this machine are nobody's business."""
         self.error = _FOLDERS.sub("", found.get("error", ""))
-        if found.get("missing"):
-            self.installed, self.error = False, f"{self.error}; {self.peer.install}"
+        if self.error:
+            self.state = found.get("state", "failed")
+        if self.state == "not installed":
+            self.error += f"; {self.peer.install}"
         if not self.error:
             self.last = found
             for name in _UNITS:
@@ -179,9 +183,10 @@ class _Asked:
             version=self.last.get("version", ""),
             how=self.last.get("how", ""),
             error=self.error,
-            installed=self.installed,
+            installed=self.state != "not installed",
             positions=self.last.get("positions", 0),
             metrics={name: metric(_UNITS[name], "lower", v) for name, v in self.samples.items()},
+            state=self.state,
         )
 
 

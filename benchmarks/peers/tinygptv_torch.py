@@ -25,7 +25,7 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(task["threads"])
     job = pipeline.read(task["checkpoint"])
     if job.family.name != "tinygptv":
-        raise ValueError(f"knows TinyGPT-V and no {job.family.name}")
+        raise NotImplementedError(f"knows TinyGPT-V and no {job.family.name}")
     with quiet(), torch.inference_mode():
         tower = weights(job.parts["vision"])
         former = original.queries(job.model.projector, weights(job.parts["projector"]))

@@ -38,9 +38,12 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
 def _model(task: dict[str, Any]) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText
+    kind = task["config"]["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise NotImplementedError(f"has no model of the kind {kind}")
     if task["checkpoint"]:
         return auto.from_pretrained(task["checkpoint"], dtype=torch.float32).eval()
     given = dict(task["config"])
