@@ -26,6 +26,7 @@ def load(
     kv: str | None = None,
     max_tiles: int | None = None,
     goal: Goal = "both",
+    cache: bool = True,
 ) -> VLM:
     """Loads a model: a bundle folder, the name of an installed one, or None for the built-in pico.
 
@@ -37,9 +38,11 @@ def load(
     re-ordered copy that only draws tokens. kv: type of the KV cache, "f16" or "q8_0", half as
     large; None is f16, and float32 for decoders in f32. max_tiles: the most tiles that a picture is
     cut into by a model that cuts them, its overview among them; fewer are faster and show less, 1
-    cuts none.
-    `VLM.devices` says what runs where, and why,
-    `VLM.settings` how.
+    cuts none. cache: whether image embeddings, and the KV cache of pictures where the model reads
+    causally, are kept in the cache folder, so that a picture that is asked about again, also by
+    another process, costs no encoding (docs/caches.md).
+
+    `VLM.devices` says what runs where, and why, `VLM.settings` how.
 
     >>> with edgevlm.load(device="cpu", threads=2) as vlm:
     ...     print(vlm.devices.vision.device, vlm.settings.threads)
@@ -63,6 +66,6 @@ def load(
     if repack not in (None, True, False, *REPACKINGS):
         raise PromptError(f"repack {repack!r} is not known; choose True, False or 'decode'")
     options = LoadOptions(
-        threads, device, repack, vision_device, decoder_device, kv, max_tiles, goal
+        threads, device, repack, vision_device, decoder_device, kv, max_tiles, goal, cache
     )
     return load_bundle(resolve(model), options)

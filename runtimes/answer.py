@@ -125,6 +125,7 @@ class _Draft:
             self._timings = replace(self._timings, **watch.ms)
         if tail := self._text.push(b"", end=True):
             yield Piece(tail, (), watch.elapsed_ms)
+        model.keep()  # the answer is there; nobody waits for this
 
     def _prefill(self, model: Engines) -> None:
         request = self._request

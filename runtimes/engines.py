@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +15,8 @@ from edgevlm.types import RunSettings
 
 Float = npt.NDArray[np.float32]
 BlockAttention = Literal["causal", "bidirectional"]
+# The KV cache of the first n blocks of a prompt as bytes, where somebody kept it.
+Recall = Callable[[int], memoryview | None]
 
 
 class Cancelled(Exception):
@@ -111,12 +113,26 @@ class TextDecoder(Protocol):
     def embed(self, tokens: Sequence[int]) -> Float:
         """Token ids -> token embeddings float32 [n, n_embd]."""
 
-    def prefill(self, blocks: Sequence[Block], *, room: int) -> int:
+    def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
         """Reads blocks from position 0 on, leaving `room` positions after them.
 
         The KV cache of all blocks but the last is there for the next call, which reads only what
-        follows the first blocks that are the same. Returns the rows it did not read again; whether
-        there are any makes no difference to the logits. The blocks' arrays may not change later.
+        follows the first blocks that are the same. `recall` is asked for that of more of them, the
+        most first. Returns the rows it did not read again; whether there are any makes no
+        difference to the logits. The blocks' arrays may not change later.
+        """
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks whose KV cache is there for the next prefill."""
+
+    @property
+    def reading(self) -> str:
+        """All settings that the bits of a KV cache depend on."""
+
+    def state(self) -> memoryview:
+        """The KV cache of `blocks`, which `recall` may give back to a decoder of the same file that
+        reads the same way. What was read after them is forgotten.
         """
 
     def clear(self) -> None:

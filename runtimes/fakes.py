@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edgevlm.boxes import parse_loc
 from edgevlm.bundle import FORMAT, Manifest
 from edgevlm.family import Family, Model
-from edgevlm.runtimes.engines import Block
+from edgevlm.runtimes.engines import Block, Recall
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorLocation
@@ -63,6 +63,8 @@ class FakeDecoder:
     """
 
     bos = _BOS
+    blocks: Sequence[Block] = ()
+    reading = ""
     settings = RunSettings(1, "off", "f32", "off")
 
     def __init__(self, answers: Iterable[str | bytes]) -> None:
@@ -84,13 +86,17 @@ class FakeDecoder:
         """Rows [n, 4] that hold the token id."""
         return np.repeat(np.array(tokens, np.float32)[:, None], _N_EMBD, 1)
 
-    def prefill(self, blocks: Sequence[Block], *, room: int) -> int:
+    def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
         """Starts the next answer; keeps nothing."""
         self.prefills.append(np.concatenate([block.rows for block in blocks]))
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         self._script = [_FIRST_BYTE + b for b in answer] + [_END]
         self._past = self._start = len(self.prefills[-1])
         return 0
+
+    def state(self) -> memoryview:
+        """Empty: nothing is kept from one prefill to the next."""
+        return memoryview(b"")
 
     def clear(self) -> None:
         """Nothing is kept from one prefill to the next."""

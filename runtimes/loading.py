@@ -13,7 +13,7 @@ from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.image.plan import limited
 from edgevlm.machine import memory
-from edgevlm.runtimes import devices, rules, tuned
+from edgevlm.runtimes import devices, rules, shelves, tuned
 from edgevlm.runtimes.joining import read_newline
 from edgevlm.runtimes.llama import backends, ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, LlamaDevice, Offload
@@ -44,7 +44,8 @@ class LoadOptions:
     threads: of both engines. device: of both engines; vision_device and decoder_device
     override it for one. repack: whether llama.cpp re-orders quantized weights at load, or "decode".
     kv: type of the KV cache, "f16" or "q8_0". max_tiles: of a picture, where the model cuts it into
-    tiles. goal: what is to be fast.
+    tiles. goal: what is to be fast. cache: whether what was computed of pictures is kept on disk
+    and read from there.
     """
 
     threads: int | None = None
@@ -55,6 +56,7 @@ class LoadOptions:
     kv: str | None = None
     max_tiles: int | None = None
     goal: Goal = "both"
+    cache: bool = False
 
 
 def load_bundle(
@@ -87,7 +89,7 @@ def load_bundle(
         decoder, placed = open_decoder(bundle, for_decoder, offered, settings, kv=options.kv)
         loaded("decoder")
     load_ms = (time.perf_counter() - start) * 1e3
-    return VLM(
+    vlm = VLM(
         manifest,
         kind,
         encoder,
@@ -98,6 +100,11 @@ def load_bundle(
         vision_threads=settings.vision_threads,
         tuned=measured,
     )
+    if options.cache:
+        cache = shelves.embeddings(bundle, vision, ort)
+        prefixes = shelves.prefixes(bundle, placed, decoder.reading) if decoder else None
+        vlm.engines = replace(vlm.engines, cache=cache, prefixes=prefixes)
+    return vlm
 
 
 def choose(

@@ -37,6 +37,7 @@ from edgevlm.runtimes.cache import EmbeddingCache, fingerprint
 from edgevlm.runtimes.engines import Block, TextDecoder, VisionEncoder, sequential
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.joining import join
+from edgevlm.runtimes.prefixes import PrefixCache
 from edgevlm.sampling import Sampling
 from edgevlm.specs import ImageSpec
 from edgevlm.types import Progress, Reply
@@ -72,7 +73,8 @@ class Bitmap:
 
 @dataclass(frozen=True)
 class Engines:
-    """A loaded model: its manifest, its encoder and decoder, and the embeddings it remembers.
+    """A loaded model: its manifest, its encoder and decoder, and what it remembers: embeddings and,
+    on disk, prefixes.
 
     `text` is the decoder, None in a bundle that has none. `newline` is the row float32 [n_embd]
     that ends the lines of a picture, where the model has one.
@@ -84,6 +86,7 @@ class Engines:
     text: TextDecoder | None
     newline: Float | None = None
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
+    prefixes: PrefixCache | None = None
 
     @property
     def decoder(self) -> TextDecoder:
@@ -102,9 +105,19 @@ class Engines:
         if self.text:
             self.text.cancel()
 
+    def keep(self) -> None:
+        """Writes what was computed of pictures to disk, where that is wanted, for other processes.
+        The decoder forgets what it has read after them.
+        """
+        self.cache.keep()
+        if self.prefixes:
+            self.prefixes.keep(self.decoder)
+
     def forget(self) -> None:
-        """Forgets every picture and question."""
+        """Forgets every picture and question, and reads no more of what is on disk."""
         self.cache.clear()
+        if self.prefixes:
+            self.prefixes.forget()
         if self.text:
             self.text.clear()
 
@@ -248,8 +261,9 @@ def _tokenized(model: Engines, segment: Segment) -> Image | Tokens:
 
 def prefill(model: Engines, request: Request, blocks: Sequence[Block], room: int) -> None:
     """The decoder reads the input; rows that it did not read again count as cached."""
+    recall = model.prefixes.recall(blocks) if model.prefixes else None
     request.n_kept = interruptible(
-        lambda: model.decoder.prefill(blocks, room=room), model.decoder.cancel
+        lambda: model.decoder.prefill(blocks, room=room, recall=recall), model.decoder.cancel
     )
     request.n_cached = max(request.n_cached, request.n_kept)
 
@@ -299,8 +313,9 @@ def _around_pictures(segments: Sequence[Image | Tokens]) -> list[int]:
 def _embedded(model: Engines, request: Request, picture: Bitmap) -> Float:
     with request.watch.timed("preprocess_ms"):
         # One that is among others may have another plan than alone.
-        key = f"{picture.key} {request.image.fit}"
-    cached = model.cache.get(key)
+        key = f"{picture.key} {request.image}"
+        shape = (picture.plan(request.image).rows, model.manifest.decoder.n_embd)
+        cached = model.cache.get(key, shape)
     if cached is not None:
         request.n_cached += len(cached)
         return cached

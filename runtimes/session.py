@@ -221,6 +221,7 @@ class VLM:
                 range(len(tokens)), tokens
             ].sum()
             model.decoder.rollback(request.n_image + request.n_text)
+        model.keep()
         return scores
 
     def embed_image(self, image: ImageSource) -> npt.NDArray[np.float32]:
@@ -239,7 +240,11 @@ class VLM:
                     self._turns.check()  # otherwise an answer of another thread was meant
 
     def forget(self) -> None:
-        """Drops what is remembered of pictures: the next answer computes everything anew."""
+        """Drops what is remembered of pictures: the next answer computes everything anew.
+
+        What lies on disk of pictures is not read any more by this model, and replaced as they are
+        asked about again; `edgevlm gc` removes it.
+        """
         with self._turns.whole():
             self.engines.forget()
 

@@ -20,6 +20,9 @@ from tests.hub import Hub, serve
 # A run in the background inherits an ignored Ctrl-C; the programs that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Nothing of a test's pictures is kept in the user's cache, and nothing is read there.
+os.environ["EDGEVLM_CACHE_SIZE"] = "0"
+
 # Two engines that both want every core wait for one another; each worker of pytest-xdist, and what
 # it starts, gets a core of its own.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):

@@ -25,7 +25,7 @@ from edgevlm.cli.common import Run
 from edgevlm.cli.history import history
 from edgevlm.image import read
 from edgevlm.runtimes import fakes
-from edgevlm.runtimes.engines import Block
+from edgevlm.runtimes.engines import Block, Recall
 from edgevlm.sampling import SamplingOptions
 
 Ran = tuple[str | int | None, str, str]
@@ -123,7 +123,9 @@ def test_a_defect_is_shown_whole_and_the_chat_goes_on(
     chat: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Defective(fakes.FakeDecoder):
-        def prefill(self, blocks: Sequence[Block], *, room: int) -> int:
+        def prefill(
+            self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None
+        ) -> int:
             if not self.prefills:
                 self.prefills.append(np.empty((0, 4), np.float32))
                 raise RuntimeError("a defect")

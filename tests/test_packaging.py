@@ -22,7 +22,7 @@ FOLDERS = {
 }
 # From the lowest to the highest; a module imports from its own row or a row above it in this list.
 LAYERS = (
-    ("edgevlm.errors", "edgevlm.cleanup", "edgevlm.submodules"),
+    ("edgevlm.errors", "edgevlm.cleanup", "edgevlm.submodules", "edgevlm.byte_sizes"),
     ("edgevlm.types", "edgevlm.progress"),
     ("edgevlm.specs", "edgevlm.schema", "edgevlm.machine", "edgevlm.parts"),
     (
@@ -47,6 +47,7 @@ LAYERS = (
         "edgevlm.models",
         "edgevlm.catalogue",
         "edgevlm.store",
+        "edgevlm.disk_cache",
         "edgevlm.hub",
     ),
     ("edgevlm.export",),

@@ -48,6 +48,8 @@ _ANSWERING = (
                  help="Type of the KV cache; q8_0 halves it  [default: f16]"),
     click.option("--max-tiles", type=click.IntRange(min=1), metavar="N",
                  help="Most tiles of a picture, for models that cut it up; 1 cuts none."),
+    click.option("--no-cache", is_flag=True,
+                 help="Keep nothing of pictures on disk, and read nothing that is there."),
     click.option("--stats", is_flag=True, help="Show how long each stage took (stderr)."),
 )  # fmt: skip
 _IMAGE = click.option(
@@ -69,7 +71,7 @@ def answering(command: Command) -> Command:
             values.pop("model"),
             values.pop("stats"),
             SamplingOptions(**sampling),  # type: ignore[typeddict-item]
-            {name: values.pop(name) for name in _LOADING},
+            {name: values.pop(name) for name in _LOADING} | {"cache": not values.pop("no_cache")},
         )
         command(run=run, **values)
 

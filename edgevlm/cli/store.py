@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from edgevlm import store
+from edgevlm import disk_cache, store
 from edgevlm.cli.names import InstalledName
 from edgevlm.cli.progress import mib
 from edgevlm.cli.tables import out_console, table
@@ -40,12 +40,14 @@ def rm(models: tuple[str, ...]) -> None:
 
 @click.command()
 def du() -> None:
-    """List what takes room: models, what broken pulls left, pulled checkpoints."""
+    """List what takes room: models, what broken pulls left, pulled checkpoints, cached pictures."""
     rows = [(name, "model", store.folder_bytes(folder)) for name, folder in installed().items()]
     rows += [(found.path.name, "broken pull", found.bytes) for found in store.leftovers()]
     for repo, commit in store.noted_checkpoints():
         size = cache.checkpoint_bytes(repo, commit)
         rows.append((f"{repo}@{commit[:7]}", "checkpoint", size))
+    if cached := disk_cache.pictures_folder().bytes():
+        rows.append(("pictures", "cache", cached))
     listed = table("name", "", "size")
     for name, kind, size in sorted(rows, key=lambda row: -row[2]):
         listed.add_row(name, kind, mib(size))
@@ -56,7 +58,9 @@ def du() -> None:
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")
 def gc(dry_run: bool) -> None:
-    """Remove what broken pulls left, and the checkpoints that pulls put into the hub's cache."""
+    """Remove what broken pulls left, the checkpoints that pulls put into the hub's cache, and what
+    was computed of pictures.
+    """
     total = 0
     for found in store.leftovers():
         total += found.bytes
@@ -69,4 +73,10 @@ def gc(dry_run: bool) -> None:
         click.echo(f"{repo}@{commit[:7]}: {mib(size)}")
         if not dry_run:
             remove_checkpoint(repo, commit)
+    cached = disk_cache.pictures_folder()
+    if size := cached.bytes():
+        total += size
+        click.echo(f"cached pictures: {mib(size)}")
+        if not dry_run:
+            cached.clear()
     click.echo(f"{mib(total)} {'would be ' if dry_run else ''}freed.", err=True)

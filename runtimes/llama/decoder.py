@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
-from edgevlm.runtimes.engines import Block, Cancelled, Float, count_rows
+from edgevlm.runtimes.engines import Block, Cancelled, Float, Recall, count_rows
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
@@ -196,7 +196,7 @@ class LlamaDecoder:
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
         return self._rows(tokens)
 
-    def prefill(self, blocks: Sequence[Block], *, room: int) -> int:
+    def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
         """See TextDecoder. A bidirectional block is one batch: every row sees every other."""
         n = count_rows(blocks, self._spec.n_embd)
         if n + room > self._spec.context_length:
@@ -204,7 +204,7 @@ class LlamaDecoder:
         # The same for every causal prompt: a longer one does not cost the cache of the last.
         self._reserve(n + room, max(map(self._at_once, blocks)))
         self._cancelled.clear()
-        same = self._keep(blocks)
+        same = self._recall(blocks, self._keep(blocks), recall)
         kept = len(self._positions)
         llama.llama_set_abort_callback(self._ctx, self._abort, None)
         try:
@@ -242,6 +242,53 @@ class LlamaDecoder:
         else:
             self.clear()
         return same
+
+    def _recall(self, blocks: Sequence[Block], same: int, recall: Recall | None) -> int:
+        """Takes the KV cache of more leading blocks than `same` where somebody kept it; returns the
+        number of blocks that are there now.
+        """
+        for n in range(len(blocks) - 1, same, -1):
+            if recall and (state := recall(n)):
+                return n if self._restore(blocks[:n], state) else 0
+        return same
+
+    def _restore(self, blocks: Sequence[Block], state: memoryview) -> bool:
+        """Takes a KV cache back in place of everything; False, and nothing is there, where
+        llama.cpp does not want it.
+        """
+        self.clear()
+        given = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if llama.llama_state_seq_set_data(self._ctx, given, len(state), 0) != len(state):
+            self.clear()
+            return False
+        self._blocks = tuple(blocks)
+        self._positions = np.concatenate([block.positions for block in blocks]).tolist()
+        return True
+
+    @property
+    def reading(self) -> str:
+        """See TextDecoder. Threads split the keys among them, so that sums round otherwise."""
+        threads, batch = self._prefill_threads, self._rows_at_once
+        return repr((threads, batch, self._kv, self._wanted_attention, self._repack))
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """See TextDecoder."""
+        return self._blocks
+
+    def state(self) -> memoryview:
+        """See TextDecoder."""
+        if not self._blocks:
+            return memoryview(b"")
+        self.rollback(sum(len(block.rows) for block in self._blocks))
+        context = self._ctx
+
+        def get() -> memoryview:
+            data = np.empty(llama.llama_state_seq_get_size(context, 0), np.uint8)
+            to = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+            return data[: llama.llama_state_seq_get_data(context, to, len(data), 0)].data
+
+        return interruptible(get, lambda: None)
 
     def clear(self) -> None:
         """See TextDecoder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from ctypes import c_char_p, c_int, c_size_t, c_void_p
+from importlib.metadata import version
 from pathlib import Path
 
 from edgevlm.errors import EngineError
@@ -36,6 +37,8 @@ _base = Library(
     ggml_backend_dev_memory=(None, c_void_p, _size, _size),
     ggml_backend_dev_backend_reg=(c_void_p, c_void_p),
     ggml_backend_reg_name=(c_char_p, c_void_p),
+    ggml_version=(c_char_p,),
+    ggml_commit=(c_char_p,),
 )
 # Values of a block of q8_0, which share a scale.
 _Q8_BLOCK = 32
@@ -88,6 +91,12 @@ def cpu_features() -> list[str]:
     quiet()
     found: list[bytes] = re.findall(rb"(\w+) = 1", llama.llama_print_system_info())
     return [name.decode() for name in found]
+
+
+def build() -> str:
+    """The build of llama.cpp: the package's version, ggml's, and the commit."""
+    package = version("llama-cpp-python")
+    return f"{package} {_base.ggml_version().decode()} {_base.ggml_commit().decode()}"
 
 
 def devices() -> list[LlamaDevice]:

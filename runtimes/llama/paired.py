@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from edgevlm.runtimes.engines import Block, Float
+from edgevlm.runtimes.engines import Block, Float, Recall
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.runtimes.llama.sampler import LlamaSampler
@@ -51,10 +51,24 @@ class PairedDecoder:
         """See TextDecoder."""
         return self._reader.embed(tokens)
 
-    def prefill(self, blocks: Sequence[Block], *, room: int) -> int:
+    def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
         """See TextDecoder."""
         self._last = self._reader
-        return self._reader.prefill(blocks, room=room)
+        return self._reader.prefill(blocks, room=room, recall=recall)
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """See TextDecoder."""
+        return self._reader.blocks
+
+    @property
+    def reading(self) -> str:
+        """See TextDecoder."""
+        return self._reader.reading
+
+    def state(self) -> memoryview:
+        """See TextDecoder."""
+        return self._reader.state()
 
     def clear(self) -> None:
         """See TextDecoder."""
