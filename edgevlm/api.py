@@ -9,10 +9,12 @@ from edgevlm.models import resolve
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable, Sequence
 
+    from edgevlm.image import ImageSource
     from edgevlm.runtimes.rules import Goal
     from edgevlm.runtimes.session import VLM
-    from edgevlm.types import Repacking
+    from edgevlm.types import Progress, Repacking
 
 
 def load(
@@ -27,6 +29,8 @@ def load(
     max_tiles: int | None = None,
     goal: Goal = "both",
     cache: bool = True,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> VLM:
     """Loads a model: a bundle folder, the name of an installed one, or None for the built-in pico.
 
@@ -40,7 +44,9 @@ def load(
     cut into by a model that cuts them, its overview among them; fewer are faster and show less, 1
     cuts none. cache: whether image embeddings, and the KV cache of pictures where the model reads
     causally, are kept in the cache folder, so that a picture that is asked about again, also by
-    another process, costs no encoding (docs/caches.md).
+    another process, costs no encoding (docs/caches.md). image: the picture, or pictures, of the
+    first question: they are read at once and encoded while the decoder loads, which brings that
+    answer forward (name the same object again when you ask); `progress` is told of their tiles.
 
     `VLM.devices` says what runs where, and why, `VLM.settings` how.
 
@@ -49,10 +55,12 @@ def load(
     cpu 2
 
     Raises BundleError for a folder without a sound bundle, EngineMissing for a device that is not
-    installed, EngineError for one that cannot run its part; "auto" falls back instead.
+    installed, EngineError for one that cannot run its part ("auto" falls back instead), ImageError
+    for a picture that cannot be read.
     """
     from edgevlm.runtimes.loading import LoadOptions, load_bundle
     from edgevlm.runtimes.rules import GOALS
+    from edgevlm.runtimes.session import several
     from edgevlm.types import REPACKINGS
 
     if threads is not None and threads < 1:
@@ -66,6 +74,16 @@ def load(
     if repack not in (None, True, False, *REPACKINGS):
         raise PromptError(f"repack {repack!r} is not known; choose True, False or 'decode'")
     options = LoadOptions(
-        threads, device, repack, vision_device, decoder_device, kv, max_tiles, goal, cache
+        threads=threads,
+        device=device,
+        repack=repack,
+        vision_device=vision_device,
+        decoder_device=decoder_device,
+        kv=kv,
+        max_tiles=max_tiles,
+        goal=goal,
+        cache=cache,
+        images=several(image),
+        progress=progress,
     )
     return load_bundle(resolve(model), options)

@@ -12,7 +12,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 T = TypeVar("T")
 
@@ -71,6 +74,37 @@ def interruptible(call: Callable[[], T], stop: Callable[[], None]) -> T:
             stop()
             wait([future], timeout=_PATIENCE_S)
         raise
+
+
+class SideThread(Generic[T]):
+    """A call in a thread of its own while the block runs; `result` waits for it.
+
+    It is for what computes with no team of OpenMP's. At the end of the block the call, where it
+    still runs, is asked to `stop` until it has ended.
+    """
+
+    def __init__(self, call: Callable[[], T], stop: Callable[[], None]) -> None:
+        self._call, self._stop = call, stop
+        self._future: Future[T] = Future()
+
+    def _work(self) -> None:
+        try:
+            self._future.set_result(self._call())
+        except BaseException as e:
+            self._future.set_exception(e)
+
+    def result(self) -> T:
+        """The call's result, or its exception."""
+        return self._future.result()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._work, name="edgevlm-beside", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while not self._future.done():
+            self._stop()
+            wait([self._future], timeout=_PATIENCE_S)
 
 
 _worker = _Worker()

@@ -49,11 +49,22 @@ Float = npt.NDArray[np.float32]
 _TILES_AT_ONCE = 1
 
 
+# Makes a call of an engine; the second call ends it.
+Run = Callable[[Callable[[], Float], Callable[[], None]], Float]
+
+
 @dataclass(frozen=True)
 class Bitmap:
-    """A picture that was read."""
+    """A picture that was read.
+
+    `made` are embeddings, by their key, that were computed before anybody asked, and `took` are
+    milliseconds by the names of Timings' fields, for these and for reading it; the first request
+    that is about it counts both as its own.
+    """
 
     picture: Picture
+    made: dict[str, Float] = field(default_factory=dict, compare=False)
+    took: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -62,13 +73,21 @@ class Bitmap:
         return width, height
 
     @cached_property
-    def key(self) -> str:
-        """The cache key of its embeddings; hashed when it is first needed."""
+    def _fingerprint(self) -> str:
         return fingerprint(self.picture)
+
+    def key(self, spec: ImageSpec) -> str:
+        """The key of its embeddings; one that is among others may have another plan than alone."""
+        return f"{self._fingerprint} {spec}"
 
     def plan(self, spec: ImageSpec) -> Plan:
         """Its way to the encoder; raises ImageError where there is none."""
         return plan(*self.size, spec)
+
+
+def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
+    """The pictures, each read if it was not; raises ImageError."""
+    return [i if isinstance(i, Bitmap) else Bitmap(read_picture(i)) for i in images]
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,7 @@ class Engines:
     on disk, prefixes.
 
     `text` is the decoder, None in a bundle that has none. `newline` is the row float32 [n_embd]
-    that ends the lines of a picture, where the model has one.
+    that ends the lines of a picture, where the model has one. `read` reads pictures.
     """
 
     manifest: Manifest
@@ -87,6 +106,7 @@ class Engines:
     newline: Float | None = None
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
     prefixes: PrefixCache | None = None
+    read: Callable[[Sequence[ImageSource | Bitmap]], list[Bitmap]] = read
 
     @property
     def decoder(self) -> TextDecoder:
@@ -94,6 +114,11 @@ class Engines:
         if self.text is None:
             raise PromptError("this bundle has no decoder: it can embed pictures, not answer")
         return self.text
+
+    def known(self, picture: Bitmap, spec: ImageSpec) -> Float | None:
+        """The embeddings float32 [rows, n_embd] of a picture if they are remembered."""
+        shape = (picture.plan(spec).rows, self.manifest.decoder.n_embd)
+        return self.cache.get(picture.key(spec), shape)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text as the model's own tokenizer gives them."""
@@ -200,7 +225,7 @@ def prepare(
             f"{len(images)} pictures in one request; this model takes {spec.image.max_pictures}"
         )
     with watch.timed("image_decode_ms"):
-        pictures = read(images)
+        pictures = model.read(images)
     image = among(spec.image, len(pictures))
     plans = [picture.plan(image) for picture in pictures]
     written = laid_out(filled, plans, spec.prompt.picture)
@@ -245,11 +270,6 @@ def prepare_last(
                 return request, left_out
         room = context // 2
     return prepare(model, [Exchange(prompt, len(pictures))], pictures, sampling), len(history)
-
-
-def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
-    """The pictures, each read if it was not; raises ImageError."""
-    return [i if isinstance(i, Bitmap) else Bitmap(read_picture(i)) for i in images]
 
 
 def _tokenized(model: Engines, segment: Segment) -> Image | Tokens:
@@ -312,14 +332,17 @@ def _around_pictures(segments: Sequence[Image | Tokens]) -> list[int]:
 
 def _embedded(model: Engines, request: Request, picture: Bitmap) -> Float:
     with request.watch.timed("preprocess_ms"):
-        # One that is among others may have another plan than alone.
-        key = f"{picture.key} {request.image}"
-        shape = (picture.plan(request.image).rows, model.manifest.decoder.n_embd)
-        cached = model.cache.get(key, shape)
+        key = picture.key(request.image)
+        cached = model.known(picture, request.image)
+    while picture.took:
+        stage, ms = picture.took.popitem()
+        request.watch.ms[stage] += ms
     if cached is not None:
         request.n_cached += len(cached)
         return cached
-    embedded = encode(model, picture, request.image, request.watch, request.progress)
+    embedded = picture.made.pop(key, None)
+    if embedded is None:
+        embedded = encode(model, picture, request.image, request.watch, request.progress)
     model.cache.put(key, embedded)
     return embedded
 
@@ -330,6 +353,7 @@ def encode(
     image: ImageSpec,
     watch: Stopwatch,
     progress: Callable[[Progress], None] | None = None,
+    run: Run = interruptible,
 ) -> Float:
     """A picture -> image embeddings float32 [rows, n_embd], as its plan joins those of its tiles.
 
@@ -343,9 +367,9 @@ def encode(
     for at in range(0, len(first), _TILES_AT_ONCE):
         tiles = pixels[list(first.values())[at : at + _TILES_AT_ONCE]]
         with watch.timed("vision_ms"):
-            features = interruptible(partial(encoder.features, tiles), encoder.cancel)
+            features = run(partial(encoder.features, tiles), encoder.cancel)
         with watch.timed("projector_ms"):
-            made += list(interruptible(partial(encoder.project, features), encoder.cancel))
+            made += list(run(partial(encoder.project, features), encoder.cancel))
         if progress:
             progress(Progress("vision", len(made), len(first), "tiles"))
     order = {name: i for i, name in enumerate(first)}

@@ -300,7 +300,7 @@ class Chat:
 
     @image.setter
     def image(self, image: Images) -> None:
-        self._pictures = read(_several(image))
+        self._pictures = self._vlm.engines.read(several(image))
         self._image, self._first, self.left_out = image, len(self.turns), 0
 
     def stream(
@@ -359,14 +359,15 @@ def _conversation(
     messages: str | Sequence[Message], image: Images
 ) -> tuple[Sequence[Exchange], Sequence[ImageSource]]:
     if isinstance(messages, str):
-        images = _several(image)
+        images = several(image)
         return [Exchange(messages, len(images))], images
     if image is not None:
         raise PromptError("pictures stand in the messages; `image` goes with a question alone")
     return exchanges(messages)
 
 
-def _several(image: Images) -> Sequence[ImageSource]:
+def several(image: Images) -> Sequence[ImageSource]:
+    """One picture, several or none as several."""
     if image is None:
         return []
     return image if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from edgevlm import disk_cache
@@ -14,10 +15,13 @@ from edgevlm.runtimes.vision.ort import Ort
 from edgevlm.types import Placement
 
 
-def embeddings(bundle: Bundle, placement: Placement, ort: Ort) -> EmbeddingCache:
+def embeddings(
+    bundle: Bundle, placement: Placement, features: Sequence[str], ort: Ort
+) -> EmbeddingCache:
     """Image embeddings in memory and on disk. Raises PromptError, see disk_cache.pictures.
 
-    Two machines that share a home compute with other instructions, whose last bits differ.
+    `features` are the processor's: two machines that share a home compute with other instructions,
+    whose last bits differ.
     """
     disk, manifest = disk_cache.pictures(), bundle.manifest
     if disk is None or "vision" not in manifest.components:
@@ -25,11 +29,13 @@ def embeddings(bundle: Bundle, placement: Placement, ort: Ort) -> EmbeddingCache
     main = manifest.components["vision"]
     vision = manifest.alternatives.get(placement.precision, main)
     files = (*_hashes(vision), *_hashes(manifest.components["projector"]))
-    facts = (*_machine(placement), version("pillow"), ort.version, *files)
+    facts = (*_machine(placement, features), version("pillow"), ort.version, *files)
     return EmbeddingCache(Shelf(disk, "image embeddings", *facts))
 
 
-def prefixes(bundle: Bundle, placement: Placement, reading: str) -> PrefixCache | None:
+def prefixes(
+    bundle: Bundle, placement: Placement, features: Sequence[str], reading: str
+) -> PrefixCache | None:
     """KV caches on disk of a decoder's `reading`; None for a prefix-LM, whose depend on the
     question.
     """
@@ -37,13 +43,13 @@ def prefixes(bundle: Bundle, placement: Placement, reading: str) -> PrefixCache 
     if disk is None or manifest.decoder.attention == "prefix":
         return None
     files = _hashes(manifest.components["decoder"])
-    facts = (*_machine(placement), ggml.build(), reading, *files)
+    facts = (*_machine(placement, features), ggml.build(), reading, *files)
     return PrefixCache(Shelf(disk, "KV cache", *facts))
 
 
-def _machine(placement: Placement) -> tuple[str, ...]:
+def _machine(placement: Placement, features: Sequence[str]) -> tuple[str, ...]:
     on = repr((placement.device, placement.engine, placement.hardware, placement.placed))
-    return version("edgevlm"), sys.byteorder, on, *ggml.cpu_features()
+    return version("edgevlm"), sys.byteorder, on, *features
 
 
 def _hashes(component: Component) -> tuple[str, ...]:

@@ -58,8 +58,9 @@ class Event:
 
 
 Emit = Callable[[Event], None]
-# Loads the model; is told "vision" and "decoder" as each stands.
-Open = Callable[[Callable[[str], None]], VLM]
+# Loads the model, its engines side by side or, where somebody wants to be told "vision" and
+# "decoder" as each stands, one after the other.
+Open = Callable[[Callable[[str], None] | None], VLM]
 
 
 def measure(
@@ -82,7 +83,7 @@ def measure(
         emit(Event(memory.samples(), facts, sensors.unavailable()))
         emit(_bare_decode(vlm.engines, task.tokens))
     gc.collect()
-    with open_model(lambda _: None) as again:
+    with open_model(None) as again:
         emit(Event({"load_warm_ms": (again.load_ms,)}))
 
 

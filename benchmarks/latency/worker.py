@@ -29,7 +29,7 @@ def run(task: RoundTask, send: Callable[[dict[str, Any]], None]) -> None:
     """Measures one round with the real engines and sends what it finds."""
     overhead = overhead_ms()
 
-    def open_model(loaded: Callable[[str], None]) -> VLM:
+    def open_model(loaded: Callable[[str], None] | None) -> VLM:
         vlm = load_bundle(Path(task.folder), LoadOptions(task.threads, task.device), loaded)
         facts = {
             "threads": vlm.settings.threads,

@@ -19,6 +19,6 @@ def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
     "caption en", "detect THING ; THING" and "ocr".
     """
     sources = read_sources(images)
-    with run.load() as vlm:
+    with run.load(sources) as vlm:
         answer = vlm.stream(prompt, sources, progress=tile_progress, **run.sampling)
         show(answer, vlm, as_json=as_json, stats=run.stats)

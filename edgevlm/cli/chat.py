@@ -34,7 +34,7 @@ def chat(images: tuple[str, ...], run: Run) -> None:
     sources = read_sources(images)
     if sys.stdin is None:
         raise click.ClickException("stdin is closed; a chat reads its questions there")
-    with run.load("chat") as vlm:
+    with run.load(sources, "chat") as vlm:
         conversation = vlm.chat(sources)
         click.echo(f"{vlm.manifest.name}: ask away; /help for commands.", err=True)
         _loop(conversation, vlm, run)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from edgevlm.sampling import SamplingOptions
 from edgevlm.types import Devices, Progress, Reply
 
 if TYPE_CHECKING:
+    from edgevlm.image import ImageSource
     from edgevlm.runtimes.answer import Answer
     from edgevlm.runtimes.rules import Goal
     from edgevlm.runtimes.session import VLM
@@ -109,8 +110,10 @@ class Run:
     sampling: SamplingOptions
     loading: dict[str, Any]
 
-    def load(self, goal: Goal = "caption") -> VLM:
-        """Loads the model; says so once when it is the built-in one that nobody asked for."""
+    def load(self, images: Sequence[ImageSource], goal: Goal = "caption") -> VLM:
+        """Loads the model and begins with the pictures of the first question; says so once when it
+        is the built-in one that nobody asked for.
+        """
         model = self.model if self.model is not None else store.default()
         if model is None:
             click.echo(
@@ -118,7 +121,7 @@ class Run:
                 "`edgevlm pull smolvlm-256m`.",
                 err=True,
             )
-        return edgevlm.load(model, goal=goal, **self.loading)
+        return edgevlm.load(model, goal=goal, image=images, progress=tile_progress, **self.loading)
 
 
 def read_sources(images: tuple[str, ...]) -> list[str | bytes]:

@@ -53,7 +53,7 @@ def ocr(images: tuple[str, ...], as_json: bool, run: Run) -> None:
 
 def _run_task(task: str, language: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
     sources = _needed(images)
-    with run.load() as vlm:
+    with run.load(sources) as vlm:
         prompt = vlm.task(task, language=language)
         options = task_options(task, vlm.manifest.answer) | run.sampling
         answer = vlm.stream(prompt, sources, progress=tile_progress, **options)
@@ -88,7 +88,7 @@ def detect(
     picture = read_image(sources[0])
     if output:
         _check_sides(output, *picture.shape[:2])
-    with run.load() as vlm:
+    with run.load([picture]) as vlm:
         reply = vlm.ask(vlm.task("detect", objects), picture, **run.sampling)
     if as_json:
         click.echo(json.dumps({"boxes": [], **as_dict(reply)}))

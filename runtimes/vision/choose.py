@@ -32,13 +32,15 @@ class Wish:
     """The device and settings wanted for the encoder.
 
     word: the device asked for. cpu_precisions: of the vision encoder, best first on the CPU.
-    spin: whether onnxruntime's workers wait busily.
+    spin: whether onnxruntime's workers wait busily. prepack: whether the CPU packs 8-bit weights
+    once, at the start, and not for every picture; the bits are the same.
     """
 
     word: str
     threads: int
     spin: bool = False
     cpu_precisions: tuple[str, ...] = ()
+    prepack: bool = True
 
 
 def open_encoder(
@@ -103,11 +105,16 @@ class _Opener:
     def _encoder(self, offer: Offer, precision: str, folder: Path) -> tuple[OrtEncoder, Counts]:
         """The two sessions, and how many nodes of both run on the provider."""
         wish, name = self._wish, offer.provider.name
-        vision, projector = (
-            self.ort.session(graph, offer, wish.threads, wish.spin, folder)
-            for graph in (self._bundle.vision(precision), self._bundle.path("projector"))
-        )
         on_cpu = offer.provider is CPU
+        # A float32 graph rounds otherwise without.
+        prepack = wish.prepack or precision != "int8" or not on_cpu
+        vision, projector = (
+            self.ort.session(graph, offer, wish.threads, wish.spin, folder, prepack=packed)
+            for graph, packed in (
+                (self._bundle.vision(precision), prepack),
+                (self._bundle.path("projector"), True),
+            )
+        )
         encoder = OrtEncoder(self.ort, vision, projector, provider=name, single=not on_cpu)
         if on_cpu:
             return encoder, Counts(0, 0)

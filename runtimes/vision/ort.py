@@ -105,13 +105,25 @@ class Ort:
         options.log_severity_level = 4
         return options
 
-    def session(self, graph: Path, offer: Offer, threads: int, spin: bool, folder: Path) -> Any:
+    def session(
+        self,
+        graph: Path,
+        offer: Offer,
+        threads: int,
+        spin: bool,
+        folder: Path,
+        *,
+        prepack: bool = True,
+    ) -> Any:
         """A session of one graph on one provider; `folder` keeps what the provider compiles.
+        Without `prepack` the weights stay in the file's order.
 
         Raises BundleCorrupt if the CPU cannot load the graph, Unfit if another provider cannot.
         """
         provider = offer.provider
         options = self._options(provider, threads, spin)
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if provider is CPU:
             try:
                 return self.module.InferenceSession(str(graph), options, providers=[CPU.name])
