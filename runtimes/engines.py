@@ -116,10 +116,11 @@ class TextDecoder(Protocol):
     def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
         """Reads blocks from position 0 on, leaving `room` positions after them.
 
-        The KV cache of all blocks but the last is there for the next call, which reads only what
-        follows the first blocks that are the same. `recall` is asked for that of more of them, the
-        most first. Returns the rows it did not read again; whether there are any makes no
-        difference to the logits. The blocks' arrays may not change later.
+        The KV cache stays for the next call, which reads only what follows the first blocks that
+        are the same, or the answer drawn after all of them. `recall` is asked for that of more
+        leading blocks, the most first. Returns the rows it did not read again. Blocks that were
+        kept make no difference to the logits, an answer none but rounding. The blocks' arrays may
+        not change later.
         """
 
     @property

@@ -20,6 +20,7 @@ from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.llama.bindings import llama
+from edgevlm.runtimes.llama.cached_rows import CachedRows
 from edgevlm.runtimes.llama.embedding_rows import EmbeddingRows
 from edgevlm.runtimes.llama.hooks import Importance, graph_hook
 from edgevlm.runtimes.llama.sampler import LlamaSampler
@@ -124,9 +125,7 @@ class LlamaDecoder:
         self._wanted_attention = _FLASH_ATTENTION.get(self._kv, flash_attention)
         self._flash_attention = self._wanted_attention
         self._n_ctx = self._n_batch = 0
-        # The blocks that the KV cache begins with, and the position of each of its rows.
-        self._blocks: tuple[Block, ...] = ()
-        self._positions: list[int] = []
+        self._cached = CachedRows()
 
     def listen(self) -> Importance:
         """Sums up what flows into the layers' matrices from now on."""
@@ -204,66 +203,78 @@ class LlamaDecoder:
         # The same for every causal prompt: a longer one does not cost the cache of the last.
         self._reserve(n + room, max(map(self._at_once, blocks)))
         self._cancelled.clear()
-        same = self._recall(blocks, self._keep(blocks), recall)
-        kept = len(self._positions)
+        kept = self._recall(blocks, self._keep(blocks), recall)
         llama.llama_set_abort_callback(self._ctx, self._abort, None)
         try:
-            # A block ends a batch whether it is kept or not, so that what follows it is computed in
-            # the same batches, to the same bits.
-            for block in blocks[same:]:
-                llama.llama_set_causal_attn(self._ctx, block.attention == "causal")
-                for start in range(0, len(block.rows), self._at_once(block)):
-                    end = start + self._at_once(block)
-                    self._decode_rows(block.rows[start:end], block.positions[start:end].tolist())
-            self._blocks = tuple(blocks[:-1])
+            read = 0
+            for i, block in enumerate(blocks):
+                self._read(block, kept - read)
+                read += len(block.rows)
+                if read > kept:
+                    self._cached.whole(blocks[: i + 1])
+            self._cached.prompt(blocks)
         finally:
             # A Python callback at every graph node would slow the single steps of decoding.
             llama.llama_set_abort_callback(self._ctx, llama.ggml_abort_callback(), None)
             llama.llama_set_causal_attn(self._ctx, True)
         return kept
 
+    def _read(self, block: Block, kept: int) -> None:
+        """Reads a block but for its first rows, which are there. It ends a batch also where nothing
+        of it is read, so that what follows it is computed in the same batches.
+        """
+        llama.llama_set_causal_attn(self._ctx, block.attention == "causal")
+        at_once = self._at_once(block)
+        for start in range(max(kept, 0), len(block.rows), at_once):
+            positions = block.positions[start : start + at_once].tolist()
+            self._decode_rows(block.rows[start : start + at_once], positions)
+
     def _at_once(self, block: Block) -> int:
         """Number of a block's rows that are read at once."""
         return self._rows_at_once if block.attention == "causal" else len(block.rows)
 
+    def common(self, blocks: Sequence[Block]) -> int:
+        """The number of leading rows of a prompt that the KV cache holds."""
+        return self._cached.common(blocks, self.embed)
+
     def _keep(self, blocks: Sequence[Block]) -> int:
-        """Forgets everything but the leading blocks that are there, the last one never; returns
-        their number.
+        """Forgets everything but the leading rows of a prompt that are there; returns their
+        number.
         """
-        same = n = 0
-        for block, known in zip(blocks[:-1], self._blocks, strict=False):
-            if n + len(block.rows) > len(self._positions) or not block.same(known):
-                break
-            same, n = same + 1, n + len(block.rows)
+        n = self.common(blocks)
         if n:
             self.rollback(n)
-            # What is read from now on may end half-way.
-            self._blocks = self._blocks[:same]
         else:
             self.clear()
-        return same
+        return n
 
-    def _recall(self, blocks: Sequence[Block], same: int, recall: Recall | None) -> int:
-        """Takes the KV cache of more leading blocks than `same` where somebody kept it; returns the
-        number of blocks that are there now.
+    def _recall(self, blocks: Sequence[Block], kept: int, recall: Recall | None) -> int:
+        """Takes the KV cache of more leading blocks than `kept` rows where somebody kept it;
+        returns the number of rows that are there now.
         """
-        for n in range(len(blocks) - 1, same, -1):
-            if recall and (state := recall(n)):
-                return n if self._restore(blocks[:n], state) else 0
-        return same
+        for n in range(len(blocks) - 1, 0, -1):
+            rows = sum(len(block.rows) for block in blocks[:n])
+            if recall and rows > kept and (state := recall(n)):
+                return rows if self._restore(blocks[:n], state) else 0
+        return kept
 
     def _restore(self, blocks: Sequence[Block], state: memoryview) -> bool:
         """Takes a KV cache back in place of everything; False, and nothing is there, where
         llama.cpp does not want it.
         """
+        if not self._take(state):
+            return False
+        self._cached.read([p for block in blocks for p in block.positions.tolist()])
+        self._cached.whole(blocks)
+        return True
+
+    def _take(self, state: memoryview) -> bool:
         self.clear()
         given = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if llama.llama_state_seq_set_data(self._ctx, given, len(state), 0) != len(state):
-            self.clear()
-            return False
-        self._blocks = tuple(blocks)
-        self._positions = np.concatenate([block.positions for block in blocks]).tolist()
-        return True
+        if llama.llama_state_seq_set_data(self._ctx, given, len(state), 0) == len(state):
+            return True
+        self.clear()
+        return False
 
     @property
     def reading(self) -> str:
@@ -274,13 +285,17 @@ class LlamaDecoder:
     @property
     def blocks(self) -> Sequence[Block]:
         """See TextDecoder."""
-        return self._blocks
+        return self._cached.leading
 
     def state(self) -> memoryview:
         """See TextDecoder."""
-        if not self._blocks:
+        if not self.blocks:
             return memoryview(b"")
-        self.rollback(sum(len(block.rows) for block in self._blocks))
+        self.rollback(sum(len(block.rows) for block in self.blocks))
+        return self._state()
+
+    def _state(self) -> memoryview:
+        """The KV cache of all rows."""
         context = self._ctx
 
         def get() -> memoryview:
@@ -290,13 +305,22 @@ class LlamaDecoder:
 
         return interruptible(get, lambda: None)
 
+    def hand_over(self, other: LlamaDecoder) -> None:
+        """Gives all rows to a decoder of the same file, which goes on from there; this one keeps
+        them.
+        """
+        state = self._state()
+        other._reserve(self._n_ctx, 0)
+        if not other._take(state):
+            raise EngineError(f"llama.cpp could not hand over a KV cache of {len(state)} bytes")
+        other._cached = self._cached.copy()
+
     def clear(self) -> None:
         """See TextDecoder."""
         _ = self._model.pointer
         if self._context is not None:
             llama.llama_memory_clear(llama.llama_get_memory(self._ctx), True)
-        self._positions.clear()
-        self._blocks = ()
+        self._cached = CachedRows()
 
     def _decode_rows(self, rows: Float, positions: Sequence[int]) -> None:
         data = np.ascontiguousarray(rows, np.float32)
@@ -304,6 +328,7 @@ class LlamaDecoder:
         try:
             ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
             self._decode(batch, positions, len(data) - 1)
+            self._cached.read(positions)
         finally:
             llama.llama_batch_free(batch)
 
@@ -324,7 +349,7 @@ class LlamaDecoder:
 
     def _decode_tokens(self, tokens: Sequence[int]) -> None:
         _ = self._ctx
-        n = len(self._positions)
+        n = len(self._cached.positions)
         if n == 0 or n + len(tokens) > self._n_ctx:
             raise EngineError(f"no room for {len(tokens)} tokens after {n} rows")
         if any(not 0 <= t < self._spec.n_vocab for t in tokens):
@@ -333,8 +358,10 @@ class LlamaDecoder:
         batch = self._batch.pointer
         for i, token in enumerate(tokens):
             batch.token[i] = token
-        following = self._positions[-1] + 1
-        self._decode(batch, range(following, following + len(tokens)), 0)
+        following = self._cached.positions[-1] + 1
+        positions = range(following, following + len(tokens))
+        self._decode(batch, positions, 0)
+        self._cached.drew(tokens, positions)
 
     def _decode(self, batch: Any, positions: Sequence[int], first_logits: int) -> None:
         """Decodes filled entries at these positions, with logits from `first_logits` on."""
@@ -360,7 +387,6 @@ class LlamaDecoder:
                 # The cache of these rows is not what was asked for; nothing may build on it.
                 self.clear()
                 raise
-        self._positions += positions
 
     def logits(self) -> Float:
         """See TextDecoder."""
@@ -372,27 +398,14 @@ class LlamaDecoder:
 
     def rollback(self, n: int) -> None:
         """See TextDecoder."""
-        memory, past = llama.llama_get_memory(self._ctx), len(self._positions)
+        memory, past = llama.llama_get_memory(self._ctx), len(self._cached.positions)
         if not 0 < n <= past:
             raise EngineError(f"cannot go back to {n} of {past} rows")
         # Also what a batch that was cancelled may have left behind the last row.
-        first = self._positions[n - 1] + 1
+        first = self._cached.positions[n - 1] + 1
         if not llama.llama_memory_seq_rm(memory, 0, first, -1):
             raise EngineError(f"llama.cpp could not go back to {n} of {past} rows")
-        del self._positions[n:]
-
-    def hand_over(self, other: LlamaDecoder) -> None:
-        """Gives the state of all rows read to a decoder of the same file, which goes on from
-        there; this one keeps it.
-        """
-        size = llama.llama_state_seq_get_size(self._ctx, 0)
-        state = (ctypes.c_uint8 * size)()
-        written = llama.llama_state_seq_get_data(self._ctx, state, size, 0)
-        other._reserve(self._n_ctx, 0)
-        other.clear()
-        if not written or llama.llama_state_seq_set_data(other._ctx, state, size, 0) != written:
-            raise EngineError(f"llama.cpp could not hand over a state of {size} bytes")
-        other._positions = list(self._positions)
+        self._cached.cut(n)
 
     def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> LlamaSampler:
         """See TextDecoder."""
@@ -433,7 +446,7 @@ class LlamaDecoder:
         if self._wanted_attention == "auto":
             self._flash_attention = ggml.flash_attention()
         self._n_ctx, self._n_batch = params.n_ctx, n_batch
-        self._positions.clear()
+        self._cached = CachedRows()
         batch = llama.llama_batch_init(_SCORE_ROWS, 0, 1)
         self._batch = Handle("the decoder", batch, llama.llama_batch_free)
 

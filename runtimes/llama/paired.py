@@ -53,7 +53,11 @@ class PairedDecoder:
 
     def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
         """See TextDecoder."""
-        self._last = self._reader
+        # An answer before this question need not be read if the writer drew it.
+        if self._last is self._writer:
+            self._last = self._reader
+            if self._writer.common(blocks) > self._reader.common(blocks):
+                self._writer.hand_over(self._reader)
         return self._reader.prefill(blocks, room=room, recall=recall)
 
     @property

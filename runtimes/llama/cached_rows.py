@@ -1,0 +1,108 @@
+"""Rows of a KV cache, as far as they are known: what the next prefill need not read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edgevlm.runtimes.engines import Block, Float
+
+Embed = Callable[[Sequence[int]], Float]
+
+
+class CachedRows:
+    """Positions of all rows of a KV cache; the blocks that it begins with and the tokens read one
+    by one after them.
+    """
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self._blocks: list[Block] = []
+        self._tokens: list[int] = []
+        self._n_leading = 0
+
+    @property
+    def leading(self) -> Sequence[Block]:
+        """All blocks but the last one of a prompt that was read whole."""
+        return self._blocks[: self._n_leading]
+
+    def read(self, rows: Sequence[int]) -> None:
+        """Notes rows at these positions, of a block that may not be whole yet."""
+        self.positions += rows
+
+    def whole(self, blocks: Sequence[Block]) -> None:
+        """Notes that these blocks were read, and nothing else."""
+        self._blocks, self._tokens = list(blocks), []
+
+    def prompt(self, blocks: Sequence[Block]) -> None:
+        """Notes that a prompt was read to its end."""
+        self.whole(blocks)
+        self._n_leading = len(blocks) - 1
+
+    def drew(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Notes tokens read after the blocks."""
+        self._tokens += tokens
+        self.positions += positions
+
+    def cut(self, n: int) -> None:
+        """Notes that all but the first n rows are gone."""
+        del self.positions[n:]
+        del self._tokens[max(0, n - _count(self._blocks)) :]
+        while self._blocks and _count(self._blocks) > n:
+            last = self._blocks.pop()
+            if (left := n - _count(self._blocks)) > 0:
+                self._blocks.append(_first(last, left))
+                break
+        self._n_leading = min(self._n_leading, len(self._blocks))
+
+    def copy(self) -> CachedRows:
+        """Another one that says the same."""
+        made = CachedRows()
+        made.positions, made._n_leading = list(self.positions), self._n_leading
+        made._blocks, made._tokens = list(self._blocks), list(self._tokens)
+        return made
+
+    def common(self, blocks: Sequence[Block], embed: Embed) -> int:
+        """The number of leading rows of a prompt that are there: those of whole blocks, never of
+        the last one, and, where the prompt goes on from an answer, of that answer.
+
+        Other prompts that begin alike are read anew from their block's begin, so that the same
+        question is computed in the same batches, to the same bits, whatever was asked before it.
+        `embed` gives the token embeddings of the tokens that were read one by one.
+        """
+        n = 0
+        for i, (block, known) in enumerate(zip(blocks, self._blocks, strict=False)):
+            if i < len(blocks) - 1 and block.same(known):
+                n += len(block.rows)
+                continue
+            if i == len(self._blocks) - 1 and self._tokens and block.attention == "causal":
+                rows = _same_rows(block, _longer(known, embed(self._tokens)))
+                n += rows if rows > len(known.rows) else 0
+            break
+        return min(n, len(self.positions), _count(blocks) - 1)
+
+
+def _same_rows(block: Block, other: Block) -> int:
+    """Rows of a causal block that are the first ones of another, too."""
+    n = min(len(block.rows), len(other.rows))
+    same = (block.rows[:n] == other.rows[:n]).all(1) & (block.positions[:n] == other.positions[:n])
+    return n if same.all() else int(same.argmin())
+
+
+def _longer(block: Block, rows: Float) -> Block:
+    after = int(block.positions[-1]) + 1
+    positions = np.arange(after, after + len(rows), dtype=np.int32)
+    return Block(
+        np.concatenate([block.rows, rows]),
+        block.attention,
+        np.concatenate([block.positions, positions]),
+    )
+
+
+def _first(block: Block, n: int) -> Block:
+    return Block(block.rows[:n], block.attention, block.positions[:n])
+
+
+def _count(blocks: Sequence[Block]) -> int:
+    return sum(len(block.rows) for block in blocks)

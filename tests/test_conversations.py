@@ -1,0 +1,162 @@
+"""Conversations: what was read and drawn before is not read again, and answers are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgevlm
+from edgevlm import Message
+from edgevlm.export import export_bundle
+from edgevlm.runtimes.engines import Block, sequential
+from edgevlm.runtimes.llama.cached_rows import CachedRows
+from tests.checkpoints.deepseek_vl import write_deepseek_vl
+from tests.checkpoints.internvl import write_internvl
+from tests.checkpoints.llava import write_llava
+from tests.checkpoints.llava_next import write_next
+from tests.checkpoints.llava_onevision import write_onevision
+from tests.checkpoints.smolvlm import write_smolvlm
+from tests.checkpoints.tinygptv import write_tinygptv
+
+pytestmark = pytest.mark.usefixtures("children_inside")
+
+A, B = np.random.default_rng(3).integers(0, 256, (2, 50, 90, 3), np.uint8)
+CAUSAL: dict[str, Callable[[Path], Path]] = {
+    "llava": write_llava,
+    "smolvlm": write_smolvlm,
+    "internvl": write_internvl,
+    "deepseek-vl": write_deepseek_vl,
+    "llava-next": write_next,
+    "onevision": write_onevision,
+    "tinygptv": partial(write_tinygptv, stage=4),
+}
+# Their originals tokenize an answer anew with its neighbours: noise may come out otherwise.
+REREAD = ("onevision", "tinygptv")
+QUESTIONS = ("what is it?", "and where is that?", "is it red?")
+EMBEDDINGS = np.random.default_rng(0).standard_normal((100, 4), np.float32)
+
+
+def exported(write: Callable[[Path], Path], folder: Path, quant: str) -> Path:
+    source, out = write(folder / "source"), folder / "out"
+    return export_bundle(source, out, quant=quant, vision_precision="fp32", verify=False).folder
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_conversation_reads_only_what_is_new_and_answers_as_a_fresh_one(
+    name: str, tmp_path: Path
+) -> None:
+    folder = exported(CAUSAL[name], tmp_path, "f32")
+    with edgevlm.load(folder, cache=False) as vlm, vlm.chat(A) as chat:
+        said: list[Message] = []
+        for question in QUESTIONS:
+            before = chat.reply if chat.turns else None
+            reply = chat.ask(question, max_tokens=4)
+            image = {"type": "image", "image": A}
+            text = {"type": "text", "text": question}
+            said.append({"role": "user", "content": [text] if said else [image, text]})  # type: ignore[list-item]
+            if before:
+                # All but the last token, which nothing was drawn after.
+                least = before.tokens.prompt + before.tokens.generated - 1
+                assert reply.tokens.kept >= (reply.tokens.image if name in REREAD else least)
+                assert reply.tokens.kept < reply.tokens.prompt
+            with edgevlm.load(folder, cache=False) as fresh:
+                again = fresh.ask(said, max_tokens=4)
+            assert again.tokens.kept == 0 and again.tokens.prompt == reply.tokens.prompt
+            assert again.token_ids == reply.token_ids
+            said.append({"role": "assistant", "content": reply})
+
+
+def test_pictures_in_later_questions_go_on_from_the_answers_before(tmp_path: Path) -> None:
+    folder = exported(write_smolvlm, tmp_path, "f32")
+
+    def question(text: str, image: np.ndarray) -> Message:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        return {"role": "user", "content": content}  # type: ignore[typeddict-item]
+
+    with edgevlm.load(folder, cache=False) as vlm:
+        first = [question("what is it?", A)]
+        reply = vlm.ask(first, max_tokens=4)
+        both = [*first, {"role": "assistant", "content": reply}, question("and this?", B)]
+        second = vlm.ask(both, max_tokens=4)  # type: ignore[arg-type]
+        assert second.tokens.kept >= reply.tokens.prompt + reply.tokens.generated - 1
+        vlm.forget()
+        assert vlm.ask(both, max_tokens=4).token_ids == second.token_ids  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("repack", [False, True, "decode"])
+def test_answers_are_kept_whatever_order_the_weights_are_in(
+    repack: edgevlm.types.Repacking | bool, tmp_path: Path
+) -> None:
+    folder = exported(write_llava, tmp_path, "q4_0")
+    with edgevlm.load(folder, cache=False, repack=repack) as vlm, vlm.chat(A) as chat:
+        first = chat.ask("what is it?", max_tokens=6)
+        second = chat.ask("and where?", max_tokens=6)
+        assert second.tokens.kept >= first.tokens.prompt + first.tokens.generated - 1
+
+
+def test_another_question_is_read_in_the_batches_of_a_first_one(tmp_path: Path) -> None:
+    """Otherwise its logits would depend on what was asked before it."""
+    folder = exported(write_llava, tmp_path, "q8_0")
+    with edgevlm.load(folder, cache=False) as vlm:
+        alone = vlm.score("what is that?", ["a", "b"], A)
+        vlm.ask("what is it?", A, max_tokens=3)
+        assert vlm.score("what is that?", ["a", "b"], A).tolist() == alone.tolist()
+
+
+# Rows
+
+
+def embed(tokens: list[int]) -> np.ndarray:
+    return EMBEDDINGS[list(tokens)]
+
+
+def block(tokens: list[int], start: int = 0, attention: str = "causal") -> Block:
+    return sequential(embed(tokens), attention, start)  # type: ignore[arg-type]
+
+
+def cached(blocks: list[Block], tokens: list[int]) -> CachedRows:
+    rows = CachedRows()
+    rows.read(list(range(sum(len(b.rows) for b in blocks))))
+    rows.prompt(blocks)
+    n = len(rows.positions)
+    rows.drew(tokens, range(n, n + len(tokens)))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("asked", "common"),
+    [
+        ([block([1, 2]), block([3, 4, 5, 6, 7], 2)], 6),  # both tokens drawn, and more
+        ([block([1, 2]), block([3, 4, 5, 6], 2)], 5),  # nothing after the answer: one is read
+        ([block([1, 2]), block([3, 4, 5, 9, 7], 2)], 5),  # another second token
+        ([block([1, 2]), block([3, 4, 9, 6, 7], 2)], 2),  # another answer
+        ([block([1, 2]), block([3, 4], 2)], 2),  # the same question
+        ([block([1, 2]), block([3, 9, 5], 2)], 2),  # a question that begins alike
+        ([block([1, 2, 3, 4, 5])], 0),  # the same rows in other batches
+        ([block([1, 9]), block([3, 4, 5, 6, 7], 2)], 0),
+        ([block([1, 2]), block([3, 4, 5], 2), block([8, 9], 5)], 5),  # a picture after the answer
+    ],
+)
+def test_rows_in_common(asked: list[Block], common: int) -> None:
+    rows = cached([block([1, 2]), block([3, 4], 2)], [5, 6])
+    assert rows.common(asked, embed) == common  # type: ignore[arg-type]
+    assert rows.copy().common(asked, embed) == common  # type: ignore[arg-type]
+
+
+def test_a_bidirectional_block_has_no_rows_of_its_own() -> None:
+    whole = [block([1, 2, 3], attention="bidirectional")]
+    rows = cached(whole, [4])
+    longer = [block([1, 2, 3, 4, 5], attention="bidirectional")]
+    assert rows.common(longer, embed) == 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("left", "common"), [(6, 6), (5, 5), (4, 2), (3, 2), (2, 2), (1, 0)])
+def test_rows_that_are_gone_are_not_in_common(left: int, common: int) -> None:
+    rows = cached([block([1, 2]), block([3, 4], 2)], [5, 6])
+    rows.cut(left)
+    assert len(rows.positions) == left
+    assert rows.common([block([1, 2]), block([3, 4, 5, 6, 7], 2)], embed) == common  # type: ignore[arg-type]
