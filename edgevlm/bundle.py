@@ -4,6 +4,8 @@
     vision.onnx      pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]
     projector.onnx   features -> embeddings float32 [n, tokens, n_embd]
     decoder.gguf     the language decoder with its tokenizer
+    decoder.input.gguf      the tokenizer and token embeddings of all tokens, where the decoder was
+                     trimmed to those of some languages
     projector.newline.npy   float32 [n_embd], a row that ends lines, where tiles are joined to a map
 
 Each component has a role; which of them there are is the family's to say, and a bundle without a
@@ -34,6 +36,7 @@ from edgevlm.types import Progress
 FORMAT = 2
 MANIFEST = "edgevlm.json"
 NEWLINE = "projector.newline.npy"
+INPUT = "decoder.input.gguf"
 ROLES = ("vision", "projector", "decoder", "text")
 # What a manifest states beside a decoder.
 _DECODING = ("prompt", "decoder", "answer", "token_embedding")
@@ -148,6 +151,14 @@ class Bundle:
         """The projector's file with a row that ends lines; None where there is none."""
         names = [record.file for record in self.manifest.components["projector"].files]
         return self.folder / NEWLINE if NEWLINE in names else None
+
+    @property
+    def input(self) -> Path:
+        """The file with the tokenizer and all token embeddings: the decoder's own, or the one that
+        lies beside a trimmed decoder.
+        """
+        names = [record.file for record in self.manifest.components["decoder"].files]
+        return self.folder / INPUT if INPUT in names else self.path("decoder")
 
     @property
     def vision_precisions(self) -> tuple[str, ...]:

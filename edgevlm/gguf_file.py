@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from ctypes import c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,11 @@ import numpy.typing as npt
 from edgevlm.errors import BundleCorrupt, EngineMissing
 from edgevlm.specs import DecoderSpec
 from edgevlm.submodules import submodule
+
+# Metadata of a trimmed decoder: the ids of the tokens that its rows stand for, ascending.
+KEPT = "edgevlm.kept_tokens"
+
+Number = TypeVar("Number", bound=np.generic)
 
 _TYPES = submodule("gguf.constants").GGMLQuantizationType
 
@@ -76,6 +81,8 @@ _ggml = Library(
     gguf_get_tensor_size=(c_size_t, c_void_p, c_int64),
     gguf_get_tensor_offset=(c_size_t, c_void_p, c_int64),
     gguf_get_data_offset=(c_size_t, c_void_p),
+    gguf_get_n_kv=(c_int64, c_void_p),
+    gguf_get_key=(c_char_p, c_void_p, c_int64),
     gguf_find_key=(c_int64, c_void_p, c_char_p),
     gguf_get_kv_type=(c_int, c_void_p, c_int64),
     gguf_get_val_u32=(c_uint32, c_void_p, c_int64),
@@ -91,7 +98,7 @@ _ggml = Library(
     ggml_nelements=(c_int64, c_void_p),
     ggml_free=(None, c_void_p),
 )
-_UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
+_UINT32, _INT32, _FLOAT32, _STRING, _ARRAY = 4, 5, 6, 8, 9
 
 
 class StoredTensor(NamedTuple):
@@ -125,6 +132,16 @@ class GGUFFile:
 
     def __init__(self, path: Path, file: Any, shapes: c_void_p) -> None:
         self._path, self._file, self._shapes = path, file, shapes
+
+    @property
+    def handle(self) -> Any:
+        """ggml's own object, for its functions."""
+        return self._file
+
+    def keys(self) -> list[str]:
+        """All keys of the metadata, in the order of the file."""
+        n = _ggml.gguf_get_n_kv(self._file)
+        return [_decoded(_ggml.gguf_get_key(self._file, i)) for i in range(n)]
 
     def tensors(self) -> dict[str, StoredTensor]:
         """All of them by name, in the order of the file."""
@@ -185,15 +202,26 @@ class GGUFFile:
             return None
         if _ggml.gguf_get_kv_type(self._file, i) == _FLOAT32:
             return np.array([_ggml.gguf_get_val_f32(self._file, i)], np.float32)
-        if (
-            _ggml.gguf_get_kv_type(self._file, i) != _ARRAY
-            or _ggml.gguf_get_arr_type(self._file, i) != _FLOAT32
-        ):
-            raise BundleCorrupt(self._path, f"{key!r} is not of float32 numbers")
-        memory = (c_float * _ggml.gguf_get_arr_n(self._file, i)).from_address(
-            _ggml.gguf_get_arr_data(self._file, i)
-        )
-        return np.frombuffer(memory, np.float32).copy()
+        return self._array(i, key, _FLOAT32, np.float32, "float32 numbers")
+
+    def integers(self, key: str) -> npt.NDArray[np.int32] | None:
+        """An array of whole numbers, int32 [n]; None where it is absent.
+
+        Raises BundleCorrupt for a value of another type.
+        """
+        i = _ggml.gguf_find_key(self._file, key.encode())
+        return None if i < 0 else self._array(i, key, _INT32, np.int32, "int32 numbers")
+
+    def _array(
+        self, i: int, key: str, kind: int, dtype: type[Number], of: str
+    ) -> npt.NDArray[Number]:
+        array = _ggml.gguf_get_kv_type(self._file, i) == _ARRAY
+        if not array or _ggml.gguf_get_arr_type(self._file, i) != kind:
+            raise BundleCorrupt(self._path, f"{key!r} is not of {of}")
+        n, start = _ggml.gguf_get_arr_n(self._file, i), _ggml.gguf_get_arr_data(self._file, i)
+        # Of an empty array there may be no address.
+        size = n * np.dtype(dtype).itemsize
+        return np.frombuffer(ctypes.string_at(start, size) if n else b"", dtype).copy()
 
 
 def _decoded(text: bytes) -> str:

@@ -160,7 +160,8 @@ class DecoderSpec:
     `attention` is `prefix` where picture and prompt attend to each other both ways and only the
     answer is causal, `causal` otherwise. `context_length` is the largest number of positions.
     `extra_norms` says that the GGUF's metadata holds norms which llama.cpp's graph lacks; edgevlm's
-    runtime adds them, and without it the file would answer nonsense.
+    runtime adds them, and without it the file would answer nonsense. `n_output` is how many of the
+    `n_vocab` tokens an answer can have, those that texts in `languages` need; 0 is all of them.
     """
 
     architecture: str
@@ -170,6 +171,13 @@ class DecoderSpec:
     n_vocab: int
     context_length: int
     extra_norms: bool = False
+    n_output: int = 0
+    languages: tuple[str, ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the output matrix: a logit each."""
+        return self.n_output or self.n_vocab
 
 
 @dataclass(frozen=True)
@@ -190,7 +198,7 @@ class AnswerSpec:
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Location of the token-embedding table in the GGUF file, so that single rows can be read.
+    """Location of the token-embedding table in its GGUF file, so that single rows can be read.
 
     `offset` is in bytes from the start of the file, `type` a ggml type name such as "Q6_K", the
     shape is [rows, width].

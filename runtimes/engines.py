@@ -110,6 +110,11 @@ class TextDecoder(Protocol):
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; control tokens stand for none."""
 
+    def writes(self, token: int) -> bool:
+        """True if an answer can have the token; one that was trimmed has no logits of the others,
+        which are -inf.
+        """
+
     def embed(self, tokens: Sequence[int]) -> Float:
         """Token ids -> token embeddings float32 [n, n_embd]."""
 

@@ -82,6 +82,10 @@ class FakeDecoder:
         """The byte; nothing for the end token."""
         return bytes([token - _FIRST_BYTE]) if token >= _FIRST_BYTE else b""
 
+    def writes(self, token: int) -> bool:
+        """Every one."""
+        return True
+
     def embed(self, tokens: Sequence[int]) -> Float:
         """Rows [n, 4] that hold the token id."""
         return np.repeat(np.array(tokens, np.float32)[:, None], _N_EMBD, 1)

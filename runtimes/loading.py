@@ -257,6 +257,7 @@ def single(
         flash_attention=settings.flash_attention,
         repack=repack,
         offload=offload,
+        input=bundle.input,
     )
 
 

@@ -207,6 +207,7 @@ class VLM:
         ids = [model.tokenize(c) + (end if with_end else []) for c in continuations]
         if not all(ids):
             raise PromptError("a continuation is empty; there is nothing to score")
+        self._check_writable(ids)
         longest = max(map(len, ids), default=1)
         asked, images = _conversation(prompt, image)
         request = prepare(model, asked, images, Sampling(max_tokens=longest))
@@ -223,6 +224,16 @@ class VLM:
             model.decoder.rollback(request.n_image + request.n_text)
         model.keep()
         return scores
+
+    def _check_writable(self, continuations: Sequence[Sequence[int]]) -> None:
+        """Raises PromptError for a token that no answer of a trimmed decoder can have."""
+        decoder = self.engines.decoder
+        for token in (t for ids in continuations for t in ids if not decoder.writes(t)):
+            text = decoder.piece(token).decode(errors="replace")
+            raise PromptError(
+                f"no answer of this bundle has the token {text!r} ({token}): it was trimmed to "
+                f"{', '.join(self.manifest.decoder.languages)}; score with one that was not"
+            )
 
     def embed_image(self, image: ImageSource) -> npt.NDArray[np.float32]:
         """The picture's embeddings in the decoder, float32 [tokens, n_embd].

@@ -18,12 +18,15 @@ from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
 from edgevlm.runtimes.engines import Block, Cancelled, Float, Recall, count_rows
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
+from edgevlm.runtimes.llama import tokenizer as tokenizers
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.cached_rows import CachedRows
 from edgevlm.runtimes.llama.embedding_rows import EmbeddingRows
 from edgevlm.runtimes.llama.hooks import Importance, graph_hook
+from edgevlm.runtimes.llama.output_rows import OutputRows
 from edgevlm.runtimes.llama.sampler import LlamaSampler
+from edgevlm.runtimes.llama.tokenizer import LlamaTokenizer
 from edgevlm.runtimes.native import Handle
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec, TensorLocation
@@ -59,9 +62,10 @@ class LlamaDecoder:
     off and GELU out of its table, for decoders in f32. `kv` is the cache's type where another is
     wanted: "f16", or "q8_0", half as large, which llama.cpp reads with flash attention only.
     `repack` lets llama.cpp re-order quantized weights at load. `offload` says what runs on another
-    device than the CPU; `layers` is how many layers of how many really do. Raises BundleCorrupt if
-    the file does not hold the decoder of `spec`, EngineError if the device does not take its
-    layers.
+    device than the CPU; `layers` is how many layers of how many really do. `input` is the file with
+    the token embeddings, at `location`, and the tokenizer, where the decoder's own has not all of
+    them. Raises BundleCorrupt if the files do not hold the decoder of `spec`, EngineError if the
+    device does not take its layers.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class LlamaDecoder:
         flash_attention: FlashAttention = "auto",
         repack: bool = True,
         offload: Offload = ON_THE_CPU,
+        input: Path | None = None,
     ) -> None:
         ggml.quiet()
         llama.llama_backend_init()
@@ -102,17 +107,21 @@ class LlamaDecoder:
             raise BundleCorrupt(path, f"llama.cpp cannot load it ({ggml.last_log()})")
         self._model, model = loaded, loaded.pointer
         self.layers = ggml.offloaded()
-        vocabulary = llama.llama_vocab_n_tokens(self._vocab)
-        found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
-        if found != (spec.n_embd, spec.n_layer, spec.n_vocab):
+        own = LlamaTokenizer(loaded)
+        found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), own.n_tokens)
+        if found != (spec.n_embd, spec.n_layer, spec.outputs):
             raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
+        self._tokenizer = tokenizers.load(input) if input and input != path else own
+        if self._tokenizer.n_tokens != spec.n_vocab:
+            raise BundleCorrupt(input or path, f"has {self._tokenizer.n_tokens} tokens")
+        self._output = OutputRows(path, spec)
         self._spec, self._repack = spec, repack
         self._kv = kv or ("f32" if exact else "f16")
         self._context: Handle | None = None
         self._batch: Handle | None = None
         self.adjust(threads, prefill_threads or threads, batch, flash_attention)
         self._hook = graph_hook(path, spec, exact=exact)
-        self._rows = EmbeddingRows(path, location)
+        self._rows = EmbeddingRows(input or path, location)
         self._cancelled = cancelled = threading.Event()
         self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
 
@@ -132,10 +141,6 @@ class LlamaDecoder:
         self._free_context()
         self._hook = heard = Importance(self._hook)
         return heard
-
-    @property
-    def _vocab(self) -> Any:
-        return llama.llama_model_get_vocab(self._model.pointer)
 
     @property
     def _ctx(self) -> Any:
@@ -161,33 +166,23 @@ class LlamaDecoder:
     @property
     def bos(self) -> int:
         """See TextDecoder."""
-        return int(llama.llama_vocab_bos(self._vocab))
+        return self._tokenizer.bos
 
     def tokenize(self, text: str) -> list[int]:
         """See TextDecoder."""
-        data = text.encode()
-        if not data:
-            return []
-        size = len(data) + 8
-        while True:
-            tokens = (llama.llama_token * size)()
-            n = llama.llama_tokenize(self._vocab, data, len(data), tokens, size, False, False)
-            if n >= 0:
-                return list(tokens[:n])
-            size = -n
+        return self._tokenizer.tokenize(text)
 
     def piece(self, token: int) -> bytes:
         """See TextDecoder."""
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
-            if n >= 0:
-                break
-            size = -n
-        pieces = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_SPM
-        # llama.cpp leaves SentencePiece's sign for a space in user-defined tokens.
-        return buffer.raw[:n].replace("\u2581".encode(), b" ") if pieces else buffer.raw[:n]
+        return self._tokenizer.piece(token)
+
+    def writes(self, token: int) -> bool:
+        """See TextDecoder."""
+        return self._output.row(token) is not None
+
+    def rows(self, tokens: Sequence[int]) -> list[int]:
+        """Rows of the output matrix of those tokens that have one."""
+        return self._output.rows(tokens)
 
     def embed(self, tokens: Sequence[int]) -> Float:
         """See TextDecoder."""
@@ -228,6 +223,7 @@ class LlamaDecoder:
         for start in range(max(kept, 0), len(block.rows), at_once):
             positions = block.positions[start : start + at_once].tolist()
             self._decode_rows(block.rows[start : start + at_once], positions)
+            self._cached.read(positions)
 
     def _at_once(self, block: Block) -> int:
         """Number of a block's rows that are read at once."""
@@ -322,13 +318,15 @@ class LlamaDecoder:
             llama.llama_memory_clear(llama.llama_get_memory(self._ctx), True)
         self._cached = CachedRows()
 
-    def _decode_rows(self, rows: Float, positions: Sequence[int]) -> None:
+    def _decode_rows(
+        self, rows: Float, positions: Sequence[int], first_logits: int | None = None
+    ) -> None:
+        """Decodes rows with logits from one on, or of the last alone."""
         data = np.ascontiguousarray(rows, np.float32)
         batch = llama.llama_batch_init(len(data), self._spec.n_embd, 1)
         try:
             ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
-            self._decode(batch, positions, len(data) - 1)
-            self._cached.read(positions)
+            self._decode(batch, positions, len(data) - 1 if first_logits is None else first_logits)
         finally:
             llama.llama_batch_free(batch)
 
@@ -354,13 +352,18 @@ class LlamaDecoder:
             raise EngineError(f"no room for {len(tokens)} tokens after {n} rows")
         if any(not 0 <= t < self._spec.n_vocab for t in tokens):
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
-        assert self._batch
-        batch = self._batch.pointer
-        for i, token in enumerate(tokens):
-            batch.token[i] = token
         following = self._cached.positions[-1] + 1
         positions = range(following, following + len(tokens))
-        self._decode(batch, positions, 0)
+        rows = self._output.rows(tokens)
+        if len(rows) < len(tokens):
+            # Tokens that a trimmed decoder has no row of; it reads them as it reads a question.
+            self._decode_rows(self._rows(tokens), positions, 0)
+        else:
+            assert self._batch
+            batch = self._batch.pointer
+            for i, row in enumerate(rows):
+                batch.token[i] = row
+            self._decode(batch, positions, 0)
         self._cached.drew(tokens, positions)
 
     def _decode(self, batch: Any, positions: Sequence[int], first_logits: int) -> None:
@@ -394,7 +397,7 @@ class LlamaDecoder:
 
     def _logits(self, row: int) -> Float:
         pointer = llama.llama_get_logits_ith(self._ctx, row)
-        return np.ctypeslib.as_array(pointer, (self._spec.n_vocab,)).copy()
+        return self._output.logits(np.ctypeslib.as_array(pointer, (self._spec.outputs,)))
 
     def rollback(self, n: int) -> None:
         """See TextDecoder."""
@@ -409,11 +412,11 @@ class LlamaDecoder:
 
     def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> LlamaSampler:
         """See TextDecoder."""
-        return LlamaSampler(self, sampling, self._spec, penalized)
+        return LlamaSampler(self, sampling, self._spec, self.rows(penalized))
 
     def sample(self, chain: llama.llama_sampler_p) -> int:
-        """Draws from the last logits with a llama.cpp sampler chain."""
-        return int(llama.llama_sampler_sample(chain, self._ctx, -1))
+        """Draws a token from the last logits with a llama.cpp sampler chain, which counts rows."""
+        return self._output.token(llama.llama_sampler_sample(chain, self._ctx, -1))
 
     def cancel(self) -> None:
         """See TextDecoder."""
@@ -459,4 +462,5 @@ class LlamaDecoder:
     def close(self) -> None:
         """See TextDecoder."""
         self._free_context()
+        self._tokenizer.close()
         self._model.close()

@@ -149,5 +149,5 @@ def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
             layers[int(match[1])] += size
     output = sizes.get("output.weight", sizes.get("token_embd.weight", 0))
     # Three rows of the feed-forward's width, four of the model's, and the logits, in float32.
-    work = 4 * (_BATCH_ROWS * (3 * inner + 4 * spec.n_embd) + _SCORED_ROWS * spec.n_vocab)
+    work = 4 * (_BATCH_ROWS * (3 * inner + 4 * spec.n_embd) + _SCORED_ROWS * spec.outputs)
     return LayerBytes(tuple(layers), output, state * (4 if exact else 2), work)

@@ -47,6 +47,10 @@ class PairedDecoder:
         """See TextDecoder."""
         return self._reader.piece(token)
 
+    def writes(self, token: int) -> bool:
+        """See TextDecoder."""
+        return self._reader.writes(token)
+
     def embed(self, tokens: Sequence[int]) -> Float:
         """See TextDecoder."""
         return self._reader.embed(tokens)
@@ -104,7 +108,7 @@ class PairedDecoder:
 
     def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> LlamaSampler:
         """See TextDecoder."""
-        return LlamaSampler(self, sampling, self._spec, penalized)
+        return LlamaSampler(self, sampling, self._spec, self._reader.rows(penalized))
 
     def sample(self, chain: llama.llama_sampler_p) -> int:
         """See LlamaDecoder."""

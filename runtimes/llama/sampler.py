@@ -19,7 +19,10 @@ class Drawn(Protocol):
 
 
 class LlamaSampler:
-    """llama.cpp's sampler chain: penalty, top-k, top-p, min-p, temperature, draw; or greedy."""
+    """llama.cpp's sampler chain: penalty, top-k, top-p, min-p, temperature, draw; or greedy.
+
+    `penalized` are rows of the decoder's output matrix.
+    """
 
     def __init__(
         self,
@@ -31,10 +34,10 @@ class LlamaSampler:
         self._decoder = decoder
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         self._chain = Handle("the sampler", chain, llama.llama_sampler_free)
-        for sampler in _chain(sampling, spec.n_vocab, spec.context_length):
+        for sampler in _chain(sampling, spec.outputs, spec.context_length):
             llama.llama_sampler_chain_add(chain, sampler)
-        for token in penalized:
-            llama.llama_sampler_accept(chain, token)
+        for row in penalized:
+            llama.llama_sampler_accept(chain, row)
 
     def sample(self) -> int:
         """See TokenSampler."""
@@ -45,12 +48,12 @@ class LlamaSampler:
         self._chain.close()
 
 
-def _chain(s: Sampling, n_vocab: int, window: int) -> list[llama.llama_sampler_p]:
+def _chain(s: Sampling, n_rows: int, window: int) -> list[llama.llama_sampler_p]:
     chain = []
     if s.repetition_penalty != 1.0:
         # Over the whole answer, and not the prompt, as transformers counts with inputs_embeds.
         penalty = s.repetition_penalty
-        chain.append(llama.llama_sampler_init_penalties(n_vocab, window, penalty, 0.0, 0.0))
+        chain.append(llama.llama_sampler_init_penalties(n_rows, window, penalty, 0.0, 0.0))
     if s.temperature == 0.0:
         return [*chain, llama.llama_sampler_init_greedy()]
     seed = llama.LLAMA_DEFAULT_SEED if s.seed is None else s.seed
