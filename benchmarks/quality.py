@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from edgevlm.benchmarks.scenes.textured_scenes import Scene
 from edgevlm.bundle import Manifest, open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import child
-from edgevlm.export.parity.metrics import divergence
+from edgevlm.export.parity.metrics import divergence, shared
 from edgevlm.models import BUILT_IN
 from edgevlm.prompt import task_prompt
 
@@ -47,7 +47,8 @@ class MeasuredQuality:
     """A candidate against its reference.
 
     features_cosine, embeddings_cosine: mean cosine of the encoder's and the projector's rows.
-    logit_kl: mean of KL(reference || candidate) over the next-token distributions, in nats.
+    logit_kl: mean of KL(reference || candidate) over the next-token distributions, in nats;
+    over the tokens that both can write, where one was trimmed to languages.
     top1_agreement: share of those at which both name the same token.
     positions: how many distributions were compared.
     accuracy: right answers by task, 0..1, over `scenes` scenes of each drawing routine; of pico
@@ -69,7 +70,7 @@ def measure(
 
     The time goes into the scenes: eight questions each for pico, one answer for other models.
     """
-    ours_is, theirs_is = (open_bundle(folder).manifest for folder in (candidate, reference))
+    ours_is, theirs_is = (_untrimmed(folder) for folder in (candidate, reference))
     for part in ("family", "image", "prompt", "decoder"):
         if getattr(ours_is, part) != getattr(theirs_is, part):
             raise BenchError(
@@ -82,6 +83,13 @@ def measure(
             candidate, Path(scratch) / "candidate.npz", scenes, follow=theirs, threads=threads
         )
         return compare(ours, theirs)
+
+
+def _untrimmed(folder: Path) -> Manifest:
+    """A bundle's manifest, of a trimmed one as it was before: it is the same model."""
+    manifest = open_bundle(folder).manifest
+    decoder = replace(manifest.decoder, n_output=0, languages=())
+    return replace(manifest, decoder=decoder)
 
 
 def observe(
@@ -115,7 +123,7 @@ def compare(candidate: Path, reference: Path) -> MeasuredQuality:
         return MeasuredQuality(
             features_cosine=_cosine(ours["features"], theirs["features"]),
             embeddings_cosine=_cosine(ours["embeddings"], theirs["embeddings"]),
-            logit_kl=divergence(ours["logits"], theirs["logits"]),
+            logit_kl=divergence(*shared(ours["logits"], theirs["logits"])),
             top1_agreement=float(top.mean()),
             positions=len(top),
             accuracy=dict(zip(ours["tasks"].tolist(), ours["shares"].tolist(), strict=True)),

@@ -61,6 +61,7 @@ def export_bundle(
     settings: Mapping[str, str] | None = None,
     imatrix: bool | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    languages: str | Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Converts a checkpoint into a bundle in the folder `out` and returns it.
@@ -79,7 +80,9 @@ def export_bundle(
     `imatrix` has the decoder's weights rounded by how much they matter to pictures and prompts;
     None does so where llama.cpp's type needs it. `adapter` is a folder or hub id with a LoRA as
     peft saves it, or with what LLaVA's own code trained beside its base, that is merged into the
-    source; one in the source's own folder is merged unasked. `progress` is called with every step
+    source; one in the source's own folder is merged unasked. `languages` are codes, "en,fr" or one
+    by one: answers can then have the tokens alone that texts in these languages need, which makes
+    models with large vocabularies faster (docs/languages.md). `progress` is called with every step
     of a long stage.
 
     A source without a checkpoint's weights may have the decoder and llama.cpp's multimodal
@@ -114,6 +117,7 @@ def export_bundle(
         calibration=calibration,
         verify=verify,
         insists=quant is not None,
+        languages=languages,
     )
     return pipeline.run(source, Path(out), read, write, progress)
 
@@ -147,12 +151,14 @@ def requantize_bundle(
     verify: bool = True,
     calibration: str | os.PathLike[str] | None = None,
     imatrix: bool | None = None,
+    languages: str | Sequence[str] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Writes a bundle at other precisions into the folder `out`, without its checkpoint.
 
     What is not named stays as it is; the other words are those of `export_bundle`. Only what is
-    still whole is quantized: a decoder in f32, f16 or bf16, a vision encoder in fp32 or fp16. With
+    still whole is quantized: a decoder in f32, f16 or bf16, a vision encoder in fp32 or fp16. A
+    decoder of any precision can be trimmed to `languages`, once. With
     `verify` the new bundle is compared with the old one; its manifest names both the checkpoint's
     files and the old bundle's.
 
@@ -170,5 +176,6 @@ def requantize_bundle(
             imatrix=imatrix,
             calibration=calibration,
             verify=verify,
+            languages=languages,
         )
         return requantize.run(plan, Path(out), folder, progress)

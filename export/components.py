@@ -104,6 +104,9 @@ def _disk_bytes(job: Job, options: WriteOptions) -> int:
     # The decoder before it is quantized, every matrix as its source has it.
     stored = sum(t.elements * DTYPES[t.dtype].itemsize for t in job.parts["decoder"].values())
     making_language = 0 if options.quant.direct or job.ready else stored
+    if options.languages:
+        # A decoder beside the one that it is cut from.
+        making_language = max(making_language, int(language * options.quant.bits / 8))
     return int(max(making_vision, kept + making_language)) + _SPARE_BYTES
 
 

@@ -48,7 +48,8 @@ class WriteOptions:
     """The precisions of a bundle, the main vision encoder's first, and what they are made with: the
     decoder's importance matrix, a folder of pictures to calibrate on. `verify` None is for where
     there is something to compare with. `insists` is true where the user named `quant`, so that of
-    several published decoders no other is taken.
+    several published decoders no other is taken. `languages` are those whose tokens alone the
+    decoder's output matrix keeps; without any it keeps all.
     """
 
     quant: Quant
@@ -57,6 +58,7 @@ class WriteOptions:
     calibration: Path | None = None
     verify: bool | None = None
     insists: bool = False
+    languages: tuple[str, ...] = ()
 
     @classmethod
     def checked(
@@ -68,11 +70,15 @@ class WriteOptions:
         calibration: Location | None = None,
         verify: bool | None = None,
         insists: bool = False,
+        languages: str | Sequence[str] = (),
     ) -> WriteOptions:
         """Options by name; without a choice of `imatrix` one is made where llama.cpp insists on it.
 
-        Raises ExportError for a name that is not known and for choices that disagree.
+        Raises ExportError for a name that is not known and for choices that disagree, EngineMissing
+        where languages are named and the package that knows them is not there.
         """
+        from edgevlm.export.languages import checked
+
         wanted = precisions.quant(quant)
         return cls(
             wanted,
@@ -81,4 +87,5 @@ class WriteOptions:
             Path(calibration) if calibration else None,
             verify,
             insists,
+            checked(languages),
         )

@@ -15,7 +15,7 @@ from edgevlm.bundle import (
     write_manifest,
 )
 from edgevlm.errors import SourceError
-from edgevlm.export import components, requantize
+from edgevlm.export import components, languages, requantize
 from edgevlm.export.checkpoint import adapters, hub, published
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.assembly import family_of, read_source
@@ -85,6 +85,9 @@ def run(
         if write.imatrix:
             unquantized = Bundle(folder, manifest)
             manifest = requantize.quantized(unquantized, folder, write, report)
+            write_manifest(folder, manifest)
+        if write.languages:
+            manifest = languages.trimmed(manifest, folder, write.languages, report)
             write_manifest(folder, manifest)
         if verified:
             manifest = replace(manifest, parity=compare.verify(job, write, folder))

@@ -23,10 +23,11 @@ from edgevlm.bundle import (
     write_manifest,
 )
 from edgevlm.errors import ExportError
-from edgevlm.export import precisions
+from edgevlm.export import languages, precisions
 from edgevlm.export.components import check_room, hashed, vision_file
 from edgevlm.export.gguf import decoder, importance
 from edgevlm.export.gguf.tools import Matrix
+from edgevlm.export.gguf.trim import join
 from edgevlm.export.options import Location, WriteOptions
 from edgevlm.export.parity import compare, images
 from edgevlm.export.precisions import Quant, VisionPrecision
@@ -66,6 +67,8 @@ def run(plan: Requantization, out: Path, folder: Path, report: Report | None) ->
         manifest = quantized(source, folder, plan.options, report)
     else:
         _copy(plan.source, manifest.components["decoder"], folder)
+    if plan.options.languages:
+        manifest = languages.trimmed(manifest, folder, plan.options.languages, report)
     manifest = replace(manifest, source=_sources(plan), parity=_untouched(plan.source))
     write_manifest(folder, manifest)
     if plan.options.verify:
@@ -84,12 +87,15 @@ def plan(
     imatrix: bool | None,
     calibration: Location | None,
     verify: bool,
+    languages: str | Sequence[str] = (),
 ) -> Requantization:
     """Checks all that can be before a byte is written; raises BundleError, ExportError."""
     check_path(folder.absolute())
     source = open_bundle(folder, "full")
-    if quant is None and not vision:
-        raise ExportError("nothing is to be changed; name --quant or --vision-precision")
+    if quant is None and not vision and not languages:
+        raise ExportError(
+            "nothing is to be changed; name --quant, --vision-precision or --languages"
+        )
     stored = source.manifest.components["decoder"].precision
     requantized = quant not in (None, stored)
     options = WriteOptions.checked(
@@ -98,7 +104,14 @@ def plan(
         imatrix=imatrix if requantized else None,
         calibration=calibration,
         verify=verify,
+        languages=languages,
     )
+    trimmed = source.manifest.decoder.languages
+    if trimmed and options.languages:
+        raise ExportError(
+            f"{source.folder}: is trimmed to {', '.join(trimmed)} already; name the bundle or the "
+            "checkpoint that it was made from"
+        )
     images.check_folder(options.calibration)
     if requantized:
         _check_decoder(source, options.quant)
@@ -198,15 +211,23 @@ def decoder_at(
     """The manifest of `source`, an unquantized bundle, with its decoder at a precision; the file is
     written into `folder`, which may be the bundle's own.
     """
+    whole, kept = source.path("decoder"), None
+    if source.manifest.decoder.n_output:
+        whole = folder / "whole.gguf"
+        kept = join(source.path("decoder"), source.input, whole, report)
     made, target = folder / "quantized.gguf", folder / decoder.FILE
-    decoder.quantize(source.path("decoder"), made, quant, report, matrix)
+    decoder.quantize(whole, made, quant, report, matrix)
     made.replace(target)
     part = Component(quant.name, (record(target),))
-    return replace(
+    manifest = replace(
         source.manifest,
         components={**source.manifest.components, "decoder": part},
         token_embedding=decoder.embedding_location(target),
     )
+    if kept is None:
+        return manifest
+    whole.unlink()
+    return languages.cut(manifest, folder, kept, report)
 
 
 def _copy(source: Bundle, component: Component, folder: Path) -> None:

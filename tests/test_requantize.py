@@ -100,7 +100,7 @@ def small(paligemma_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
         (["--quant", "f16"], "export the checkpoint again with --quant f16"),
         (["--vision-precision", "fp16"], "encoder is in int8, from which fp16 would gain nothing"),
         (["--vision-precision", "qdq8"], "checkpoint again with --vision-precision qdq8"),
-        ([], "nothing is to be changed; name --quant or --vision-precision"),
+        ([], "is to be changed; name --quant, --vision-precision or --languages"),
         (["--quant", "q4_k_m", "--calibration", "nowhere"], "nowhere: is not a folder"),
     ],
 )

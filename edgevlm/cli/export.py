@@ -87,7 +87,7 @@ class _Choices(TypedDict):
 def export(source: str, out: Path, target: str | None, quant: str | None,
            vision_precisions: tuple[str, ...], verify: bool | None, calibration: Path | None,
            dry_run: bool, parts: tuple[str, ...], settings: tuple[str, ...],
-           imatrix: bool | None, **choices: Unpack[_Choices]) -> None:  # fmt: skip
+           imatrix: bool | None, languages: str, **choices: Unpack[_Choices]) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE into the bundle OUT.
 
     SOURCE is a folder or a hub id such as google/paligemma-3b-mix-224, OUT a folder.
@@ -108,6 +108,7 @@ def export(source: str, out: Path, target: str | None, quant: str | None,
             verify=verify,
             calibration=calibration,
             imatrix=imatrix,
+            languages=languages,
             progress=bars.update,
             **vars(options),
         )

@@ -17,7 +17,7 @@ from edgevlm.cli.tables import out_console, table
 from edgevlm.errors import BundleError
 from edgevlm.image.plan import limited, plan
 from edgevlm.models import BUILT_IN, directory, installed, resolve
-from edgevlm.specs import ImageSpec
+from edgevlm.specs import DecoderSpec, ImageSpec
 
 # A photograph of 12 megapixels, as telephones take them.
 _PHOTO = (4000, 3000)
@@ -111,6 +111,7 @@ def show(model: str) -> None:
         ("picture", picture_text(manifest.image)),
         ("decoder", f"{decoder.architecture}, width {decoder.n_embd}, {decoder.n_layer} layers"),
         ("context", f"{decoder.context_length} tokens, {decoder.attention} attention"),
+        ("languages", languages_text(decoder)),
         ("tasks", ", ".join(manifest.prompt.tasks)),
         *manifest.versions.items(),
     ):  # fmt: skip
@@ -165,6 +166,14 @@ def parity_table(bundle: Bundle) -> Table:
             "ok" if stage.ok else "beyond",
         )
     return rows
+
+
+def languages_text(decoder: DecoderSpec) -> str:
+    """The languages of a decoder's answers, where it was trimmed to some, and its tokens."""
+    if not decoder.n_output:
+        return f"not trimmed: answers can have all {decoder.n_vocab} tokens"
+    named = ", ".join(decoder.languages)
+    return f"{named}: answers can have {decoder.n_output} of {decoder.n_vocab} tokens"
 
 
 def picture_text(spec: ImageSpec) -> str:

@@ -39,6 +39,13 @@ def precisions(
             help="Round the decoder's weights by how much they matter to pictures and prompts "
             "[default: for quants that need it]",
         ),
+        click.option(
+            "--languages",
+            default="",
+            metavar="CODES",
+            help="Languages of the answers, such as en,fr: tokens that their texts do not need "
+            "leave the output matrix, which makes answers faster  [default: all tokens stay]",
+        ),
     )
 
     return added(options)

@@ -17,7 +17,7 @@ def err_console() -> Console:
 
 def summary(console: Console, bundle: Bundle) -> None:
     """Prints a new bundle's source, parity and size, and the next command."""
-    from edgevlm.cli.models import parity_table, weight_files_text
+    from edgevlm.cli.models import languages_text, parity_table, weight_files_text
     from edgevlm.export.options import uncompared
 
     if bundle.manifest.weight_files:
@@ -27,6 +27,8 @@ def summary(console: Console, bundle: Bundle) -> None:
             console.print(f"Note: {note}.", soft_wrap=True)
     if bundle.manifest.parity:
         console.print(parity_table(bundle))
+    if bundle.manifest.decoder.n_output:
+        console.print(f"languages {languages_text(bundle.manifest.decoder)}")
     console.print(f"{bundle.folder}: {mib(bundle.bytes)}")
     console.print(f"Try it: edgevlm chat -m {bundle.folder} -i PICTURE")
 

@@ -19,11 +19,12 @@ from edgevlm.models import resolve
 @click.argument("out", type=OutFolder())
 @precisions("as it is", "the old bundle")
 def requantize(bundle: str, out: Path, quant: str | None, vision_precisions: tuple[str, ...],
-               verify: bool, calibration: Path | None, imatrix: bool | None) -> None:  # fmt: skip
+               verify: bool, calibration: Path | None, imatrix: bool | None,
+               languages: str) -> None:  # fmt: skip
     """Write BUNDLE at other precisions into OUT, without its checkpoint.
 
     From a decoder in f32, f16 or bf16 and a vision encoder in fp32 or fp16; what is quantized
-    already is not quantized again.
+    already is not quantized again. --languages takes any decoder.
     """
     console = err_console()
     with ProgressBars(console) as bars:
@@ -35,6 +36,7 @@ def requantize(bundle: str, out: Path, quant: str | None, vision_precisions: tup
             verify=verify,
             calibration=calibration,
             imatrix=imatrix,
+            languages=languages,
             progress=bars.update,
         )
     summary(console, made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgevlm.bundle import MANIFEST, Bundle
 from edgevlm.hub.refusals import told
+from edgevlm.specs import DecoderSpec
 
 CARD = "README.md"
 
@@ -28,6 +29,13 @@ def upload(bundle: Bundle, repo: str, *, private: bool = False) -> str:
     return str(done.commit_url)
 
 
+def _languages(decoder: DecoderSpec) -> list[str]:
+    if not decoder.n_output:
+        return []
+    rows = f"{decoder.n_output} of {decoder.n_vocab} tokens"
+    return [f"Answers can have {rows}, those of {', '.join(decoder.languages)}.", ""]
+
+
 def card(bundle: Bundle, repo: str) -> str:
     """The model card of a bundle, in Markdown: sizes, parity, licence, how to use it."""
     manifest = bundle.manifest
@@ -49,6 +57,7 @@ def card(bundle: Bundle, repo: str) -> str:
         f'    edgevlm ask "What is in this photo?" -i photo.jpg -m {repo.rpartition("/")[2]}',
         "",
         *([f"Exported from commit {commit}.", ""] if commit else []),
+        *_languages(manifest.decoder),
         "| component | precision | size |",
         "|---|---|---|",
     ]

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +66,26 @@ def quantize(
 
 def tokenize(gguf: Path, texts: list[str]) -> list[list[int]]:
     """Token ids that llama.cpp gives each text, special tokens neither parsed nor added."""
-    done = child.run(child.command(__name__, "tokenize", gguf), input=json.dumps(texts))
+    ids: list[list[int]] = json.loads(_child("tokenize", gguf, json.dumps(texts)))
+    return ids
+
+
+def _child(name: str, gguf: Path, given: str) -> str:
+    done = child.run(child.command(__name__, name, gguf), input=given)
     if done.returncode:
         raise ExportError(f"{gguf.name}: llama.cpp cannot read it ({_reason(done.stderr)})")
-    ids: list[list[int]] = json.loads(done.stdout)
-    return ids
+    return done.stdout
+
+
+def pieces(gguf: Path) -> list[str | None]:
+    """The text of every token; None where its bytes are no whole characters."""
+    return json.loads(_child("pieces", gguf, ""))  # type: ignore[no-any-return]
+
+
+def usage(gguf: Path, texts: Mapping[str, float]) -> NDArray[np.float64]:
+    """Occurrences of each token in texts that occur so often, float64 [n_vocab]."""
+    counts = _child("usage", gguf, json.dumps([[*texts], [*texts.values()]]))
+    return np.array(json.loads(counts), np.float64)
 
 
 def _reason(log: str) -> str:
@@ -100,30 +115,77 @@ def _quantize(source: str, target: str, ftype: str, matrix: str = "") -> int:
     return int(code)
 
 
-def _tokenize(gguf: str) -> int:
-    import llama_cpp
+class _Vocabulary:
+    """The vocabulary of a GGUF file, in a child process."""
 
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(gguf.encode(), params)
-    if not model:
-        return 1
-    vocab = llama_cpp.llama_model_get_vocab(model)
-    assert vocab
-    results = []
-    for text in json.load(sys.stdin):
+    def __init__(self, gguf: str) -> None:
+        import llama_cpp
+
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        model = llama_cpp.llama_model_load_from_file(gguf.encode(), params)
+        if not model:
+            sys.exit(1)
+        vocab = llama_cpp.llama_model_get_vocab(model)
+        assert vocab
+        self._llama, self._model, self._vocab = llama_cpp, model, vocab
+        self._room = (llama_cpp.llama_token * 0)()
+
+    def ids(self, text: str) -> list[int]:
         data = text.encode()
-        buffer = (llama_cpp.llama_token * (len(data) + 8))()
-        n = llama_cpp.llama_tokenize(vocab, data, len(data), buffer, len(buffer), False, False)
-        results.append(list(buffer[:n]))
-    json.dump(results, sys.stdout)
+        if len(self._room) < len(data) + 8:
+            self._room = (self._llama.llama_token * (2 * len(data) + 64))()
+        room = self._room
+        n = self._llama.llama_tokenize(self._vocab, data, len(data), room, len(room), False, False)
+        return room[:n]
+
+    def __len__(self) -> int:
+        return int(self._llama.llama_vocab_n_tokens(self._vocab))
+
+    def piece(self, token: int) -> str | None:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self._llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, True)
+            if n >= 0:
+                break
+            size = -n
+        try:
+            return buffer.raw[:n].decode()
+        except UnicodeDecodeError:
+            return None
+
+
+def _tokenize(gguf: str) -> int:
+    vocabulary = _Vocabulary(gguf)
+    json.dump([vocabulary.ids(text) for text in json.load(sys.stdin)], sys.stdout)
     return 0
 
 
-def _main() -> int:
-    name, *paths = sys.argv[1:]
-    return _quantize(*paths) if name == "quantize" else _tokenize(*paths)
+def _pieces(gguf: str) -> int:
+    vocabulary = _Vocabulary(gguf)
+    json.dump([vocabulary.piece(token) for token in range(len(vocabulary))], sys.stdout)
+    return 0
+
+
+def _usage(gguf: str) -> int:
+    vocabulary = _Vocabulary(gguf)
+    counts = [0.0] * len(vocabulary)
+    for text, often in zip(*json.load(sys.stdin), strict=True):
+        for token in vocabulary.ids(text):
+            counts[token] += often
+    json.dump(counts, sys.stdout)
+    return 0
+
+
+_PROGRAMS: Mapping[str, Callable[..., int]] = {
+    "quantize": _quantize,
+    "tokenize": _tokenize,
+    "pieces": _pieces,
+    "usage": _usage,
+}
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    name, *paths = sys.argv[1:]
+    sys.exit(_PROGRAMS[name](*paths))

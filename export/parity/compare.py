@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.bundle import StageParity
+from edgevlm.bundle import INPUT, StageParity
 from edgevlm.errors import EdgeVLMError, EngineMissing, ExportError, ParityError
 from edgevlm.export import child
 from edgevlm.export.checkpoint.tokenizer import side_files
 from edgevlm.export.checkpoint.tokenizer.vocabulary import USER_DEFINED
 from edgevlm.export.components import Job, elements
 from edgevlm.export.gguf import tools
+from edgevlm.export.gguf.decoder import FILE
 from edgevlm.export.options import WriteOptions
 from edgevlm.export.parity import images, references
 from edgevlm.export.parity.corpus import around, corpus
-from edgevlm.export.parity.metrics import distance, divergence
+from edgevlm.export.parity.metrics import distance, divergence, shared
 from edgevlm.export.precisions import Quant, VisionPrecision
 from edgevlm.machine import memory
 from edgevlm.progress import Stage
@@ -75,7 +76,7 @@ def verify(job: Job, options: WriteOptions, folder: Path) -> tuple[StageParity, 
     stage = Stage(job.report, "verify", 4, "steps")
     with _explained(job):
         reference = references.of(job)
-    stages = [_tokens(job, folder / "decoder.gguf", reference)]
+    stages = [_tokens(job, folder / (INPUT if options.languages else FILE), reference)]
     stage.advance(1)
     request = references.ParityRequest(images.scene(), PROMPT, N_TOKENS)
     ours = probe(folder, request.image, request.prompt, request.n_tokens)
@@ -148,7 +149,7 @@ def answered(
     quant: Quant, vision: VisionPrecision, ours: Arrays, source: Arrays
 ) -> list[StageParity]:
     """The stages that precisions change: features, embeddings and logits of one answer."""
-    a, b = ours["logits"].astype(np.float64), source["logits"].astype(np.float64)
+    a, b = shared(ours["logits"], source["logits"])
     error = np.abs(a - b).max(axis=1) / float(b.std())
     # Errors of the two parts are independent at best and add up at worst.
     bound, kl = (quant.bounds.logit + vision.bounds.logit, quant.bounds.kl + vision.bounds.kl)
@@ -161,9 +162,9 @@ def answered(
 
 
 def _greedy(quant: Quant, ours: Arrays, source: Arrays) -> StageParity:
-    logits = source["logits"].astype(np.float64)
     tokens = ours["tokens"][:, None].astype(np.int64)
-    chosen = np.take_along_axis(logits[:-1], tokens, axis=1)[:, 0]
+    chosen = np.take_along_axis(source["logits"][:-1], tokens, axis=1)[:, 0]
+    logits = shared(ours["logits"], source["logits"])[1]
     regret = float((logits[:-1].max(axis=1) - chosen).max()) / float(logits.std())
     # Two logits nearer than twice the bound may change places.
     return StageParity("greedy", "logit lost / std", regret, 2 * quant.bounds.logit)

@@ -20,6 +20,14 @@ def distance(a: Array, b: Array) -> float:
     return worst if np.isfinite(worst) else float("inf")
 
 
+def shared(logits: Array, source: Array) -> tuple[Array, Array]:
+    """Both float64, with those columns alone that neither has -inf in: a decoder that was trimmed
+    has no logits of the tokens that it cannot write.
+    """
+    columns = ~(np.isneginf(logits).all(axis=0) | np.isneginf(source).all(axis=0))
+    return logits[:, columns].astype(np.float64), source[:, columns].astype(np.float64)
+
+
 def divergence(logits: Array, source: Array) -> float:
     """Mean over rows of KL(source || logits), in nats; both [rows, n_vocab]."""
     ours, theirs = _log_softmax(logits), _log_softmax(source)
