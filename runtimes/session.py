@@ -190,7 +190,9 @@ class VLM:
         """Log-probability of each continuation after the prompt, float64 [len(continuations)].
 
         The sum over the continuation's tokens, computed from the full softmax in float64;
-        `with_end` adds the end token, which makes answers of different length comparable.
+        `with_end` adds the end token, which makes answers of different length comparable. A bundle
+        that was trimmed to languages scores among the tokens that remain. Raises PromptError for
+        a continuation that is empty, too long, or has a token that no answer can have.
 
         >>> with edgevlm.load() as vlm:
         ...     shapes = vlm.score("answer en what shape is red?", ["circle", "star"], "photo.png")

@@ -22,7 +22,11 @@ from edgevlm.gguf_file import KEPT, opened
 from edgevlm.hub.upload import card
 from edgevlm.models import built_in
 from edgevlm.prompt import Exchange
+from edgevlm.runtimes.engines import sequential
+from edgevlm.runtimes.llama.paired import PairedDecoder
+from edgevlm.runtimes.loading import open_decoder
 from edgevlm.runtimes.request import input_blocks, prefill, prepare
+from edgevlm.runtimes.rules import EngineSettings
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 from tests import inside
@@ -120,6 +124,24 @@ def test_logits_of_the_tokens_that_remain_are_the_same_to_the_bit(
     same_logits(whole, less)
     unused = {i for i, kind in enumerate(texts(less)[1]) if kind == UNUSED}
     assert not unused & set(kept(less))
+
+
+def test_a_decoder_with_weights_in_two_orders_goes_by_the_same_ids(trimmed: Bundle) -> None:
+    settings = EngineSettings(1, 1, 1, "decode", False, ())
+    decoder, _ = open_decoder(trimmed, "cpu", [], settings)
+    assert isinstance(decoder, PairedDecoder)
+    ids = kept(trimmed)
+    outside = int(np.setdiff1d(np.arange(trimmed.manifest.decoder.n_vocab), ids)[0])
+    decoder.prefill([sequential(decoder.embed([5, outside, 7]), "causal")], room=4)
+    first = decoder.logits()
+    best = int(first.argmax())
+    assert best in ids and decoder.writes(best) and not decoder.writes(outside)
+    sampler = decoder.sampler(Sampling(repetition_penalty=1e6), (outside, best))
+    assert sampler.sample() == int(np.argsort(first)[-2])
+    decoder.step(outside)
+    assert int(decoder.logits().argmax()) in ids
+    sampler.close()
+    decoder.close()
 
 
 def same_logits(whole: Bundle, less: Bundle) -> None:
