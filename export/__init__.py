@@ -95,7 +95,8 @@ def export_bundle(
 
     Raises SourceError for a checkpoint that is incomplete or unknown, ParityError when the bundle
     does not answer like its source, ExportError or BundleError when there is no room, EngineMissing
-    without the packages of edgevlm[export] where `verify` or the source's format needs them.
+    without the packages of edgevlm[export] where `verify` or the source's format needs them, or
+    of edgevlm[languages] where `languages` are named.
     Whatever happens, `out` is whole or untouched.
     """
     from edgevlm.export import pipeline

@@ -23,7 +23,7 @@ from edgevlm.export.gguf import tools
 from edgevlm.export.gguf.decoder import FILE, embedding_location
 from edgevlm.export.gguf.trim import Ids, trim
 from edgevlm.gguf_file import opened
-from edgevlm.progress import Report
+from edgevlm.progress import Report, Stage
 
 # A token stays that is expected once in so many tokens of a language, or more often.
 _ONCE_IN = 10_000_000
@@ -71,7 +71,9 @@ def checked(names: str | Sequence[str]) -> tuple[str, ...]:
     return codes
 
 
-def kept(gguf: Path, languages: Sequence[str], needed: Iterable[int]) -> Ids:
+def kept(
+    gguf: Path, languages: Sequence[str], needed: Iterable[int], report: Report | None = None
+) -> Ids:
     """Ids of the tokens that texts in these languages need, ascending, and of the `needed` ones.
 
     `gguf` has the model's tokenizer; `languages` are codes that were checked. Always there are
@@ -81,6 +83,7 @@ def kept(gguf: Path, languages: Sequence[str], needed: Iterable[int]) -> Ids:
     with opened(gguf) as file:
         types = file.integers("tokenizer.ggml.token_type")
     assert types is not None
+    stage = Stage(report, "words", len(languages), "languages")
     texts, usage = tools.pieces(gguf), np.zeros(len(types))
     alphabets = []
     for language in languages:
@@ -88,6 +91,7 @@ def kept(gguf: Path, languages: Sequence[str], needed: Iterable[int]) -> Ids:
         counts = tools.usage(gguf, dict(_written(words, joined=language in _JOINED)))
         usage = np.maximum(usage, counts / counts.sum())
         alphabets.append(_Alphabet(words))
+        stage.advance(1)
     keep = (types != NORMAL) & (types != UNUSED) | (usage * _ONCE_IN >= 1)
     keep[[*needed]] = True
     for i, text in enumerate(texts):
@@ -102,7 +106,7 @@ def trimmed(
     """The manifest of a bundle in `folder` whose decoder is trimmed to these languages."""
     answer = manifest.answer
     needed = (*answer.stop_tokens, *answer.penalized)
-    ids = kept(folder / FILE, languages, needed)
+    ids = kept(folder / FILE, languages, needed, report)
     decoder = replace(manifest.decoder, languages=tuple(languages))
     return cut(replace(manifest, decoder=decoder), folder, ids, report)
 
