@@ -28,6 +28,10 @@ LAYERS = (
     (
         "edgevlm.image",
         "edgevlm.prompt",
+        "edgevlm.gbnf",
+        "edgevlm.json_keywords",
+        "edgevlm.json_numbers",
+        "edgevlm.json_schema",
         "edgevlm.sampling",
         "edgevlm.boxes",
         "edgevlm.bundle",
