@@ -44,6 +44,7 @@ from edgevlm.types import (
     RunSettings,
     Timings,
     TokenCounts,
+    TokenLogprob,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ __all__ = [
     "SourceError",
     "Timings",
     "TokenCounts",
+    "TokenLogprob",
     "UnknownFamily",
     "VLM",
     "__version__",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from edgevlm.errors import PromptError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 FlashAttention = Literal["auto", "on", "off"]
@@ -69,16 +73,65 @@ class Box:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its natural log-probability, in the softmax of all the model's logits before
+    penalties, temperature, top-k and the like, and before any grammar.
+
+    `data` are the bytes that it stands for, none for a control token; `text` is what can be shown
+    of them, with a replacement for characters that it holds only a part of. `top` are the
+    likeliest tokens in its place, the likeliest first, as many as were asked for.
+    """
+
+    token_id: int
+    text: str
+    data: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class Piece:
     """A piece of an answer as it streams.
 
     `text` holds whole characters only and may be empty while a character or a stop string is
-    still open. `token_ids` are the tokens that came with this piece.
+    still open. `token_ids` are the tokens that came with this piece, `logprobs` their
+    log-probabilities where those were asked for.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
     elapsed_ms: float = 0.0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """Form that an answer is held to: the grammar (GBNF) that its text fits, made of a schema or of
+    choices, or as it was given. `model` is the class whose schema it is, as pydantic's are.
+    """
+
+    kind: Literal["schema", "choices", "grammar"]
+    grammar: str
+    choices: tuple[str, ...] = ()
+    model: Any = None
+
+    def grammar_after(self, *, blank: bool) -> str:
+        """The grammar for an answer before which a `blank` may stand that is no part of it."""
+        if not blank or self.kind == "grammar":
+            return self.grammar
+        answer = re.sub("^root ::=", "answer ::=", self.grammar, flags=re.MULTILINE)
+        return f'{answer}root ::= " "? answer\n'
+
+    def read(self, text: str) -> Any:
+        """The value that an answer's text stands for; raises ValueError where it is not whole."""
+        if self.kind == "grammar":
+            return text
+        if self.kind == "choices":
+            if text not in self.choices:
+                raise ValueError(f"{text!r} is not one of the choices")
+            return text
+        value = json.loads(text)
+        return value if self.model is None else self.model.model_validate(value)
 
 
 @dataclass(frozen=True)
@@ -91,7 +144,9 @@ class Reply:
     circle stop 64
 
     `token_ids` lack the end token. `boxes` are the objects that the text locates, where the family
-    has a notation for them and there was one picture.
+    has a notation for them and there was one picture. `logprobs` has an entry for each of
+    `token_ids` where those were asked for, and none otherwise. `constraint` is the form that it was
+    held to, None for free text.
     """
 
     text: str
@@ -100,9 +155,44 @@ class Reply:
     tokens: TokenCounts = field(default_factory=TokenCounts)
     timings: Timings = field(default_factory=Timings)
     boxes: tuple[Box, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    constraint: Constraint | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def parsed(self) -> Any:
+        """The value of an answer that was asked for with `schema` (what its JSON stands for, or an
+        object of the class that was given), `choices` or `grammar` (its text).
+
+        Raises PromptError where it was asked for with none of them, or is not whole.
+
+        >>> schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+        >>> with edgevlm.load() as vlm:
+        ...     reply = vlm.ask("answer en how many shapes?", "photo.png", schema=schema)
+        >>> type(reply.parsed["n"])
+        <class 'int'>
+        """
+        if self.constraint is None:
+            raise PromptError("this answer is free text; ask with schema=, choices= or grammar=")
+        if self.finish_reason == "length" and self.constraint.kind == "grammar":
+            raise PromptError(self._cut)
+        try:
+            return self.constraint.read(self.text)
+        except (ValueError, RecursionError) as e:
+            cut = {"length": self._cut, "cancelled": "the answer was cancelled; ask again"}
+            reason = " ".join(str(e).split())
+            raise PromptError(
+                cut.get(self.finish_reason, f"the answer does not fit what was asked for: {reason}")
+            ) from None
+
+    @property
+    def _cut(self) -> str:
+        return (
+            f"the answer was cut at {self.tokens.generated} tokens and is not whole; raise "
+            "max_tokens or ask for less"
+        )
 
     @property
     def decode_tokens_per_s(self) -> float:

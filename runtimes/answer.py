@@ -6,11 +6,12 @@ import weakref
 from collections.abc import Callable, Generator
 from dataclasses import replace
 
-from edgevlm.runtimes.engines import Cancelled
+from edgevlm.runtimes.engines import Cancelled, TextDecoder
+from edgevlm.runtimes.logprobs import token_logprob
 from edgevlm.runtimes.request import Engines, Request, input_blocks, prefill
 from edgevlm.runtimes.text import TextStream
 from edgevlm.runtimes.turns import Turn, Turns
-from edgevlm.types import FinishReason, Piece, Reply, Timings, TokenCounts
+from edgevlm.types import FinishReason, Piece, Reply, Timings, TokenCounts, TokenLogprob
 
 
 class Answer:
@@ -82,9 +83,16 @@ class _Draft:
         self._family = model.family
         self._request, self._turn = request, turn
         spec = model.manifest.answer
-        stop = (*spec.stop_strings, *request.sampling.stop)
-        self._text = TextStream(stop, strip=spec.strip, role=spec.role)
+        self._constraint = form = request.sampling.constraint
+        if form is None:
+            stop = (*spec.stop_strings, *request.sampling.stop)
+            self._text = TextStream(stop, strip=spec.strip, role=spec.role)
+        else:
+            # The grammar says where the answer ends, and what belongs to it.
+            strip = spec.strip and form.kind != "grammar"
+            self._text = TextStream(request.sampling.stop, strip=strip)
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._reason: FinishReason = "cancelled"
         self._timings = Timings(load_ms=load_ms)
 
@@ -109,7 +117,14 @@ class _Draft:
             tiles=request.n_tiles,
         )
         return Reply(
-            self._text.text, tuple(self._tokens), self._reason, counts, self._timings, tuple(boxes)
+            self._text.text,
+            tuple(self._tokens),
+            self._reason,
+            counts,
+            self._timings,
+            tuple(boxes),
+            tuple(self._logprobs),
+            self._constraint,
         )
 
     def write(self, model: Engines) -> Generator[Piece, None, None]:
@@ -136,19 +151,25 @@ class _Draft:
 
     def _draw(self, model: Engines) -> Generator[Piece, None, None]:
         request, decoder, watch = self._request, model.decoder, self._request.watch
-        stop_tokens = set(model.manifest.answer.stop_tokens)
-        sampler = decoder.sampler(request.sampling, model.manifest.answer.penalized)
+        spec = model.manifest.answer
+        stop_tokens = set(spec.stop_tokens)
+        grammar = self._constraint.grammar_after(blank=spec.strip) if self._constraint else ""
+        sampler = decoder.sampler(
+            request.sampling, spec.penalized, grammar=grammar, stop=spec.stop_tokens
+        )
         try:
             token = sampler.sample()
             watch.ms["first_token_ms"] = watch.elapsed_ms
             while token not in stop_tokens:
                 self._stop_if_cancelled()
+                logprobs = self._logprob(decoder, token)
                 self._tokens.append(token)
+                self._logprobs += logprobs
                 piece = self._text.push(decoder.piece(token))
                 ended = self._text.stopped or len(self._tokens) == request.max_tokens
                 if ended:
                     self._reason = "stop" if self._text.stopped else "length"
-                yield Piece(piece, (token,), watch.elapsed_ms)
+                yield Piece(piece, (token,), watch.elapsed_ms, logprobs)
                 if ended:
                     return
                 self._stop_if_cancelled()
@@ -158,6 +179,11 @@ class _Draft:
             self._reason = "stop"
         finally:
             sampler.close()
+
+    def _logprob(self, decoder: TextDecoder, token: int) -> tuple[TokenLogprob, ...]:
+        """The log-probability of a token that was drawn from the last logits, if it is wanted."""
+        n_top = self._request.sampling.logprobs
+        return () if n_top is None else (token_logprob(decoder, token, n_top),)
 
     def _stop_if_cancelled(self) -> None:
         if self._turn.cancelled.is_set():

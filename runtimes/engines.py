@@ -156,9 +156,17 @@ class TextDecoder(Protocol):
     def rollback(self, n: int) -> None:
         """Forgets all but the first n rows."""
 
-    def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> TokenSampler:
+    def sampler(
+        self,
+        sampling: Sampling,
+        penalized: Sequence[int] = (),
+        *,
+        grammar: str = "",
+        stop: Sequence[int] = (),
+    ) -> TokenSampler:
         """A sampler on this decoder's logits, whose repetition penalty counts `penalized` tokens
-        from the start.
+        from the start. With a `grammar` (GBNF) it takes only tokens that fit it, and one of the
+        `stop` tokens only where the text may end; raises PromptError where there is none.
         """
 
     def cancel(self) -> None:

@@ -127,8 +127,15 @@ class FakeDecoder:
         """Goes back to n positions."""
         self._past = n
 
-    def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> FakeSampler:
-        """Greedy, whatever is asked for."""
+    def sampler(
+        self,
+        sampling: Sampling,
+        penalized: Sequence[int] = (),
+        *,
+        grammar: str = "",
+        stop: Sequence[int] = (),
+    ) -> FakeSampler:
+        """Greedy, whatever is asked for: the given answers are said with a grammar, too."""
         return FakeSampler(self)
 
     def cancel(self) -> None:

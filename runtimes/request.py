@@ -236,7 +236,7 @@ def prepare(
     context = spec.decoder.context_length
     if n_image + n_text + 1 > context:
         raise ContextOverflow(n_image, n_text, 1, context, n_tiles)
-    wanted = sampling.max_tokens or spec.answer.max_tokens
+    wanted = sampling.longest(spec.answer)
     room = min(wanted, context - n_image - n_text)
     return Request(pictures, segments, sampling, watch, image, n_tiles, n_image, n_text, room)
 
@@ -256,7 +256,7 @@ def prepare_last(
     decoder has to read the others again.
     """
     context = model.manifest.decoder.context_length
-    room = min(sampling.max_tokens or model.manifest.answer.max_tokens, context // 4)
+    room = min(sampling.longest(model.manifest.answer), context // 4)
     pictures = read(images)
     for left_out in range(len(history)):
         asked = [Exchange(question, 0, answer) for question, answer in history[left_out:]]

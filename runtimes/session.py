@@ -16,6 +16,7 @@ from edgevlm.image import ImageSource
 from edgevlm.prompt import Exchange, task_prompt
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.engines import Cancelled, TextDecoder, VisionEncoder
+from edgevlm.runtimes.logprobs import log_softmax
 from edgevlm.runtimes.messages import Message, exchanges
 from edgevlm.runtimes.request import (
     Engines,
@@ -220,7 +221,7 @@ class VLM:
         scores = np.zeros(len(ids))
         for i, tokens in enumerate(ids):
             after = model.decoder.extend(tokens[:-1])
-            scores[i] = _log_softmax(np.concatenate([first, after]))[
+            scores[i] = log_softmax(np.concatenate([first, after]))[
                 range(len(tokens)), tokens
             ].sum()
             model.decoder.rollback(request.n_image + request.n_text)
@@ -384,10 +385,3 @@ def several(image: Images) -> Sequence[ImageSource]:
     if image is None:
         return []
     return image if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
-
-
-def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    z = logits.astype(np.float64)
-    z -= z.max(-1, keepdims=True)
-    z -= np.log(np.exp(z).sum(-1, keepdims=True))
-    return z

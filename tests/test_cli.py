@@ -55,6 +55,17 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
+def test_json_has_log_probabilities_where_they_are_asked_for(edge: Terminal) -> None:
+    _, out, _ = edge("ask", "x", "--json", "--logprobs", "2")
+    found = json.loads(out)
+    assert [token["token_id"] for token in found["logprobs"]] == found["token_ids"]
+    assert bytes(token["data"][0] for token in found["logprobs"]).decode() == found["text"]
+    assert all(len(token["top"]) == 2 for token in found["logprobs"])
+    assert "logprobs" not in json.loads(edge("ask", "x", "--json")[1])
+    code, _, err = edge("ask", "x", "--logprobs", "2")
+    assert code == 2 and err.startswith("edgevlm: --logprobs goes with --json")
+
+
 def test_ask_prints_the_answer_and_nothing_else(edge: Terminal, picture: Path) -> None:
     code, out, err = edge("ask", "caption en", "-i", picture, "-m", "some-model")
     assert (code, out, err) == (0, "a red circle\n", "")

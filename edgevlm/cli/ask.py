@@ -5,12 +5,14 @@ from __future__ import annotations
 import click
 
 from edgevlm.cli.common import Run, answering, json_option, read_sources, show, tile_progress
+from edgevlm.cli.forms import forms
 from edgevlm.cli.signals import Aside
 
 
 @click.command(cls=Aside)
 @click.argument("prompt")
 @answering
+@forms
 @json_option
 def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
     """Answer PROMPT about a picture, streamed.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgevlm.cli.common import Run, answering, print_stats, read_sources, show, tile_progress
+from edgevlm.cli.forms import forms
 from edgevlm.cli.signals import raising
 from edgevlm.errors import EdgeVLMError
 
@@ -29,6 +30,7 @@ Ctrl-C stops an answer. Anything else goes to the model as it is."""
 
 @click.command()
 @answering
+@forms
 def chat(images: tuple[str, ...], run: Run) -> None:
     """Talk about a picture. /help lists what can be typed besides questions."""
     sources = read_sources(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,8 +15,9 @@ import click
 
 import edgevlm
 from edgevlm import store
+from edgevlm.cli.forms import read_forms
 from edgevlm.cli.names import InstalledName
-from edgevlm.errors import ImageError
+from edgevlm.errors import ImageError, PromptError
 from edgevlm.sampling import SamplingOptions
 from edgevlm.types import Devices, Progress, Reply
 
@@ -58,6 +60,10 @@ _IMAGE = click.option(
     help="Path, URL or - for stdin; repeatable where the model takes several.",
 )  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+_LOGPROBS = click.option(
+    "--logprobs", type=click.IntRange(0, 20), metavar="N",
+    help="Log-probability of each token and the N likeliest; with --json.",
+)  # fmt: skip
 _SAMPLING = tuple(SamplingOptions.__annotations__)
 _LOADING = ("device", "vision_device", "decoder_device", "threads", "kv", "max_tiles")
 
@@ -67,11 +73,13 @@ def answering(command: Command) -> Command:
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        sampling = {k: v for k in _SAMPLING if (v := values.pop(k)) not in (None, ())}
+        sampling = {k: v for k in _SAMPLING if (v := values.pop(k, None)) not in (None, ())}
+        if "logprobs" in sampling and not values["as_json"]:
+            raise click.UsageError("--logprobs goes with --json")
         run = Run(
             values.pop("model"),
             values.pop("stats"),
-            SamplingOptions(**sampling),  # type: ignore[typeddict-item]
+            SamplingOptions(**read_forms(sampling)),  # type: ignore[typeddict-item]
             {name: values.pop(name) for name in _LOADING} | {"cache": not values.pop("no_cache")},
         )
         command(run=run, **values)
@@ -97,8 +105,8 @@ class OutFolder(click.Path):
 
 
 def json_option(command: Command) -> Command:
-    """Adds --json."""
-    return _JSON(command)
+    """Adds --json, and --logprobs, which goes with it."""
+    return _JSON(_LOGPROBS(command))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +152,10 @@ def _stdin() -> bytes:
 
 
 def show(answer: Answer, vlm: VLM, *, as_json: bool, stats: bool) -> None:
-    """Streams an answer to stdout, or prints it as JSON; then what there is to say about it."""
+    """Streams an answer to stdout, or prints it as JSON; then what there is to say about it.
+
+    Raises PromptError at the end where it was held to a form and is not whole.
+    """
     for piece in answer:
         if not as_json:
             click.echo(piece.text, nl=False)
@@ -152,6 +163,8 @@ def show(answer: Answer, vlm: VLM, *, as_json: bool, stats: bool) -> None:
     reply = answer.reply
     click.echo(json.dumps(as_dict(reply)) if as_json else "")
     print_notes(reply, vlm, stats=stats)
+    if reply.constraint:
+        _ = reply.parsed
 
 
 def tile_progress(progress: Progress) -> None:
@@ -165,7 +178,9 @@ def tile_progress(progress: Progress) -> None:
 def print_notes(reply: Reply, vlm: VLM, *, stats: bool) -> None:
     """Says on stderr where an answer was cut and, with `stats`, what took how long."""
     n, context = reply.tokens, vlm.manifest.decoder.context_length
-    if reply.finish_reason == "length" and n.prompt + n.generated >= context:
+    if reply.constraint:
+        pass  # whoever reads the answer is told by an error
+    elif reply.finish_reason == "length" and n.prompt + n.generated >= context:
         click.echo(f"Cut at {n.generated} tokens: the context of {context} is full.", err=True)
     elif reply.finish_reason == "length":
         click.echo(f"Cut at {n.generated} tokens; --max-tokens raises the limit.", err=True)
@@ -174,11 +189,23 @@ def print_notes(reply: Reply, vlm: VLM, *, stats: bool) -> None:
 
 
 def as_dict(reply: Reply) -> dict[str, Any]:
-    """A reply as JSON has it; boxes only where there are some."""
-    data = dataclasses.asdict(reply)
+    """A reply as JSON has it, the bytes of tokens as numbers; boxes and log-probabilities only
+    where there are some, `parsed` where it fits a schema.
+    """
+    data = dataclasses.asdict(dataclasses.replace(reply, constraint=None))
+    del data["constraint"]
+    if reply.constraint and reply.constraint.kind == "schema":
+        with contextlib.suppress(PromptError):
+            data["parsed"] = reply.parsed
     data["timings"] = {k: round(v, 3) for k, v in data["timings"].items()}
-    if not data["boxes"]:
-        del data["boxes"]
+    for token in data["logprobs"]:
+        for one in (token, *token["top"]):
+            one["data"] = list(one["data"])
+        for one in token["top"]:
+            del one["top"]
+    for key in ("boxes", "logprobs"):
+        if not data[key]:
+            del data[key]
     return data
 
 

@@ -22,6 +22,7 @@ from edgevlm.cli.common import (
     show,
     tile_progress,
 )
+from edgevlm.cli.forms import forms
 from edgevlm.cli.signals import Aside
 from edgevlm.sampling import task_options
 
@@ -37,6 +38,7 @@ _REFUSALS = (OSError, ValueError, OverflowError, RuntimeError, struct.error)
 @click.command(cls=Aside)
 @click.option("-l", "--language", default="en", show_default=True, help="Language code.")
 @answering
+@forms
 @json_option
 def caption(language: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
     """Describe a picture."""
@@ -45,6 +47,7 @@ def caption(language: str, images: tuple[str, ...], as_json: bool, run: Run) -> 
 
 @click.command(cls=Aside)
 @answering
+@forms
 @json_option
 def ocr(images: tuple[str, ...], as_json: bool, run: Run) -> None:
     """Read the text in a picture."""

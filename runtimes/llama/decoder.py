@@ -9,23 +9,32 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
-from edgevlm.runtimes.engines import Block, Cancelled, Float, Recall, count_rows
+from edgevlm.runtimes.engines import (
+    Block,
+    Cancelled,
+    Float,
+    Recall,
+    TokenSampler,
+    count_rows,
+)
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
+from edgevlm.runtimes.llama import grammar as grammars
 from edgevlm.runtimes.llama import tokenizer as tokenizers
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.cached_rows import CachedRows
 from edgevlm.runtimes.llama.embedding_rows import EmbeddingRows
+from edgevlm.runtimes.llama.grammar import GrammarVocabulary
 from edgevlm.runtimes.llama.hooks import Importance, graph_hook
 from edgevlm.runtimes.llama.output_rows import OutputRows
-from edgevlm.runtimes.llama.sampler import LlamaSampler
 from edgevlm.runtimes.llama.tokenizer import LlamaTokenizer
 from edgevlm.runtimes.native import Handle
 from edgevlm.sampling import Sampling
@@ -410,9 +419,22 @@ class LlamaDecoder:
             raise EngineError(f"llama.cpp could not go back to {n} of {past} rows")
         self._cached.cut(n)
 
-    def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> LlamaSampler:
+    @cached_property
+    def vocabulary(self) -> GrammarVocabulary:
+        """Its vocabulary as grammars see it."""
+        own, whole = self._tokenizer, partial(self._tokenizer.piece, special=True)
+        return GrammarVocabulary(own.vocabulary, self._spec.n_vocab, own.piece, whole)
+
+    def sampler(
+        self,
+        sampling: Sampling,
+        penalized: Sequence[int] = (),
+        *,
+        grammar: str = "",
+        stop: Sequence[int] = (),
+    ) -> TokenSampler:
         """See TextDecoder."""
-        return LlamaSampler(self, sampling, self._spec, self.rows(penalized))
+        return grammars.sampler(self, sampling, self._spec, penalized, grammar, stop)
 
     def sample(self, chain: llama.llama_sampler_p) -> int:
         """Draws a token from the last logits with a llama.cpp sampler chain, which counts rows."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from edgevlm.runtimes.engines import Block, Float, Recall
+from edgevlm.runtimes.engines import Block, Float, Recall, TokenSampler
+from edgevlm.runtimes.llama import grammar as grammars
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
-from edgevlm.runtimes.llama.sampler import LlamaSampler
+from edgevlm.runtimes.llama.grammar import GrammarVocabulary
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec
 from edgevlm.types import RunSettings
@@ -46,6 +47,10 @@ class PairedDecoder:
     def piece(self, token: int) -> bytes:
         """See TextDecoder."""
         return self._reader.piece(token)
+
+    def rows(self, tokens: Sequence[int]) -> list[int]:
+        """See LlamaDecoder."""
+        return self._reader.rows(tokens)
 
     def writes(self, token: int) -> bool:
         """See TextDecoder."""
@@ -106,9 +111,21 @@ class PairedDecoder:
         """See TextDecoder."""
         self._last.rollback(n)
 
-    def sampler(self, sampling: Sampling, penalized: Sequence[int] = ()) -> LlamaSampler:
+    @property
+    def vocabulary(self) -> GrammarVocabulary:
+        """See LlamaDecoder."""
+        return self._reader.vocabulary
+
+    def sampler(
+        self,
+        sampling: Sampling,
+        penalized: Sequence[int] = (),
+        *,
+        grammar: str = "",
+        stop: Sequence[int] = (),
+    ) -> TokenSampler:
         """See TextDecoder."""
-        return LlamaSampler(self, sampling, self._spec, self._reader.rows(penalized))
+        return grammars.sampler(self, sampling, self._spec, penalized, grammar, stop)
 
     def sample(self, chain: llama.llama_sampler_p) -> int:
         """See LlamaDecoder."""

@@ -32,12 +32,10 @@ class LlamaSampler:
         penalized: Sequence[int] = (),
     ) -> None:
         self._decoder = decoder
-        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        self._chain = Handle("the sampler", chain, llama.llama_sampler_free)
-        for sampler in _chain(sampling, spec.outputs, spec.context_length):
-            llama.llama_sampler_chain_add(chain, sampler)
-        for row in penalized:
-            llama.llama_sampler_accept(chain, row)
+        greedy = [] if sampling.temperature else [llama.llama_sampler_init_greedy()]
+        before = penalties(sampling, spec.outputs, spec.context_length)
+        samplers = [*before, *drawing(sampling), *greedy]
+        self._chain = chain(samplers, penalized)
 
     def sample(self) -> int:
         """See TokenSampler."""
@@ -48,17 +46,33 @@ class LlamaSampler:
         self._chain.close()
 
 
-def _chain(s: Sampling, n_rows: int, window: int) -> list[llama.llama_sampler_p]:
-    chain = []
-    if s.repetition_penalty != 1.0:
-        # Over the whole answer, and not the prompt, as transformers counts with inputs_embeds.
-        penalty = s.repetition_penalty
-        chain.append(llama.llama_sampler_init_penalties(n_rows, window, penalty, 0.0, 0.0))
+def chain(samplers: Sequence[llama.llama_sampler_p], penalized: Sequence[int] = ()) -> Handle:
+    """A chain of samplers that has accepted the `penalized` tokens."""
+    pointer = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+    handle = Handle("the sampler", pointer, llama.llama_sampler_free)
+    for sampler in samplers:
+        llama.llama_sampler_chain_add(pointer, sampler)
+    for token in penalized:
+        llama.llama_sampler_accept(pointer, token)
+    return handle
+
+
+def penalties(s: Sampling, n: int, window: int) -> list[llama.llama_sampler_p]:
+    """The repetition penalty of `n` tokens or rows, where there is one.
+
+    Over the whole answer, and not the prompt, as transformers counts with inputs_embeds.
+    """
+    if s.repetition_penalty == 1.0:
+        return []
+    return [llama.llama_sampler_init_penalties(n, window, s.repetition_penalty, 0.0, 0.0)]
+
+
+def drawing(s: Sampling) -> list[llama.llama_sampler_p]:
+    """The samplers of a random draw; none where the likeliest token is taken."""
     if s.temperature == 0.0:
-        return [*chain, llama.llama_sampler_init_greedy()]
+        return []
     seed = llama.LLAMA_DEFAULT_SEED if s.seed is None else s.seed
     return [
-        *chain,
         llama.llama_sampler_init_top_k(s.top_k),
         llama.llama_sampler_init_top_p(s.top_p, 1),
         llama.llama_sampler_init_min_p(s.min_p, 1),

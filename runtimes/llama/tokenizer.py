@@ -20,18 +20,19 @@ class LlamaTokenizer:
         self._model = model
 
     @property
-    def _vocab(self) -> Any:
+    def vocabulary(self) -> Any:
+        """llama.cpp's own object of the vocabulary."""
         return llama.llama_model_get_vocab(self._model.pointer)
 
     @property
     def n_tokens(self) -> int:
         """Size of the vocabulary."""
-        return int(llama.llama_vocab_n_tokens(self._vocab))
+        return int(llama.llama_vocab_n_tokens(self.vocabulary))
 
     @property
     def bos(self) -> int:
         """See TextDecoder."""
-        return int(llama.llama_vocab_bos(self._vocab))
+        return int(llama.llama_vocab_bos(self.vocabulary))
 
     def tokenize(self, text: str) -> list[int]:
         """See TextDecoder."""
@@ -41,23 +42,24 @@ class LlamaTokenizer:
         size = len(data) + 8
         while True:
             tokens = (llama.llama_token * size)()
-            n = llama.llama_tokenize(self._vocab, data, len(data), tokens, size, False, False)
+            n = llama.llama_tokenize(self.vocabulary, data, len(data), tokens, size, False, False)
             if n >= 0:
                 return list(tokens[:n])
             size = -n
 
-    def piece(self, token: int) -> bytes:
-        """See TextDecoder."""
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """See TextDecoder; with `special` as llama.cpp has it, control tokens too."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            n = llama.llama_token_to_piece(self.vocabulary, token, buffer, size, 0, special)
             if n >= 0:
                 break
             size = -n
-        pieces = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_SPM
+        pieces = llama.llama_vocab_type(self.vocabulary) == llama.LLAMA_VOCAB_TYPE_SPM
         # llama.cpp leaves SentencePiece's sign for a space in user-defined tokens.
-        return buffer.raw[:n].replace("\u2581".encode(), b" ") if pieces else buffer.raw[:n]
+        spaced = pieces and not special
+        return buffer.raw[:n].replace("\u2581".encode(), b" ") if spaced else buffer.raw[:n]
 
     def close(self) -> None:
         """Frees the model."""
