@@ -51,8 +51,10 @@ if TYPE_CHECKING:
     from edgevlm.export import export_bundle
     from edgevlm.pulling import pull
     from edgevlm.runtimes.answer import Answer
+    from edgevlm.runtimes.asynchronous import AsyncAnswer
+    from edgevlm.runtimes.chat import Chat
     from edgevlm.runtimes.messages import Message
-    from edgevlm.runtimes.session import VLM, Chat
+    from edgevlm.runtimes.session import VLM
 
 __version__ = "0.1.0"
 
@@ -63,6 +65,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "Answer",
+    "AsyncAnswer",
     "BenchError",
     "Box",
     "BundleCorrupt",
@@ -101,7 +104,8 @@ __all__ = [
 
 _LAZY = {
     "Answer": "edgevlm.runtimes.answer",
-    "Chat": "edgevlm.runtimes.session",
+    "AsyncAnswer": "edgevlm.runtimes.asynchronous",
+    "Chat": "edgevlm.runtimes.chat",
     "Message": "edgevlm.runtimes.messages",
     "VLM": "edgevlm.runtimes.session",
     "export_bundle": "edgevlm.export",

@@ -60,7 +60,7 @@ def load(
     """
     from edgevlm.runtimes.loading import LoadOptions, load_bundle
     from edgevlm.runtimes.rules import GOALS
-    from edgevlm.runtimes.session import several
+    from edgevlm.runtimes.messages import several
     from edgevlm.types import REPACKINGS
 
     if threads is not None and threads < 1:

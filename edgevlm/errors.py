@@ -24,10 +24,21 @@ Every message is one line that names the thing and ends with what to do.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class EdgeVLMError(Exception):
-    """The root of all errors that edgevlm raises on purpose."""
+    """The root of all errors that edgevlm raises on purpose. All of them can be pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by the arguments of __init__, which the message was made of.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[EdgeVLMError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class BundleError(EdgeVLMError):

@@ -48,6 +48,8 @@ class Answer:
             if pieces:
                 with self._turns.step(self._turn):
                     piece = next(pieces, None)
+        except Cancelled:
+            pass  # It was still waiting for its turn.
         finally:
             if piece is None:
                 # The engines may go, whoever keeps the answer.
@@ -58,6 +60,11 @@ class Answer:
         if pieces and self._draft.broken_off:
             self._turns.check()
         raise StopIteration
+
+    def __repr__(self) -> str:
+        reply = self.reply
+        state = reply.finish_reason if self._pieces is None else "open"
+        return f"<Answer {shortened(reply.text)!r}, {state}, {reply.tokens.generated} tokens>"
 
     def finish(self) -> Reply:
         """Runs to the end and returns the whole answer."""
@@ -74,6 +81,11 @@ class Answer:
     def reply(self) -> Reply:
         """The answer as far as it has come."""
         return self._draft.reply
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """A text's beginning, for a repr."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 class _Draft:
@@ -144,6 +156,7 @@ class _Draft:
 
     def _prefill(self, model: Engines) -> None:
         request = self._request
+        self._stop_if_cancelled()
         blocks = input_blocks(model, request)
         self._stop_if_cancelled()
         with request.watch.timed("prefill_ms"):

@@ -10,6 +10,8 @@ from edgevlm.image import ImageSource
 from edgevlm.prompt import Exchange
 from edgevlm.types import Reply
 
+Images = ImageSource | Sequence[ImageSource] | None
+
 
 class TextPart(TypedDict):
     """Text in a message."""
@@ -103,3 +105,10 @@ def _check(given: object, where: str, keys: set[str]) -> None:
     if not isinstance(given, Mapping) or {*given} != keys:
         found = sorted(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
         raise PromptError(f"{where} must have the keys {sorted(keys)}, not {found}")
+
+
+def several(image: Images) -> Sequence[ImageSource]:
+    """The pictures as a list."""
+    if image is None:
+        return []
+    return image if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""VLM and Chat: messages and pictures in, an answer out. Knows no engine."""
+"""VLM: messages and pictures in, an answer out. Knows no engine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from edgevlm.family import Family
 from edgevlm.image import ImageSource
 from edgevlm.prompt import Exchange, task_prompt
 from edgevlm.runtimes.answer import Answer
+from edgevlm.runtimes.asynchronous import AsyncAnswer
+from edgevlm.runtimes.chat import Chat
 from edgevlm.runtimes.engines import Cancelled, TextDecoder, VisionEncoder
 from edgevlm.runtimes.logprobs import log_softmax
-from edgevlm.runtimes.messages import Message, exchanges
+from edgevlm.runtimes.messages import Images, Message, exchanges, several
 from edgevlm.runtimes.request import (
     Engines,
     Request,
@@ -26,7 +28,6 @@ from edgevlm.runtimes.request import (
     input_blocks,
     prefill,
     prepare,
-    prepare_last,
     read,
 )
 from edgevlm.runtimes.turns import Turns
@@ -35,8 +36,6 @@ from edgevlm.types import Box, Devices, Placement, Progress, Reply, RunSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-
-Images = ImageSource | Sequence[ImageSource] | None
 
 
 class VLM:
@@ -78,6 +77,10 @@ class VLM:
         self._vision_threads, self._tuned = vision_threads, tuned
         self.engines = Engines(manifest, family, encoder, decoder, newline)
         self._turns = Turns()
+
+    def __repr__(self) -> str:
+        where = f"vision on {self.devices.vision.device}, decoder on {self.devices.decoder.device}"
+        return f"<VLM {self.manifest.name}: {'closed' if self._turns.closed else where}>"
 
     @property
     def settings(self) -> RunSettings:
@@ -129,6 +132,38 @@ class VLM:
         circle
         """
         return self.stream(messages, image, progress=progress, **options).finish()
+
+    def astream(
+        self,
+        messages: str | Sequence[Message],
+        image: Images = None,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncAnswer:
+        """An answer for `async for`; see `stream` and AsyncAnswer. Several at once take turns.
+        `progress` is called in another thread.
+        """
+        return AsyncAnswer(lambda: self.stream(messages, image, progress=progress, **options))
+
+    async def aask(
+        self,
+        messages: str | Sequence[Message],
+        image: Images = None,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Reply:
+        """The whole answer, without blocking the event loop; see `astream`.
+
+        >>> import asyncio
+        >>> async def main() -> None:
+        ...     with edgevlm.load() as vlm:
+        ...         print(await vlm.aask("answer en what shape is red?", "photo.png"))
+        >>> asyncio.run(main())
+        circle
+        """
+        return await self.astream(messages, image, progress=progress, **options).finish()
 
     def chat(self, image: Images = None) -> Chat:
         """A conversation about a picture, which is read now; raises ImageError.
@@ -280,91 +315,6 @@ class VLM:
         self.close()
 
 
-class Chat:
-    """Questions about the same picture, which is read and encoded once.
-
-    Models that were trained on conversations are told what was asked and answered before, as much
-    as fits their context: the oldest questions are left out first, `left_out` counts them. The
-    others answer each question on its own. `turns` keeps all of them for the reader. `image` may be
-    set to another picture at any time, which is read then; the model starts afresh.
-
-    >>> with edgevlm.load() as vlm, vlm.chat("photo.png") as chat:
-    ...     for question in ("answer en what shape is red?", "answer en what shape is blue?"):
-    ...         print(chat.ask(question), chat.reply.tokens.cached)
-    circle 0
-    square 64
-    """
-
-    def __init__(self, vlm: VLM, image: Images = None) -> None:
-        self._vlm = vlm
-        self._first = 0
-        self.turns: list[tuple[str, Answer]] = []
-        self.left_out = 0
-        self.image = image
-
-    @property
-    def devices(self) -> Devices:
-        """Placement of encoder and decoder."""
-        return self._vlm.devices
-
-    @property
-    def image(self) -> Images:
-        """The source of the picture that the questions are about."""
-        return self._image
-
-    @image.setter
-    def image(self, image: Images) -> None:
-        self._pictures = self._vlm.engines.read(several(image))
-        self._image, self._first, self.left_out = image, len(self.turns), 0
-
-    def stream(
-        self,
-        prompt: str,
-        *,
-        progress: Callable[[Progress], None] | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Answer:
-        """Starts the next answer; see VLM.stream."""
-        vlm, sampling = self._vlm, Sampling.of(options)
-        turns = self.turns[self._first :] if vlm.manifest.prompt.turn else []
-        history = [(question, answer.reply) for question, answer in turns]
-        with vlm._turns.using():
-            request, n = prepare_last(vlm.engines, prompt, self._pictures, sampling, history)
-        self._first, self.left_out = self._first + n, self.left_out + n
-        answer = vlm._answer(request, progress)
-        self.turns.append((prompt, answer))
-        return answer
-
-    def ask(
-        self,
-        prompt: str,
-        *,
-        progress: Callable[[Progress], None] | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Reply:
-        """The whole next answer."""
-        return self.stream(prompt, progress=progress, **options).finish()
-
-    @property
-    def reply(self) -> Reply:
-        """The last answer as far as it has come. PromptError before the first."""
-        if not self.turns:
-            raise PromptError("nothing was asked in this chat yet")
-        return self.turns[-1][1].reply
-
-    def clear(self) -> None:
-        """Forgets the turns; the picture stays."""
-        self.turns.clear()
-        self._first = self.left_out = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.turns:
-            self.turns[-1][1].cancel()
-
-
 def _only(device: str, engine: str) -> Devices:
     return Devices(Placement("auto", device, engine), Placement("auto", device, engine))
 
@@ -378,10 +328,3 @@ def _conversation(
     if image is not None:
         raise PromptError("pictures stand in the messages; `image` goes with a question alone")
     return exchanges(messages)
-
-
-def several(image: Images) -> Sequence[ImageSource]:
-    """One picture, several or none as several."""
-    if image is None:
-        return []
-    return image if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]

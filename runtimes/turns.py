@@ -90,7 +90,8 @@ class Turns:
     @contextmanager
     def step(self, turn: Turn) -> Iterator[None]:
         """A step of a request, which waits for its turn before the first. The decoder is its own
-        until the end of the block. Raises ModelClosed, or PromptError where it was given up.
+        until the end of the block. Raises ModelClosed, PromptError where it was given up, or
+        Cancelled where it was cancelled before its turn came.
         """
         with self.using():
             try:
@@ -146,6 +147,8 @@ class Turns:
             while self._waiting[0] is not turn or self._taken():
                 self._changed.wait(self._patience())
                 self.check()
+                if turn.cancelled.is_set():
+                    raise Cancelled
             self._holder, turn.begun = turn, True
         finally:
             self._waiting.remove(turn)
@@ -172,6 +175,7 @@ class Turns:
             turn = turn or self._holder
             if turn and turn.cancellable:
                 turn.cancelled.set()
+                self._changed.notify_all()
                 if turn is self._stepping:
                     stop()
 

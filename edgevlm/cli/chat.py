@@ -16,7 +16,8 @@ from edgevlm.cli.signals import raising
 from edgevlm.errors import EdgeVLMError
 
 if TYPE_CHECKING:
-    from edgevlm.runtimes.session import VLM, Chat
+    from edgevlm.runtimes.chat import Chat
+    from edgevlm.runtimes.session import VLM
 
 _HELP = """\
 /image PATH|URL   look at another picture
