@@ -59,8 +59,8 @@ def load(
     for a picture that cannot be read.
     """
     from edgevlm.runtimes.loading import LoadOptions, load_bundle
-    from edgevlm.runtimes.rules import GOALS
     from edgevlm.runtimes.messages import several
+    from edgevlm.runtimes.rules import GOALS
     from edgevlm.types import REPACKINGS
 
     if threads is not None and threads < 1:

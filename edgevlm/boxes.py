@@ -1,17 +1,10 @@
-"""Boxes out of an answer's text, and drawn into a picture."""
+"""Boxes out of an answer's text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from edgevlm.types import Box
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from edgevlm.image import RGB
 
 # After big_vision's evaluators: four locations, an optional mask of 16 codes, then the label.
 _LOC = re.compile(
@@ -54,30 +47,3 @@ def parse_percent(text: str, width: int, height: int) -> list[Box]:
                 x, y = width / 100, height / 100
                 boxes.append(Box(x0 * x, y0 * y, x1 * x, y1 * y, label))
     return boxes
-
-
-# Colours that stand out on photographs, in turn for each new label.
-_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45")
-
-
-def draw(rgb: RGB, boxes: Sequence[Box]) -> Image:
-    """A copy of the picture with every box and its label drawn into it, one colour a label."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    picture = Image.fromarray(rgb)
-    canvas = ImageDraw.Draw(picture)
-    line = max(2, round(min(picture.size) / 200))
-    font = ImageFont.load_default(max(12, round(min(picture.size) / 30)))
-    labels = list(dict.fromkeys(box.label for box in boxes))
-    for box in boxes:
-        colour = _COLOURS[labels.index(box.label) % len(_COLOURS)]
-        x0, x1 = sorted((box.x0, box.x1))
-        y0, y1 = sorted((box.y0, box.y1))
-        canvas.rectangle((x0, y0, x1, y1), outline=colour, width=line)
-        if box.label:
-            left, top, right, bottom = canvas.textbbox((x0, y0), box.label, font=font)
-            # Above the box where there is room, inside it otherwise.
-            up = min(bottom - y0 + line, y0)
-            canvas.rectangle((left, top - up, right + line, bottom - up), fill=colour)
-            canvas.text((x0, y0 - up), box.label, fill="white", font=font)
-    return picture

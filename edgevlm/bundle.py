@@ -33,11 +33,13 @@ from edgevlm.errors import BundleCorrupt, BundleError, BundleNotFound, BundleToo
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorLocation
 from edgevlm.types import Progress
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "edgevlm.json"
 NEWLINE = "projector.newline.npy"
 INPUT = "decoder.input.gguf"
-ROLES = ("vision", "projector", "decoder", "text")
+ROLES = ("vision", "projector", "decoder", "text", "masks")
+# The first format in which a component could have that role; others are as old as format 2.
+_SINCE = {"masks": 3}
 # What a manifest states beside a decoder.
 _DECODING = ("prompt", "decoder", "answer", "token_embedding")
 
@@ -258,7 +260,8 @@ def read_manifest(root: Path) -> Manifest:
     if manifest.format < 1:
         raise BundleCorrupt(path, f"format {manifest.format} was never released")
     _check_components(path, manifest)
-    return dataclasses.replace(manifest, format=FORMAT)  # format 1 says nothing that 2 does not
+    # Older formats say nothing that this one does not.
+    return dataclasses.replace(manifest, format=FORMAT)
 
 
 def _check_components(path: Path, manifest: Manifest) -> None:
@@ -304,7 +307,10 @@ def _check_file(root: Path, entry: FileRecord, check: Check) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes edgevlm.json into a folder that holds the components."""
-    text = json.dumps(schema.plain(manifest), indent=1, ensure_ascii=False)
+    # The oldest format that says all of it, for the sake of older readers.
+    oldest = max([2, *(_SINCE.get(role, 2) for role in manifest.components)])
+    written = dataclasses.replace(manifest, format=oldest)
+    text = json.dumps(schema.plain(written), indent=1, ensure_ascii=False)
     # A file's name may be no text: a backslash escape is how JSON says that.
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 

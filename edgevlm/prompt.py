@@ -189,7 +189,11 @@ def _filled(template: tuple[str, ...], question: str, pictures: list[Image]) -> 
 
 
 def task_prompt(spec: PromptSpec, task: str, prompt: str = "", language: str = "en") -> str:
-    """The model's own prompt for a task; raises PromptError if it has no such task."""
+    """The model's own prompt for a task; raises PromptError if it has no such task. A question to a
+    model without a prompt for questions is that question.
+    """
+    if task == "answer" and task not in spec.tasks and language == "en":
+        return prompt
     if task not in spec.tasks:
         raise PromptError(
             f"this model has no task {task!r}; it has {', '.join(sorted(spec.tasks)) or 'none'}"

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgevlm.errors import PromptError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "cancelled"]
 FlashAttention = Literal["auto", "on", "off"]
@@ -61,7 +66,9 @@ class Timings:
 @dataclass(frozen=True)
 class Box:
     """A found object: corners in pixels of the picture as it was given (EXIF-rotated), x to the
-    right, y down, and its label. `segment` holds the 16 `<segNNN>` indices where a model gave them.
+    right, y down, and its label. `segment` holds the 16 `<segNNN>` indices where a model gave them,
+    `mask` what they stand for, bool [h, w] of the picture's pixels, where it was asked for and the
+    bundle can decode it.
     """
 
     x0: float
@@ -70,6 +77,11 @@ class Box:
     y1: float
     label: str
     segment: tuple[int, ...] = ()
+    mask: npt.NDArray[np.bool_] | None = field(default=None, compare=False, repr=False)
+
+    def normalized(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1 as shares, 0 to 1, of a picture's sides in pixels."""
+        return (self.x0 / width, self.y0 / height, self.x1 / width, self.y1 / height)
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,8 @@ class Reply:
     `token_ids` lack the end token. `boxes` are the objects that the text locates, where the family
     has a notation for them and there was one picture. `logprobs` has an entry for each of
     `token_ids` where those were asked for, and none otherwise. `constraint` is the form that it was
-    held to, None for free text.
+    held to, None for free text. `picture` is the source, as it was given, of the picture that
+    `boxes` are in, for notebooks.
     """
 
     text: str
@@ -157,9 +170,14 @@ class Reply:
     boxes: tuple[Box, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     constraint: Constraint | None = field(default=None, repr=False)
+    picture: Any = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        # Upwards, and only where a notebook asks: this module is everybody's.
+        return str(import_module("edgevlm.notebook").html(self))
 
     @property
     def parsed(self) -> Any:

@@ -3,7 +3,7 @@
 import sys
 
 import edgevlm
-from edgevlm.boxes import draw
+from edgevlm.drawing import draw
 from edgevlm.image import read_image
 
 

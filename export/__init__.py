@@ -62,6 +62,7 @@ def export_bundle(
     imatrix: bool | None = None,
     adapter: str | os.PathLike[str] | None = None,
     languages: str | Sequence[str] = (),
+    segment_decoder: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Converts a checkpoint into a bundle in the folder `out` and returns it.
@@ -82,8 +83,9 @@ def export_bundle(
     peft saves it, or with what LLaVA's own code trained beside its base, that is merged into the
     source; one in the source's own folder is merged unasked. `languages` are codes, "en,fr" or one
     by one: answers can then have the tokens alone that texts in these languages need, which makes
-    models with large vocabularies faster (docs/languages.md). `progress` is called with every step
-    of a long stage.
+    models with large vocabularies faster (docs/languages.md). `segment_decoder` is the decoder of a
+    PaliGemma's masks, big_vision's vae-oid.npz, which becomes a further component. `progress` is
+    called with every step of a long stage.
 
     A source without a checkpoint's weights may have the decoder and llama.cpp's multimodal
     projector file as GGUF instead: of several decoders the one in `quant` is taken, and nothing is
@@ -119,6 +121,7 @@ def export_bundle(
         verify=verify,
         insists=quant is not None,
         languages=languages,
+        segment_decoder=segment_decoder,
     )
     return pipeline.run(source, Path(out), read, write, progress)
 

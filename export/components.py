@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgevlm.bundle import NEWLINE, Component, record, writing
 from edgevlm.errors import ExportError
+from edgevlm.export import masks
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.source import Checkpoint
 from edgevlm.export.checkpoint.tensor_map import TensorMap
@@ -139,6 +140,9 @@ def write(job: Job, options: WriteOptions, folder: Path) -> Written:
     precision, projector = _write_projector(job, options, folder, work)
     shutil.rmtree(work)
     parts = {"projector": (precision, projector), "decoder": (stored, [gguf])}
+    if options.segment_decoder:
+        tensors = masks.read(options.segment_decoder)
+        parts["masks"] = ("fp32", [masks.write(tensors, folder, job.report)])
     return hashed(parts, vision, job.report)
 
 

@@ -46,7 +46,8 @@ def uncompared(notes: Iterable[str]) -> list[str]:
 @dataclass(frozen=True)
 class WriteOptions:
     """The precisions of a bundle, the main vision encoder's first, and what they are made with: the
-    decoder's importance matrix, a folder of pictures to calibrate on. `verify` None is for where
+    decoder's importance matrix, a folder of pictures to calibrate on. `segment_decoder` is
+    big_vision's file with the decoder of masks. `verify` None is for where
     there is something to compare with. `insists` is true where the user named `quant`, so that of
     several published decoders no other is taken. `languages` are those whose tokens alone the
     decoder's output matrix keeps; without any it keeps all.
@@ -59,6 +60,7 @@ class WriteOptions:
     verify: bool | None = None
     insists: bool = False
     languages: tuple[str, ...] = ()
+    segment_decoder: Path | None = None
 
     @classmethod
     def checked(
@@ -71,6 +73,7 @@ class WriteOptions:
         verify: bool | None = None,
         insists: bool = False,
         languages: str | Sequence[str] = (),
+        segment_decoder: Location | None = None,
     ) -> WriteOptions:
         """Options by name; without a choice of `imatrix` one is made where llama.cpp insists on it.
 
@@ -88,4 +91,5 @@ class WriteOptions:
             verify,
             insists,
             checked(languages),
+            Path(segment_decoder) if segment_decoder else None,
         )

@@ -15,7 +15,7 @@ from edgevlm.bundle import (
     write_manifest,
 )
 from edgevlm.errors import SourceError
-from edgevlm.export import components, languages, requantize
+from edgevlm.export import components, languages, masks, requantize
 from edgevlm.export.checkpoint import adapters, hub, published
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.assembly import family_of, read_source
@@ -71,8 +71,15 @@ def run(
     # First of all: what cannot be done is refused before anything is read or computed.
     verified = compare.wanted(write.verify)
     images.check_folder(write.calibration)
+    if write.segment_decoder:
+        masks.read(write.segment_decoder)
     with components.destination(out) as folder:
         job = read(source, options, report, Choice(write.quant.name, write.insists))
+        if write.segment_decoder and "segment" not in job.model.prompt.tasks:
+            raise SourceError(
+                f"{write.segment_decoder}: {job.name} has no task 'segment', so that it says no "
+                "masks that this file decodes; leave it out"
+            )
         if job.ready:
             verified, write = False, _as_published(job.ready, write)
         components.check_disk(job, write, out, folder)

@@ -159,7 +159,8 @@ def _vision_at(plan: Requantization, folder: Path, report: Report | None) -> Man
         precision.name: storage.files(folder / vision_file(i, precision))
         for i, precision in enumerate(plan.options.vision)
     }
-    _copy(source, manifest.components["projector"], folder)
+    for role in {"projector", "masks"} & {*manifest.components}:
+        _copy(source, manifest.components[role], folder)
     written = hashed({}, made, report)
     return replace(
         manifest,
@@ -238,7 +239,8 @@ def _copy(source: Bundle, component: Component, folder: Path) -> None:
 def _sources(plan: Requantization) -> tuple[FileRecord, ...]:
     """The checkpoint's files, and the bundle's that went through this."""
     manifest = plan.source.manifest
-    used = [c for c in manifest.all_components if c is not manifest.components["projector"]]
+    kept = [manifest.components.get(role) for role in ("projector", "masks")]
+    used = [c for c in manifest.all_components if c not in kept]
     files = [replace(entry, file=_INPUT + entry.file) for c in used for entry in c.files]
     return (*manifest.source, *files)
 

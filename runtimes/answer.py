@@ -137,6 +137,7 @@ class _Draft:
             tuple(boxes),
             tuple(self._logprobs),
             self._constraint,
+            request.sources[0] if boxes else None,
         )
 
     def write(self, model: Engines) -> Generator[Piece, None, None]:

@@ -83,6 +83,16 @@ class VisionEncoder(Protocol):
         """Frees the engine."""
 
 
+class MaskDecoder(Protocol):
+    """Turns the codes of masks into the masks."""
+
+    def decode(self, codes: npt.NDArray[np.int64]) -> Float:
+        """Codes int [n, 16], each 0 to 127 -> float32 [n, 64, 64], above 0 inside of the object."""
+
+    def close(self) -> None:
+        """Frees the engine."""
+
+
 class TokenSampler(Protocol):
     """Draws tokens from the decoder's last logits."""
 

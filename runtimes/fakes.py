@@ -186,7 +186,12 @@ def vlm(
         prompt=PromptSpec(
             ("{image}", "{bos}", "{prompt}\n"),
             turn=("{prompt}\n",) if conversational else (),
-            tasks={"caption": "caption {language}", "detect": "detect {prompt}", "ocr": "ocr"},
+            tasks={
+                "caption": "caption {language}",
+                "detect": "detect {prompt}",
+                "ocr": "ocr",
+                "segment": "segment {prompt}",
+            },
         ),
         decoder=DecoderSpec("fake", "prefix", _N_EMBD, 1, _N_VOCAB, context_length),
         answer=AnswerSpec(stop_tokens=(_END,)),

@@ -29,7 +29,9 @@ from edgevlm.runtimes.rules import EngineSettings, Goal
 from edgevlm.runtimes.session import VLM
 from edgevlm.runtimes.vision import providers
 from edgevlm.runtimes.vision.choose import Wish, open_encoder
+from edgevlm.runtimes.vision.masks import OrtMasks
 from edgevlm.runtimes.vision.ort import Ort
+from edgevlm.runtimes.vision.providers import Offer
 from edgevlm.specs import DecoderSpec
 from edgevlm.types import REPACKINGS, Devices, Placement, Progress, Repacking
 
@@ -105,7 +107,10 @@ def load_bundle(
         cache = EmbeddingCache()
         if options.cache:
             cache = shelves.embeddings(bundle, placement, features, ort)
-        engines = Engines(manifest, kind, encoder, None, newline, cache, read=ahead.read)
+        masks = _masks(bundle, ort, settings.vision_threads)
+        engines = Engines(
+            manifest, kind, encoder, None, newline, masks=masks, cache=cache, read=ahead.read
+        )
         ahead.encode(engines)
         return engines, placement
 
@@ -140,6 +145,16 @@ def load_bundle(
         prefixes = shelves.prefixes(bundle, placed, features, decoder.reading)
     vlm.engines = replace(engines, text=decoder, prefixes=prefixes)
     return vlm
+
+
+def _masks(bundle: Bundle, ort: Ort, threads: int) -> OrtMasks | None:
+    """The mask decoder on the CPU, where the bundle has one: it is small and seldom asked."""
+    if "masks" not in bundle.manifest.components:
+        return None
+    path = bundle.path("masks")
+    return OrtMasks(
+        ort.session(path, Offer(providers.CPU, ort.version), threads, False, path.parent)
+    )
 
 
 def choose(

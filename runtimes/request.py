@@ -34,7 +34,7 @@ from edgevlm.prompt import (
     normalized,
 )
 from edgevlm.runtimes.cache import EmbeddingCache, fingerprint
-from edgevlm.runtimes.engines import Block, TextDecoder, VisionEncoder, sequential
+from edgevlm.runtimes.engines import Block, MaskDecoder, TextDecoder, VisionEncoder, sequential
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.joining import join
 from edgevlm.runtimes.prefixes import PrefixCache
@@ -59,12 +59,13 @@ class Bitmap:
 
     `made` are embeddings, by their key, that were computed before anybody asked, and `took` are
     milliseconds by the names of Timings' fields, for these and for reading it; the first request
-    that is about it counts both as its own.
+    that is about it counts both as its own. `source` is what it was read from.
     """
 
     picture: Picture
     made: dict[str, Float] = field(default_factory=dict, compare=False)
     took: dict[str, float] = field(default_factory=dict, compare=False)
+    source: ImageSource | None = field(default=None, compare=False)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -87,7 +88,7 @@ class Bitmap:
 
 def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
     """The pictures, each read if it was not; raises ImageError."""
-    return [i if isinstance(i, Bitmap) else Bitmap(read_picture(i)) for i in images]
+    return [i if isinstance(i, Bitmap) else Bitmap(read_picture(i), source=i) for i in images]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Engines:
     on disk, prefixes.
 
     `text` is the decoder, None in a bundle that has none. `newline` is the row float32 [n_embd]
-    that ends the lines of a picture, where the model has one. `read` reads pictures.
+    that ends the lines of a picture, where the model has one, `masks` the mask decoder, where the
+    bundle has one. `read` reads pictures.
     """
 
     manifest: Manifest
@@ -104,6 +106,7 @@ class Engines:
     encoder: VisionEncoder
     text: TextDecoder | None
     newline: Float | None = None
+    masks: MaskDecoder | None = None
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
     prefixes: PrefixCache | None = None
     read: Callable[[Sequence[ImageSource | Bitmap]], list[Bitmap]] = read
@@ -150,6 +153,8 @@ class Engines:
         """Frees the engines."""
         self.cache.clear()
         self.encoder.close()
+        if self.masks:
+            self.masks.close()
         if self.text:
             self.text.close()
 
@@ -180,7 +185,8 @@ class Stopwatch:
 class Request:
     """A checked request: the segments of its input in order.
 
-    `pictures` are there until they are embeddings, `sizes` are their widths and heights, `image` is
+    `pictures` are there until they are embeddings, `sizes` are their widths and heights, `sources`
+    what they were read from, `image` is
     the spec that they are planned by, `n_tiles` the squares that the encoder sees of them.
     `n_image` and `n_text` count rows; `max_tokens` is the room for the answer that the context
     leaves, or less; `n_cached` and `n_kept` are counted when the input is made and read. `progress`
@@ -200,9 +206,11 @@ class Request:
     n_kept: int = 0
     progress: Callable[[Progress], None] | None = None
     sizes: tuple[tuple[int, int], ...] = field(init=False)
+    sources: tuple[ImageSource | None, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.sizes = tuple(p.size for p in self.pictures)
+        self.sources = tuple(p.source for p in self.pictures)
 
 
 def prepare(

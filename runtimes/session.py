@@ -13,6 +13,7 @@ from edgevlm.bundle import Manifest
 from edgevlm.errors import PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource
+from edgevlm.masks import in_picture
 from edgevlm.prompt import Exchange, task_prompt
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.asynchronous import AsyncAnswer
@@ -209,6 +210,51 @@ class VLM:
         ['circle', 'star']
         """
         return list(self.ask(self.task("detect", objects), image, **options).boxes)
+
+    def answer(
+        self, question: str, image: Images = None, language: str = "en",
+        **options: Unpack[SamplingOptions],
+    ) -> Reply:  # fmt: skip
+        """Answers a question in the model's own prompt for questions, where it has one.
+
+        >>> with edgevlm.load() as vlm:
+        ...     print(vlm.answer("what shape is red?", "photo.png"))
+        circle
+        """
+        return self.ask(self.task("answer", question, language), image, **options)
+
+    def ground(self, image: Images, **options: Unpack[SamplingOptions]) -> Reply:
+        """Describes the picture and locates what it names: `boxes` of the reply. PromptError if the
+        model cannot.
+        """
+        return self.ask(self.task("ground"), image, **options)
+
+    def segment(
+        self, objects: str | Sequence[str], image: ImageSource, **options: Unpack[SamplingOptions]
+    ) -> list[Box]:
+        """Finds objects by name, with their masks where the bundle can decode those; see `masked`.
+        PromptError if the model cannot.
+        """
+        (picture,), prompt = self.engines.read([image]), self.task("segment", objects)
+        with self._turns.using():
+            asked, sampling = [Exchange(prompt, 1)], Sampling.of(options)
+            request = prepare(self.engines, asked, [picture], sampling)
+        return self.masked(self._answer(request, None).finish().boxes, *picture.size)
+
+    def masked(self, boxes: Sequence[Box], width: int, height: int) -> list[Box]:
+        """The boxes with their masks, bool [height, width]; a box without the codes of a mask stays
+        as it is, and so do all where the bundle has no mask decoder (`edgevlm export
+        --segment-decoder`).
+        """
+        coded = [i for i, box in enumerate(boxes) if box.segment]
+        found = list(boxes)
+        decoder = self.engines.masks
+        if coded and decoder:
+            with self._turns.using():
+                squares = decoder.decode(np.array([boxes[i].segment for i in coded]))
+            for i, square in zip(coded, squares, strict=True):
+                found[i] = replace(boxes[i], mask=in_picture(square, boxes[i], width, height))
+        return found
 
     def task(self, task: str, prompt: str | Sequence[str] = "", language: str = "en") -> str:
         """The model's own prompt for a task; several objects are joined as the models expect."""

@@ -220,7 +220,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -
 
 def test_a_newer_format_asks_for_an_upgrade(folder: Path) -> None:
     edit(folder, lambda m: m.update(format=99, invention=True))
-    with pytest.raises(BundleTooNew, match="format 99 is newer than 2.*upgrade"):
+    with pytest.raises(BundleTooNew, match="format 99 is newer than 3.*upgrade"):
         open_bundle(folder)
 
 

@@ -151,6 +151,7 @@ def test_detect_lists_and_draws_boxes(edge: Terminal, picture: Path, tmp_path: P
     assert reply["boxes"][0] == {
         "x0": 0, "y0": 0, "x1": pytest.approx(40.04, abs=0.01),
         "y1": pytest.approx(30.03, abs=0.01), "label": "circle", "segment": [],
+        "normalized": [0, 0, pytest.approx(0.5005, abs=1e-4), pytest.approx(0.5005, abs=1e-4)],
     }  # fmt: skip
 
 

@@ -1,11 +1,15 @@
 """Results as programs handle them: pickled, and shown."""
 
+import base64
 import dataclasses
 import inspect
+import io
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from edgevlm import errors, types
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EdgeVLMError
@@ -58,3 +62,18 @@ def test_reprs_say_what_it_is() -> None:
         assert repr(chat).endswith("1 questions>")
     vlm.close()
     assert repr(vlm) == "<VLM fake: closed>"
+
+
+def test_a_notebook_shows_the_words_as_text_and_the_boxes_in_the_picture(tmp_path: Path) -> None:
+    words = f"{BOX}<script>alert('&')</script> ; <loc0512><loc0512><loc1023><loc1023> \"star"
+    Image.fromarray(np.full((90, 120, 3), 200, np.uint8)).save(tmp_path / "in.png")
+    reply = fakes.vlm(words).ask("detect circle", tmp_path / "in.png")
+    shown = reply._repr_html_()
+    assert "<script" not in shown and "&lt;script&gt;alert(&#x27;&amp;&#x27;)" in shown
+    (alt, data) = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', shown)[0]
+    assert alt.startswith("circle") and "<" not in alt
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert drawn.shape == (90, 120, 3) and (drawn != 200).any()
+    (tmp_path / "in.png").unlink()
+    assert "<img" not in reply._repr_html_()
+    assert fakes.vlm("<b>").ask("x")._repr_html_().count("<") == 2

@@ -17,21 +17,24 @@ from edgevlm.cli import signals, streams
 from edgevlm.errors import EdgeVLMError
 
 _COMMANDS = {
+    "answer": "edgevlm.cli.tasks",
     "ask": "edgevlm.cli.ask",
     "bench": "edgevlm.cli.bench",
     "caption": "edgevlm.cli.tasks",
     "chat": "edgevlm.cli.chat",
-    "detect": "edgevlm.cli.tasks",
+    "detect": "edgevlm.cli.find",
     "doctor": "edgevlm.cli.doctor",
     "du": "edgevlm.cli.store",
     "export": "edgevlm.cli.export",
     "gc": "edgevlm.cli.store",
+    "ground": "edgevlm.cli.tasks",
     "models": "edgevlm.cli.models",
     "ocr": "edgevlm.cli.tasks",
     "pull": "edgevlm.cli.pull",
     "push": "edgevlm.cli.push",
     "requantize": "edgevlm.cli.requantize",
     "rm": "edgevlm.cli.store",
+    "segment": "edgevlm.cli.find",
     "tune": "edgevlm.cli.tune",
     "use": "edgevlm.cli.store",
 }

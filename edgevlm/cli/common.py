@@ -139,6 +139,13 @@ def read_sources(images: tuple[str, ...]) -> list[str | bytes]:
     return [_stdin() if image == "-" else image for image in images]
 
 
+def read_pictures(images: tuple[str, ...]) -> list[str | bytes]:
+    """The same for a command that needs a picture; raises UsageError where there is none."""
+    if not images:
+        raise click.UsageError("name a picture with -i")
+    return read_sources(images)
+
+
 def _stdin() -> bytes:
     if sys.stdin is None:
         raise ImageError("stdin", "is closed; pipe a picture into the command")
@@ -192,8 +199,8 @@ def as_dict(reply: Reply) -> dict[str, Any]:
     """A reply as JSON has it, the bytes of tokens as numbers; boxes and log-probabilities only
     where there are some, `parsed` where it fits a schema.
     """
-    data = dataclasses.asdict(dataclasses.replace(reply, constraint=None))
-    del data["constraint"]
+    data = dataclasses.asdict(dataclasses.replace(reply, constraint=None, picture=None))
+    del data["constraint"], data["picture"]
     if reply.constraint and reply.constraint.kind == "schema":
         with contextlib.suppress(PromptError):
             data["parsed"] = reply.parsed
@@ -203,6 +210,8 @@ def as_dict(reply: Reply) -> dict[str, Any]:
             one["data"] = list(one["data"])
         for one in token["top"]:
             del one["top"]
+    for box in data["boxes"]:
+        del box["mask"]
     for key in ("boxes", "logprobs"):
         if not data[key]:
             del data[key]

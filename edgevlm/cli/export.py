@@ -83,11 +83,18 @@ class _Choices(TypedDict):
     multiple=True,
     help="A setting that the files leave open or get wrong, such as stage=4.",
 )
+@click.option(
+    "--segment-decoder",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="big_vision's vae-oid.npz, which decodes the masks of a PaliGemma.",
+)
 @click.option("--dry-run", is_flag=True, help="Check SOURCE and say what is in it; write nothing.")
 def export(source: str, out: Path, target: str | None, quant: str | None,
            vision_precisions: tuple[str, ...], verify: bool | None, calibration: Path | None,
            dry_run: bool, parts: tuple[str, ...], settings: tuple[str, ...],
-           imatrix: bool | None, languages: str, **choices: Unpack[_Choices]) -> None:  # fmt: skip
+           imatrix: bool | None, languages: str, segment_decoder: Path | None,
+           **choices: Unpack[_Choices]) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE into the bundle OUT.
 
     SOURCE is a folder or a hub id such as google/paligemma-3b-mix-224, OUT a folder.
@@ -109,6 +116,7 @@ def export(source: str, out: Path, target: str | None, quant: str | None,
             calibration=calibration,
             imatrix=imatrix,
             languages=languages,
+            segment_decoder=segment_decoder,
             progress=bars.update,
             **vars(options),
         )

@@ -109,6 +109,7 @@ def _describe(source: Source) -> Model:
                 "caption": "caption {language}",
                 "answer": "answer {language} {prompt}",
                 "detect": "detect {prompt}",
+                "segment": "segment {prompt}",
                 "ocr": "ocr",
             },
         ),

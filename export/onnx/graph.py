@@ -203,6 +203,20 @@ class Builder:
             group=groups,
         )
 
+    def grown(self, name: str, x: Value) -> Value:
+        """A transposed convolution of 4 x 4 over [n, channels, h, w] with the part's `name`.weight
+        and `name`.bias: [n, out, 2 * h, 2 * w].
+        """
+        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        (_, out, *kernel), (_, h, w) = weight.shape, x.shape
+        assert kernel == [4, 4], (name, kernel)
+        given = [x.name, weight.name, bias.name]
+        shape = (out, 2 * h, 2 * w)
+        strides, pads = [2, 2], [1] * 4
+        return self.node(
+            "ConvTranspose", name, given, shape, kernel_shape=kernel, strides=strides, pads=pads
+        )
+
 
 def _described(value: Value) -> Any:
     return helper.make_tensor_value_info(value.name, TensorProto.FLOAT, [_BATCH, *value.shape])
