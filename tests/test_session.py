@@ -340,8 +340,8 @@ def test_boxes_in_hundredths_become_pixels(
 
 
 def test_an_unknown_task_names_the_known_ones() -> None:
-    with pytest.raises(PromptError, match="no task 'segment'; it has caption, detect, ocr"):
-        fakes.vlm().task("segment")
+    with pytest.raises(PromptError, match="no task 'fly'; it has caption, detect, ocr"):
+        fakes.vlm().task("fly")
 
 
 def test_score_sums_log_probabilities_over_the_tokens() -> None:
