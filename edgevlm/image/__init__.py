@@ -4,7 +4,15 @@ Pillow is the only image library, so an installed package never changes a number
 """
 
 from edgevlm.image.pixels import Pixels, cut, preprocess
-from edgevlm.image.read import MAX_PIXELS, RGB, ImageSource, Picture, read_image, read_picture
+from edgevlm.image.read import (
+    MAX_PIXELS,
+    RGB,
+    ImageSource,
+    Picture,
+    picture_size,
+    read_image,
+    read_picture,
+)
 
 __all__ = [
     "MAX_PIXELS",
@@ -13,6 +21,7 @@ __all__ = [
     "Picture",
     "Pixels",
     "cut",
+    "picture_size",
     "preprocess",
     "read_image",
     "read_picture",

@@ -8,7 +8,7 @@ import platform
 import re
 import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,30 @@ def read_stream(stream: Any) -> tuple[bytes, str]:
         raise ImageError(name, f"cannot be read ({one_line(e)})") from e
 
 
-def download(url: str) -> tuple[bytes, str]:
+def own_handlers() -> list[urllib.request.BaseHandler]:
+    """Handlers of connections as curl makes them: to any address, by the environment's proxies."""
+    names = ("ProxyHandler", "HTTPHandler", "HTTPSHandler")
+    return [getattr(urllib.request, name)() for name in names]
+
+
+def download(
+    url: str,
+    handlers: Callable[[], Sequence[urllib.request.BaseHandler]] = own_handlers,
+    limit: int | None = None,
+) -> tuple[bytes, str]:
     """Downloads a http or https URL, redirects followed: the body, and its name for messages.
 
-    Raises ImageError.
+    `handlers` make each connection. Raises ImageError, also for a body of more than `limit` bytes,
+    MAX_DOWNLOAD_BYTES where that is None.
     """
     first = address = Address.of(url)
     try:
         for _ in range(_MAX_REDIRECTS + 1):
-            with _open(address) as response:
+            with _open(address, handlers()) as response:
                 location = response.headers.get("Location")
                 if response.status not in _REDIRECTS or not location:
-                    return _body(response, first.shown), first.shown
+                    most = limit or MAX_DOWNLOAD_BYTES
+                    return _body(response, most, first.shown), first.shown
             address = address.follow(location)
     except (OSError, ValueError, http.client.HTTPException, zlib.error) as e:
         raise ImageError(first.shown, f"cannot be downloaded ({one_line(e)})") from None
@@ -83,23 +95,23 @@ def user_agent() -> str:
     return f"edgevlm/{metadata.version('edgevlm')} Python-urllib/{python}"
 
 
-def _open(address: Address) -> Any:
+def _open(address: Address, handlers: Sequence[urllib.request.BaseHandler]) -> Any:
     """The server's response, whatever its status."""
     opener = urllib.request.OpenerDirector()
     # Without the handlers of errors, redirects and other schemes, which are decided on here.
-    for handler in ("ProxyHandler", "UnknownHandler", "HTTPHandler", "HTTPSHandler"):
-        opener.add_handler(getattr(urllib.request, handler)())
+    for handler in (urllib.request.UnknownHandler(), *handlers):
+        opener.add_handler(handler)
     headers = {"User-Agent": user_agent(), "Accept": "*/*"}
     if address.authorization:
         headers["Authorization"] = address.authorization
     return opener.open(urllib.request.Request(address.url, headers=headers), timeout=_TIMEOUT_S)
 
 
-def _body(response: Any, name: str) -> bytes:
+def _body(response: Any, limit: int, name: str) -> bytes:
     if not 200 <= response.status < 300:
         answered = f"{response.status} {shortened(response.reason or '')}".rstrip()
         raise ImageError(name, f"the server answered {answered}")
-    data = _all(response.read, MAX_DOWNLOAD_BYTES, name)
+    data = _all(response.read, limit, name)
     # http.client reports a body that ends early only where it is read at once.
     if response.length:
         raise ImageError(
@@ -109,18 +121,18 @@ def _body(response: Any, name: str) -> bytes:
         )
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding in ("gzip", "x-gzip", "deflate"):
-        return _inflated(data, name)
+        return _inflated(data, limit, name)
     if encoding not in ("", "identity"):
         raise ImageError(name, f"cannot be downloaded (encoded as {shortened(encoding)})")
     return data
 
 
-def _inflated(data: bytes, name: str) -> bytes:
+def _inflated(data: bytes, limit: int, name: str) -> bytes:
     """gzip or zlib, although nothing of the kind was asked for."""
     stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-    content = stream.decompress(data, MAX_DOWNLOAD_BYTES + 1)
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise ImageError(name, f"is larger than {MAX_DOWNLOAD_BYTES >> 20} MiB")
+    content = stream.decompress(data, limit + 1)
+    if len(content) > limit:
+        raise ImageError(name, f"is larger than {limit >> 20} MiB")
     if not stream.eof:
         raise ImageError(name, "cannot be downloaded (its compressed content is truncated)")
     return content

@@ -9,11 +9,11 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,7 @@ ImageSource = (
     | Image.Image
     | RGB
 )
+T = TypeVar("T")
 
 # Pillow's own threshold for a decompression bomb: 256 MiB of RGB.
 MAX_PIXELS = 89_478_485
@@ -53,6 +54,7 @@ _TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = [turn for orientation, turn in _TURNS.items() if orientation in (5, 6, 7, 8)]
 # Modes with premultiplied alpha, which Pillow converts to RGB only by these.
 _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}
 
@@ -91,18 +93,26 @@ def read_picture(source: ImageSource) -> Picture:
         return _from_pil(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
-        return _decode(data, f"the picture of {len(data)} bytes")
+        return _decode(data, f"the picture of {len(data)} bytes", _converted)
     if isinstance(source, str):
         return _from_name(source)
     if isinstance(source, os.PathLike):
         path = os.fsdecode(source)
-        return _decode(read_file(Path(path)), shortened(path))
+        return _decode(read_file(Path(path)), shortened(path), _converted)
     if hasattr(source, "read"):
-        return _decode(*read_stream(source))
+        return _decode(*read_stream(source), _converted)
     raise ImageError(
         f"an object of type {type(source).__name__}",
         "is not a picture; pass a path, a URL, bytes, an open file, a PIL image or an array",
     )
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels of the picture in a file's bytes, upright, without decoding it.
+
+    Raises ImageError for bytes that are no picture.
+    """
+    return _decode(data, f"the picture of {len(data)} bytes", _upright_size)
 
 
 def _from_name(name: str) -> Picture:
@@ -116,10 +126,10 @@ def _from_name(name: str) -> Picture:
                 "is base64, not a name; decode it to bytes, or put data:image/png;base64, before "
                 "it",
             )
-        return _decode(read_file(found), shortened(str(found)))
+        return _decode(read_file(found), shortened(str(found)), _converted)
     if found[:5].lower() == "data:":
-        return _decode(data_url_bytes(found), "the data URL")
-    return _decode(*download(found))
+        return _decode(data_url_bytes(found), "the data URL", _converted)
+    return _decode(*download(found), _converted)
 
 
 def _from_array(array: RGB) -> Picture:
@@ -145,11 +155,12 @@ def _from_pil(picture: Image.Image) -> Picture:
         raise ImageError(name, f"cannot be decoded ({one_line(e)})") from None
 
 
-def _decode(data: bytes, name: str) -> Picture:
+def _decode(data: bytes, name: str, use: Callable[[Image.Image, str], T]) -> T:
+    """Opens the picture in a file's bytes and passes it to `use`; raises ImageError."""
     if not data:
         raise ImageError(name, "is empty")
     try:
-        return _opened(data, name)
+        return _opened(data, name, use)
     except ImageError:
         raise
     except Image.DecompressionBombError:
@@ -162,7 +173,7 @@ def _decode(data: bytes, name: str) -> Picture:
     bare = without_metadata(data)
     if bare is not None:
         try:
-            return _opened(bare, name)
+            return _opened(bare, name, use)
         except ImageError:
             raise
         except Exception:  # The pixels themselves are damaged: the first error says how.
@@ -174,7 +185,7 @@ def _decode(data: bytes, name: str) -> Picture:
     raise ImageError(name, f"is damaged or truncated ({one_line(refused)})")
 
 
-def _opened(data: bytes, name: str) -> Picture:
+def _opened(data: bytes, name: str, use: Callable[[Image.Image, str], T]) -> T:
     with _quiet():
         try:
             picture: Image.Image = Image.open(io.BytesIO(data))
@@ -184,7 +195,7 @@ def _opened(data: bytes, name: str) -> Picture:
                 raise
             picture = heif
         with picture:
-            return _converted(picture, name)
+            return use(picture, name)
 
 
 def _converted(picture: Image.Image, name: str) -> Picture:
@@ -200,6 +211,11 @@ def _converted(picture: Image.Image, name: str) -> Picture:
             bands.append(shallow.getchannel("A"))
     rgb, *alpha = (np.array(b if turn is None else b.transpose(turn)) for b in bands)
     return Picture(rgb, alpha[0] if alpha else None, shallow.mode in ("P", "L"))
+
+
+def _upright_size(picture: Image.Image, _: str) -> tuple[int, int]:
+    width, height = picture.size
+    return (height, width) if _turn(picture) in _SIDEWAYS else (width, height)
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
