@@ -29,18 +29,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., None]
 
-_ANSWERING = (
-    click.option("-m", "--model", type=InstalledName(), envvar="EDGEVLM_MODEL", metavar="MODEL",
-                 help="Bundle folder or installed name  [env: EDGEVLM_MODEL; default: the one that "
-                 "`edgevlm use` chose]"),
-    click.option("--max-tokens", type=int, metavar="N", help="Longest answer in tokens."),
-    click.option("--temperature", type=float, metavar="T", help="0 (the default) is greedy."),
-    click.option("--top-k", type=int, metavar="K", help="Draw among the K likeliest tokens."),
-    click.option("--top-p", type=float, metavar="P", help="Draw among the likeliest, up to P."),
-    click.option("--min-p", type=float, metavar="P", help="Drop tokens below P x the likeliest."),
-    click.option("--repetition-penalty", type=float, metavar="R", help="1 is none."),
-    click.option("--seed", type=int, metavar="N", help="Random seed."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here; repeatable."),
+_LOADING_OPTIONS = (
     click.option("--threads", type=int, metavar="N",
                  help="Threads of both engines  [default: cores]"),
     click.option("--device", default="auto", show_default=True, metavar="DEVICE",
@@ -53,6 +42,20 @@ _ANSWERING = (
                  help="Most tiles of a picture, for models that cut it up; 1 cuts none."),
     click.option("--no-cache", is_flag=True,
                  help="Keep nothing of pictures on disk, and read nothing that is there."),
+)  # fmt: skip
+_ANSWERING = (
+    click.option("-m", "--model", type=InstalledName(), envvar="EDGEVLM_MODEL", metavar="MODEL",
+                 help="Bundle folder or installed name  [env: EDGEVLM_MODEL; default: the one that "
+                 "`edgevlm use` chose]"),
+    click.option("--max-tokens", type=int, metavar="N", help="Longest answer in tokens."),
+    click.option("--temperature", type=float, metavar="T", help="0 (the default) is greedy."),
+    click.option("--top-k", type=int, metavar="K", help="Draw among the K likeliest tokens."),
+    click.option("--top-p", type=float, metavar="P", help="Draw among the likeliest, up to P."),
+    click.option("--min-p", type=float, metavar="P", help="Drop tokens below P x the likeliest."),
+    click.option("--repetition-penalty", type=float, metavar="R", help="1 is none."),
+    click.option("--seed", type=int, metavar="N", help="Random seed."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here; repeatable."),
+    *_LOADING_OPTIONS,
     click.option("--stats", is_flag=True, help="Show how long each stage took (stderr)."),
 )  # fmt: skip
 _IMAGE = click.option(
@@ -80,13 +83,30 @@ def answering(command: Command) -> Command:
             values.pop("model"),
             values.pop("stats"),
             SamplingOptions(**read_forms(sampling)),  # type: ignore[typeddict-item]
-            {name: values.pop(name) for name in _LOADING} | {"cache": not values.pop("no_cache")},
+            _loading(values),
         )
         command(run=run, **values)
 
     for option in reversed((*_ANSWERING[:1], _IMAGE, *_ANSWERING[1:])):
         wrapped = option(wrapped)
     return wrapped
+
+
+def loading(command: Command) -> Command:
+    """Adds the options of loading a model; passes them as `loading`, keywords of edgevlm.load."""
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        command(loading=_loading(values), **values)
+
+    for option in reversed(_LOADING_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def _loading(values: dict[str, Any]) -> dict[str, Any]:
+    """Takes the options of loading out of a command's values, as keywords of edgevlm.load."""
+    return {name: values.pop(name) for name in _LOADING} | {"cache": not values.pop("no_cache")}
 
 
 class OutFolder(click.Path):

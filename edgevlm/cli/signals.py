@@ -13,15 +13,17 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from edgevlm import cleanup
+
+T = TypeVar("T")
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
@@ -35,19 +37,24 @@ class Aside(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """See click.Command."""
-        call, future = super().invoke, Future[Any]()
+        return beside(lambda: super(Aside, self).invoke(ctx))
 
-        def work() -> None:
-            try:
-                future.set_result(call(ctx))
-            except BaseException as e:
-                future.set_exception(e)
 
-        thread = threading.Thread(target=work, name="command", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(_PATIENCE_S)
-        return future.result()
+def beside(call: Callable[[], T]) -> T:
+    """Runs a call beside the main thread, which waits for its end or a signal."""
+    future = Future[T]()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as e:
+            future.set_exception(e)
+
+    thread = threading.Thread(target=work, name="command", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_PATIENCE_S)
+    return future.result()
 
 
 @contextmanager
