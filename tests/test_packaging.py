@@ -61,7 +61,7 @@ LAYERS = (
     ("edgevlm.export",),
     ("edgevlm.runtimes",),
     ("edgevlm.api", "edgevlm"),
-    ("edgevlm.benchmarks",),
+    ("edgevlm.benchmarks", "edgevlm.server"),
     ("edgevlm.cli", "edgevlm.__main__"),
 )
 # Engines belong to one module each; the exporter's own are imported where a checkpoint is read.
@@ -76,6 +76,9 @@ ENGINES = {
     "transformers": ("edgevlm.export", "edgevlm.benchmarks"),
     "onnx": ("edgevlm.export.onnx",),
     "optimum": ("edgevlm.export.onnx", "edgevlm.benchmarks.peers"),
+    "starlette": ("edgevlm.server",),
+    "uvicorn": ("edgevlm.server",),
+    "prometheus_client": ("edgevlm.server",),
 }
 
 
@@ -183,7 +186,7 @@ def loaded_after(statement: str) -> set[str]:
 
 def test_import_edgevlm_loads_nothing_heavy() -> None:
     heavy = {"onnxruntime", "edgevlm.gguf_file", "torch", "transformers", "onnx", "numpy", "PIL"}
-    heavy.add("rich")
+    heavy |= {"rich", "starlette", "uvicorn"}
     assert not heavy & loaded_after("import edgevlm")
     assert not (heavy | {"edgevlm.runtimes.llama.bindings"}) & loaded_after(
         "import edgevlm.cli, edgevlm.export"

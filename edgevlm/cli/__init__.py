@@ -35,6 +35,7 @@ _COMMANDS = {
     "requantize": "edgevlm.cli.requantize",
     "rm": "edgevlm.cli.store",
     "segment": "edgevlm.cli.find",
+    "serve": "edgevlm.cli.serve",
     "tune": "edgevlm.cli.tune",
     "use": "edgevlm.cli.store",
 }

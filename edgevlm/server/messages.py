@@ -1,0 +1,97 @@
+"""OpenAI's messages -> those of edgevlm's API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edgevlm.runtimes.messages import ImagePart, Message, TextPart
+from edgevlm.server.problems import invalid, quoted
+
+# Reads the picture of a URL; the second text names the place in the request.
+ReadPicture = Callable[[str, str], bytes]
+
+_SYSTEM = ("system", "developer")
+# What the answer's message has besides its text, when a client sends it back.
+_EMPTY_IN_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
+_DETAILS = (None, "auto", "low", "high")
+
+
+def read_messages(value: Any, read_picture: ReadPicture) -> list[Message]:
+    """Checked messages, their pictures as the bytes of files. Raises Problem."""
+    if not isinstance(value, list) or not value:
+        raise invalid("messages must be a list with at least one message", "messages")
+    return [_message(item, f"messages[{i}]", read_picture) for i, item in enumerate(value)]
+
+
+def _message(item: Any, where: str, read_picture: ReadPicture) -> Message:
+    if not isinstance(item, Mapping):
+        raise invalid(f"{where} must be an object with a role and content", where)
+    role = item.get("role")
+    if role in _SYSTEM:
+        raise invalid(
+            f"{where} has the role {role!r}: the model's template has its own system prompt; say "
+            "it in the user's message",
+            f"{where}.role",
+            "unsupported_role",
+        )
+    if role not in ("user", "assistant"):
+        raise invalid(
+            f"{where} has the role {quoted(role)}; use 'user' or 'assistant'",
+            f"{where}.role",
+            "unsupported_role",
+        )
+    unknown = [
+        key
+        for key, given in item.items()
+        if key not in ("role", "content") and not (key in _EMPTY_IN_ANSWERS and not given)
+    ]
+    if unknown:
+        raise invalid(
+            f"{where} has {quoted(unknown[0])}, which is not supported here; leave it out",
+            f"{where}.{unknown[0]}",
+            "unsupported_parameter",
+        )
+    return {
+        "role": role,
+        "content": _content(item.get("content"), f"{where}.content", read_picture),
+    }
+
+
+def _content(
+    content: Any, where: str, read_picture: ReadPicture
+) -> str | list[TextPart | ImagePart]:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise invalid(f"{where} must be a text or a list of parts", where)
+    return [_part(part, f"{where}[{i}]", read_picture) for i, part in enumerate(content)]
+
+
+def _part(part: Any, where: str, read_picture: ReadPicture) -> TextPart | ImagePart:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return {"type": "text", "text": _text(part.get("text"), f"{where}.text")}
+    if kind == "image_url":
+        named = part.get("image_url")
+        inside = f"{where}.image_url"
+        if not isinstance(named, Mapping):
+            raise invalid(f"{inside} must be an object with a url", inside)
+        if named.get("detail") not in _DETAILS:
+            raise invalid(
+                f"{inside}.detail is {quoted(named['detail'])}; use auto, low or high",
+                f"{inside}.detail",
+            )
+        url = _text(named.get("url"), f"{inside}.url")
+        return {"type": "image", "image": read_picture(url, f"{inside}.url")}
+    raise invalid(
+        f"{where} has the type {quoted(kind)}; use 'text' or 'image_url'",
+        f"{where}.type",
+        "unsupported_content",
+    )
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise invalid(f"{where} must be a text", where)
+    return value
