@@ -102,7 +102,7 @@ _CALLS: dict[str, Callable[[VLM, str, Any], Any]] = {
 }
 
 
-def _growth(mebibytes: list[float]) -> str:
+def growth(mebibytes: list[float]) -> str:
     """Growth of memory after the warm-up, and whether it is flat."""
     warm = mebibytes[int(len(mebibytes) * _WARM_UP) :]
     half = len(warm) // 2
@@ -132,7 +132,7 @@ def main(model: str | None, minutes: float, threads: int, loads: int, seed: int)
         memory.append(_rss())
         time.sleep(min(1.0, minutes))
     counts = ", ".join(f"{n} {name}" for name, n in sorted(soak.counts.items()))
-    shared = _growth(memory)
+    shared = growth(memory)
     click.echo(f"{threads} threads, {minutes:g} min: {counts}; {len(soak.faults)} faults; {shared}")
     for fault in soak.faults[:5]:
         click.echo(f"  {fault}")
@@ -142,7 +142,7 @@ def main(model: str | None, minutes: float, threads: int, loads: int, seed: int)
     for _ in range(loads):
         edgevlm.load(model).ask(_PROMPTS[0], picture, max_tokens=1)
         memory.append(_rss())
-    loaded = _growth(memory) if loads else "memory not measured"
+    loaded = growth(memory) if loads else "memory not measured"
     click.echo(f"{loads} loads, none closed: {loaded}")
     sys.exit(bool(soak.faults or "grows" in shared + loaded))
 
