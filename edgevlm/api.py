@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgevlm.byte_sizes import byte_size
 from edgevlm.errors import PromptError
 from edgevlm.models import resolve
 
@@ -31,6 +32,7 @@ def load(
     cache: bool = True,
     image: ImageSource | Sequence[ImageSource] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    max_memory: int | str | None = None,
 ) -> VLM:
     """Loads a model: a bundle folder, the name of an installed one, or None for the built-in pico.
 
@@ -47,6 +49,8 @@ def load(
     another process, costs no encoding (docs/caches.md). image: the picture, or pictures, of the
     first question: they are read at once and encoded while the decoder loads, which brings that
     answer forward (name the same object again when you ask); `progress` is told of their tiles.
+    max_memory: the most that this process may hold, in bytes or such as "2GB": encoder and decoder
+    take turns in it where it has no room for both (docs/caches.md); None is what the machine has.
 
     `VLM.devices` says what runs where, and why, `VLM.settings` how.
 
@@ -55,8 +59,8 @@ def load(
     cpu 2
 
     Raises BundleError for a folder without a sound bundle, EngineMissing for a device that is not
-    installed, EngineError for one that cannot run its part ("auto" falls back instead), ImageError
-    for a picture that cannot be read.
+    installed, EngineError for one that cannot run its part ("auto" falls back instead) or
+    where max_memory is too small, ImageError for a picture that cannot be read.
     """
     from edgevlm.runtimes.loading import LoadOptions, load_bundle
     from edgevlm.runtimes.messages import several
@@ -85,5 +89,6 @@ def load(
         cache=cache,
         images=several(image),
         progress=progress,
+        max_memory=None if max_memory is None else byte_size(max_memory, "max_memory"),
     )
     return load_bundle(resolve(model), options)

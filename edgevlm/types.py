@@ -278,7 +278,8 @@ class RunSettings:
     "off". `kv` is the type of the KV cache ("f32", "f16", "q8_0"). `flash_attention` is "on", "off"
     or, before the first question where llama.cpp chooses, "auto". `batch` is how many rows the
     decoder reads at once and `context` how many fit its KV cache; both are 0 before the first
-    question and grow with what is asked. `tuned` says whether `edgevlm tune` measured them here.
+    question and grow with what is asked. `tuned` says whether `edgevlm tune` measured them here,
+    `apart` whether encoder and decoder take turns in memory, which has no room for both.
     """
 
     threads: int
@@ -290,6 +291,7 @@ class RunSettings:
     prefill_threads: int = 0
     vision_threads: int = 0
     tuned: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)

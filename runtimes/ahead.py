@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 from edgevlm.image import ImageSource
 from edgevlm.image.plan import among
+from edgevlm.runtimes.bitmaps import Bitmap, read
 from edgevlm.runtimes.engines import Cancelled, Float
-from edgevlm.runtimes.request import Bitmap, Engines, Stopwatch, encode, read
+from edgevlm.runtimes.request import Engines, Stopwatch, encode
 from edgevlm.specs import ImageSpec
 from edgevlm.types import Progress
 

@@ -79,6 +79,9 @@ class VisionEncoder(Protocol):
     def cancel(self) -> None:
         """Ends a running call from another thread; that call raises Cancelled."""
 
+    def release(self) -> None:
+        """Frees its weights up to the next call, which loads them again."""
+
     def close(self) -> None:
         """Frees the engine."""
 
@@ -181,6 +184,9 @@ class TextDecoder(Protocol):
 
     def cancel(self) -> None:
         """Ends a running prefill from another thread; that call raises Cancelled."""
+
+    def release(self) -> None:
+        """Frees its weights and KV cache up to the next prefill, which loads them again."""
 
     def close(self) -> None:
         """Frees the engine."""

@@ -51,6 +51,9 @@ class FakeEncoder:
     def cancel(self) -> None:
         """Nothing runs long enough to be cancelled."""
 
+    def release(self) -> None:
+        """There are no weights."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -140,6 +143,9 @@ class FakeDecoder:
 
     def cancel(self) -> None:
         """Nothing runs long enough to be cancelled."""
+
+    def release(self) -> None:
+        """There are no weights."""
 
     def close(self) -> None:
         """Nothing is held."""

@@ -14,8 +14,9 @@ from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.image import ImageSource
 from edgevlm.image.plan import limited
 from edgevlm.machine import memory
-from edgevlm.runtimes import devices, rules, shelves, tuned
+from edgevlm.runtimes import budget, devices, rules, shelves, tuned
 from edgevlm.runtimes.ahead import Ahead
+from edgevlm.runtimes.budget import Budget
 from edgevlm.runtimes.cache import EmbeddingCache
 from edgevlm.runtimes.engines import TextDecoder
 from edgevlm.runtimes.interrupt import SideThread
@@ -31,7 +32,7 @@ from edgevlm.runtimes.vision import providers
 from edgevlm.runtimes.vision.choose import Wish, open_encoder
 from edgevlm.runtimes.vision.masks import OrtMasks
 from edgevlm.runtimes.vision.ort import Ort
-from edgevlm.runtimes.vision.providers import Offer
+from edgevlm.runtimes.vision.providers import Offer, pick
 from edgevlm.specs import DecoderSpec
 from edgevlm.types import REPACKINGS, Devices, Placement, Progress, Repacking
 
@@ -57,7 +58,7 @@ class LoadOptions:
     kv: type of the KV cache, "f16" or "q8_0". max_tiles: of a picture, where the model cuts it into
     tiles. goal: what is to be fast. cache: whether what was computed of pictures is kept on disk
     and read from there. images: pictures of the first request, which are encoded while the decoder
-    loads; `progress` is told of their tiles.
+    loads; `progress` is told of their tiles. max_memory: bytes that the process may hold.
     """
 
     threads: int | None = None
@@ -71,6 +72,7 @@ class LoadOptions:
     cache: bool = False
     images: Sequence[ImageSource] = ()
     progress: Callable[[Progress], None] | None = None
+    max_memory: int | None = None
 
 
 def load_bundle(
@@ -100,6 +102,11 @@ def load_bundle(
     wish = Wish(
         for_vision, settings.vision_threads, settings.spinning, settings.vision, prepack=not once
     )
+    fit = budgeted(replace(bundle, manifest=manifest), options, settings, offered)
+    settings = replace(settings, repacking=fit.repacking)
+    if fit.apart:
+        # It is loaded again for every new picture, and mapped pages need no time for that.
+        wish = replace(wish, prepack=False)
     features = ggml.cpu_features()  # not while the decoder loads: llama.cpp has one log
 
     def open_vision() -> tuple[Engines, Placement]:
@@ -107,9 +114,16 @@ def load_bundle(
         cache = EmbeddingCache()
         if options.cache:
             cache = shelves.embeddings(bundle, placement, features, ort)
-        masks = _masks(bundle, ort, settings.vision_threads)
         engines = Engines(
-            manifest, kind, encoder, None, newline, masks=masks, cache=cache, read=ahead.read
+            manifest,
+            kind,
+            encoder,
+            None,
+            newline,
+            masks=_masks(bundle, ort, settings.vision_threads),
+            cache=cache,
+            read=ahead.read,
+            budget=fit,
         )
         ahead.encode(engines)
         return engines, placement
@@ -117,13 +131,17 @@ def load_bundle(
     def open_text() -> tuple[TextDecoder | None, Placement]:
         if "decoder" not in manifest.components:
             return None, Placement(for_decoder, "none", "no decoder")
+        if fit.apart:
+            placed = backends.placement(for_decoder, ON_THE_CPU, manifest.decoder.n_layer + 1, [])
+            return single(bundle, settings, repack=False, kv=options.kv, weights=False), placed
         return open_decoder(bundle, for_decoder, offered, settings, kv=options.kv)
 
-    if loaded:
+    if loaded or fit.apart:
+        told = loaded or (lambda _: None)
         engines, vision = open_vision()
-        loaded("vision")
+        told("vision")
         decoder, placed = open_text()
-        loaded("decoder")
+        told("decoder")
     else:
         with SideThread(open_vision, ahead.stop) as beside:
             decoder, placed = open_text()
@@ -184,6 +202,27 @@ def choose(
     if options.repack is not None:
         settings = replace(settings, repacking=_REPACKING[options.repack])
     return settings, found is not None
+
+
+def budgeted(
+    bundle: Bundle,
+    options: LoadOptions,
+    settings: EngineSettings,
+    offered: Sequence[LlamaDevice],
+) -> Budget:
+    """The way that the model stays within the memory that it may hold; raises EngineError.
+
+    Without `max_memory` it is the machine's or the container's, all of it: what is free changes
+    from minute to minute, and the system drops pages of files for whoever needs them. Where other
+    devices may take the decoder nothing is decided unasked.
+    """
+    kv = "f32" if _exact(bundle) and not options.kv else options.kv or "f16"
+    needs = budget.needs(bundle, pick(settings.vision, bundle.vision_precisions), kv)
+    alone = "decoder" not in bundle.manifest.components
+    if options.max_memory is None and (alone or offered):
+        return Budget(needs, None, apart=False, repacking=settings.repacking)
+    total = memory().total_bytes
+    return budget.fitted(needs, settings.repacking, options.max_memory, total)
 
 
 def _has_room(bundle: Bundle) -> bool:
@@ -256,9 +295,10 @@ def single(
     repack: bool,
     kv: str | None = None,
     offload: Offload = ON_THE_CPU,
+    weights: bool = True,
 ) -> LlamaDecoder:
-    """The bundle's decoder on one device, all its weights in one order. Raises EngineError where
-    the device takes no layer.
+    """The bundle's decoder on one device, all its weights in one order, or with none yet. Raises
+    EngineError where the device takes no layer.
     """
     return LlamaDecoder(
         bundle.path("decoder"),
@@ -273,6 +313,7 @@ def single(
         repack=repack,
         offload=offload,
         input=bundle.input,
+        weights=weights,
     )
 
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -21,8 +21,8 @@ import numpy.typing as npt
 from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
-from edgevlm.image import ImageSource, Picture, cut, read_picture
-from edgevlm.image.plan import Plan, among, plan
+from edgevlm.image import ImageSource, cut
+from edgevlm.image.plan import among
 from edgevlm.prompt import (
     Begin,
     Exchange,
@@ -33,7 +33,9 @@ from edgevlm.prompt import (
     laid_out,
     normalized,
 )
-from edgevlm.runtimes.cache import EmbeddingCache, fingerprint
+from edgevlm.runtimes.bitmaps import Bitmap, read
+from edgevlm.runtimes.budget import Budget
+from edgevlm.runtimes.cache import EmbeddingCache
 from edgevlm.runtimes.engines import Block, MaskDecoder, TextDecoder, VisionEncoder, sequential
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.joining import join
@@ -54,51 +56,13 @@ Run = Callable[[Callable[[], Float], Callable[[], None]], Float]
 
 
 @dataclass(frozen=True)
-class Bitmap:
-    """A picture that was read.
-
-    `made` are embeddings, by their key, that were computed before anybody asked, and `took` are
-    milliseconds by the names of Timings' fields, for these and for reading it; the first request
-    that is about it counts both as its own. `source` is what it was read from.
-    """
-
-    picture: Picture
-    made: dict[str, Float] = field(default_factory=dict, compare=False)
-    took: dict[str, float] = field(default_factory=dict, compare=False)
-    source: ImageSource | None = field(default=None, compare=False)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        height, width = self.picture.rgb.shape[:2]
-        return width, height
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint(self.picture)
-
-    def key(self, spec: ImageSpec) -> str:
-        """The key of its embeddings; one that is among others may have another plan than alone."""
-        return f"{self._fingerprint} {spec}"
-
-    def plan(self, spec: ImageSpec) -> Plan:
-        """Its way to the encoder; raises ImageError where there is none."""
-        return plan(*self.size, spec)
-
-
-def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
-    """The pictures, each read if it was not; raises ImageError."""
-    return [i if isinstance(i, Bitmap) else Bitmap(read_picture(i), source=i) for i in images]
-
-
-@dataclass(frozen=True)
 class Engines:
     """A loaded model: its manifest, its encoder and decoder, and what it remembers: embeddings and,
     on disk, prefixes.
 
     `text` is the decoder, None in a bundle that has none. `newline` is the row float32 [n_embd]
     that ends the lines of a picture, where the model has one, `masks` the mask decoder, where the
-    bundle has one. `read` reads pictures.
+    bundle has one. `read` reads pictures. `budget` says whether both engines are there at a time.
     """
 
     manifest: Manifest
@@ -110,6 +74,7 @@ class Engines:
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
     prefixes: PrefixCache | None = None
     read: Callable[[Sequence[ImageSource | Bitmap]], list[Bitmap]] = read
+    budget: Budget | None = None
 
     @property
     def decoder(self) -> TextDecoder:
@@ -132,6 +97,17 @@ class Engines:
         self.encoder.cancel()
         if self.text:
             self.text.cancel()
+
+    @property
+    def apart(self) -> bool:
+        """True where the engines take turns in memory."""
+        return self.budget is not None and self.budget.apart
+
+    def turn_to(self, engine: VisionEncoder | TextDecoder) -> None:
+        """Frees the other engine's weights where memory has no room for both."""
+        for other in (self.encoder, self.text):
+            if self.apart and other and other is not engine:
+                other.release()
 
     def keep(self) -> None:
         """Writes what was computed of pictures to disk, where that is wanted, for other processes.
@@ -246,6 +222,8 @@ def prepare(
         raise ContextOverflow(n_image, n_text, 1, context, n_tiles)
     wanted = sampling.longest(spec.answer)
     room = min(wanted, context - n_image - n_text)
+    if model.budget:
+        model.budget.check(n_image + n_text + room)
     return Request(pictures, segments, sampling, watch, image, n_tiles, n_image, n_text, room)
 
 
@@ -290,6 +268,7 @@ def _tokenized(model: Engines, segment: Segment) -> Image | Tokens:
 def prefill(model: Engines, request: Request, blocks: Sequence[Block], room: int) -> None:
     """The decoder reads the input; rows that it did not read again count as cached."""
     recall = model.prefixes.recall(blocks) if model.prefixes else None
+    model.turn_to(model.decoder)
     request.n_kept = interruptible(
         lambda: model.decoder.prefill(blocks, room=room, recall=recall), model.decoder.cancel
     )
@@ -372,6 +351,7 @@ def encode(
         names = [hashlib.sha256(tile).digest() for tile in pixels]
         first = {name: names.index(name) for name in names}
     encoder, made = model.encoder, list[Float]()
+    model.turn_to(encoder)
     for at in range(0, len(first), _TILES_AT_ONCE):
         tiles = pixels[list(first.values())[at : at + _TILES_AT_ONCE]]
         with watch.timed("vision_ms"):

@@ -17,6 +17,7 @@ from edgevlm.masks import in_picture
 from edgevlm.prompt import Exchange, task_prompt
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.asynchronous import AsyncAnswer
+from edgevlm.runtimes.bitmaps import read
 from edgevlm.runtimes.chat import Chat
 from edgevlm.runtimes.engines import Cancelled, TextDecoder, VisionEncoder
 from edgevlm.runtimes.logprobs import log_softmax
@@ -29,7 +30,6 @@ from edgevlm.runtimes.request import (
     input_blocks,
     prefill,
     prepare,
-    read,
 )
 from edgevlm.runtimes.turns import Turns
 from edgevlm.sampling import Sampling, SamplingOptions, task_options
@@ -54,9 +54,10 @@ class VLM:
     running one has ended, in the order in which they came. An answer that is being streamed keeps
     its turn up to its end; it is given up, and raises PromptError at its next piece, where the
     thread that draws it asks something else, or where nobody has drawn from it for 10 seconds and
-    another thread asks. `embed_image` needs no turn. After `close`, and in a process that was
-    forked after the load, every request raises ModelClosed; `close` ends running ones so, too.
-    What is not closed is freed with the last reference to it.
+    another thread asks. `embed_image` needs no turn unless memory has room for one engine only.
+    After `close`, and in a process that was forked after the load, every request raises
+    ModelClosed; `close` ends running ones so, too. What is not closed is freed with the last
+    reference to it.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ class VLM:
     @property
     def settings(self) -> RunSettings:
         """Settings that the engines really run with."""
-        decoder = self.engines.decoder.settings
-        return replace(decoder, vision_threads=self._vision_threads, tuned=self._tuned)
+        found, apart = self.engines.decoder.settings, self.engines.apart
+        return replace(found, vision_threads=self._vision_threads, tuned=self._tuned, apart=apart)
 
     def stream(
         self,
@@ -326,7 +327,8 @@ class VLM:
         ...     print(vlm.embed_image("photo.png").shape)
         (64, 256)
         """
-        with self._turns.using():
+        # Where the engines take turns in memory, no answer's decoder may go.
+        with self._turns.whole() if self.engines.apart else self._turns.using():
             (picture,) = read([image])
             while True:
                 try:

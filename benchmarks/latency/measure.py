@@ -227,6 +227,10 @@ class _Marking:
         """See VisionEncoder."""
         self._encoder.cancel()
 
+    def release(self) -> None:
+        """See VisionEncoder."""
+        self._encoder.release()
+
     def close(self) -> None:
         """See VisionEncoder."""
         self._encoder.close()

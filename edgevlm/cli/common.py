@@ -15,6 +15,7 @@ import click
 
 import edgevlm
 from edgevlm import store
+from edgevlm.byte_sizes import byte_size
 from edgevlm.cli.forms import read_forms
 from edgevlm.cli.names import InstalledName
 from edgevlm.errors import ImageError, PromptError
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
 
 Command = Callable[..., None]
 
+
+class ByteSize(click.ParamType):  # type: ignore[type-arg]  # it is generic from click 8.3 on
+    """A size such as 2GB, as bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """See click.ParamType."""
+        try:
+            return byte_size(value, "the size")
+        except PromptError as e:
+            self.fail(str(e), param, ctx)
+
+
 _LOADING_OPTIONS = (
     click.option("--threads", type=int, metavar="N",
                  help="Threads of both engines  [default: cores]"),
@@ -40,6 +55,9 @@ _LOADING_OPTIONS = (
                  help="Type of the KV cache; q8_0 halves it  [default: f16]"),
     click.option("--max-tiles", type=click.IntRange(min=1), metavar="N",
                  help="Most tiles of a picture, for models that cut it up; 1 cuts none."),
+    click.option("--max-memory", type=ByteSize(), metavar="SIZE",
+                 help="Most memory to hold, such as 2GB; encoder and decoder take turns in it "
+                 "where it has no room for both."),
     click.option("--no-cache", is_flag=True,
                  help="Keep nothing of pictures on disk, and read nothing that is there."),
 )  # fmt: skip
@@ -68,7 +86,7 @@ _LOGPROBS = click.option(
     help="Log-probability of each token and the N likeliest; with --json.",
 )  # fmt: skip
 _SAMPLING = tuple(SamplingOptions.__annotations__)
-_LOADING = ("device", "vision_device", "decoder_device", "threads", "kv", "max_tiles")
+_LOADING = ("device", "vision_device", "decoder_device", "threads", "kv", "max_tiles", "max_memory")
 
 
 def answering(command: Command) -> Command:

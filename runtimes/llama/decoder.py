@@ -73,8 +73,9 @@ class LlamaDecoder:
     `repack` lets llama.cpp re-order quantized weights at load. `offload` says what runs on another
     device than the CPU; `layers` is how many layers of how many really do. `input` is the file with
     the token embeddings, at `location`, and the tokenizer, where the decoder's own has not all of
-    them. Raises BundleCorrupt if the files do not hold the decoder of `spec`, EngineError if the
-    device does not take its layers.
+    them. Without `weights` only the vocabulary is loaded, and the rest with the first prefill after
+    it or a `release`. Raises BundleCorrupt if the files do not hold the decoder of `spec`,
+    EngineError if the device does not take its layers.
     """
 
     def __init__(
@@ -92,16 +93,39 @@ class LlamaDecoder:
         repack: bool = True,
         offload: Offload = ON_THE_CPU,
         input: Path | None = None,
+        weights: bool = True,
     ) -> None:
-        ggml.quiet()
         llama.llama_backend_init()
+        self._path, self._offload = path, offload
+        self._spec, self._repack = spec, repack
+        self.layers = (0, spec.n_layer + 1)
+        self._model: Handle | None = self._load() if weights else None
+        own = self._model if input in (None, path) else None
+        self._tokenizer = LlamaTokenizer(own) if own else tokenizers.load(input or path)
+        if self._tokenizer.n_tokens != spec.n_vocab:
+            raise BundleCorrupt(input or path, f"has {self._tokenizer.n_tokens} tokens")
+        self._releases = not weights
+        self._output = OutputRows(path, spec)
+        self._kv = kv or ("f32" if exact else "f16")
+        self._context: Handle | None = None
+        self._batch: Handle | None = None
+        self.adjust(threads, prefill_threads or threads, batch, flash_attention)
+        self._hook = graph_hook(path, spec, exact=exact)
+        self._rows = EmbeddingRows(input or path, location)
+        self._cancelled = cancelled = threading.Event()
+        self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
+
+    def _load(self) -> Handle:
+        """The file's model."""
+        path, offload, spec = self._path, self._offload, self._spec
+        ggml.quiet()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = offload.layers
         # An empty list is the CPU alone; without one llama.cpp takes every device it finds.
         handles = [offload.device.handle] if offload.device else []
         devices = (ctypes.c_void_p * (len(handles) + 1))(*handles)
         params.devices = ctypes.cast(devices, ctypes.c_void_p)
-        params.use_extra_bufts = repack
+        params.use_extra_bufts = self._repack
 
         def load() -> Handle | None:
             pointer = llama.llama_model_load_from_file(str(path).encode(), params)
@@ -114,25 +138,13 @@ class LlamaDecoder:
             raise EngineError(f"{offload.device.name} cannot load the decoder ({ggml.last_log()})")
         if not loaded:
             raise BundleCorrupt(path, f"llama.cpp cannot load it ({ggml.last_log()})")
-        self._model, model = loaded, loaded.pointer
+        model = loaded.pointer
         self.layers = ggml.offloaded()
-        own = LlamaTokenizer(loaded)
-        found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), own.n_tokens)
+        vocabulary = LlamaTokenizer(loaded).n_tokens
+        found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
         if found != (spec.n_embd, spec.n_layer, spec.outputs):
             raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
-        self._tokenizer = tokenizers.load(input) if input and input != path else own
-        if self._tokenizer.n_tokens != spec.n_vocab:
-            raise BundleCorrupt(input or path, f"has {self._tokenizer.n_tokens} tokens")
-        self._output = OutputRows(path, spec)
-        self._spec, self._repack = spec, repack
-        self._kv = kv or ("f32" if exact else "f16")
-        self._context: Handle | None = None
-        self._batch: Handle | None = None
-        self.adjust(threads, prefill_threads or threads, batch, flash_attention)
-        self._hook = graph_hook(path, spec, exact=exact)
-        self._rows = EmbeddingRows(input or path, location)
-        self._cancelled = cancelled = threading.Event()
-        self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
+        return loaded
 
     def adjust(
         self, threads: int, prefill_threads: int, batch: int, flash_attention: FlashAttention
@@ -152,9 +164,17 @@ class LlamaDecoder:
         return heard
 
     @property
+    def _weights(self) -> Handle:
+        """The whole model, loaded where it is not; ModelClosed after close."""
+        _ = self._tokenizer.n_tokens
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    @property
     def _ctx(self) -> Any:
         """llama.cpp's context; ModelClosed after close."""
-        _ = self._model.pointer
+        _ = self._tokenizer.n_tokens
         if self._context is None:
             raise EngineError("the decoder has read nothing yet")
         return self._context.pointer
@@ -204,9 +224,10 @@ class LlamaDecoder:
         n = count_rows(blocks, self._spec.n_embd)
         if n + room > self._spec.context_length:
             raise ContextOverflow(0, n, room, self._spec.context_length)
+        # Before weights may be loaded: whoever cancels meanwhile means this prefill.
+        self._cancelled.clear()
         # The same for every causal prompt: a longer one does not cost the cache of the last.
         self._reserve(n + room, max(map(self._at_once, blocks)))
-        self._cancelled.clear()
         kept = self._recall(blocks, self._keep(blocks), recall)
         llama.llama_set_abort_callback(self._ctx, self._abort, None)
         try:
@@ -322,7 +343,7 @@ class LlamaDecoder:
 
     def clear(self) -> None:
         """See TextDecoder."""
-        _ = self._model.pointer
+        _ = self._tokenizer.n_tokens
         if self._context is not None:
             llama.llama_memory_clear(llama.llama_get_memory(self._ctx), True)
         self._cached = CachedRows()
@@ -461,13 +482,13 @@ class LlamaDecoder:
         params.type_k = params.type_v = _KV_TYPES[self._kv]
         params.flash_attn_type = _FLASH_ATTENTION_TYPES[self._wanted_attention]
         ggml.log.clear()
-        context = llama.llama_init_from_model(self._model.pointer, params)
+        context = llama.llama_init_from_model(self._weights.pointer, params)
         if not context:
             raise EngineError(
                 f"llama.cpp cannot make a context of {params.n_ctx} positions ({ggml.last_log()}); "
                 "free some memory or shorten the request"
             )
-        self._context = Handle("the decoder", context, llama.llama_free, self._model)
+        self._context = Handle("the decoder", context, llama.llama_free, self._weights)
         if self._wanted_attention == "auto":
             self._flash_attention = ggml.flash_attention()
         self._n_ctx, self._n_batch = params.n_ctx, n_batch
@@ -481,8 +502,18 @@ class LlamaDecoder:
                 handle.close()
         self._context = self._batch = None
 
+    def release(self) -> None:
+        """See TextDecoder. The vocabulary stays: another thread may be tokenizing."""
+        if self._releases and self._model:
+            self._free_context()
+            self._n_ctx = self._n_batch = 0
+            self._cached = CachedRows()
+            self._model.close()
+            self._model = None
+
     def close(self) -> None:
         """See TextDecoder."""
         self._free_context()
         self._tokenizer.close()
-        self._model.close()
+        if self._model:
+            self._model.close()

@@ -136,6 +136,12 @@ class PairedDecoder:
         self._reader.cancel()
         self._writer.cancel()
 
+    def release(self) -> None:
+        """See TextDecoder."""
+        self._last = self._reader
+        self._reader.release()
+        self._writer.release()
+
     def close(self) -> None:
         """See TextDecoder."""
         self._writer.close()

@@ -11,6 +11,7 @@ import functools
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgevlm import cleanup
 from edgevlm.bundle import Bundle, Component
@@ -108,14 +109,19 @@ class _Opener:
         on_cpu = offer.provider is CPU
         # A float32 graph rounds otherwise without.
         prepack = wish.prepack or precision != "int8" or not on_cpu
-        vision, projector = (
-            self.ort.session(graph, offer, wish.threads, wish.spin, folder, prepack=packed)
-            for graph, packed in (
-                (self._bundle.vision(precision), prepack),
-                (self._bundle.path("projector"), True),
+        graphs = (self._bundle.vision(precision), prepack), (self._bundle.path("projector"), True)
+
+        def sessions() -> tuple[Any, Any]:
+            vision, projector = (
+                self.ort.session(graph, offer, wish.threads, wish.spin, folder, prepack=packed)
+                for graph, packed in graphs
             )
+            return vision, projector
+
+        vision, projector = sessions()
+        encoder = OrtEncoder(
+            self.ort, vision, projector, provider=name, single=not on_cpu, again=sessions
         )
-        encoder = OrtEncoder(self.ort, vision, projector, provider=name, single=not on_cpu)
         if on_cpu:
             return encoder, Counts(0, 0)
         return encoder, counts(vision, offer.provider) + counts(projector, offer.provider)

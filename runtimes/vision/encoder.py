@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,24 @@ class OrtEncoder:
     """VisionEncoder on two sessions of onnxruntime, from `Ort.session`.
 
     provider: what runs the graphs, in onnxruntime's words. single: whether the sessions take one
-    picture at a time.
+    picture at a time. again: makes both sessions anew, after a release.
     """
 
     def __init__(
-        self, ort: Ort, vision: Any, projector: Any, *, provider: str, single: bool
+        self,
+        ort: Ort,
+        vision: Any,
+        projector: Any,
+        *,
+        provider: str,
+        single: bool,
+        again: Callable[[], tuple[Any, Any]],
     ) -> None:
         self.provider = provider
         self._ort = ort
         self._sessions: dict[str, Any] = {"pixels": vision, "features": projector}
-        self._single = single
+        self._single, self._again = single, again
+        self._released = False
         self._lock = threading.Lock()
         self._run: Any = None
         _open.add(self)
@@ -45,6 +54,9 @@ class OrtEncoder:
         """Runs the graph whose input goes by this name."""
         if self._single and len(value) > 1:
             return np.concatenate([self._call(name, v[None]) for v in value])
+        if self._released:
+            self._released = False
+            self._sessions.update(zip(("pixels", "features"), self._again(), strict=True))
         session = self._sessions.get(name)
         if session is None:
             raise ModelClosed("the vision encoder is closed; load the model again")
@@ -69,8 +81,15 @@ class OrtEncoder:
             if self._run is not None:
                 self._run.terminate = True
 
+    def release(self) -> None:
+        """See VisionEncoder."""
+        if self._sessions:
+            self._sessions.clear()
+            self._released = True
+
     def close(self) -> None:
         """See VisionEncoder."""
+        self._released = False
         self._sessions.clear()
 
 
