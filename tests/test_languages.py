@@ -215,6 +215,26 @@ def test_samplers_and_penalties_go_by_the_models_ids(
     assert answers[0] == answers[1] and answers[1][2] != answers[1][1]
 
 
+def test_grammars_and_log_probabilities_go_by_the_models_ids(both: tuple[VLM, VLM]) -> None:
+    for penalty in (1.0, 3.0):
+        whole, less = (
+            vlm.ask(
+                "caption en",
+                SHAPES,
+                choices=["a blue circle", "a red square"],
+                repetition_penalty=penalty,
+                logprobs=1,
+            )
+            for vlm in both
+        )
+        assert whole.parsed == less.parsed and whole.token_ids == less.token_ids
+        for one, other in zip(whole.logprobs, less.logprobs, strict=True):
+            assert (one.token_id, one.text) == (other.token_id, other.text)
+            assert other.logprob >= one.logprob  # among fewer tokens
+    for vlm in both:
+        assert set(vlm.ask("x", choices=["red", "blue"]).text) <= set("redblue")
+
+
 def test_an_export_is_compared_by_what_remains(paligemma_checkpoint: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"quant": "f32", "vision_precision": "fp32", "languages": "en, el"}
     made = export_bundle(paligemma_checkpoint, tmp_path / "made", verify=True, **options)
