@@ -133,7 +133,7 @@ def load_bundle(
             return None, Placement(for_decoder, "none", "no decoder")
         if fit.apart:
             placed = backends.placement(for_decoder, ON_THE_CPU, manifest.decoder.n_layer + 1, [])
-            return single(bundle, settings, repack=False, kv=options.kv, weights=False), placed
+            return single(bundle, settings, repack=False, kv=options.kv, whole=False), placed
         return open_decoder(bundle, for_decoder, offered, settings, kv=options.kv)
 
     if loaded or fit.apart:
@@ -295,7 +295,7 @@ def single(
     repack: bool,
     kv: str | None = None,
     offload: Offload = ON_THE_CPU,
-    weights: bool = True,
+    whole: bool = True,
 ) -> LlamaDecoder:
     """The bundle's decoder on one device, all its weights in one order, or with none yet. Raises
     EngineError where the device takes no layer.
@@ -313,7 +313,7 @@ def single(
         repack=repack,
         offload=offload,
         input=bundle.input,
-        weights=weights,
+        whole=whole,
     )
 
 

@@ -1,7 +1,7 @@
 """The first rules: settings that follow what was measured, as one table.
 
 Every rule says when it holds, what it sets and what was measured (the numbers stand in
-docs/performance.md). The caller's own setting wins over any of them, and what `edgevlm tune`
+docs/measurements.md). The caller's own setting wins over any of them, and what `edgevlm tune`
 measured on this machine (`tuned.py`) comes before them.
 """
 

@@ -25,7 +25,7 @@ from edgevlm.runtimes.engines import (
     count_rows,
 )
 from edgevlm.runtimes.interrupt import interruptible
-from edgevlm.runtimes.llama import ggml
+from edgevlm.runtimes.llama import ggml, weights
 from edgevlm.runtimes.llama import grammar as grammars
 from edgevlm.runtimes.llama import tokenizer as tokenizers
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
@@ -73,8 +73,8 @@ class LlamaDecoder:
     `repack` lets llama.cpp re-order quantized weights at load. `offload` says what runs on another
     device than the CPU; `layers` is how many layers of how many really do. `input` is the file with
     the token embeddings, at `location`, and the tokenizer, where the decoder's own has not all of
-    them. Without `weights` only the vocabulary is loaded, and the rest with the first prefill after
-    it or a `release`. Raises BundleCorrupt if the files do not hold the decoder of `spec`,
+    them. If it is not `whole` only the vocabulary is loaded, and the rest with the first prefill
+    after it or a `release`. Raises BundleCorrupt if the files do not hold the decoder of `spec`,
     EngineError if the device does not take its layers.
     """
 
@@ -93,18 +93,18 @@ class LlamaDecoder:
         repack: bool = True,
         offload: Offload = ON_THE_CPU,
         input: Path | None = None,
-        weights: bool = True,
+        whole: bool = True,
     ) -> None:
         llama.llama_backend_init()
         self._path, self._offload = path, offload
         self._spec, self._repack = spec, repack
         self.layers = (0, spec.n_layer + 1)
-        self._model: Handle | None = self._load() if weights else None
+        self._model: Handle | None = self._load() if whole else None
         own = self._model if input in (None, path) else None
         self._tokenizer = LlamaTokenizer(own) if own else tokenizers.load(input or path)
         if self._tokenizer.n_tokens != spec.n_vocab:
             raise BundleCorrupt(input or path, f"has {self._tokenizer.n_tokens} tokens")
-        self._releases = not weights
+        self._releases = not whole
         self._output = OutputRows(path, spec)
         self._kv = kv or ("f32" if exact else "f16")
         self._context: Handle | None = None
@@ -117,34 +117,10 @@ class LlamaDecoder:
 
     def _load(self) -> Handle:
         """The file's model."""
-        path, offload, spec = self._path, self._offload, self._spec
-        ggml.quiet()
-        params = llama.llama_model_default_params()
-        params.n_gpu_layers = offload.layers
-        # An empty list is the CPU alone; without one llama.cpp takes every device it finds.
-        handles = [offload.device.handle] if offload.device else []
-        devices = (ctypes.c_void_p * (len(handles) + 1))(*handles)
-        params.devices = ctypes.cast(devices, ctypes.c_void_p)
-        params.use_extra_bufts = self._repack
-
-        def load() -> Handle | None:
-            pointer = llama.llama_model_load_from_file(str(path).encode(), params)
-            return Handle("the decoder", pointer, llama.llama_model_free) if pointer else None
-
-        # Not in the main thread: a Ctrl-C would be raised in the Python that llama.cpp calls with
-        # its messages, and ctypes would drop it.
-        loaded = interruptible(load, lambda: None)
-        if not loaded and offload.device:
-            raise EngineError(f"{offload.device.name} cannot load the decoder ({ggml.last_log()})")
-        if not loaded:
-            raise BundleCorrupt(path, f"llama.cpp cannot load it ({ggml.last_log()})")
-        model = loaded.pointer
-        self.layers = ggml.offloaded()
-        vocabulary = LlamaTokenizer(loaded).n_tokens
-        found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
-        if found != (spec.n_embd, spec.n_layer, spec.outputs):
-            raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
-        return loaded
+        model, self.layers = weights.load(
+            self._path, self._spec, self._offload, repack=self._repack
+        )
+        return model
 
     def adjust(
         self, threads: int, prefill_threads: int, batch: int, flash_attention: FlashAttention
@@ -296,8 +272,7 @@ class LlamaDecoder:
 
     def _take(self, state: memoryview) -> bool:
         self.clear()
-        given = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        if llama.llama_state_seq_set_data(self._ctx, given, len(state), 0) == len(state):
+        if weights.put_back(self._ctx, state):
             return True
         self.clear()
         return False
@@ -318,24 +293,13 @@ class LlamaDecoder:
         if not self.blocks:
             return memoryview(b"")
         self.rollback(sum(len(block.rows) for block in self.blocks))
-        return self._state()
-
-    def _state(self) -> memoryview:
-        """The KV cache of all rows."""
-        context = self._ctx
-
-        def get() -> memoryview:
-            data = np.empty(llama.llama_state_seq_get_size(context, 0), np.uint8)
-            to = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-            return data[: llama.llama_state_seq_get_data(context, to, len(data), 0)].data
-
-        return interruptible(get, lambda: None)
+        return weights.state(self._ctx)
 
     def hand_over(self, other: LlamaDecoder) -> None:
         """Gives all rows to a decoder of the same file, which goes on from there; this one keeps
         them.
         """
-        state = self._state()
+        state = weights.state(self._ctx)
         other._reserve(self._n_ctx, 0)
         if not other._take(state):
             raise EngineError(f"llama.cpp could not hand over a KV cache of {len(state)} bytes")

@@ -2,7 +2,7 @@
 tokens.
 
 llama.cpp's kernels for weights in the file's order read many rows sooner, those for re-ordered
-weights one row: docs/performance.md has the numbers. Both map the same file, so that what the
+weights one row: docs/measurements.md has the numbers. Both map the same file, so that what the
 second adds to the memory is its copy of the weights and a KV cache.
 """
 
