@@ -13,7 +13,7 @@ from PIL import Image
 from edgevlm.boxes import parse_percent
 from edgevlm.errors import ContextOverflow, ImageError, PromptError
 from edgevlm.image import RGB, ImageSource, Picture, read_picture
-from edgevlm.runtimes import fakes, request
+from edgevlm.runtimes import bitmaps, fakes
 from edgevlm.runtimes.messages import ImagePart, Message, TextPart
 from edgevlm.runtimes.session import VLM
 from edgevlm.runtimes.text import TextStream
@@ -214,7 +214,7 @@ def test_a_chat_reads_its_picture_once(monkeypatch: pytest.MonkeyPatch) -> None:
         reads.append(source)
         return read_picture(source)
 
-    monkeypatch.setattr(request, "read_picture", noted)
+    monkeypatch.setattr(bitmaps, "read_picture", noted)
     vlm = fakes.vlm("yes", conversational=True)
     chat = vlm.chat(image=RED)
     for _ in range(3):
