@@ -6,6 +6,7 @@ import click
 
 from edgevlm.cli.common import Run, answering, json_option, read_sources, show, tile_progress
 from edgevlm.cli.forms import forms
+from edgevlm.cli.many import Many, ask_each, each_source, many_options
 from edgevlm.cli.signals import Aside
 
 
@@ -13,13 +14,21 @@ from edgevlm.cli.signals import Aside
 @click.argument("prompt")
 @answering
 @forms
+@many_options
 @json_option
-def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
-    """Answer PROMPT about a picture, streamed.
+def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run, many: Many) -> None:
+    """Answer PROMPT about a picture, streamed, or about each of many.
 
     The prompt goes to the model as it is; PaliGemma models know "answer en QUESTION",
     "caption en", "detect THING ; THING" and "ocr".
+
+    Several -i are one request about all of them. An IMAGE that is a folder, or a pattern in
+    quotes such as "photos/**/*.jpg", stands for its pictures, and then each picture is asked
+    about by itself; so it is with --each or --jsonl OUT.
     """
+    if (sources_of_many := each_source(images, many)) is not None:
+        ask_each(prompt, sources_of_many, many, run, as_json=as_json)
+        return
     sources = read_sources(images)
     with run.load(sources) as vlm:
         answer = vlm.stream(prompt, sources, progress=tile_progress, **run.sampling)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 
 from edgevlm.bundle import Bundle
 from edgevlm.types import Progress
+
+# The rate is that of the last minutes: a picture may take one.
+_RATE_PERIOD_S = 300
 
 
 def err_console() -> Console:
@@ -81,3 +95,57 @@ def _amount(progress: Progress) -> str:
     if progress.unit == "B":
         return f"{progress.done / 2**20:.0f}/{progress.total / 2**20:.0f} MiB"
     return f"{progress.done}/{progress.total} {progress.unit}"
+
+
+class PictureBar:
+    """One bar on stderr for many pictures: count, rate and time left. Nothing is shown where stderr
+    is not a terminal.
+    """
+
+    def __init__(self, total: int, before: int) -> None:
+        console = err_console()
+        self._bars = Bars(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            speed_estimate_period=_RATE_PERIOD_S,
+        )
+        self._shown = sys.stderr.isatty() and console.is_terminal
+        self._task = self._bars.add_task("", total=total, completed=before, rate="")
+
+    def __enter__(self) -> PictureBar:
+        self._start()
+        return self
+
+    def _start(self) -> None:
+        if self._shown:
+            self._bars.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._shown:  # Otherwise older rich ends a line that there is not.
+            self._bars.stop()
+
+    def advance(self) -> None:
+        """Counts a picture."""
+        self._bars.advance(self._task)
+        speed = self._bars.tasks[0].speed
+        if speed:
+            rate = f"{speed:.1f} pictures/s" if speed >= 1 else f"{1 / speed:.1f} s a picture"
+            self._bars.update(self._task, rate=rate)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The terminal without the bar, for the length of the block."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._start()

@@ -30,6 +30,7 @@ _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 # Windows lets no signal end a wait; elsewhere it is as good as endless.
 _PATIENCE_S = 0.1
 _SHOW_CURSOR = b"\x1b[?25h\n"
+_last_words: list[Callable[[], str]] = []
 
 
 class Aside(click.Command):
@@ -100,6 +101,18 @@ def raising() -> Iterator[None]:
             signal.signal(number, _end)
 
 
+@contextmanager
+def last_words(say: Callable[[], str]) -> Iterator[None]:
+    """A line on stderr where a signal ends the process within the block, such as how to go on.
+    It is asked for by the handler, whatever else is at work.
+    """
+    _last_words.append(say)
+    try:
+        yield
+    finally:
+        _last_words.remove(say)
+
+
 def _exception(number: int) -> BaseException:
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
@@ -120,5 +133,7 @@ def _end(number: int, _: FrameType | None) -> NoReturn:
         with suppress(OSError):
             if os.isatty(2):
                 os.write(2, _SHOW_CURSOR)
+            for say in _last_words:
+                os.write(2, f"{say()}\n".encode(errors="backslashreplace"))
     finally:
         os._exit(128 + number)

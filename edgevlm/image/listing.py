@@ -1,0 +1,85 @@
+"""Pictures that a folder or a pattern stands for, by the extensions of their names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
+
+from edgevlm.errors import ImageError
+from edgevlm.image.names import located
+from edgevlm.image.urls import one_line, shortened
+
+_WILD = re.compile(r"[*?[]")
+# Formats that Pillow tells apart and does not decode, or only with a program beside it.
+_NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# Pictures that take a package or a later Pillow, which their error says, and JPEGs of two pictures.
+_FURTHER = frozenset((".avif", ".heic", ".heif", ".hif", ".mpo"))
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """Extensions of pictures' names, in lower case, each with its dot."""
+    known = Image.registered_extensions().items()
+    read = {e for e, kind in known if kind in Image.OPEN and kind not in _NOT_DECODED}
+    return _FURTHER | read
+
+
+def listed(name: str, *, recursive: bool = False) -> list[Path] | None:
+    """The pictures in the folder, or of the pattern, that a text names; None for other texts.
+
+    They are sorted by name; hidden ones and files with other extensions are passed over.
+    `recursive` goes into the folder's folders. A pattern has `*`, `?` or `[` and is not a file's
+    name; `**` in it stands for folders at any depth. Links to folders are not followed. Raises
+    ImageError for a folder that cannot be read and a pattern that is not valid.
+    """
+    place = located(name) if name.strip() else name
+    if isinstance(place, str):
+        return None
+    if os.path.isdir(place):
+        found = list(_in_folder(place, recursive))
+    elif _WILD.search(str(place)) and not os.path.lexists(place):
+        found = _matching(place)
+    else:
+        return None
+    return sorted(filter(_is_picture, found))
+
+
+def _in_folder(folder: Path, recursive: bool) -> Iterator[Path]:
+    for here, folders, files in os.walk(folder, onerror=_refuse):
+        folders[:] = [f for f in folders if recursive and not f.startswith(".")]
+        yield from (Path(here, file) for file in files if not file.startswith("."))
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise ImageError(shortened(str(error.filename)), f"cannot be read ({one_line(error)})")
+
+
+def _matching(pattern: Path) -> list[Path]:
+    n_fixed = next(i for i, part in enumerate(pattern.parts) if _WILD.search(part))
+    root, wild = Path(*pattern.parts[:n_fixed]), pattern.parts[n_fixed:]
+    if wild[-1] == "**":  # Python 3.13 and those before it do not agree on what this matches.
+        wild = (*wild, "*")
+    try:
+        found = list(root.glob("/".join(wild)))
+    except ValueError:
+        raise ImageError(
+            shortened(str(pattern)), "not a valid pattern; ** stands alone, as in photos/**/*.jpg"
+        ) from None
+    hidden = any(part.startswith(".") for part in wild)
+    return [path for path in found if hidden or not _is_hidden(path.relative_to(root))]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_picture(path: Path) -> bool:
+    """By its name; of files alone, and of links that lead nowhere, which reading tells."""
+    named = path.suffix.lower() in extensions()
+    return named and (os.path.isfile(path) or not os.path.exists(path))
