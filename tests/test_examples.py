@@ -1,9 +1,14 @@
 """The example programs run, on fakes, and the examples in docstrings, on pico: they cannot rot."""
 
 import doctest
+import importlib.util
 import inspect
+import json
+import os
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +57,34 @@ def test_example(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / f"{example}.py"))["main"](picture, *arguments)
     assert expected in capsys.readouterr().out
+
+
+# Ray's own start, on two processors that it believes to have.
+WITH_RAY = """
+import ray, runpy, sys
+ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+runpy.run_path(sys.argv[1])["main"](sys.argv[2], "2")
+"""
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("ray", "pandas", "pyarrow")),
+    reason="ray[data] is not installed",
+)
+def test_many_pictures_on_two_workers_of_ray(tmp_path: Path) -> None:
+    for i in range(10):
+        shutil.copyfile(EXAMPLES / ("sign.png", "shapes.png")[i % 2], tmp_path / f"{i}.png")
+    ended = subprocess.run(
+        [sys.executable, "-c", WITH_RAY, str(EXAMPLES / "many_ray.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
+        timeout=200,
+    )
+    answers = {row["file"]: row["text"] for row in map(json.loads, ended.stdout.splitlines())}
+    assert set(answers) == {str(path) for path in tmp_path.resolve().iterdir()}, ended.stderr
+    with edgevlm.load() as vlm:
+        assert answers[str(tmp_path / "1.png")] == vlm.caption(EXAMPLES / "shapes.png").text
 
 
 def test_every_example_is_short() -> None:
