@@ -29,7 +29,8 @@ from edgevlm.types import Reply
 
 if TYPE_CHECKING:
     from edgevlm.cli.progress import PictureBar
-    from edgevlm.runtimes.session import VLM, Chat
+    from edgevlm.runtimes.chat import Chat
+    from edgevlm.runtimes.session import VLM
 
 # Pictures that are read while another one is answered; each may take 256 MiB.
 _AHEAD = 1
