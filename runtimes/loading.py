@@ -216,9 +216,9 @@ def budgeted(
     from minute to minute, and the system drops pages of files for whoever needs them. Where other
     devices may take the decoder nothing is decided unasked.
     """
-    kv = "f32" if _exact(bundle) and not options.kv else options.kv or "f16"
-    needs = budget.needs(bundle, pick(settings.vision, bundle.vision_precisions), kv)
     alone = "decoder" not in bundle.manifest.components
+    kv = options.kv or ("f16" if alone or not _exact(bundle) else "f32")
+    needs = budget.needs(bundle, pick(settings.vision, bundle.vision_precisions), kv)
     if options.max_memory is None and (alone or offered):
         return Budget(needs, None, apart=False, repacking=settings.repacking)
     total = memory().total_bytes

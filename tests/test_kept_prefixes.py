@@ -161,7 +161,7 @@ def test_a_state_that_is_no_use_is_computed_anew(
 
 
 def test_other_settings_have_states_of_their_own(llava: Path) -> None:
-    for settings in ({}, {"kv": "q8_0"}, {"threads": 1, "kv": "f16"}):
+    for settings in ({}, {"kv": "q8_0"}, {"threads": 3, "kv": "f16"}):
         for kept in (False, True):
             with edgevlm.load(llava, **settings) as vlm:
                 assert bool(vlm.ask("what is it?", A, max_tokens=1).tokens.kept) == kept

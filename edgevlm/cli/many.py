@@ -125,12 +125,12 @@ def _named_source(name: str) -> NamedPicture:
     from edgevlm.image.names import located
     from edgevlm.image.urls import without_credentials
 
-    place = located(name) if name.strip() else name
-    return (
-        _file_source(place)
-        if isinstance(place, Path)
-        else NamedPicture(without_credentials(name), name)
-    )
+    if not name.strip():
+        raise ImageError("the picture's name", "is empty; name a file or a URL")
+    place = located(name)
+    if isinstance(place, Path):
+        return _file_source(place)
+    return NamedPicture(without_credentials(name), name)
 
 
 def _file_source(path: Path) -> NamedPicture:
@@ -255,10 +255,11 @@ def _ask_all(
 
     with PictureBar(tally.total, tally.before) as bar:
         for source, reading in _read_ahead(vlm, todo):
-            reply, about = None, {"file": source.file}
+            reply: Reply | None = None
+            about: Record = {"file": source.file}
             try:
                 chat, decode_ms = reading.result()
-                reply = chat.ask(question["prompt"], **run.sampling)
+                reply = _whole(chat.ask(question["prompt"], **run.sampling))
                 timings = replace(reply.timings, image_decode_ms=decode_ms)
                 about |= _without_tokens(as_dict(replace(reply, timings=timings)))
             except (ImageError, PromptError, EngineError) as error:
@@ -271,6 +272,13 @@ def _ask_all(
                 tally.answered += 1
                 tally.cut += reply.finish_reason == "length"
             bar.advance()
+
+
+def _whole(reply: Reply) -> Reply:
+    """The reply; raises PromptError where it was held to a form and is not whole."""
+    if reply.constraint:
+        _ = reply.parsed
+    return reply
 
 
 def _without_tokens(reply: Record) -> Record:
