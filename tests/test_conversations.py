@@ -98,6 +98,26 @@ def test_answers_are_kept_whatever_order_the_weights_are_in(
         assert second.tokens.kept >= first.tokens.prompt + first.tokens.generated - 1
 
 
+def test_a_longer_context_holds_what_the_shorter_one_held(tmp_path: Path) -> None:
+    folder = exported(write_llava, tmp_path, "q8_0")
+    with edgevlm.load(folder, cache=False) as vlm, vlm.chat(A) as chat:
+        first = chat.ask("what is it?", max_tokens=4)
+        short = vlm.settings.context
+        second = chat.ask("and where?", max_tokens=short)
+        assert vlm.settings.context > short
+        assert second.tokens.kept >= first.tokens.prompt + first.tokens.generated - 1
+        with edgevlm.load(folder, cache=False) as fresh:
+            asked = [("what is it?", first), ("and where?", None)]
+            said: list[Message] = []
+            for question, answer in asked:
+                image = {"type": "image", "image": A}
+                text = {"type": "text", "text": question}
+                said.append({"role": "user", "content": [text] if said else [image, text]})  # type: ignore[list-item]
+                if answer:
+                    said.append({"role": "assistant", "content": answer})
+            assert fresh.ask(said, max_tokens=8).token_ids == second.token_ids[:8]
+
+
 def test_another_question_is_read_in_the_batches_of_a_first_one(tmp_path: Path) -> None:
     """Otherwise its logits would depend on what was asked before it."""
     folder = exported(write_llava, tmp_path, "q8_0")

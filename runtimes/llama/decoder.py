@@ -430,9 +430,14 @@ class LlamaDecoder:
         self._cancelled.set()
 
     def _reserve(self, n_ctx: int, n_batch: int) -> None:
-        """Makes a context of at least this many positions and rows in one batch."""
+        """Makes a context of at least this many positions and rows in one batch; what was read
+        stays.
+        """
         if self._context is not None and n_ctx <= self._n_ctx and n_batch <= self._n_batch:
             return
+        cached, state = self._cached, None
+        if self._context is not None and cached.positions:
+            state = weights.state(self._ctx)
         self._free_context()
         n_batch = -(-max(n_batch, _SCORE_ROWS) // _BATCH_STEP) * _BATCH_STEP
         params = llama.llama_context_default_params()
@@ -456,7 +461,8 @@ class LlamaDecoder:
         if self._wanted_attention == "auto":
             self._flash_attention = ggml.flash_attention()
         self._n_ctx, self._n_batch = params.n_ctx, n_batch
-        self._cached = CachedRows()
+        there = state is not None and weights.put_back(context, state)
+        self._cached = cached if there else CachedRows()
         batch = llama.llama_batch_init(_SCORE_ROWS, 0, 1)
         self._batch = Handle("the decoder", batch, llama.llama_batch_free)
 
