@@ -20,7 +20,7 @@ class Target:
 
 
 TARGETS: Mapping[str, Target] = {
-    # 8-bit products are the processor's fastest (docs/performance.md).
+    # 8-bit products are the processor's fastest (docs/measurements.md).
     "laptop": Target("q4_k_m", ("int8",)),
     # llama.cpp re-orders q4_0 for ARM's 8-bit products, which K-quants are not.
     "phone": Target("q4_0", ("int8",)),

@@ -299,7 +299,9 @@ def test_stats_of_each(edge: Terminal, photos: Path) -> None:
 
 
 def test_the_bar_counts_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    # Not the terminal of whoever runs this, which may be one that shows no bars.
+    environment = {"TERM": "xterm"}
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, _environ=environment)
     monkeypatch.setattr(progress, "err_console", lambda: screen)
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
