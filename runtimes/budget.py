@@ -31,8 +31,9 @@ _KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 _STEP = 256
 # A photograph, and words around it: what a model is loaded for.
 _PHOTO, _WORDS = (4000, 3000), 64
-# Copies of the weights beside the mapped file, by repacking; with "decode" there are two KV caches.
-_COPIES: dict[Repacking, int] = {"off": 0, "on": 1, "decode": 1}
+# Copies of the weights beside the mapped file, by repacking. With "decode" the file is mapped twice,
+# and there are two KV caches.
+_COPIES: dict[Repacking, int] = {"off": 0, "on": 1, "decode": 2}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,12 @@ def one_at_a_time() -> int:
     return found.peak(found.usual, "off", apart=True)
 
 
+def test_two_orders_of_the_weights_map_the_file_twice() -> None:
+    sizes = [BIG.decoder(100, repacking) for repacking in ("off", "on", "decode")]
+    assert sizes[1] - sizes[0] == BIG.weights
+    assert sizes[2] - sizes[1] == BIG.weights + 256 * BIG.position
+
+
 @pytest.mark.parametrize(
     ("limit", "apart", "repacking"),
     [(6, False, "on"), (4, False, "off"), (3, True, "off")],
