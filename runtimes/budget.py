@@ -30,9 +30,9 @@ _KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 # Contexts grow in steps, see decoder.py.
 _STEP = 256
 # A photograph, and words around it: what a model is loaded for.
-_PHOTO, _WORDS = (4000, 3000), 64
-# Copies of the weights beside the mapped file, by repacking. With "decode" the file is mapped twice,
-# and there are two KV caches.
+PHOTO, _WORDS = (4000, 3000), 64
+# Copies of the weights beside the mapped file, by repacking. With "decode" the file is mapped
+# twice, and there are two KV caches.
 _COPIES: dict[Repacking, int] = {"off": 0, "on": 1, "decode": 2}
 
 
@@ -103,7 +103,7 @@ def needs(bundle: Bundle, precision: str, kv: str) -> Needs:
     staying = manifest.components.get("masks")
     masks = sum(record.bytes for record in staying.files) if staying else 0
     found = ggml.layer_bytes(bundle.path("decoder"), spec, exact=False)
-    rows = plan(*_PHOTO, manifest.image).rows if vision else 0
+    rows = plan(*PHOTO, manifest.image).rows if vision else 0
     return Needs(
         vision,
         spec.n_vocab * _TOKEN + masks,

@@ -151,7 +151,7 @@ class TextDecoder(Protocol):
 
     def state(self) -> memoryview:
         """The KV cache of `blocks`, which `recall` may give back to a decoder of the same file that
-        reads the same way. What was read after them is forgotten.
+        reads the same way.
         """
 
     def clear(self) -> None:

@@ -110,9 +110,7 @@ class Engines:
                 other.release()
 
     def keep(self) -> None:
-        """Writes what was computed of pictures to disk, where that is wanted, for other processes.
-        The decoder forgets what it has read after them.
-        """
+        """Writes what was computed of pictures to disk, where that is wanted."""
         self.cache.keep()
         if self.prefixes:
             self.prefixes.keep(self.decoder)

@@ -8,7 +8,7 @@ measured on this machine (`tuned.py`) comes before them.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,14 +43,12 @@ class EngineSettings:
 class Facts:
     """Facts that rules may depend on.
 
-    cores: physical cores that this process may keep busy. features: llama.cpp's words for what the
-    processor can do, such as "AVX2". decoder: the decoder's precision, such as "q4_k_m". goal: what
-    should be fast: a long answer or many ("chat"), a first short one ("caption"), "both".
-    short_answers: whether the model answers in a few words, as PaliGemma does.
+    cores: physical cores that this process may keep busy. decoder: the decoder's precision, such as
+    "q4_k_m". goal: what should be fast: a long answer or many ("chat"), a first short one
+    ("caption"), "both". short_answers: whether the model answers in a few words, as PaliGemma does.
     """
 
     cores: int
-    features: frozenset[str]
     decoder: str = ""
     x86: bool = True
     goal: Goal = "both"
@@ -152,13 +150,7 @@ def settings(facts: Facts) -> EngineSettings:
     )
 
 
-def this_machine(
-    features: Sequence[str],
-    decoder: str = "",
-    *,
-    goal: Goal = "both",
-    short_answers: bool = False,
-) -> Facts:
-    """The facts of this machine; `features` are llama.cpp's words."""
+def this_machine(decoder: str = "", *, goal: Goal = "both", short_answers: bool = False) -> Facts:
+    """The facts of this machine for a decoder of that precision."""
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "x86")
-    return Facts(physical_cores(), frozenset(features), decoder, x86, goal, short_answers)
+    return Facts(physical_cores(), decoder, x86, goal, short_answers)

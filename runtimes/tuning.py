@@ -20,8 +20,10 @@ import numpy as np
 
 from edgevlm.bundle import Bundle, check_path, open_bundle
 from edgevlm.errors import PromptError
+from edgevlm.image.plan import plan
 from edgevlm.machine import physical_cores, usable_cpus
 from edgevlm.runtimes import tuned
+from edgevlm.runtimes.budget import PHOTO
 from edgevlm.runtimes.engines import Block, Float, sequential
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
@@ -71,7 +73,7 @@ def tune(
     if "decoder" not in bundle.manifest.components:
         raise PromptError(f"{bundle.manifest.name}: has no decoder to tune for")
     features = ggml.cpu_features()
-    held = {g: choose(bundle, LoadOptions(goal=g), tunings=False)[0] for g in GOALS}
+    held = {g: choose(bundle, LoadOptions(goal=g), features, tunings=False)[0] for g in GOALS}
     measuring = _Measuring(bundle, held, time.monotonic() + seconds, progress)
     measuring.vision()
     repacking = measuring.decoder()
@@ -170,7 +172,7 @@ class _Measuring:
         best = {goal: settings.repacking for goal, settings in self._held.items()}
         if not all(times.values()):
             return best
-        rows = self._bundle.manifest.image.tokens + _QUESTION
+        rows = plan(*PHOTO, self._bundle.manifest.image).rows + _QUESTION
         times["prefill"] = {order: ms / _ROWS for order, ms in times["prefill"].items()}
         for goal, held in best.items():
             others: list[Repacking] = [held, "off", "on", "decode"]

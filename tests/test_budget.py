@@ -85,7 +85,7 @@ def test_a_request_beyond_the_limit_is_refused_with_numbers() -> None:
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
-    """Whether the encoder and the decoder had their weights, whenever one of them worked."""
+    """States of a model: had encoder and decoder their weights, whenever one of them worked?"""
     found: list[tuple[bool, bool]] = []
     engines: dict[str, Any] = {}
     features, prefill, load = OrtEncoder.features, LlamaDecoder.prefill, LlamaDecoder.__init__

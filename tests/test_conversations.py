@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import edgevlm
-from edgevlm import Message
+from edgevlm import Message, disk_cache
 from edgevlm.export import export_bundle
-from edgevlm.runtimes.engines import Block, sequential
+from edgevlm.runtimes import prefixes
+from edgevlm.runtimes.engines import Block, BlockAttention, Float, sequential
 from edgevlm.runtimes.llama.cached_rows import CachedRows
 from tests.checkpoints.deepseek_vl import write_deepseek_vl
 from tests.checkpoints.internvl import write_internvl
@@ -118,6 +119,23 @@ def test_a_longer_context_holds_what_the_shorter_one_held(tmp_path: Path) -> Non
             assert fresh.ask(said, max_tokens=8).token_ids == second.token_ids[:8]
 
 
+def test_what_is_kept_on_disk_does_not_end_a_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("EDGEVLM_CACHE_SIZE")
+    monkeypatch.setattr(prefixes, "MIN_ROWS", 1)
+    folder = exported(write_llava, tmp_path, "q8_0")
+    with edgevlm.load(folder) as vlm, vlm.chat(A) as chat:
+        first = chat.ask("what is it?", max_tokens=6)
+        assert disk_cache.pictures_folder().bytes()
+        second = chat.ask("and where?", max_tokens=6)
+        assert second.tokens.kept >= first.tokens.prompt + first.tokens.generated - 1
+        with edgevlm.load(folder, cache=False) as fresh, fresh.chat(A) as again:
+            assert again.ask("what is it?", max_tokens=6).token_ids == first.token_ids
+            assert again.ask("and where?", max_tokens=6).token_ids == second.token_ids
+
+
 def test_another_question_is_read_in_the_batches_of_a_first_one(tmp_path: Path) -> None:
     """Otherwise its logits would depend on what was asked before it."""
     folder = exported(write_llava, tmp_path, "q8_0")
@@ -130,18 +148,18 @@ def test_another_question_is_read_in_the_batches_of_a_first_one(tmp_path: Path) 
 # Rows
 
 
-def embed(tokens: list[int]) -> np.ndarray:
+def embed(tokens: Sequence[int]) -> Float:
     return EMBEDDINGS[list(tokens)]
 
 
-def block(tokens: list[int], start: int = 0, attention: str = "causal") -> Block:
-    return sequential(embed(tokens), attention, start)  # type: ignore[arg-type]
+def block(tokens: Sequence[int], start: int = 0, attention: BlockAttention = "causal") -> Block:
+    return sequential(embed(tokens), attention, start)
 
 
 def cached(blocks: list[Block], tokens: list[int]) -> CachedRows:
     rows = CachedRows()
     rows.read(list(range(sum(len(b.rows) for b in blocks))))
-    rows.prompt(blocks)
+    rows.prompt(blocks, 0)
     n = len(rows.positions)
     rows.drew(tokens, range(n, n + len(tokens)))
     return rows
@@ -163,15 +181,44 @@ def cached(blocks: list[Block], tokens: list[int]) -> CachedRows:
 )
 def test_rows_in_common(asked: list[Block], common: int) -> None:
     rows = cached([block([1, 2]), block([3, 4], 2)], [5, 6])
-    assert rows.common(asked, embed) == common  # type: ignore[arg-type]
-    assert rows.copy().common(asked, embed) == common  # type: ignore[arg-type]
+    assert rows.common(asked, embed) == common
+    assert rows.copy().common(asked, embed) == common
+
+
+def test_blocks_behind_an_answer_are_no_state_for_others() -> None:
+    """Its rows were read one by one, which rounds otherwise than a batch."""
+    first, question = block([1, 2]), block([3, 4], 2)
+    rows = cached([first, question], [5, 6])
+    assert rows.leading == [first]
+    longer, picture, words = block([3, 4, 5, 6, 7], 2), block([8, 9], 7), block([1], 9)
+    asked = [first, longer, picture, words]
+    kept = rows.common(asked, embed)
+    rows.cut(kept)
+    rows.read(list(range(kept, 10)))
+    rows.prompt(asked, kept)
+    assert rows.leading == [first]
+    # Neither in the next turn nor in a question about the same.
+    other = [first, longer, picture, block([2], 9)]
+    kept = rows.common(other, embed)
+    assert kept == 9
+    rows.cut(kept)
+    rows.read([9])
+    rows.prompt(other, kept)
+    assert rows.leading == [first]
+    # From the pure block on everything is read as by anybody.
+    anew = [first, block([9, 9], 2), words]
+    kept = rows.common(anew, embed)
+    rows.cut(kept)
+    rows.read([2, 3, 4])
+    rows.prompt(anew, kept)
+    assert rows.leading == anew[:2]
 
 
 def test_a_bidirectional_block_has_no_rows_of_its_own() -> None:
     whole = [block([1, 2, 3], attention="bidirectional")]
     rows = cached(whole, [4])
     longer = [block([1, 2, 3, 4, 5], attention="bidirectional")]
-    assert rows.common(longer, embed) == 0  # type: ignore[arg-type]
+    assert rows.common(longer, embed) == 0
 
 
 @pytest.mark.parametrize(("left", "common"), [(6, 6), (5, 5), (4, 2), (3, 2), (2, 2), (1, 0)])
@@ -179,4 +226,4 @@ def test_rows_that_are_gone_are_not_in_common(left: int, common: int) -> None:
     rows = cached([block([1, 2]), block([3, 4], 2)], [5, 6])
     rows.cut(left)
     assert len(rows.positions) == left
-    assert rows.common([block([1, 2]), block([3, 4, 5, 6, 7], 2)], embed) == common  # type: ignore[arg-type]
+    assert rows.common([block([1, 2]), block([3, 4, 5, 6, 7], 2)], embed) == common

@@ -310,6 +310,6 @@ def test_everybody_asks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     from edgevlm.runtimes import rules
 
     monkeypatch.setattr(machine, "cpu_quota", lambda _: 1.7)
-    assert rules.decide("threads", rules.this_machine([])) == 1
+    assert rules.decide("threads", rules.this_machine()) == 1
     assert this_machine().usable_cores == 1
     assert machine.physical_cores() == 1

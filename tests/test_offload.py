@@ -72,7 +72,7 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> type[FakeLlama]:
 
 
 def opened(bundle: Bundle, word: str, devices: Sequence[LlamaDevice]) -> Placement:
-    return open_decoder(bundle, word, devices, rules.settings(rules.this_machine([])))[1]
+    return open_decoder(bundle, word, devices, rules.settings(rules.this_machine()))[1]
 
 
 @pytest.mark.parametrize(
@@ -226,15 +226,15 @@ def test_this_build_lists_its_devices() -> None:
 def test_repacking_follows_the_processor_the_types_and_the_answers(
     x86: bool, decoder: str, goal: Goal, short: bool, repacking: str
 ) -> None:
-    facts = rules.Facts(2, frozenset(), decoder, x86, goal, short)
+    facts = rules.Facts(2, decoder, x86, goal, short)
     assert rules.decide("repacking", facts) == repacking
 
 
 def test_threads_are_the_cores() -> None:
-    assert rules.decide("threads", rules.this_machine(["AVX2"])) == physical_cores() >= 1
+    assert rules.decide("threads", rules.this_machine()) == physical_cores() >= 1
 
 
 def test_every_setting_has_a_rule_that_always_holds() -> None:
     for name in {r.setting for r in rules.RULES}:
-        found = rules.rule(name, rules.Facts(1, frozenset(), "", x86=False))
+        found = rules.rule(name, rules.Facts(1, "", x86=False))
         assert found.evidence and found.when

@@ -183,7 +183,7 @@ def test_one_goal_is_for_every_command() -> None:
 def test_without_time_everything_stays() -> None:
     found = tuning.tune(built_in(), seconds=0.0)
     assert not found.compared and found.skipped
-    held = rules.settings(rules.this_machine(ggml.cpu_features(), "q8_0", short_answers=True))
+    held = rules.settings(rules.this_machine("q8_0", short_answers=True))
     assert found.goals["both"].decode_threads == held.decode_threads
 
 

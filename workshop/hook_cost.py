@@ -52,7 +52,7 @@ def measure(bundle: Bundle, hooked: bool, rows: int, tokens: int) -> Times:
     data = np.random.default_rng(0).standard_normal((rows, spec.n_embd), np.float32)
     hook = hooks.graph_hook if hooked else _nothing
     with mock.patch.object(decoder, "graph_hook", hook):
-        text, _ = open_decoder(bundle, "cpu", [], rules.settings(rules.this_machine([])))
+        text, _ = open_decoder(bundle, "cpu", [], rules.settings(rules.this_machine()))
     start = time.perf_counter()
     text.prefill([sequential(data, "causal")], room=tokens + 2)
     prefill = time.perf_counter() - start

@@ -22,14 +22,16 @@ def answer(folder: str, limit: str) -> None:
     import numpy as np
 
     import edgevlm
+    from edgevlm.bundle import open_bundle
+    from edgevlm.runtimes.budget import needs
     from edgevlm.runtimes.memory import peak_bytes
 
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     with edgevlm.load(Path(folder), max_memory=int(limit) or None, cache=False) as vlm:
         tokens = [vlm.ask("What is this?", p, max_tokens=4).token_ids for p in (_PICTURE, noise)]
-        fit, settings = vlm.engines.budget, vlm.settings
-    assert fit is not None
-    estimate = fit.needs.peak(settings.context, settings.repacking, apart=settings.apart)
+        bundle, settings = open_bundle(Path(folder)), vlm.settings
+        needed = needs(bundle, vlm.devices.vision.precision, settings.kv)
+    estimate = needed.peak(settings.context, settings.repacking, apart=settings.apart)
     found = {"peak": peak_bytes(), "estimate": estimate, "apart": settings.apart}
     print(json.dumps(found | {"repacking": settings.repacking, "tokens": tokens}))
 

@@ -115,13 +115,12 @@ def _decoder_missing() -> list[tuple[str, str]]:
 
 def _settings() -> list[tuple[str, str]]:
     from edgevlm.runtimes import rules
-    from edgevlm.runtimes.llama import ggml
 
-    facts = rules.this_machine(ggml.cpu_features(), "q4_k_m")
+    facts = rules.this_machine("q4_k_m")
     rows = []
     for name, what in (
         ("threads", "of both engines"),
-        ("repacking", "q4_k_m weights re-ordered at load"),
+        ("repacking", "of q4_k_m weights, of a copy for decode alone or of all"),
         ("spinning", "onnxruntime's workers wait busily"),
         ("vision", "precision on the CPU"),
     ):

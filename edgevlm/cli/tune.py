@@ -10,6 +10,7 @@ from edgevlm.cli.names import InstalledName
 from edgevlm.cli.signals import Aside
 
 if TYPE_CHECKING:
+    from edgevlm.runtimes.rules import Goal
     from edgevlm.runtimes.tuned import Tuning
 
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     help="Time to measure in; what does not fit is left as it is.",
 )
 @click.option("--forget", is_flag=True, help="Drop what was measured for MODEL on this machine.")
-def tune(model: str | None, goal: str, seconds: float, forget: bool) -> None:
+def tune(model: str | None, goal: Goal, seconds: float, forget: bool) -> None:
     """Measure the best settings for MODEL on this machine, and use them from now on.
 
     MODEL is a bundle folder or an installed name; without one it is the model that `edgevlm use`
@@ -59,7 +60,7 @@ def tune(model: str | None, goal: str, seconds: float, forget: bool) -> None:
         def show(progress: Progress) -> None:
             status.update(f"{progress.stage}, {progress.done + 1} of {progress.total}")
 
-        found = tuning.tune(folder, goal, seconds=seconds, progress=show)  # type: ignore[arg-type]
+        found = tuning.tune(folder, goal, seconds=seconds, progress=show)
     path = tuned.remember(found)
     _show(found)
     click.echo(f"Kept in {path}", err=True)

@@ -79,7 +79,8 @@ def _child(name: str, gguf: Path, given: str) -> str:
 
 def pieces(gguf: Path) -> list[str | None]:
     """The text of every token; None where its bytes are no whole characters."""
-    return json.loads(_child("pieces", gguf, ""))  # type: ignore[no-any-return]
+    texts: list[str | None] = json.loads(_child("pieces", gguf, ""))
+    return texts
 
 
 def usage(gguf: Path, texts: Mapping[str, float]) -> NDArray[np.float64]:

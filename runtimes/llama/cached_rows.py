@@ -21,11 +21,15 @@ class CachedRows:
         self._blocks: list[Block] = []
         self._tokens: list[int] = []
         self._n_leading = 0
+        # The first of the blocks that were read in whole batches, as anybody would read them.
+        self._n_pure = 0
 
     @property
     def leading(self) -> Sequence[Block]:
-        """All blocks but the last one of a prompt that was read whole."""
-        return self._blocks[: self._n_leading]
+        """All blocks but the last one of a prompt that was read to its end, up to the first that
+        goes on from an answer: the rows of an answer were read one by one, which rounds otherwise.
+        """
+        return self._blocks[: min(self._n_leading, self._n_pure)]
 
     def read(self, rows: Sequence[int]) -> None:
         """Notes rows at these positions, of a block that may not be whole yet."""
@@ -35,10 +39,19 @@ class CachedRows:
         """Notes that these blocks were read, and nothing else."""
         self._blocks, self._tokens = list(blocks), []
 
-    def prompt(self, blocks: Sequence[Block]) -> None:
-        """Notes that a prompt was read to its end."""
+    def prompt(self, blocks: Sequence[Block], kept: int) -> None:
+        """Notes that a prompt was read to its end, of which the first `kept` rows were there."""
+        whole = next(i for i in range(len(blocks)) if _count(blocks[: i + 1]) > kept)
+        apart = _count(blocks[:whole]) == kept
+        pure = len(blocks) if apart and self._n_pure >= whole else min(self._n_pure, whole)
         self.whole(blocks)
-        self._n_leading = len(blocks) - 1
+        self._n_leading, self._n_pure = len(blocks) - 1, pure
+
+    def put_back(self, blocks: Sequence[Block]) -> None:
+        """Notes that these leading blocks, and nothing else, are there as somebody read them."""
+        self.positions += [p for block in blocks for p in block.positions.tolist()]
+        self.whole(blocks)
+        self._n_pure = len(blocks)
 
     def drew(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Notes tokens read after the blocks."""
@@ -51,6 +64,7 @@ class CachedRows:
         del self._tokens[max(0, n - _count(self._blocks)) :]
         while self._blocks and _count(self._blocks) > n:
             last = self._blocks.pop()
+            self._n_pure = min(self._n_pure, len(self._blocks))
             if (left := n - _count(self._blocks)) > 0:
                 self._blocks.append(_first(last, left))
                 break
@@ -59,7 +73,8 @@ class CachedRows:
     def copy(self) -> CachedRows:
         """Another one that says the same."""
         made = CachedRows()
-        made.positions, made._n_leading = list(self.positions), self._n_leading
+        made.positions = list(self.positions)
+        made._n_leading, made._n_pure = self._n_leading, self._n_pure
         made._blocks, made._tokens = list(self._blocks), list(self._tokens)
         return made
 

@@ -213,7 +213,7 @@ class LlamaDecoder:
                 read += len(block.rows)
                 if read > kept:
                     self._cached.whole(blocks[: i + 1])
-            self._cached.prompt(blocks)
+            self._cached.prompt(blocks, kept)
         finally:
             # A Python callback at every graph node would slow the single steps of decoding.
             llama.llama_set_abort_callback(self._ctx, llama.ggml_abort_callback(), None)
@@ -266,8 +266,7 @@ class LlamaDecoder:
         """
         if not self._take(state):
             return False
-        self._cached.read([p for block in blocks for p in block.positions.tolist()])
-        self._cached.whole(blocks)
+        self._cached.put_back(blocks)
         return True
 
     def _take(self, state: memoryview) -> bool:
@@ -290,10 +289,16 @@ class LlamaDecoder:
 
     def state(self) -> memoryview:
         """See TextDecoder."""
-        if not self.blocks:
+        n = sum(len(block.rows) for block in self.blocks)
+        if not n:
             return memoryview(b"")
-        self.rollback(sum(len(block.rows) for block in self.blocks))
-        return weights.state(self._ctx)
+        # llama.cpp gives all rows or none, so that those after them go and come back.
+        cached, everything = self._cached.copy(), weights.state(self._ctx)
+        self.rollback(n)
+        found = weights.state(self._ctx)
+        if self._take(everything):
+            self._cached = cached
+        return found
 
     def hand_over(self, other: LlamaDecoder) -> None:
         """Gives all rows to a decoder of the same file, which goes on from there; this one keeps
