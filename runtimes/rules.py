@@ -21,7 +21,7 @@ GOALS: tuple[Goal, ...] = ("chat", "caption", "both")
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """EngineSettings that decide how soon an answer comes, and of its words nothing but rounding.
+    """Settings that decide how soon an answer comes, and of its words nothing but rounding.
 
     vision_threads, prefill_threads, decode_threads: see RunSettings, as repacking and
     flash_attention. batch: rows of a causal block that the decoder reads at once. spinning: whether

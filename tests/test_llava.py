@@ -272,22 +272,24 @@ def test_state_of_a_cancelled_prefill_is_not_taken_for_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgevlm.runtimes.engines import Cancelled
-    from edgevlm.runtimes.llama.decoder import LlamaDecoder
+    from edgevlm.runtimes.llama.context import Context
 
     source = write_llava(tmp_path / "source")
     bundle = export_bundle(source, tmp_path / "out", quant="q8_0", verify=False)
-    decode_rows = LlamaDecoder._decode_rows
+    decode_rows = Context._decode_rows
     with edgevlm.load(bundle.folder) as vlm:
         fresh, _ = greedy(vlm, PICTURE, PROMPT, 4)
         read: list[int] = []
 
-        def cancelled(decoder: LlamaDecoder, rows: Float, positions: Sequence[int]) -> None:
+        def cancelled(
+            context: Context, rows: Float, positions: Sequence[int], first_logits: int
+        ) -> None:
             if read:
                 raise Cancelled
             read.append(len(rows))
-            decode_rows(decoder, rows, positions)
+            decode_rows(context, rows, positions, first_logits)
 
-        monkeypatch.setattr(LlamaDecoder, "_decode_rows", cancelled)
+        monkeypatch.setattr(Context, "_decode_rows", cancelled)
         vlm.ask(PROMPT, PICTURE[:, ::-1], max_tokens=1)
         assert read == [bundle.manifest.image.tokens]
         monkeypatch.undo()

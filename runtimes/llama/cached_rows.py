@@ -47,11 +47,14 @@ class CachedRows:
         self.whole(blocks)
         self._n_leading, self._n_pure = len(blocks) - 1, pure
 
-    def put_back(self, blocks: Sequence[Block]) -> None:
-        """Notes that these leading blocks, and nothing else, are there as somebody read them."""
-        self.positions += [p for block in blocks for p in block.positions.tolist()]
-        self.whole(blocks)
-        self._n_pure = len(blocks)
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> CachedRows:
+        """The rows of these leading blocks, and nothing else, as anybody would read them."""
+        made = cls()
+        made.positions += [p for block in blocks for p in block.positions.tolist()]
+        made.whole(blocks)
+        made._n_pure = len(blocks)
+        return made
 
     def drew(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Notes tokens read after the blocks."""

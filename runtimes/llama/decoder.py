@@ -6,31 +6,22 @@ a bad token id; every such request is refused here first.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
-from edgevlm.runtimes.engines import (
-    Block,
-    Cancelled,
-    Float,
-    Recall,
-    TokenSampler,
-    count_rows,
-)
-from edgevlm.runtimes.interrupt import interruptible
-from edgevlm.runtimes.llama import ggml, weights
+from edgevlm.runtimes.engines import Block, Float, Recall, TokenSampler, count_rows
 from edgevlm.runtimes.llama import grammar as grammars
 from edgevlm.runtimes.llama import tokenizer as tokenizers
+from edgevlm.runtimes.llama import weights
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.cached_rows import CachedRows
+from edgevlm.runtimes.llama.context import SCORE_ROWS, Context, ContextSettings
 from edgevlm.runtimes.llama.embedding_rows import EmbeddingRows
 from edgevlm.runtimes.llama.grammar import GrammarVocabulary
 from edgevlm.runtimes.llama.hooks import Importance, graph_hook
@@ -41,26 +32,10 @@ from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec, TensorLocation
 from edgevlm.types import FlashAttention, RunSettings
 
-# Rows of logits that `extend` computes at once; each costs 4 bytes times the vocabulary.
-_SCORE_ROWS = 16
-# Contexts grow in these steps, so that a slightly longer question does not make a new one.
-_CTX_STEP = 256
-_BATCH_STEP = 64
 # Rows of a causal block that are read at once where nobody chose another number.
 CAUSAL_BATCH = 512
-# ggml's type of the KV cache by name. Float32 is for exact decoders alone.
-_KV_TYPES = {
-    "f32": llama.GGML_TYPE_F32,
-    "f16": llama.GGML_TYPE_F16,
-    "q8_0": llama.GGML_TYPE_Q8_0,
-}
 # The one way that these are read, whatever is wished.
 _FLASH_ATTENTION: dict[str, FlashAttention] = {"f32": "off", "q8_0": "on"}
-_FLASH_ATTENTION_TYPES = {
-    "auto": llama.LLAMA_FLASH_ATTN_TYPE_AUTO,
-    "off": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
-    "on": llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-}
 
 
 class LlamaDecoder:
@@ -107,13 +82,11 @@ class LlamaDecoder:
         self._releases = not whole
         self._output = OutputRows(path, spec)
         self._kv = kv or ("f32" if exact else "f16")
-        self._context: Handle | None = None
-        self._batch: Handle | None = None
+        self._context: Context | None = None
         self.adjust(threads, prefill_threads or threads, batch, flash_attention)
         self._hook = graph_hook(path, spec, exact=exact)
         self._rows = EmbeddingRows(input or path, location)
-        self._cancelled = cancelled = threading.Event()
-        self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
+        self._cancelled = threading.Event()
 
     def _load(self) -> Handle:
         """The file's model."""
@@ -127,11 +100,15 @@ class LlamaDecoder:
     ) -> None:
         """Takes other settings, see the class; everything that was read is forgotten."""
         self._free_context()
-        self._threads, self._prefill_threads, self._rows_at_once = threads, prefill_threads, batch
-        self._wanted_attention = _FLASH_ATTENTION.get(self._kv, flash_attention)
-        self._flash_attention = self._wanted_attention
-        self._n_ctx = self._n_batch = 0
-        self._cached = CachedRows()
+        self._rows_at_once = batch
+        self._settings = ContextSettings(
+            threads=threads,
+            prefill_threads=prefill_threads,
+            kv=self._kv,
+            flash_attention=_FLASH_ATTENTION.get(self._kv, flash_attention),
+            n_embd=self._spec.n_embd,
+            n_outputs=self._spec.outputs,
+        )
 
     def listen(self) -> Importance:
         """Sums up what flows into the layers' matrices from now on."""
@@ -148,24 +125,29 @@ class LlamaDecoder:
         return self._model
 
     @property
-    def _ctx(self) -> Any:
-        """llama.cpp's context; ModelClosed after close."""
+    def _made(self) -> Context:
+        """The context; EngineError before the first prefill, ModelClosed after close."""
         _ = self._tokenizer.n_tokens
         if self._context is None:
             raise EngineError("the decoder has read nothing yet")
-        return self._context.pointer
+        return self._context
+
+    @property
+    def _cached(self) -> CachedRows:
+        return self._context.cached if self._context else CachedRows()
 
     @property
     def settings(self) -> RunSettings:
         """See TextDecoder."""
+        made, wanted = self._context, self._settings
         return RunSettings(
-            threads=self._threads,
-            prefill_threads=self._prefill_threads,
+            threads=wanted.threads,
+            prefill_threads=wanted.prefill_threads,
             repacking="on" if self._repack else "off",
             kv=self._kv,
-            flash_attention=self._flash_attention,
-            batch=self._n_batch,
-            context=self._n_ctx,
+            flash_attention=made.flash_attention if made else wanted.flash_attention,
+            batch=made.n_batch if made else 0,
+            context=made.n_ctx if made else 0,
         )
 
     @property
@@ -203,33 +185,17 @@ class LlamaDecoder:
         # Before weights may be loaded: whoever cancels meanwhile means this prefill.
         self._cancelled.clear()
         # The same for every causal prompt: a longer one does not cost the cache of the last.
-        self._reserve(n + room, max(map(self._at_once, blocks)))
-        kept = self._recall(blocks, self._keep(blocks), recall)
-        llama.llama_set_abort_callback(self._ctx, self._abort, None)
-        try:
+        context = self._reserve(n + room, max(map(self._at_once, blocks)))
+        kept = self._recall(context, blocks, self._keep(context, blocks), recall)
+        with context.abortable():
             read = 0
             for i, block in enumerate(blocks):
-                self._read(block, kept - read)
+                context.read(block, kept - read, self._at_once(block))
                 read += len(block.rows)
                 if read > kept:
-                    self._cached.whole(blocks[: i + 1])
-            self._cached.prompt(blocks, kept)
-        finally:
-            # A Python callback at every graph node would slow the single steps of decoding.
-            llama.llama_set_abort_callback(self._ctx, llama.ggml_abort_callback(), None)
-            llama.llama_set_causal_attn(self._ctx, True)
+                    context.cached.whole(blocks[: i + 1])
+            context.cached.prompt(blocks, kept)
         return kept
-
-    def _read(self, block: Block, kept: int) -> None:
-        """Reads a block but for its first rows, which are there. It ends a batch also where nothing
-        of it is read, so that what follows it is computed in the same batches.
-        """
-        llama.llama_set_causal_attn(self._ctx, block.attention == "causal")
-        at_once = self._at_once(block)
-        for start in range(max(kept, 0), len(block.rows), at_once):
-            positions = block.positions[start : start + at_once].tolist()
-            self._decode_rows(block.rows[start : start + at_once], positions)
-            self._cached.read(positions)
 
     def _at_once(self, block: Block) -> int:
         """Number of a block's rows that are read at once."""
@@ -239,48 +205,34 @@ class LlamaDecoder:
         """The number of leading rows of a prompt that the KV cache holds."""
         return self._cached.common(blocks, self.embed)
 
-    def _keep(self, blocks: Sequence[Block]) -> int:
+    def _keep(self, context: Context, blocks: Sequence[Block]) -> int:
         """Forgets everything but the leading rows of a prompt that are there; returns their
         number.
         """
         n = self.common(blocks)
         if n:
-            self.rollback(n)
+            context.cut(n)
         else:
-            self.clear()
+            context.clear()
         return n
 
-    def _recall(self, blocks: Sequence[Block], kept: int, recall: Recall | None) -> int:
+    @staticmethod
+    def _recall(context: Context, blocks: Sequence[Block], kept: int, recall: Recall | None) -> int:
         """Takes the KV cache of more leading blocks than `kept` rows where somebody kept it;
         returns the number of rows that are there now.
         """
         for n in range(len(blocks) - 1, 0, -1):
             rows = sum(len(block.rows) for block in blocks[:n])
             if recall and rows > kept and (state := recall(n)):
-                return rows if self._restore(blocks[:n], state) else 0
+                return rows if context.take(state, CachedRows.of(blocks[:n])) else 0
         return kept
-
-    def _restore(self, blocks: Sequence[Block], state: memoryview) -> bool:
-        """Takes a KV cache back in place of everything; False, and nothing is there, where
-        llama.cpp does not want it.
-        """
-        if not self._take(state):
-            return False
-        self._cached.put_back(blocks)
-        return True
-
-    def _take(self, state: memoryview) -> bool:
-        self.clear()
-        if weights.put_back(self._ctx, state):
-            return True
-        self.clear()
-        return False
 
     @property
     def reading(self) -> str:
         """See TextDecoder. Threads split the keys among them, so that sums round otherwise."""
-        threads, batch = self._prefill_threads, self._rows_at_once
-        return repr((threads, batch, self._kv, self._wanted_attention, self._repack))
+        wanted = self._settings
+        settings = (wanted.prefill_threads, self._rows_at_once, wanted.kv, wanted.flash_attention)
+        return repr((*settings, self._repack))
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -289,52 +241,28 @@ class LlamaDecoder:
 
     def state(self) -> memoryview:
         """See TextDecoder."""
-        n = sum(len(block.rows) for block in self.blocks)
-        if not n:
-            return memoryview(b"")
-        # llama.cpp gives all rows or none, so that those after them go and come back.
-        cached, everything = self._cached.copy(), weights.state(self._ctx)
-        self.rollback(n)
-        found = weights.state(self._ctx)
-        if self._take(everything):
-            self._cached = cached
-        return found
+        return self._context.leading_state() if self._context else memoryview(b"")
 
     def hand_over(self, other: LlamaDecoder) -> None:
         """Gives all rows to a decoder of the same file, which goes on from there; this one keeps
         them.
         """
-        state = weights.state(self._ctx)
-        other._reserve(self._n_ctx, 0)
-        if not other._take(state):
+        context = self._made
+        state, to = context.state(), other._reserve(context.n_ctx, 0)
+        if not to.take(state, context.cached.copy()):
             raise EngineError(f"llama.cpp could not hand over a KV cache of {len(state)} bytes")
-        other._cached = self._cached.copy()
 
     def clear(self) -> None:
         """See TextDecoder."""
         _ = self._tokenizer.n_tokens
-        if self._context is not None:
-            llama.llama_memory_clear(llama.llama_get_memory(self._ctx), True)
-        self._cached = CachedRows()
-
-    def _decode_rows(
-        self, rows: Float, positions: Sequence[int], first_logits: int | None = None
-    ) -> None:
-        """Decodes rows with logits from one on, or of the last alone."""
-        data = np.ascontiguousarray(rows, np.float32)
-        batch = llama.llama_batch_init(len(data), self._spec.n_embd, 1)
-        try:
-            ctypes.memmove(batch.embd, data.ctypes.data, data.nbytes)
-            self._decode(batch, positions, len(data) - 1 if first_logits is None else first_logits)
-        finally:
-            llama.llama_batch_free(batch)
+        if self._context:
+            self._context.clear()
 
     def extend(self, tokens: Sequence[int]) -> Float:
         """See TextDecoder."""
         out = np.empty((len(tokens), self._spec.n_vocab), np.float32)
-        chunk = min(_SCORE_ROWS, self._n_batch)
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
+        for start in range(0, len(tokens), SCORE_ROWS):
+            part = tokens[start : start + SCORE_ROWS]
             self._decode_tokens(part)
             for i in range(len(part)):
                 out[start + i] = self._logits(i)
@@ -345,69 +273,26 @@ class LlamaDecoder:
         self._decode_tokens([token])
 
     def _decode_tokens(self, tokens: Sequence[int]) -> None:
-        _ = self._ctx
-        n = len(self._cached.positions)
-        if n == 0 or n + len(tokens) > self._n_ctx:
+        context = self._made
+        n = len(context.cached.positions)
+        if n == 0 or n + len(tokens) > context.n_ctx:
             raise EngineError(f"no room for {len(tokens)} tokens after {n} rows")
         if any(not 0 <= t < self._spec.n_vocab for t in tokens):
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
-        following = self._cached.positions[-1] + 1
-        positions = range(following, following + len(tokens))
         rows = self._output.rows(tokens)
-        if len(rows) < len(tokens):
-            # Tokens that a trimmed decoder has no row of; it reads them as it reads a question.
-            self._decode_rows(self._rows(tokens), positions, 0)
-        else:
-            assert self._batch
-            batch = self._batch.pointer
-            for i, row in enumerate(rows):
-                batch.token[i] = row
-            self._decode(batch, positions, 0)
-        self._cached.drew(tokens, positions)
-
-    def _decode(self, batch: Any, positions: Sequence[int], first_logits: int) -> None:
-        """Decodes filled entries at these positions, with logits from `first_logits` on."""
-        batch.n_tokens = len(positions)
-        for i, position in enumerate(positions):
-            batch.pos[i] = position
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = i >= first_logits
-        ggml.log.clear()
-        if self._hook:
-            self._hook.start()
-        context = self._ctx
-        status = interruptible(lambda: llama.llama_decode(context, batch), self.cancel)
-        if status == 2:
-            raise Cancelled
-        if status != 0:
-            raise EngineError(f"llama.cpp could not decode, status {status} ({ggml.last_log()})")
-        if self._hook:
-            try:
-                self._hook.check()
-            except EngineError:
-                # The cache of these rows is not what was asked for; nothing may build on it.
-                self.clear()
-                raise
+        # Tokens that a trimmed decoder has no row of are read as a question is.
+        context.extend(tokens, rows if len(rows) == len(tokens) else self._rows(tokens))
 
     def logits(self) -> Float:
         """See TextDecoder."""
         return self._logits(-1)
 
     def _logits(self, row: int) -> Float:
-        pointer = llama.llama_get_logits_ith(self._ctx, row)
-        return self._output.logits(np.ctypeslib.as_array(pointer, (self._spec.outputs,)))
+        return self._output.logits(self._made.logits(row))
 
     def rollback(self, n: int) -> None:
         """See TextDecoder."""
-        memory, past = llama.llama_get_memory(self._ctx), len(self._cached.positions)
-        if not 0 < n <= past:
-            raise EngineError(f"cannot go back to {n} of {past} rows")
-        # Also what a batch that was cancelled may have left behind the last row.
-        first = self._cached.positions[n - 1] + 1
-        if not llama.llama_memory_seq_rm(memory, 0, first, -1):
-            raise EngineError(f"llama.cpp could not go back to {n} of {past} rows")
-        self._cached.cut(n)
+        self._made.cut(n)
 
     @cached_property
     def vocabulary(self) -> GrammarVocabulary:
@@ -428,61 +313,42 @@ class LlamaDecoder:
 
     def sample(self, chain: llama.llama_sampler_p) -> int:
         """Draws a token from the last logits with a llama.cpp sampler chain, which counts rows."""
-        return self._output.token(llama.llama_sampler_sample(chain, self._ctx, -1))
+        return self._output.token(llama.llama_sampler_sample(chain, self._made.pointer, -1))
 
     def cancel(self) -> None:
         """See TextDecoder."""
         self._cancelled.set()
 
-    def _reserve(self, n_ctx: int, n_batch: int) -> None:
-        """Makes a context of at least this many positions and rows in one batch; what was read
-        stays.
-        """
-        if self._context is not None and n_ctx <= self._n_ctx and n_batch <= self._n_batch:
-            return
-        cached, state = self._cached, None
-        if self._context is not None and cached.positions:
-            state = weights.state(self._ctx)
+    def _reserve(self, n_ctx: int, n_batch: int) -> Context:
+        """A context of at least this many positions and rows in one batch; what was read stays."""
+        made = self._context
+        if made and n_ctx <= made.n_ctx and n_batch <= made.n_batch:
+            return made
+        state, cached = None, self._cached
+        if made and cached.positions:
+            state = made.state()
         self._free_context()
-        n_batch = -(-max(n_batch, _SCORE_ROWS) // _BATCH_STEP) * _BATCH_STEP
-        params = llama.llama_context_default_params()
-        params.n_ctx = -(-max(n_ctx, n_batch) // _CTX_STEP) * _CTX_STEP
-        params.n_batch = params.n_ubatch = n_batch
-        params.n_outputs_max = _SCORE_ROWS
-        params.n_threads, params.n_threads_batch = self._threads, self._prefill_threads
-        params.no_perf = True
-        if self._hook:
-            params.cb_eval = self._hook.callback
-        params.type_k = params.type_v = _KV_TYPES[self._kv]
-        params.flash_attn_type = _FLASH_ATTENTION_TYPES[self._wanted_attention]
-        ggml.log.clear()
-        context = llama.llama_init_from_model(self._weights.pointer, params)
-        if not context:
-            raise EngineError(
-                f"llama.cpp cannot make a context of {params.n_ctx} positions ({ggml.last_log()}); "
-                "free some memory or shorten the request"
-            )
-        self._context = Handle("the decoder", context, llama.llama_free, self._weights)
-        if self._wanted_attention == "auto":
-            self._flash_attention = ggml.flash_attention()
-        self._n_ctx, self._n_batch = params.n_ctx, n_batch
-        there = state is not None and weights.put_back(context, state)
-        self._cached = cached if there else CachedRows()
-        batch = llama.llama_batch_init(_SCORE_ROWS, 0, 1)
-        self._batch = Handle("the decoder", batch, llama.llama_batch_free)
+        self._context = made = Context(
+            self._weights,
+            self._settings,
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            hook=self._hook,
+            cancelled=self._cancelled,
+        )
+        if state is not None:
+            made.take(state, cached)
+        return made
 
     def _free_context(self) -> None:
-        for handle in (self._batch, self._context):
-            if handle:
-                handle.close()
-        self._context = self._batch = None
+        if self._context:
+            self._context.close()
+        self._context = None
 
     def release(self) -> None:
         """See TextDecoder. The vocabulary stays: another thread may be tokenizing."""
         if self._releases and self._model:
             self._free_context()
-            self._n_ctx = self._n_batch = 0
-            self._cached = CachedRows()
             self._model.close()
             self._model = None
 

@@ -1,12 +1,9 @@
-"""Models that llama.cpp loads from GGUF files, and the KV caches of their contexts as bytes."""
+"""Models that llama.cpp loads from GGUF files."""
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.runtimes.interrupt import interruptible
@@ -51,20 +48,3 @@ def load(
     if found != (spec.n_embd, spec.n_layer, spec.outputs):
         raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
     return loaded, ggml.offloaded()
-
-
-def state(context: Any) -> memoryview:
-    """The KV cache of all rows that a context has read."""
-
-    def get() -> memoryview:
-        data = np.empty(llama.llama_state_seq_get_size(context, 0), np.uint8)
-        to = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        return data[: llama.llama_state_seq_get_data(context, to, len(data), 0)].data
-
-    return interruptible(get, lambda: None)
-
-
-def put_back(context: Any, state: memoryview) -> bool:
-    """Gives an empty context a KV cache; False where llama.cpp does not want it."""
-    given = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-    return bool(llama.llama_state_seq_set_data(context, given, len(state), 0) == len(state))
