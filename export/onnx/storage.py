@@ -159,6 +159,9 @@ def _session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # Nodes that only look at a tensor run at once behind what makes it; in the default order they
+    # come last, and all that they look at is kept till then: 1.6 GB more in TinyGPT-V's tower.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     # Other engines' threads live in this process, too: spinning workers would take their cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
