@@ -206,6 +206,11 @@ def task_prompt(spec: PromptSpec, task: str, prompt: str = "", language: str = "
     return prompt.join([head, *tail])
 
 
+def joined_objects(objects: Sequence[str]) -> str:
+    """Names of objects as prompts of tasks have them."""
+    return " ; ".join(objects)
+
+
 def normalized(text: str, spec: PromptSpec) -> str:
     """A text as the model's tokenizer is given it."""
     return unicodedata.normalize(spec.normalize, text) if spec.normalize else text

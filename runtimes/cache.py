@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -63,19 +64,21 @@ class EmbeddingCache:
     """Least recently used embeddings float32 [tokens, n_embd], up to `max_bytes`.
 
     What is not there any more, or never was in this process, may be on a `shelf`. New ones are
-    written there by `keep`, which is called when nobody waits.
+    written there by `keep`, which is called when nobody waits. Threads may share it.
     """
 
     def __init__(self, shelf: Shelf | None = None, max_bytes: int = MAX_BYTES) -> None:
         self._shelf, self._max_bytes = shelf, max_bytes
         self._rows: OrderedDict[str, Float] = OrderedDict()
         self._fresh: dict[str, Float] = {}
+        self._lock = threading.Lock()
 
     def get(self, key: str, shape: Sequence[int]) -> Float | None:
         """The embeddings of a picture, of this shape, or None."""
-        if key in self._rows:
-            self._rows.move_to_end(key)
-            return self._rows[key]
+        with self._lock:
+            if key in self._rows:
+                self._rows.move_to_end(key)
+                return self._rows[key]
         data = self._shelf.get(key) if self._shelf else None
         if data is None or data.nbytes != 4 * shape[0] * shape[1]:
             return None
@@ -87,22 +90,31 @@ class EmbeddingCache:
         """Keeps the embeddings of a picture; the oldest ones go when there is no room."""
         self._remember(key, rows)
         if self._shelf:
-            self._fresh[key] = rows
+            with self._lock:
+                self._fresh[key] = rows
 
     def _remember(self, key: str, rows: Float) -> None:
-        self._rows[key] = rows
-        while len(self._rows) > 1 and sum(r.nbytes for r in self._rows.values()) > self._max_bytes:
-            self._rows.popitem(last=False)
+        with self._lock:
+            self._rows[key] = rows
+            while len(self._rows) > 1 and self._n_bytes > self._max_bytes:
+                self._rows.popitem(last=False)
+
+    @property
+    def _n_bytes(self) -> int:
+        return sum(rows.nbytes for rows in self._rows.values())
 
     def keep(self) -> None:
         """Writes what was put since the last call to the shelf."""
-        while self._shelf and self._fresh:
-            key, rows = self._fresh.popitem()
-            self._shelf.put(key, np.ascontiguousarray(rows).data.cast("B"))
+        if self._shelf:
+            with self._lock:
+                fresh, self._fresh = self._fresh, {}
+            for key, rows in fresh.items():
+                self._shelf.put(key, np.ascontiguousarray(rows).data.cast("B"))
 
     def clear(self) -> None:
         """Forgets every picture, and those on the shelf."""
-        self._rows.clear()
-        self._fresh.clear()
+        with self._lock:
+            self._rows.clear()
+            self._fresh.clear()
         if self._shelf:
             self._shelf.forget()

@@ -316,20 +316,34 @@ def _around_pictures(segments: Sequence[Image | Tokens]) -> list[int]:
 
 
 def _embedded(model: Engines, request: Request, picture: Bitmap) -> Float:
-    with request.watch.timed("preprocess_ms"):
-        key = picture.key(request.image)
-        cached = model.known(picture, request.image)
+    rows, was_known = embeddings(model, picture, request.image, request.watch, request.progress)
+    request.n_cached += len(rows) if was_known else 0
+    return rows
+
+
+def embeddings(
+    model: Engines,
+    picture: Bitmap,
+    image: ImageSpec,
+    watch: Stopwatch,
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[Float, bool]:
+    """A picture's image embeddings float32 [rows, n_embd], the cache's own, and whether they were
+    remembered.
+    """
+    with watch.timed("preprocess_ms"):
+        key = picture.key(image)
+        known = model.known(picture, image)
     while picture.took:
         stage, ms = picture.took.popitem()
-        request.watch.ms[stage] += ms
-    if cached is not None:
-        request.n_cached += len(cached)
-        return cached
-    embedded = picture.made.pop(key, None)
-    if embedded is None:
-        embedded = encode(model, picture, request.image, request.watch, request.progress)
-    model.cache.put(key, embedded)
-    return embedded
+        watch.ms[stage] += ms
+    if known is not None:
+        return known, True
+    rows = picture.made.pop(key, None)
+    if rows is None:
+        rows = encode(model, picture, image, watch, progress)
+    model.cache.put(key, rows)
+    return rows, False
 
 
 def encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,10 +15,9 @@ from edgevlm.errors import PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource
 from edgevlm.masks import in_picture
-from edgevlm.prompt import Exchange, task_prompt
+from edgevlm.prompt import Exchange, joined_objects, task_prompt
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.asynchronous import AsyncAnswer
-from edgevlm.runtimes.bitmaps import read
 from edgevlm.runtimes.chat import Chat
 from edgevlm.runtimes.engines import Cancelled, TextDecoder, VisionEncoder
 from edgevlm.runtimes.logprobs import log_softmax
@@ -26,7 +26,7 @@ from edgevlm.runtimes.request import (
     Engines,
     Request,
     Stopwatch,
-    encode,
+    embeddings,
     input_blocks,
     prefill,
     prepare,
@@ -54,7 +54,8 @@ class VLM:
     running one has ended, in the order in which they came. An answer that is being streamed keeps
     its turn up to its end; it is given up, and raises PromptError at its next piece, where the
     thread that draws it asks something else, or where nobody has drawn from it for 10 seconds and
-    another thread asks. `embed_image` needs no turn unless memory has room for one engine only.
+    another thread asks. `image_embeddings` needs no turn unless memory has room for one engine
+    only.
     After `close`, and in a process that was forked after the load, every request raises
     ModelClosed; `close` ends running ones so, too. What is not closed is freed with the last
     reference to it.
@@ -259,7 +260,7 @@ class VLM:
 
     def task(self, task: str, prompt: str | Sequence[str] = "", language: str = "en") -> str:
         """The model's own prompt for a task; several objects are joined as the models expect."""
-        text = prompt if isinstance(prompt, str) else " ; ".join(prompt)
+        text = prompt if isinstance(prompt, str) else joined_objects(prompt)
         return task_prompt(self.manifest.prompt, task, text, language)
 
     def score(
@@ -320,21 +321,36 @@ class VLM:
                 f"{', '.join(self.manifest.decoder.languages)}; score with one that was not"
             )
 
-    def embed_image(self, image: ImageSource) -> npt.NDArray[np.float32]:
-        """The picture's embeddings in the decoder, float32 [tokens, n_embd].
+    def image_embeddings(self, image: ImageSource) -> npt.NDArray[np.float32]:
+        """The picture's embeddings as the decoder reads them, float32 [tokens, n_embd], a copy.
+
+        They are kept, and found, where answers keep theirs: in memory and on disk. Raises
+        ImageError.
 
         >>> with edgevlm.load() as vlm:
-        ...     print(vlm.embed_image("photo.png").shape)
+        ...     print(vlm.image_embeddings("photo.png").shape)
         (64, 256)
         """
         # Where the engines take turns in memory, no answer's decoder may go.
         with self._turns.whole() if self.engines.apart else self._turns.using():
-            (picture,) = read([image])
+            (picture,) = self.engines.read([image])
             while True:
                 try:
-                    return encode(self.engines, picture, self.manifest.image, Stopwatch())
+                    rows, _ = embeddings(self.engines, picture, self.manifest.image, Stopwatch())
                 except Cancelled:
                     self._turns.check()  # otherwise an answer of another thread was meant
+                else:
+                    self.engines.cache.keep()
+                    return rows.copy()
+
+    def embed_image(self, image: ImageSource) -> npt.NDArray[np.float32]:
+        """The old name of `image_embeddings`; warns, and goes in 0.3."""
+        warnings.warn(
+            "VLM.embed_image is VLM.image_embeddings now; the old name goes in 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.image_embeddings(image)
 
     def forget(self) -> None:
         """Drops what is remembered of pictures: the next answer computes everything anew.

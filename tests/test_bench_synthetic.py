@@ -105,7 +105,7 @@ def test_a_synthetic_bundle_answers(kind: str, tmp_path: Path) -> None:
     open_bundle(tmp_path / "made", check="full")
     picture = np.random.default_rng(0).integers(0, 256, (80, 90, 3), np.uint8)
     with edgevlm.load(tmp_path / "made") as vlm:
-        rows = vlm.embed_image(picture)
+        rows = vlm.image_embeddings(picture)
         planned = plan(90, 80, vlm.manifest.image)
         assert rows.shape == (planned.rows, 256)
         assert np.isfinite(rows).all() and rows.std() > 0

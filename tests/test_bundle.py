@@ -413,7 +413,7 @@ def test_a_family_says_which_components_it_needs(
     monkeypatch.setattr(family, "by_name", lambda *_: able)
     picture = np.full((10, 20, 3), (255, 0, 0), np.uint8)
     with edgevlm.load(tmp_path / "eyes", device="cpu") as eyes, edgevlm.load(device="cpu") as pico:
-        assert np.array_equal(eyes.embed_image(picture), pico.embed_image(picture))
+        assert np.array_equal(eyes.image_embeddings(picture), pico.image_embeddings(picture))
         assert eyes.devices.decoder.device == "none"
         with pytest.raises(PromptError, match="no decoder: it can embed pictures, not answer"):
             eyes.ask("caption en", picture)

@@ -129,5 +129,5 @@ def test_examples_in_docstrings(files: None) -> None:
     assert runner.summarize(verbose=False).failed == 0
     wanted = {"load", "export_bundle", "VLM", "Chat", "Answer", "Message", "Reply", "edgevlm"}
     wanted |= {"pull"}
-    wanted |= {"stream", "ask", "chat", "caption", "ocr", "detect", "score", "embed_image"}
+    wanted |= {"stream", "ask", "chat", "caption", "ocr", "detect", "score", "image_embeddings"}
     assert wanted <= tried

@@ -87,7 +87,7 @@ make(Path(sys.argv[1]), "small", Source({"config.json": config | {"text_config":
     done = light(code, tmp_path / "small")
     assert done.returncode == 0, done.stderr
     with edgevlm.load(tmp_path / "small") as vlm:
-        assert vlm.embed_image(np.zeros((56, 56, 3), np.uint8)).shape == (16, 256)
+        assert vlm.image_embeddings(np.zeros((56, 56, 3), np.uint8)).shape == (16, 256)
 
 
 def test_an_export_is_compared_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

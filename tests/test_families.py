@@ -112,7 +112,7 @@ def test_pixels_are_the_encoders_and_repeatable(vlm: VLM) -> None:
 
 
 def test_a_picture_takes_the_rows_that_the_manifest_says(vlm: VLM) -> None:
-    rows = vlm.embed_image(PICTURE)
+    rows = vlm.image_embeddings(PICTURE)
     planned = plan(PICTURE.shape[1], PICTURE.shape[0], vlm.manifest.image)
     tiles, each = vlm.manifest.image.tiles, vlm.manifest.image.tokens
     assert (planned.rows == planned.n_tiles * each) == (tiles is None or tiles.map is None)

@@ -305,7 +305,7 @@ def test_the_named_tower_wins_over_the_copy_inside(tmp_path: Path) -> None:
     named = export_bundle(inside, tmp_path / "named", quant="f32", verify=False, vision_tower=tower)
     assert any(r.file.startswith("tower/") for r in named.manifest.source)
     with edgevlm.load(own.folder) as a, edgevlm.load(named.folder) as b:
-        assert not np.allclose(a.embed_image(PICTURE), b.embed_image(PICTURE), atol=0.1)
+        assert not np.allclose(a.image_embeddings(PICTURE), b.image_embeddings(PICTURE), atol=0.1)
 
 
 @pytest.mark.parametrize(

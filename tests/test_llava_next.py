@@ -192,7 +192,7 @@ def test_image_embeddings_are_known_before_they_are_computed(vlm: VLM) -> None:
     for picture in (WIDE, TALL, SMALL):
         height, width = picture.shape[:2]
         planned = plan(width, height, vlm.manifest.image)
-        assert vlm.embed_image(picture).shape == (planned.rows, vlm.manifest.decoder.n_embd)
+        assert vlm.image_embeddings(picture).shape == (planned.rows, vlm.manifest.decoder.n_embd)
         reply = vlm.ask("x", picture, max_tokens=1)
         assert (reply.tokens.image, reply.tokens.tiles) == (planned.rows, planned.n_tiles)
 

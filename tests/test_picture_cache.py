@@ -51,10 +51,35 @@ def test_another_load_does_not_encode_it_again() -> None:
     assert encoded(first) and not encoded(second)
     assert (first.text, second.text) == ("circle", "square")
     with edgevlm.load() as vlm:
-        rows = vlm.embed_image(SHAPES)
+        rows = vlm.image_embeddings(SHAPES)
         vlm.ask(QUESTION, SHAPES)
         (known,) = vlm.engines.cache._rows.values()
     assert np.array_equal(rows, known)
+
+
+def test_image_embeddings_are_kept_and_found_as_those_of_answers_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with edgevlm.load() as vlm:
+        rows = vlm.image_embeddings(SHAPES)
+        assert len(entries()) == 1
+        rows_before = rows.copy()
+        rows[:] = 0  # The caller's own.
+        assert np.array_equal(vlm.image_embeddings(SHAPES), rows_before)
+    assert not encoded(ask())
+    with edgevlm.load() as vlm:
+        monkeypatch.setattr(vlm.engines.encoder, "features", None)
+        assert np.array_equal(vlm.image_embeddings(SHAPES), rows_before)
+        monkeypatch.undo()
+    with edgevlm.load(cache=False) as vlm:
+        assert np.array_equal(vlm.image_embeddings(SHAPES), rows_before)
+
+
+def test_the_old_name_warns_and_forwards() -> None:
+    with edgevlm.load() as vlm:
+        with pytest.warns(DeprecationWarning, match=r"image_embeddings now; .* goes in 0\.3"):
+            rows = vlm.embed_image(SHAPES)
+        assert np.array_equal(rows, vlm.image_embeddings(SHAPES))
 
 
 def test_another_process_does_not_encode_it_again() -> None:

@@ -73,7 +73,7 @@ def test_logits_and_greedy_tokens_equal_the_originals(
     assert 3 < expected.std() < 8
     assert answer == expected[: len(answer)].argmax(1).tolist()
     decoder = vlm.engines.decoder
-    rows = np.concatenate([vlm.embed_image(PICTURE), decoder.embed(ids)])
+    rows = np.concatenate([vlm.image_embeddings(PICTURE), decoder.embed(ids)])
     decoder.prefill([sequential(rows, "bidirectional")], room=16)
     found = [decoder.logits()]
     for token in answer:
@@ -233,7 +233,7 @@ def test_sampling_is_repeatable_by_its_seed_and_free_without(vlm: VLM) -> None:
 def test_repetition_penalty_counts_the_answer_alone(vlm: VLM) -> None:
     sampler = Sampling(repetition_penalty=1e6)
     ids = prompt_ids(vlm, "caption en")
-    rows = np.concatenate([vlm.embed_image(PICTURE), vlm.engines.decoder.embed(ids)])
+    rows = np.concatenate([vlm.image_embeddings(PICTURE), vlm.engines.decoder.embed(ids)])
     decoder = vlm.engines.decoder
     decoder.prefill([sequential(rows, "bidirectional")], room=20)
     drawn = []

@@ -500,7 +500,7 @@ def test_a_picture_that_cannot_be_planned_is_refused_before_anything_is_computed
 def test_a_bundle_without_a_decoder_embeds_and_says_that_it_cannot_answer() -> None:
     whole = fakes.vlm()
     vlm = VLM(whole.manifest, whole.engines.family, whole.engines.encoder, None)
-    assert np.array_equal(vlm.embed_image(RED), whole.embed_image(RED))
+    assert np.array_equal(vlm.image_embeddings(RED), whole.image_embeddings(RED))
     calls: list[Callable[[], object]] = [
         lambda: vlm.ask("x"),
         lambda: vlm.chat(RED).ask("x"),

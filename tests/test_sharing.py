@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import edgevlm
@@ -59,7 +60,7 @@ USES: dict[str, Callable[[VLM, Chat], object]] = {
     "detect": lambda v, c: v.detect("circle", PICTURE),
     "ocr": lambda v, c: v.ocr(PICTURE),
     "score": lambda v, c: v.score("caption en", ["a"], PICTURE),
-    "embed_image": lambda v, c: v.embed_image(PICTURE),
+    "image_embeddings": lambda v, c: v.image_embeddings(PICTURE),
     "forget": lambda v, c: v.forget(),
     "with": lambda v, c: v.__enter__(),
     "tokenize": lambda v, c: v.engines.decoder.tokenize("a"),
@@ -149,13 +150,13 @@ def test_models_that_nobody_closes_are_freed() -> None:
 
 def test_threads_are_answered_one_after_the_other() -> None:
     with edgevlm.load() as vlm, ThreadPoolExecutor(4) as pool:
-        alone = vlm.embed_image(PICTURE)
+        alone = vlm.image_embeddings(PICTURE)
         score = vlm.score("caption en", ["a red"], PICTURE)
         jobs: list[tuple[Future[Any], Callable[[Any], bool]]] = []
         for _ in range(4):
             jobs += [
                 (pool.submit(vlm.ask, "caption en", PICTURE), lambda r: r.text == CAPTION),
-                (pool.submit(vlm.embed_image, PICTURE), lambda r: np.array_equal(r, alone)),
+                (pool.submit(embedded_afresh, vlm), lambda r: np.array_equal(r, alone)),
                 (pool.submit(vlm.score, "caption en", ["a red"], PICTURE), lambda r: r == score),
                 (pool.submit(vlm.detect, "circle", PICTURE), lambda r: r[0].label == "circle"),
                 (pool.submit(vlm.forget), lambda r: r is None),
@@ -266,12 +267,17 @@ def test_cancel_ends_the_running_answer_and_no_waiting_one() -> None:
         assert other.result(60).finish_reason == "stop"
 
 
-@pytest.mark.parametrize("name", ["score", "embed_image"])
+def embedded_afresh(vlm: VLM) -> npt.NDArray[np.float32]:
+    vlm.engines.cache.clear()
+    return vlm.image_embeddings(PICTURE)
+
+
+@pytest.mark.parametrize("name", ["score", "image_embeddings"])
 def test_cancel_is_for_answers_alone(name: str) -> None:
     with edgevlm.load() as vlm:
         calls = {
             "score": lambda: vlm.score("caption en", ["a red circle"] * 20, PICTURE).tolist(),
-            "embed_image": lambda: vlm.embed_image(PICTURE).tolist(),
+            "image_embeddings": lambda: embedded_afresh(vlm).tolist(),
         }
         right = calls[name]()
         with ThreadPoolExecutor(2) as pool:
@@ -291,7 +297,7 @@ def test_the_end_of_a_chat_cancels_its_own_answer_alone() -> None:
     assert answer.finish().text == "xyz"
 
 
-@pytest.mark.parametrize("name", ["ask", "chat", "score", "embed_image"])
+@pytest.mark.parametrize("name", ["ask", "chat", "score", "image_embeddings"])
 def test_close_ends_what_other_threads_are_doing(name: str) -> None:
     use, vlm = USES[name], edgevlm.load()
     chat, begun = vlm.chat(PICTURE), threading.Event()
@@ -372,7 +378,7 @@ def test_a_forked_process_is_told_that_the_model_is_its_parents() -> None:
             assert os.waitpid(child, 0)[1] == 0
             print(answer.finish())
             sys.exit()
-        uses = [lambda: next(answer), lambda: chat.ask("x"), lambda: vlm.embed_image(picture),
+        uses = [lambda: next(answer), lambda: chat.ask("x"), lambda: vlm.image_embeddings(picture),
                 vlm.forget]
         for use in uses:
             try:

@@ -101,7 +101,7 @@ def test_every_stage_answers_like_the_original(made: tuple[Path, Bundle, dict[st
     with edgevlm.load(bundle.folder) as vlm:
         features = vlm.engines.encoder.features(pixels.numpy())
         assert np.abs(features - reference.features(pixels).numpy()).max() < 1e-4
-        rows = vlm.embed_image(PICTURE)
+        rows = vlm.image_embeddings(PICTURE)
         assert np.abs(rows - reference.rows(PICTURE)[0].numpy()).max() < 1e-4
         ours, tokens, segments = greedy(vlm, PROMPT, 16)
     before, after = SIDES["demo_v2" if options["stage"] == 4 else "vicuna0"]

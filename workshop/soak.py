@@ -98,7 +98,7 @@ _CALLS: dict[str, Callable[[VLM, str, Any], Any]] = {
     "ask": _ask,
     "chat": _chat,
     "score": lambda vlm, prompt, picture: vlm.score(prompt, ["a red", "no"], picture),
-    "embed_image": lambda vlm, _, picture: vlm.embed_image(picture),
+    "image_embeddings": lambda vlm, _, picture: vlm.image_embeddings(picture),
 }
 
 
