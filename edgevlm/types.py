@@ -158,8 +158,8 @@ class Reply:
     `token_ids` lack the end token. `boxes` are the objects that the text locates, where the family
     has a notation for them and there was one picture. `logprobs` has an entry for each of
     `token_ids` where those were asked for, and none otherwise. `constraint` is the form that it was
-    held to, None for free text. `picture` is the source, as it was given, of the picture that
-    `boxes` are in, for notebooks.
+    held to, None for free text. Where there was one picture, `size` is its width and height in
+    pixels, and `picture` its source as it was given, where there are `boxes`, for notebooks.
     """
 
     text: str
@@ -171,6 +171,7 @@ class Reply:
     logprobs: tuple[TokenLogprob, ...] = ()
     constraint: Constraint | None = field(default=None, repr=False)
     picture: Any = field(default=None, compare=False, repr=False)
+    size: tuple[int, int] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.text

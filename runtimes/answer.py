@@ -117,9 +117,9 @@ class _Draft:
     def reply(self) -> Reply:
         """See Answer."""
         request, boxes = self._request, []
-        if self._family.boxes and len(request.sizes) == 1:
-            width, height = request.sizes[0]
-            boxes = self._family.boxes(self._text.text, width, height)
+        size = request.sizes[0] if len(request.sizes) == 1 else None
+        if self._family.boxes and size:
+            boxes = self._family.boxes(self._text.text, *size)
         counts = TokenCounts(
             image=request.n_image,
             text=request.n_text,
@@ -138,6 +138,7 @@ class _Draft:
             tuple(self._logprobs),
             self._constraint,
             request.sources[0] if boxes else None,
+            size,
         )
 
     def write(self, model: Engines) -> Generator[Piece, None, None]:

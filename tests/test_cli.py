@@ -323,7 +323,7 @@ BAD = {
     "top-p": (["ask", "x", "--top-p", "2"], 1, "top_p must be"),
     "seed": (["ask", "x", "--seed", "-5"], 1, "seed must be"),
     "no file": (["ask", "x", "-i", "none.png"], 1, "none.png: no such file"),
-    "folder": (["caption", "-i", "."], 1, "is a folder"),
+    "folder": (["chat", "-i", "."], 1, "is a folder"),
     "unreachable": (["ask", "x", "-i", "http://127.0.0.1:9/a.png"], 1, "cannot be downloaded"),
     "three pictures": (["ask", "x", *["-i", "{picture}"] * 3], 1, "this model takes 2"),
     "stdin twice": (["ask", "x", "-i", "-", "-i", "-"], 2, "one picture only"),

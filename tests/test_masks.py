@@ -13,7 +13,7 @@ from PIL import Image
 
 import edgevlm
 from edgevlm.bundle import open_bundle
-from edgevlm.coco import coco, run_lengths
+from edgevlm.coco import CocoSet, decoded, encoded
 from edgevlm.drawing import draw
 from edgevlm.errors import PromptError, SourceError
 from edgevlm.export import export_bundle, masks, requantize_bundle
@@ -187,15 +187,19 @@ def test_coco_and_drawings_have_the_masks() -> None:
     mask = np.zeros((4, 5), bool)
     mask[1:3, 2] = True
     boxes = [Box(2, 1, 3, 3, "cat", mask=mask), Box(4, 3, 0, 0, "dog"), Box(0, 0, 1, 1, "cat")]
-    found = coco(boxes, 5, 4, "a.png")
+    whole = CocoSet()
+    whole.add("a.png", 5, 4, boxes)
+    found = whole.as_dict()
     first, second, _ = found["annotations"]
     assert first["segmentation"] == {"counts": [9, 2, 9], "size": [4, 5]}
     assert (first["bbox"], first["area"]) == ([2, 1, 1, 2], 2)
     assert (second["bbox"], second["area"], second["category_id"]) == ([0, 0, 4, 3], 12, 2)
     assert "segmentation" not in second
     assert found["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    assert run_lengths(np.ones((2, 2), bool)) == [0, 4]
-    assert sum(run_lengths(mask)) == mask.size
+    for one in (mask, ~mask, np.ones((2, 3), bool), np.zeros((3, 2), bool)):
+        assert sum(encoded(one)["counts"]) == one.size
+        assert np.array_equal(decoded(encoded(one)), one)
+    assert encoded(np.ones((2, 2), bool))["counts"] == [0, 4]
     grey = np.full((200, 200, 3), 100, np.uint8)
     inside = np.zeros((200, 200), bool)
     inside[90:110, 90:110] = True

@@ -6,7 +6,7 @@ import click
 
 from edgevlm.cli.common import Run, answering, json_option, read_sources, show, tile_progress
 from edgevlm.cli.forms import forms
-from edgevlm.cli.many import Many, ask_each, each_source, many_options
+from edgevlm.cli.many import Asked, Many, ask_each, each_source, many_options
 from edgevlm.cli.signals import Aside
 
 
@@ -27,7 +27,7 @@ def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run, many: Man
     about by itself; so it is with --each or --jsonl OUT.
     """
     if (sources_of_many := each_source(images, many)) is not None:
-        ask_each(prompt, sources_of_many, many, run, as_json=as_json)
+        ask_each(Asked(lambda _: prompt), sources_of_many, many, run, as_json=as_json)
         return
     sources = read_sources(images)
     with run.load(sources) as vlm:

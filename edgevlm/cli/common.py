@@ -238,7 +238,7 @@ def as_dict(reply: Reply) -> dict[str, Any]:
     where there are some, `parsed` where it fits a schema.
     """
     data = dataclasses.asdict(dataclasses.replace(reply, constraint=None, picture=None))
-    del data["constraint"], data["picture"]
+    del data["constraint"], data["picture"], data["size"]
     if reply.constraint and reply.constraint.kind == "schema":
         with contextlib.suppress(PromptError):
             data["parsed"] = reply.parsed

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,17 @@ from edgevlm.cli.common import (
     print_notes,
     read_pictures,
 )
+from edgevlm.cli.jsonl import Record
+from edgevlm.cli.many import Asked, Many, ask_each, asked_task, each_source, many_options
 from edgevlm.cli.signals import Aside
+from edgevlm.prompt import joined_objects
+from edgevlm.types import Box
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from edgevlm.types import Box, Reply
+    from edgevlm.runtimes.session import VLM
+    from edgevlm.types import Reply
 
 # What Pillow's writers raise for a picture that their format has no room for.
 _REFUSALS = (OSError, ValueError, OverflowError, RuntimeError, struct.error)
@@ -36,7 +42,9 @@ def _finding(command: Callable[..., None]) -> Callable[..., None]:
     """Adds what both commands take."""
     for option in (
         json_option,
-        click.option("--coco", "as_coco", is_flag=True, help="A data set in COCO's format (JSON)."),
+        click.option("--coco", "as_coco", is_flag=True,
+                     help="A data set in COCO's format (JSON), of many pictures one for all."),
+        many_options,
         answering,
         click.option("-o", "--output", "--out", type=click.Path(path_type=Path), metavar="PICTURE",
                      help="Write the picture with what was found drawn into it."),
@@ -49,7 +57,7 @@ def _finding(command: Callable[..., None]) -> Callable[..., None]:
 @click.command(cls=Aside)
 @_finding
 def detect(**given: Any) -> None:
-    """Find OBJECTS in a picture.
+    """Find OBJECTS in a picture, or in each of many: `edgevlm ask --help` says how they are named.
 
     One line a box: its label, a tab, then x0 y0 x1 y1 in pixels of the upright picture.
     """
@@ -59,7 +67,8 @@ def detect(**given: Any) -> None:
 @click.command(cls=Aside)
 @_finding
 def segment(**given: Any) -> None:
-    """Find OBJECTS in a picture, with their masks.
+    """Find OBJECTS, with their masks, in a picture, or in each of many: `edgevlm ask --help` says
+    how they are named.
 
     One line a box, as detect has it; --json, --coco and -o have the masks. A bundle needs a mask
     decoder for them, see `edgevlm export --segment-decoder`; without one there are boxes.
@@ -75,52 +84,138 @@ def _find(
     as_json: bool,
     as_coco: bool,
     run: Run,
+    many: Many,
 ) -> None:
-    from edgevlm.coco import coco
+    if as_json and as_coco:
+        raise click.UsageError("--json and --coco are two forms of one output; choose one")
+    if (sources_of_many := each_source(images, many)) is not None:
+        if output:
+            raise click.UsageError("-o draws one picture; --coco has the boxes of many")
+        asked = _each_asked(task, objects, as_coco)
+        ask_each(asked, sources_of_many, many, run, as_json=as_json)
+        return
+    if len(images) > 1:
+        raise click.UsageError(f"{task} takes one picture; --each finds in each of many")
+    _find_in_one(task, objects, output, images, as_json, as_coco, run)
+
+
+def _find_in_one(
+    task: str,
+    objects: tuple[str, ...],
+    output: Path | None,
+    images: tuple[str, ...],
+    as_json: bool,
+    as_coco: bool,
+    run: Run,
+) -> None:
     from edgevlm.drawing import draw
     from edgevlm.image import read_image
 
-    if as_json and as_coco:
-        raise click.UsageError("--json and --coco are two forms of one output; choose one")
     if output:
         _check_output(output)
-    sources = read_pictures(images)
-    if len(sources) > 1:
-        raise click.UsageError(f"{task} takes one picture")
-    picture = read_image(sources[0])
+    (source,) = read_pictures(images)
+    picture = read_image(source)
     height, width = picture.shape[:2]
     if output:
         _check_sides(output, height, width)
     with run.load([picture]) as vlm:
         reply = vlm.ask(vlm.task(task, objects), picture, **run.sampling)
-        boxes = vlm.masked(reply.boxes, width, height) if task == "segment" else reply.boxes
+        reply = _masked(task, vlm, reply)
+    record = _as_dict(reply)
     if as_json:
-        click.echo(json.dumps(_as_dict(reply, boxes, width, height)))
+        click.echo(json.dumps(record))
     elif as_coco:
-        click.echo(json.dumps(coco(boxes, width, height, _name(sources[0]))))
+        _print_coco([{"file": _name(source), **record}])
     else:
-        _print_boxes(boxes)
+        click.echo("".join(f"{line}\n" for line in _lines(record)), nl=False)
+        if not reply.boxes:
+            click.echo("Nothing was found.", err=True)
     print_notes(reply, vlm, stats=run.stats)
-    if task == "segment" and any(box.segment and box.mask is None for box in boxes):
+    _note_masks(task, [record])
+    if output:
+        _save(draw(picture, reply.boxes), output)
+
+
+def _each_asked(task: str, objects: tuple[str, ...], as_coco: bool) -> Asked:
+    def end(records: list[Record]) -> None:
+        if as_coco:
+            _print_coco(records)
+        _note_masks(task, records)
+
+    return asked_task(
+        task,
+        joined_objects(objects),
+        kind=task,
+        record=lambda vlm, reply: _as_dict(_masked(task, vlm, reply)),
+        lines=lambda record: [] if as_coco else _lines(record),
+        end=end,
+    )
+
+
+def _masked(task: str, vlm: VLM, reply: Reply) -> Reply:
+    """The reply, whose boxes have their masks where those were asked for."""
+    if task != "segment":
+        return reply
+    assert reply.size is not None  # there was one picture
+    return replace(reply, boxes=tuple(vlm.masked(reply.boxes, *reply.size)))
+
+
+def _as_dict(reply: Reply) -> Record:
+    """The reply, whose boxes also stand in shares of the picture's sides; masks as run lengths."""
+    from edgevlm.coco import encoded
+
+    assert reply.size is not None  # there was one picture
+    width, height = reply.size
+    data = {"width": width, "height": height, "boxes": [], **as_dict(reply)}
+    for found, box in zip(data["boxes"], reply.boxes, strict=True):
+        found["normalized"] = [round(share, 6) for share in box.normalized(width, height)]
+        if box.mask is not None:
+            found["mask"] = encoded(box.mask)
+    return data
+
+
+def _boxes(record: Record) -> list[Box]:
+    """The boxes of a record as `_as_dict` made it."""
+    from edgevlm.coco import decoded
+
+    return [
+        Box(
+            found["x0"],
+            found["y0"],
+            found["x1"],
+            found["y1"],
+            found["label"],
+            tuple(found["segment"]),
+            decoded(found["mask"]) if "mask" in found else None,
+        )
+        for found in record["boxes"]
+    ]
+
+
+def _print_coco(records: Sequence[Record]) -> None:
+    from edgevlm.coco import CocoSet
+
+    data = CocoSet()
+    for record in records:
+        data.add(record["file"], record["width"], record["height"], _boxes(record))
+    click.echo(json.dumps(data.as_dict()))
+
+
+def _lines(record: Record) -> list[str]:
+    return [
+        f"{box['label']}\t{box['x0']:.0f} {box['y0']:.0f} {box['x1']:.0f} {box['y1']:.0f}"
+        for box in record["boxes"]
+    ]
+
+
+def _note_masks(task: str, records: Sequence[Record]) -> None:
+    boxes = (box for record in records for box in record["boxes"])
+    if task == "segment" and any(box["segment"] and "mask" not in box for box in boxes):
         click.echo(
             "Boxes without masks: this bundle has no mask decoder; `edgevlm export "
             "--segment-decoder vae-oid.npz` makes one that has.",
             err=True,
         )
-    if output:
-        _save(draw(picture, boxes), output)
-
-
-def _as_dict(reply: Reply, boxes: Sequence[Box], width: int, height: int) -> dict[str, Any]:
-    """The reply, whose boxes also stand in shares of the picture's sides; masks as run lengths."""
-    from edgevlm.coco import run_lengths
-
-    data = {"width": width, "height": height, "boxes": [], **as_dict(reply)}
-    for found, box in zip(data["boxes"], boxes, strict=True):
-        found["normalized"] = [round(share, 6) for share in box.normalized(width, height)]
-        if box.mask is not None:
-            found["mask"] = {"counts": run_lengths(box.mask), "size": [height, width]}
-    return data
 
 
 def _name(source: str | bytes) -> str:
@@ -130,13 +225,6 @@ def _name(source: str | bytes) -> str:
     if isinstance(source, bytes):
         return "stdin"
     return without_credentials(source).rstrip("/").rpartition("/")[2] or source
-
-
-def _print_boxes(boxes: Sequence[Box]) -> None:
-    for box in boxes:
-        click.echo(f"{box.label}\t{box.x0:.0f} {box.y0:.0f} {box.x1:.0f} {box.y1:.0f}")
-    if not boxes:
-        click.echo("Nothing was found.", err=True)
 
 
 def _check_output(output: Path) -> None:

@@ -69,7 +69,7 @@ class AnswerFile:
 
     def _foreign(self, number: int) -> click.ClickException:
         return click.ClickException(
-            f"{self._name}: line {number} is not an answer that `edgevlm ask --jsonl` wrote; name "
+            f"{self._name}: line {number} is not an answer that edgevlm's --jsonl wrote; name "
             "another file"
         )
 

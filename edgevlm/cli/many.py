@@ -1,4 +1,4 @@
-"""One prompt about many pictures, each by itself, an answer for each."""
+"""One question, or one task, about many pictures, each by itself, an answer for each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevlm import store
-from edgevlm.bundle import read_manifest
+from edgevlm.bundle import Manifest, read_manifest
 from edgevlm.cli.common import Command, Run, as_dict, print_stats
 from edgevlm.cli.jsonl import AnswerFile, Record, placed
 from edgevlm.cli.signals import last_words
+from edgevlm.cli.tally import Tally
 from edgevlm.errors import EngineError, ImageError, PromptError
 from edgevlm.models import resolve
-from edgevlm.sampling import Sampling
+from edgevlm.prompt import task_prompt
+from edgevlm.sampling import Sampling, SamplingOptions, task_options
 from edgevlm.types import Reply
 
 if TYPE_CHECKING:
@@ -34,8 +37,6 @@ if TYPE_CHECKING:
 
 # Pictures that are read while another one is answered; each may take 256 MiB.
 _AHEAD = 1
-# Failures that are named at the end; the others are counted.
-_NAMED = 5
 _OPTIONS = (
     click.option("--each", is_flag=True,
                  help="Ask about every picture by itself; folders, patterns and --jsonl imply it."),
@@ -141,22 +142,57 @@ def _file_source(path: Path) -> NamedPicture:
     return NamedPicture(str(path), path, {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns})
 
 
+def _text_line(record: Record) -> list[str]:
+    return [record["text"]]
+
+
+def _plain(_: VLM, reply: Reply) -> Record:
+    return as_dict(reply)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about every picture: its prompt and options in terms of a model, and what becomes
+    of an answer: a record, and lines of text for stdout, which follow the file's name.
+
+    `kind` tells records of one prompt apart that hold different things. `end` is called with the
+    records of all pictures that have an answer, those of an earlier run among them.
+    """
+
+    prompt: Callable[[Manifest], str]
+    options: Callable[[Manifest], SamplingOptions] = lambda _: {}
+    kind: str = ""
+    record: Callable[[VLM, Reply], Record] = _plain
+    lines: Callable[[Record], list[str]] = _text_line
+    end: Callable[[list[Record]], None] | None = None
+
+
+def asked_task(task: str, text: str = "", language: str = "en", **forms: Any) -> Asked:
+    """A model's own task about every picture; `forms` as those of Asked."""
+    return Asked(
+        lambda manifest: task_prompt(manifest.prompt, task, text, language),
+        lambda manifest: task_options(task, manifest.answer),
+        **forms,
+    )
+
+
 def ask_each(
-    prompt: str, sources: list[NamedPicture], many: Many, run: Run, *, as_json: bool
+    asked: Asked, sources: list[NamedPicture], many: Many, run: Run, *, as_json: bool
 ) -> None:
-    """Answers the prompt about every source that OUT has no answer about.
+    """Asks about every source that OUT has no answer about.
 
     What fails is listed at the end, with exit code 1.
     """
     Sampling.of(run.sampling)  # Otherwise every picture is told that an option is wrong.
-    question = _question(prompt, run)
+    question, run = _question(asked, run)
     out = AnswerFile(many.jsonl) if many.jsonl else None
-    done = set[object]()
+    done = dict[object, Record | None]()
     if out:
-        records = out.records()
-        done = {_key(r) for r in records if "text" in r and not many.overwrite}
-    todo = [s for s in sources if _key({"file": s.file, **s.facts, **question}) not in done]
-    tally = _Tally(len(sources), len(sources) - len(todo), many.jsonl, many.overwrite)
+        records = (r for r in out.records() if "text" in r and not many.overwrite)
+        done = {_key(r): r if asked.end else None for r in records}
+    keys = [_key({"file": source.file, **source.facts, **question}) for source in sources]
+    todo = [source for source, key in zip(sources, keys, strict=True) if key not in done]
+    tally = Tally(len(sources), len(sources) - len(todo), many.jsonl, many.overwrite)
     if todo:
         again = {(source.place, question["asked"]) for source in todo}
 
@@ -164,22 +200,27 @@ def ask_each(
             return not many.overwrite and (placed(record["file"]), record["asked"]) not in again
 
         with last_words(tally.last_words), run.load([], "both") as vlm:
-            if out:
-                with out.writing(keep) as write:
-                    _ask_all(vlm, todo, question, run, tally, _Shown(as_json, run.stats, write))
-            else:
-                _ask_all(vlm, todo, question, run, tally, _Shown(as_json, run.stats))
+            with out.writing(keep) if out else nullcontext() as write:
+                shown = _Shown(asked, as_json, run.stats, write, done)
+                _ask_all(vlm, todo, question, run, tally, shown)
+    if asked.end:
+        asked.end([record for key in keys if (record := done.get(key))])
     tally.summarize()
 
 
-def _question(prompt: str, run: Run) -> Record:
-    """All that an answer depends on beside the picture: prompt and model to read, and a hash."""
+def _question(asked: Asked, run: Run) -> tuple[Record, Run]:
+    """All that an answer depends on beside the picture: prompt and model to read, and a hash; and
+    the run with the options of what is asked.
+    """
     manifest = read_manifest(resolve(run.model if run.model is not None else store.default()))
+    prompt = asked.prompt(manifest)
+    sampling: SamplingOptions = {**asked.options(manifest), **run.sampling}
     files = sorted(file.sha256 for part in manifest.all_components for file in part.files)
-    options = (sorted(run.sampling.items()), run.loading.get("max_tiles"))
-    facts = repr((prompt, manifest.name, files, options))
-    asked = hashlib.sha256(facts.encode(errors="surrogatepass")).hexdigest()[:16]
-    return {"prompt": prompt, "model": manifest.name, "asked": asked}
+    options = (sorted(sampling.items()), run.loading.get("max_tiles"))
+    facts = repr((asked.kind, prompt, manifest.name, files, options))
+    digest = hashlib.sha256(facts.encode(errors="surrogatepass")).hexdigest()[:16]
+    question = {"prompt": prompt, "model": manifest.name, "asked": digest}
+    return question, replace(run, sampling=sampling)
 
 
 def _key(record: Record) -> object:
@@ -187,61 +228,31 @@ def _key(record: Record) -> object:
     return (placed(record["file"]), *facts, record["asked"])
 
 
-@dataclass
-class _Tally:
-    """Counts of a run, and its first failures."""
-
-    total: int
-    before: int
-    out: Path | None
-    afresh: bool
-    answered: int = 0
-    cut: int = 0
-    failed: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    def last_words(self) -> str:
-        """The way to go on after a signal."""
-        count = f"{self.before + self.answered} of {self.total} pictures are answered"
-        if self.out:
-            command = "the same command without --overwrite" if self.afresh else "the same command"
-            return f"edgevlm: {count}; {command} goes on from there ({self.out})"
-        return f"edgevlm: {count}; --jsonl OUT keeps answers, and goes on from there"
-
-    def summarize(self) -> None:
-        """Says on stderr what was done and what failed; raises Exit(1) if anything did."""
-        if self.out:
-            before = f", {self.before} were before" if self.before else ""
-            click.echo(
-                f"{self.answered} answered{before}, {self.failed} failed: {self.out}", err=True
-            )
-        if self.cut:
-            click.echo(f"{self.cut} cut at --max-tokens or a full context.", err=True)
-        if self.failed:
-            for failure in self.failures:
-                click.echo(f"edgevlm: {failure}", err=True)
-            if more := self.failed - len(self.failures):
-                click.echo(f"edgevlm: and {more} more that failed", err=True)
-            raise click.exceptions.Exit(1)
-
-
 @dataclass(frozen=True)
 class _Shown:
-    """The places that answers go to: OUT, or stdout as text or JSON lines."""
+    """The places that answers go to: OUT, stdout as text or JSON lines, and `done` for the end."""
 
+    asked: Asked
     as_json: bool
     stats: bool
-    write: Callable[[Record], None] | None = None
+    write: Callable[[Record], None] | None
+    done: dict[object, Record | None]
 
     def show(self, record: Record, reply: Reply | None, vlm: VLM, bar: PictureBar) -> None:
         """Shows or writes an answer or, without a reply, a failure."""
         if self.write:
             self.write(record)
-        if self.as_json or (reply and not self.write):
-            text = json.dumps(record) if self.as_json else f"{record['file']}: {record['text']}"
+        lines: list[str] = []
+        if self.as_json:
+            lines = [json.dumps(record)]
+        elif reply and not self.write:
+            lines = [f"{record['file']}: {line}" for line in self.asked.lines(record)]
+        if lines:
             with bar.aside():
-                click.echo(text)
+                click.echo("\n".join(lines))
                 sys.stdout.flush()
+        if reply and self.asked.end:
+            self.done[_key(record)] = record
         if reply and self.stats:
             with bar.aside():
                 click.echo(f"{record['file']}:", err=True)
@@ -249,7 +260,7 @@ class _Shown:
 
 
 def _ask_all(
-    vlm: VLM, todo: Sequence[NamedPicture], question: Record, run: Run, tally: _Tally, shown: _Shown
+    vlm: VLM, todo: Sequence[NamedPicture], question: Record, run: Run, tally: Tally, shown: _Shown
 ) -> None:
     from edgevlm.cli.progress import PictureBar
 
@@ -261,12 +272,12 @@ def _ask_all(
                 chat, decode_ms = reading.result()
                 reply = _whole(chat.ask(question["prompt"], **run.sampling))
                 timings = replace(reply.timings, image_decode_ms=decode_ms)
-                about |= _without_tokens(as_dict(replace(reply, timings=timings)))
+                found = shown.asked.record(vlm, replace(reply, timings=timings))
+                about |= _without_tokens(found)
             except (ImageError, PromptError, EngineError) as error:
+                reply = None
                 about["error"] = error.reason if isinstance(error, ImageError) else str(error)
-                tally.failed += 1
-                if len(tally.failures) < _NAMED:
-                    tally.failures.append(f"{source.file}: {about['error']}")
+                tally.fail(source.file, about["error"])
             shown.show({**about, **question, **source.facts}, reply, vlm, bar)
             if reply:
                 tally.answered += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import click
 
 from edgevlm.cli.common import (
@@ -14,6 +16,7 @@ from edgevlm.cli.common import (
     tile_progress,
 )
 from edgevlm.cli.forms import forms
+from edgevlm.cli.many import Many, ask_each, asked_task, each_source, many_options
 from edgevlm.cli.signals import Aside
 from edgevlm.sampling import task_options
 
@@ -24,27 +27,34 @@ _LANGUAGE = click.option("-l", "--language", default="en", show_default=True, he
 @_LANGUAGE
 @answering
 @forms
+@many_options
 @json_option
-def caption(language: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
-    """Describe a picture."""
-    _run_task("caption", language, images, as_json, run)
+def caption(language: str, images: tuple[str, ...], as_json: bool, run: Run, many: Many) -> None:
+    """Describe a picture, or each of many: `edgevlm ask --help` says how they are named."""
+    _run_task("caption", "", language, images, as_json, run, many)
 
 
 @click.command(cls=Aside)
 @answering
 @forms
+@many_options
 @json_option
-def ocr(images: tuple[str, ...], as_json: bool, run: Run) -> None:
-    """Read the text in a picture."""
-    _run_task("ocr", "en", images, as_json, run)
+def ocr(images: tuple[str, ...], as_json: bool, run: Run, many: Many) -> None:
+    """Read the text in a picture, or in each of many: `edgevlm ask --help` says how they are
+    named.
+    """
+    _run_task("ocr", "", "en", images, as_json, run, many)
 
 
 @click.command(cls=Aside)
 @answering
+@many_options
 @json_option
-def ground(images: tuple[str, ...], as_json: bool, run: Run) -> None:
-    """Describe a picture and locate what is in it; --json has the boxes."""
-    _run_task("ground", "en", images, as_json, run)
+def ground(images: tuple[str, ...], as_json: bool, run: Run, many: Many) -> None:
+    """Describe a picture and locate what is in it; --json has the boxes. Of many, each by itself:
+    `edgevlm ask --help` says how they are named.
+    """
+    _run_task("ground", "", "en", images, as_json, run, many)
 
 
 @click.command(cls=Aside)
@@ -52,20 +62,33 @@ def ground(images: tuple[str, ...], as_json: bool, run: Run) -> None:
 @_LANGUAGE
 @answering
 @forms
+@many_options
 @json_option
-def answer(question: str, language: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
-    """Answer QUESTION in the model's own prompt for questions."""
-    sources = read_sources(images)
-    with run.load(sources) as vlm:
-        prompt = vlm.task("answer", question, language)
-        given = vlm.stream(prompt, sources, progress=tile_progress, **run.sampling)
-        show(given, vlm, as_json=as_json, stats=run.stats)
+def answer(
+    question: str, language: str, images: tuple[str, ...], as_json: bool, run: Run, many: Many
+) -> None:
+    """Answer QUESTION in the model's own prompt for questions, about a picture or each of many:
+    `edgevlm ask --help` says how they are named.
+    """
+    _run_task("answer", question, language, images, as_json, run, many, read_sources)
 
 
-def _run_task(task: str, language: str, images: tuple[str, ...], as_json: bool, run: Run) -> None:
-    sources = read_pictures(images)
+def _run_task(
+    task: str,
+    text: str,
+    language: str,
+    images: tuple[str, ...],
+    as_json: bool,
+    run: Run,
+    many: Many,
+    read: Callable[[tuple[str, ...]], list[str | bytes]] = read_pictures,
+) -> None:
+    if (sources_of_many := each_source(images, many)) is not None:
+        ask_each(asked_task(task, text, language), sources_of_many, many, run, as_json=as_json)
+        return
+    sources = read(images)
     with run.load(sources) as vlm:
-        prompt = vlm.task(task, language=language)
+        prompt = vlm.task(task, text, language)
         options = task_options(task, vlm.manifest.answer) | run.sampling
-        answer = vlm.stream(prompt, sources, progress=tile_progress, **options)
-        show(answer, vlm, as_json=as_json, stats=run.stats)
+        given = vlm.stream(prompt, sources, progress=tile_progress, **options)
+        show(given, vlm, as_json=as_json, stats=run.stats)
