@@ -19,5 +19,11 @@ check:
 bench:
 	$(BIN)/python -m workshop.pico evaluate
 
-docs:
+# The extra alone is enough for it, and a checkout that has it asks nothing of the network.
+docs: $(BIN)/zensical
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m docs.site
+
+$(BIN)/zensical:
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[docs]"

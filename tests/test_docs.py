@@ -3,12 +3,20 @@
 import ast
 import re
 import runpy
+import shutil
+import subprocess
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
+import pytest
 
+import edgevlm
+from docs.site import ZENSICAL, build
+from edgevlm import errors
 from edgevlm.cli import cli
+from edgevlm.cli.serve import serve
 
 ROOT = Path(__file__).parent.parent
 CODE = ("edgevlm", "export", "runtimes", "benchmarks", "workshop")
@@ -106,10 +114,54 @@ def test_the_two_commands_of_the_readme_are_a_line_each() -> None:
         assert (lines[i - 1], lines[i + 1]) == ("```sh", "```")
 
 
-def test_python_in_the_readme_compiles() -> None:
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
+def test_the_servers_page_knows_every_option() -> None:
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    table = page.partition("## Options\n")[2].partition("\n## ")[0]
+    for option in serve.params:
+        for name in option.opts:
+            assert not name.startswith("--") or f"`{name}" in table, name
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: edgevlm\.(\w+)$", page, re.MULTILINE))
+    rest = {n for n in edgevlm.__all__ if not hasattr(errors, n)} - shown - {"__version__"}
+    assert not rest and "::: edgevlm.errors\n" in page
+
+
+def test_the_site_has_every_page() -> None:
+    named = (ROOT / "docs" / "zensical.toml").read_text(encoding="utf-8")
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "decisions").glob("*.md")]
+    for page in pages:
+        assert f'"{page.relative_to(ROOT).as_posix()}"' in named
+
+
+@pytest.mark.skipif(not find_spec("zensical"), reason="edgevlm[docs] is not installed")
+def test_the_site_is_built_and_fetches_nothing(tmp_path: Path) -> None:
+    site = build(tmp_path / "build")
+    texts = {p: p.read_text(encoding="utf-8") for p in site.rglob("*.html")}
+    assert (site / "index.html") in texts and len(texts) > 40
+    for path, text in texts.items():
+        loaded = re.findall(r'<(?:script|img|iframe|source)\b[^>]*\ssrc="([^"]+)"', text)
+        loaded += re.findall(
+            r'<link\b[^>]*rel="(?:stylesheet|icon|pre\w+)"[^>]*href="([^"]+)"', text
+        )
+        for address in loaded:
+            assert not re.match(r"(\w+:)?//", address), f"{path.name}: {address}"
+        # The theme fetches a library for each of these.
+        assert not re.search(r'class="[^"]*\b(mermaid|glightbox|pyodide)\b', text), path.name
+    reference = texts[site / "docs" / "api.html"]
+    assert 'id="edgevlm.VLM.image_embeddings"' in reference and "<blockquote>" not in reference
+    styles = [p.read_text(encoding="utf-8") for p in site.rglob("*.css")]
+    assert styles and not any(re.search(r"url\(\s*['\"]?(https?:)?//", text) for text in styles)
+
+
+@pytest.mark.skipif(not find_spec("zensical"), reason="edgevlm[docs] is not installed")
+@pytest.mark.parametrize("link", ["docs/nowhere.md", "docs/answers.md#nowhere"])
+def test_a_broken_link_ends_the_build(tmp_path: Path, link: str) -> None:
+    shutil.copy(ROOT / "docs" / "zensical.toml", tmp_path)
+    (tmp_path / "pages" / "docs").mkdir(parents=True)
+    (tmp_path / "pages" / "README.md").write_text(f"# Title\n\n[x]({link})\n", encoding="utf-8")
+    (tmp_path / "pages" / "docs" / "answers.md").write_text("# Answers\n", encoding="utf-8")
+    ended = subprocess.run(ZENSICAL, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and "does not exist" in ended.stderr + ended.stdout

@@ -13,7 +13,7 @@ import pytest
 
 import edgevlm
 from tests.serving import serving
-from tests.test_server_docs import DOCUMENTED, blocks
+from tests.snippets import DOCUMENTED, ROOT, blocks
 
 if find_spec("llm") is None:
     pytest.skip("pip install llm to ask the server with it", allow_module_level=True)
@@ -26,8 +26,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """llm's folder, which names a running server."""
     folder = tmp_path_factory.mktemp("llm")
     with serving({"pico": lambda: edgevlm.load(threads=1)}) as served:
-        (block,) = blocks("yaml")
-        text = block.replace(DOCUMENTED, served.base)
+        (block,) = (b for b in blocks(ROOT / "docs" / "server.md") if b.language == "yaml")
+        text = block.text.replace(DOCUMENTED, served.base)
         (folder / "extra-openai-models.yaml").write_text(text, encoding="utf-8")
         yield folder
 
