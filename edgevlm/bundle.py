@@ -131,6 +131,10 @@ class Manifest:
     notes: tuple[str, ...] = ()
     origin: str = ""
 
+    def __repr__(self) -> str:
+        precisions = ", ".join(f"{role} {c.precision}" for role, c in self.components.items())
+        return f"<Manifest of {self.name}, {self.family}: {precisions}>"
+
     @property
     def all_components(self) -> tuple[Component, ...]:
         """Every component with its files, the alternatives after the main ones."""
@@ -143,6 +147,9 @@ class Bundle:
 
     folder: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        return f"<Bundle {self.manifest.name} in {self.folder}>"
 
     def path(self, component: str) -> Path:
         """The main file of a component, by its role."""

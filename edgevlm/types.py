@@ -63,6 +63,11 @@ class Timings:
     total_ms: float = 0.0
 
 
+def shortened(text: str, most: int = 40) -> str:
+    """A text's beginning, for a repr."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 @dataclass(frozen=True)
 class Box:
     """A found object: corners in pixels of the picture as it was given (EXIF-rotated), x to the
@@ -77,7 +82,12 @@ class Box:
     y1: float
     label: str
     segment: tuple[int, ...] = ()
-    mask: npt.NDArray[np.bool_] | None = field(default=None, compare=False, repr=False)
+    mask: npt.NDArray[np.bool_] | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        corners = f"{self.x0:.0f} {self.y0:.0f} {self.x1:.0f} {self.y1:.0f}"
+        masked = ", with its mask" if self.mask is not None else ""
+        return f"<Box {shortened(self.label)!r} {corners}{masked}>"
 
     def normalized(self, width: int, height: int) -> tuple[float, float, float, float]:
         """x0, y0, x1, y1 as shares, 0 to 1, of a picture's sides in pixels."""
@@ -98,7 +108,7 @@ class TokenLogprob:
     text: str
     data: bytes
     logprob: float
-    top: tuple[TokenLogprob, ...] = ()
+    top: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...] = ()
     elapsed_ms: float = 0.0
-    logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -123,8 +133,8 @@ class Constraint:
     """
 
     kind: Literal["schema", "choices", "grammar"]
-    grammar: str
-    choices: tuple[str, ...] = ()
+    grammar: str = field(repr=False)
+    choices: tuple[str, ...] = field(default=(), repr=False)
     model: Any = None
 
     def grammar_after(self, *, blank: bool) -> str:
@@ -169,12 +179,19 @@ class Reply:
     timings: Timings = field(default_factory=Timings)
     boxes: tuple[Box, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    constraint: Constraint | None = field(default=None, repr=False)
-    picture: Any = field(default=None, compare=False, repr=False)
-    size: tuple[int, int] | None = field(default=None, repr=False)
+    constraint: Constraint | None = None
+    picture: Any = field(default=None, compare=False)
+    size: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        boxes = f", {len(self.boxes)} boxes" if self.boxes else ""
+        return (
+            f"<Reply {shortened(self.text)!r}, {self.finish_reason}, "
+            f"{self.tokens.generated} tokens{boxes}>"
+        )
 
     def _repr_html_(self) -> str:
         # Upwards, and only where a notebook asks: this module is everybody's.

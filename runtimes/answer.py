@@ -11,7 +11,15 @@ from edgevlm.runtimes.logprobs import token_logprob
 from edgevlm.runtimes.request import Engines, Request, input_blocks, prefill
 from edgevlm.runtimes.text import TextStream
 from edgevlm.runtimes.turns import Turn, Turns
-from edgevlm.types import FinishReason, Piece, Reply, Timings, TokenCounts, TokenLogprob
+from edgevlm.types import (
+    FinishReason,
+    Piece,
+    Reply,
+    Timings,
+    TokenCounts,
+    TokenLogprob,
+    shortened,
+)
 
 
 class Answer:
@@ -66,6 +74,9 @@ class Answer:
         state = reply.finish_reason if self._pieces is None else "open"
         return f"<Answer {shortened(reply.text)!r}, {state}, {reply.tokens.generated} tokens>"
 
+    def _repr_html_(self) -> str:
+        return self.reply._repr_html_()
+
     def finish(self) -> Reply:
         """Runs to the end and returns the whole answer."""
         for _ in self:
@@ -81,11 +92,6 @@ class Answer:
     def reply(self) -> Reply:
         """The answer as far as it has come."""
         return self._draft.reply
-
-
-def shortened(text: str, most: int = 40) -> str:
-    """A text's beginning, for a repr."""
-    return text if len(text) <= most else f"{text[:most]}…"
 
 
 class _Draft:

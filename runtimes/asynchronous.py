@@ -62,6 +62,10 @@ class AsyncAnswer:
             raise StopAsyncIteration
         raise piece
 
+    def __repr__(self) -> str:
+        answer = self._drawing.answer if self._drawing else None
+        return f"<AsyncAnswer of {answer!r}>" if answer else "<AsyncAnswer, not begun>"
+
     async def finish(self) -> Reply:
         """Waits for the end and returns the whole answer."""
         async for _ in self:

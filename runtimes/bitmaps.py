@@ -48,4 +48,13 @@ class Bitmap:
 
 def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
     """The pictures, each read if it was not; raises ImageError."""
-    return [i if isinstance(i, Bitmap) else Bitmap(read_picture(i), source=i) for i in images]
+    return [
+        i if isinstance(i, Bitmap) else Bitmap(read_picture(i), source=_lasting(i)) for i in images
+    ]
+
+
+def _lasting(source: ImageSource) -> ImageSource | None:
+    """A source as replies keep it, who may be pickled: a file that was read is at its end."""
+    if hasattr(source, "read"):
+        return None
+    return bytes(source) if isinstance(source, memoryview) else source

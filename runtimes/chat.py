@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from edgevlm import notebook
 from edgevlm.errors import PromptError
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.asynchronous import AsyncAnswer
@@ -44,6 +45,10 @@ class Chat:
     def __repr__(self) -> str:
         name, pictures = self._vlm.manifest.name, len(self._pictures)
         return f"<Chat with {name}: {pictures} pictures, {len(self.turns)} questions>"
+
+    def _repr_html_(self) -> str:
+        turns = [(question, answer.reply) for question, answer in self.turns]
+        return notebook.conversation([bitmap.picture.rgb for bitmap in self._pictures], turns)
 
     @property
     def devices(self) -> Devices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,9 @@ class VLM:
     def __repr__(self) -> str:
         where = f"vision on {self.devices.vision.device}, decoder on {self.devices.decoder.device}"
         return f"<VLM {self.manifest.name}: {'closed' if self._turns.closed else where}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a loaded model cannot be pickled; load it in each process")
 
     @property
     def settings(self) -> RunSettings:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import pytest
 
 import edgevlm
@@ -162,7 +163,6 @@ def test_a_class_gives_the_schema_and_gets_the_value() -> None:
 
 
 def test_pydantic_models() -> None:
-    pydantic = pytest.importorskip("pydantic", reason="pydantic is not installed")
     shape = pydantic.create_model("Shape", name=(str, ...), n=(int | None, None))
     reply = fakes.vlm('{"name": "circle", "n": 3}').ask("x", schema=shape)
     assert (reply.parsed.name, reply.parsed.n) == ("circle", 3)
