@@ -1,8 +1,8 @@
-# Five words: setup, test, check, bench, docs. VENV may name another environment.
+# Six words: setup, test, check, bench, soak, docs. VENV may name another environment.
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup test check bench docs
+.PHONY: setup test check bench soak docs
 setup:
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[test]"
@@ -18,6 +18,10 @@ check:
 
 bench:
 	$(BIN)/python -m workshop.pico evaluate
+
+soak:
+	$(BIN)/python -m workshop.soak --minutes 10
+	$(BIN)/python -m workshop.interrupts --times 100
 
 # The extra alone is enough for it, and a checkout that has it asks nothing of the network.
 docs: $(BIN)/zensical

@@ -126,6 +126,16 @@ class EngineError(EdgeVLMError):
     """An engine (onnxruntime, llama.cpp) failed on a request that was checked before."""
 
 
+class OutOfMemory(EngineError):
+    """An engine does not get the memory that it needs; `what` it was for."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(
+            f"{what}: not enough memory; close other programs, or take a smaller model or precision"
+        )
+
+
 class ModelClosed(EdgeVLMError):
     """The engines of this model are gone, or belong to the process that this one was forked from;
     load the model again.

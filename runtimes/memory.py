@@ -10,6 +10,17 @@ from typing import Any
 
 import psutil
 
+# The words of an engine that was refused memory: C++'s, C's, onnxruntime's and ggml's.
+_REFUSED = re.compile(
+    r"bad_alloc|cannot allocate|unable to allocate|failed to allocate|out of memory|pthread_create",
+    re.IGNORECASE,
+)
+
+
+def was_refused(reason: str) -> bool:
+    """True if an engine's message says that it got no memory, or none for a thread's stack."""
+    return bool(_REFUSED.search(reason))
+
 
 def resident_bytes() -> int:
     """Resident size of this process, memory-mapped weights included, in bytes."""

@@ -177,6 +177,7 @@ def test_threads_take_turns_with_the_memory_too() -> None:
     assert found == [True] * 12
 
 
+@pytest.mark.fault("Python", "a model closed while its parts take turns in memory", "stays closed")
 def test_a_closed_model_loads_nothing_again() -> None:
     vlm = edgevlm.load(max_memory=one_at_a_time())
     vlm.ask(QUESTION, SHAPES)

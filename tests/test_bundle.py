@@ -100,6 +100,7 @@ def test_a_bundle_from_before_alternatives_is_read(folder: Path) -> None:
     assert open_bundle(folder).vision_precisions == ("f32",)
 
 
+@pytest.mark.fault("Bundles", "a further encoder that is damaged", "refused by the file's name")
 def test_a_damaged_alternative_is_named(several: Path) -> None:
     path = several / "vision.qdq8.onnx"
     path.write_bytes(b"Q" + b"q" * 499)
@@ -143,6 +144,11 @@ def test_extra_norms_are_stated_and_false_where_a_manifest_is_silent(folder: Pat
     assert open_bundle(folder).manifest.decoder == manifest.decoder
 
 
+@pytest.mark.fault(
+    "Bundles",
+    "a file cut short, longer, changed or gone",
+    "refused by the file's name",
+)
 @pytest.mark.parametrize("name", FILES.values())
 def test_a_damaged_component_is_named(folder: Path, name: str) -> None:
     path = folder / name
@@ -302,6 +308,11 @@ def test_a_folder_that_exists_is_filled_and_not_replaced(
     assert {p.name for p in real.iterdir()} - {"lost+found"} == set(whole)
 
 
+@pytest.mark.fault(
+    "Bundles",
+    "a file that cannot be moved while a bundle is replaced",
+    "the old bundle stands, whole",
+)
 @pytest.mark.parametrize("error", [OSError(16, "busy"), KeyboardInterrupt()])
 @pytest.mark.parametrize("last", range(8))
 def test_a_bundle_that_cannot_be_replaced_stays(

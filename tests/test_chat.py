@@ -106,6 +106,7 @@ def test_pictures_that_cannot_be_had_are_one_line_each(
     assert "Looking at no picture." in said
 
 
+@pytest.mark.fault("Pictures", "a picture larger than the memory", "one line, the chat goes on")
 def test_a_picture_that_memory_does_not_hold_is_one_line(
     chat: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +166,7 @@ def homes(folder: Path) -> dict[str, str | Path]:
     return {"file": folder / "file", "taken": folder / "taken", "none": "/proc/none"}
 
 
+@pytest.mark.fault("Home", "a home that cannot be written", "a chat works, without history")
 @pytest.mark.parametrize("home", ["file", "taken", "none"])
 def test_a_home_that_keeps_nothing_costs_the_history_alone(
     chat: Typed, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

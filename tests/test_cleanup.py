@@ -43,6 +43,11 @@ def test_a_temporary_folder_goes_with_what_it_holds_and_was_made_for(tmp_path: P
     assert not folder.exists()
 
 
+@pytest.mark.fault(
+    "Export",
+    "a signal while the system's temporary folder is looked for",
+    "no probe file is left there",
+)
 def test_the_search_for_the_systems_folder_is_not_cut_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +139,7 @@ def test_everything_goes_while_another_thread_is_at_work(pipe: str, tmp_path: Pa
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+@pytest.mark.fault("Export", "kill -9 of a command with children", "the children end")
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child of its parent's end")
 def test_a_child_does_not_outlive_a_parent_that_is_killed(pipe: str, tmp_path: Path) -> None:
     process, sleeping = owner(pipe, tmp_path / "temporary", "wait")

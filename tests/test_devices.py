@@ -252,6 +252,7 @@ def test_another_version_or_device_is_a_first_use_again(pico: Bundle, change: st
     assert place(pico, fake, "cuda")[1].cosine == pytest.approx(1)
 
 
+@pytest.mark.fault("Caches", "a damaged note of a device's first use", "measured anew")
 def test_a_damaged_memory_is_made_anew(pico: Bundle, home: Path) -> None:
     fake = FakeOnnxruntime({CUDA: Behaviour()})
     place(pico, fake, "cuda")
@@ -261,6 +262,7 @@ def test_a_damaged_memory_is_made_anew(pico: Bundle, home: Path) -> None:
     assert "cosine" in kept.read_text(encoding="utf-8")
 
 
+@pytest.mark.fault("Home", "nowhere to keep what devices compile", "works, compiled anew each time")
 @pytest.mark.parametrize("provider", [OPENVINO, QNN])
 def test_a_home_that_keeps_nothing_costs_the_second_start_alone(
     pico: Bundle, home: Path, monkeypatch: pytest.MonkeyPatch, provider: str

@@ -46,6 +46,7 @@ def test_what_was_put_is_there_for_another(cache: DiskCache) -> None:
     assert got(cache, "a") == b"other" and len(entries(cache)) == 1
 
 
+@pytest.mark.fault("Caches", "other users of the machine", "cannot read what is kept of pictures")
 def test_nobody_else_may_look(cache: DiskCache) -> None:
     cache.put("a", DATA)
     if os.name == "posix":
@@ -64,6 +65,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.fault("Caches", "a damaged entry of any kind", "counts as none and is replaced")
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_entry_is_none_and_is_replaced(
     cache: DiskCache, damage: Callable[[bytes], bytes]
@@ -103,6 +105,7 @@ def test_what_is_larger_than_the_cache_is_not_written(cache: DiskCache) -> None:
     assert got(cache, "a") == DATA and got(cache, "b") is None
 
 
+@pytest.mark.fault("Caches", "kill -9 while an entry is written", "what it left is removed later")
 def test_what_a_killed_writer_left_goes_later(cache: DiskCache) -> None:
     cache.put("a", DATA)
     old, new = cache.folder / "old.part", cache.folder / "new.part"
@@ -121,6 +124,7 @@ def test_what_a_killed_writer_left_goes_later(cache: DiskCache) -> None:
     assert cache.bytes() == 0 and got(cache, "a") is None
 
 
+@pytest.mark.fault("Caches", "several processes write the same entry", "each reads a whole one")
 def test_several_processes_write_at_once(cache: DiskCache) -> None:
     script = """
 import sys
@@ -152,6 +156,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, place: str) -> None:
     cache.clear()
 
 
+@pytest.mark.fault("Caches", "the disk is full", "answers as without a cache, nothing half-written")
 def test_a_full_disk_is_left_as_it_was(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.put("a", DATA)
     tries = []

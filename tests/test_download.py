@@ -82,6 +82,11 @@ def test_a_mirror_without_sizes_and_hashes(
     assert found.read_bytes() == (smolvlm_checkpoint / WEIGHTS).read_bytes()
 
 
+@pytest.mark.fault(
+    "Pull",
+    "a download that broke off, or left too much",
+    "goes on where it ended; what does not fit is fetched anew",
+)
 @pytest.mark.parametrize("there", ["half", "all", "too much"])
 def test_a_broken_download_goes_on_where_it_ended(
     hub: Hub, smolvlm_checkpoint: Path, tmp_path: Path, there: str
@@ -106,6 +111,7 @@ def locate_it() -> None:
         sys.exit(f"HubError: {e}")
 
 
+@pytest.mark.fault("Pull", "the disk fills up", "one line; the same command goes on")
 def test_a_disk_that_fills_up(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -140,6 +146,11 @@ def test_a_proxy_is_asked(hub: Hub, tmp_path: Path) -> None:
     assert done.returncode == 0 and len(hub.downloads) == 1
 
 
+@pytest.mark.fault(
+    "Pull",
+    "a disk too small for the files",
+    "refused in numbers before the first byte",
+)
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     huge = RemoteFile(WEIGHTS, 1 << 60, "0" * 64)

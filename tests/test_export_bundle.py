@@ -151,6 +151,11 @@ def test_a_source_that_transformers_cannot_run(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(
+    "Export",
+    "too little memory to compare with the original",
+    "refused before anything is written, with `--no-verify` as the cure",
+)
 def test_too_little_memory_to_verify(
     paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +166,11 @@ def test_too_little_memory_to_verify(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(
+    "Export",
+    "too little room on the disk",
+    "refused in numbers before anything is written",
+)
 def test_too_little_disk(
     paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +181,7 @@ def test_too_little_disk(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("Export", "the disk fills up on the way", "one line; nothing is left")
 def test_a_disk_that_fills_up(
     paligemma_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +203,7 @@ def test_the_estimate_of_disk_covers_what_is_written(
     )
 
 
+@pytest.mark.fault("Export", "an interrupt at any stage", "nothing is left")
 @pytest.mark.parametrize("stage", ["decoder", "quantize", "vision", "projector", "hash"])
 def test_an_interrupt_leaves_nothing(
     paligemma_checkpoint: Path, tmp_path: Path, stage: str
@@ -205,6 +217,11 @@ def test_an_interrupt_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(
+    "Export",
+    "Ctrl-C reaches the command and its children",
+    "exit code 130, nothing is left",
+)
 def test_ctrl_c_at_the_terminal_leaves_nothing(paligemma_checkpoint: Path, tmp_path: Path) -> None:
     code = (
         "import sys\n"

@@ -116,6 +116,7 @@ def test_no_network(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.fault("Home", "a download cache that cannot be written", "one line with the cure")
 @pytest.mark.parametrize("home", ["file", "none"])
 def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path, home: str) -> None:
     (tmp_path / "file").write_text("no folder", encoding="utf-8")

@@ -118,6 +118,7 @@ def test_tensors_that_do_not_fit(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("Export", "weights that are not numbers", "refused by the tensor's name")
 def test_nan_is_refused_where_it_is_read(tmp_path: Path) -> None:
     found = job(write_paligemma(tmp_path, edit=with_nan))
     with pytest.raises(SourceError, match=r"up_proj.weight holds NaN or infinity"):
@@ -232,6 +233,11 @@ def set_key(*path: str, to: Any) -> Callable[[Path], None]:
         (set_key("text_config", "rope_scaling", to={"type": "linear"}), "scales its positions"),
         (set_key("vision_config", "image_size", to=60), "not a multiple of patch_size"),
     ],
+)
+@pytest.mark.fault(
+    "Export",
+    "a checkpoint with damaged or missing files",
+    "one line that names the file",
 )
 def test_damaged_folders(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
     folder = write_paligemma(tmp_path / "checkpoint", shards=3)

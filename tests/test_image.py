@@ -262,6 +262,7 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyP
         read_image(np.zeros((10, 10, 3), np.uint8))
 
 
+@pytest.mark.fault("Pictures", "a decompression bomb", "refused by its header")
 def test_a_decompression_bomb_is_refused() -> None:
     with pytest.raises(ImageError, match="scale it down"):
         read_image(encoded(Image.new("1", (30000, 30000))))

@@ -198,6 +198,11 @@ def test_open_files_are_read_from_their_start_and_stay_open(folder: Path) -> Non
     np.testing.assert_array_equal(read_image(just_saved), RGB)
 
 
+@pytest.mark.fault(
+    "Pictures",
+    "a pipe without end",
+    "read as far as a picture may go, then refused",
+)
 def test_a_pipe_is_read_as_far_as_it_goes() -> None:
     reading, writing = os.pipe()
     with open(writing, "wb") as file:

@@ -220,6 +220,11 @@ def test_few_rows_are_read_again_and_a_prefix_lm_keeps_none(
     assert len([*disk_cache.pictures_folder().folder.iterdir()]) == 2
 
 
+@pytest.mark.fault(
+    "Python",
+    "an answer that is broken off",
+    "leaves nothing that another answer could see",
+)
 def test_a_broken_off_answer_keeps_no_state_and_disturbs_nobody(llava: Path) -> None:
     with edgevlm.load(llava) as vlm:
         broken = vlm.stream("what is it?", A, max_tokens=9)

@@ -189,6 +189,11 @@ def test_a_line_that_a_crash_cut_off_is_dropped(edge: Terminal, photos: Path) ->
     assert edge(*ask)[0] == 0 and files() == [*ABC, "photos/d.png"]
 
 
+@pytest.mark.fault(
+    "Command line",
+    "`--jsonl` names a file of something else",
+    "refused, the file stays as it is",
+)
 @pytest.mark.parametrize(
     "content",
     [b"a text", b"a text\n", b'{"a": 1}\n', b'{"a', b"\x89PNG\r\n", b"[1]\n", b"{}\n", b"\n"],
@@ -322,6 +327,11 @@ def test_a_url_is_named_without_its_password(edge: Terminal) -> None:
     assert files() == ["http://127.0.0.1:9/a.png?size=1"]
 
 
+@pytest.mark.fault(
+    "Command line",
+    "the disk fills up during `ask --jsonl`",
+    "one line, no half record",
+)
 def test_a_full_disk_leaves_no_half_line(
     edge: Terminal, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,6 +424,11 @@ def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(edge: Terminal, stoppe
     assert re.search("2 of 3 .*--jsonl OUT keeps answers", err)
 
 
+@pytest.mark.fault(
+    "Command line",
+    "kill -9 during `ask --jsonl`",
+    "the same command goes on from there",
+)
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_killed_run_goes_on(edge: Terminal, stopped: Any) -> None:
     assert stopped("SIGKILL", "--jsonl", "out.jsonl")[0] == -9

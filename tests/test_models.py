@@ -15,6 +15,7 @@ from edgevlm.bundle import MANIFEST, open_bundle
 from edgevlm.errors import BundleError, BundleNotFound
 
 
+@pytest.mark.fault("Home", "EDGEVLM_HOME that is no folder", "the built-in model alone")
 @pytest.mark.parametrize("home", ["file", "none", "long"])
 def test_a_home_that_cannot_be_had_has_the_built_in_model_alone(
     home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -26,6 +27,11 @@ def test_a_home_that_cannot_be_had_has_the_built_in_model_alone(
     assert models.resolve("pico") == models.resolve(None) == models.built_in()
 
 
+@pytest.mark.fault(
+    "Home",
+    "EDGEVLM_HOME of another user",
+    "the built-in model alone; others are not found, in one line",
+)
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "I/O")])
 def test_a_home_of_somebody_else(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     def denied(*_: object, **__: object) -> None:
@@ -46,6 +52,7 @@ def test_names_that_no_file_can_have(name: str) -> None:
         models.resolve(name)
 
 
+@pytest.mark.fault("Home", "no home folder at all", "every command works with the built-in model")
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="no /proc here")
 @pytest.mark.parametrize(
     "command", [["models", "list"], ["caption", "-m", "pico", "-i", "examples/shapes.png"]]

@@ -71,6 +71,11 @@ def test_it_reads_a_word_and_nothing_where_there_is_none(pico: VLM) -> None:
     assert pico.ocr(image=SHAPES).text == ""
 
 
+@pytest.mark.fault(
+    "Command line",
+    "LC_ALL=C and words that are not ASCII",
+    "one line with the cure",
+)
 def test_a_prompt_that_the_locale_cannot_hold_is_refused_with_the_cure() -> None:
     prompt = "опиши".encode()
     command: list[str | bytes] = [sys.executable, "-m", "edgevlm", "ask", prompt, "-i", str(SHAPES)]

@@ -134,6 +134,11 @@ def test_whatever_else_the_embeddings_depend_on(
     assert encoded(ask(image)) and len(entries()) == 2
 
 
+@pytest.mark.fault(
+    "Caches",
+    "a kept picture that is cut short, empty or something else",
+    "computed anew and replaced",
+)
 @pytest.mark.parametrize("damage", ["truncated", "half-written", "foreign", "folder"])
 def test_a_damaged_entry_is_computed_anew_and_replaced(damage: str) -> None:
     ask()
@@ -193,6 +198,7 @@ def test_its_size_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
         edgevlm.load()
 
 
+@pytest.mark.fault("Caches", "a cache folder that cannot be made", "answers as without a cache")
 def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "file"))

@@ -100,6 +100,11 @@ def test_a_name_that_another_model_has(hub: Hub, tmp_path: Path) -> None:
     assert not hub.downloads
 
 
+@pytest.mark.fault(
+    "Pull",
+    "no network, or HF_HUB_OFFLINE",
+    "one line; what was downloaded before is used",
+)
 def test_offline(hub: Hub, tmp_path: Path) -> None:
     offline = {"HF_HUB_OFFLINE": "1"}
     refused = hub.edgevlm(tmp_path, *PULL, **offline)
@@ -113,6 +118,11 @@ def test_offline(hub: Hub, tmp_path: Path) -> None:
     assert len(hub.asked) == asked
 
 
+@pytest.mark.fault(
+    "Pull",
+    "kill -9 at any stage",
+    "the same command finishes; a half-made model is never listed as one",
+)
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 @pytest.mark.parametrize("stage", ["download", "decoder", "vision", "install"])
 def test_killed_at_any_stage_the_same_command_finishes(

@@ -136,6 +136,11 @@ def test_without_its_packages_the_extra_is_named(
         serve._check_packages()
 
 
+@pytest.mark.fault(
+    "Server",
+    "SIGTERM or SIGINT",
+    "ends with the signal's exit code, without a traceback",
+)
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_with_its_code(number: int, code: int) -> None:

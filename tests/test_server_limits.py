@@ -58,6 +58,7 @@ def hang_up(served: Served, ready: Callable[[], bool], **more: Any) -> None:
     connection.close()
 
 
+@pytest.mark.fault("Server", "a client hangs up", "its answer ends")
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_ends_when_its_client_hangs_up(stream: bool) -> None:
     vlm, gate = gated("a long answer that nobody hears")
@@ -70,6 +71,7 @@ def test_an_answer_ends_when_its_client_hangs_up(stream: bool) -> None:
         assert httpx.post(served.base + CHAT, json=body()).status_code == 200
 
 
+@pytest.mark.fault("Server", "a client hangs up while it waits", "its place in the queue is free")
 def test_a_request_that_waits_ends_when_its_client_hangs_up() -> None:
     vlm, gate = gated()
     read = gate.prefills
@@ -83,6 +85,7 @@ def test_a_request_that_waits_ends_when_its_client_hangs_up() -> None:
         assert len(read) == 1  # the engine was never asked
 
 
+@pytest.mark.fault("Server", "more requests than fit", "429 with Retry-After")
 def test_more_requests_than_fit_are_told_when_to_come_back() -> None:
     vlm, gate = gated("yes")
     limits = Limits(requests=3)
@@ -105,6 +108,7 @@ def test_more_requests_than_fit_are_told_when_to_come_back() -> None:
         client.close()
 
 
+@pytest.mark.fault("Server", "an answer that takes too long", "ends, and says so")
 def test_an_answer_that_takes_too_long() -> None:
     vlm, gate = gated("yes")
     with serving({"fake": lambda: vlm}, limits=Limits(seconds=0.2)) as served:
@@ -117,6 +121,7 @@ def test_an_answer_that_takes_too_long() -> None:
             assert asked.result().json()["error"]["code"] == "timeout"
 
 
+@pytest.mark.fault("Server", "a body that is too large", "413, before it is read")
 @pytest.mark.parametrize("stated", [True, False])
 def test_large_bodies_are_refused(stated: bool) -> None:
     limits = Limits(body_bytes=100_000)
@@ -139,6 +144,7 @@ def test_who_asks_before_sending_is_told_at_once() -> None:
             assert asking.recv(20).startswith(b"HTTP/1.1 413")
 
 
+@pytest.mark.fault("Server", "a body that does not come", "408")
 def test_bodies_that_do_not_come() -> None:
     limits = Limits(upload_seconds=0.05)
     with serving({"fake": lambda: fakes.vlm("yes")}, limits=limits) as served:
@@ -216,6 +222,7 @@ def test_health_says_that_the_server_is_there() -> None:
         assert httpx.post(served.base + CHAT, json=body()).status_code == 503
 
 
+@pytest.mark.fault("Server", "a port that is taken", "one line, exit code 1")
 def test_ports_that_are_taken_are_one_line() -> None:
     with listen("127.0.0.1", 0) as made:
         port = made.getsockname()[1]

@@ -166,6 +166,11 @@ def test_a_load_goes_on_when_who_asked_first_has_gone() -> None:
     run(work)
 
 
+@pytest.mark.fault(
+    "Server",
+    "a model that cannot be loaded",
+    "an error for who asked; the next request tries again",
+)
 def test_a_model_that_cannot_be_loaded_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     problems: list[Exception] = [BundleCorrupt(Path("secret/edgevlm.json"), "is truncated")]
 
@@ -187,6 +192,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_again(caplog: pytest.LogCaptureF
     run(work)
 
 
+@pytest.mark.fault("Server", "a model larger than the server's memory budget", "refused in numbers")
 def test_a_model_that_is_larger_than_the_budget_is_refused() -> None:
     pool = pool_of({"a": fakes.vlm}, budget=ONE - 1)
 

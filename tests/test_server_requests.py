@@ -168,6 +168,7 @@ def test_pictures_have_limits() -> None:
     assert read(Limits(pixels=1200, pictures=2), messages=messages)
 
 
+@pytest.mark.fault("Server", "a decompression bomb", "400, by its header")
 def test_a_bomb_is_refused_by_its_header() -> None:
     """A few bytes that say that they are a picture of four billion pixels."""
     import struct

@@ -111,6 +111,7 @@ def test_an_open_answer_and_its_sampler_outlive_the_model() -> None:
     gc.collect()
 
 
+@pytest.mark.fault("Python", "a load that fails half-way", "what was loaded is freed")
 def test_a_model_whose_load_fails_half_way_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     freed = []
     free = llama.llama_model_free
@@ -315,6 +316,11 @@ def test_close_ends_what_other_threads_are_doing(name: str) -> None:
             assert isinstance(job.exception(60), ModelClosed)
 
 
+@pytest.mark.fault(
+    "Python",
+    "a signal handler that closes the model, or asks it",
+    "closes it; asking is an error, no deadlock",
+)
 def test_a_signal_handler_may_close_the_model_and_not_ask_it() -> None:
     out = run(
         """
@@ -363,6 +369,7 @@ def test_a_forked_process_loads_a_model_of_its_own(kept: bool) -> None:
     assert out.splitlines() == [CAPTION] * 3
 
 
+@pytest.mark.fault("Python", "a model used after fork()", "an error that says so, no hang")
 @needs_fork
 def test_a_forked_process_is_told_that_the_model_is_its_parents() -> None:
     """And ends as it would without one: nothing waits for threads that stayed with the parent."""

@@ -99,6 +99,11 @@ def end(process: subprocess.Popen[str], moment: str, number: int, tmp_path: Path
     return process.returncode
 
 
+@pytest.mark.fault(
+    "Export",
+    "SIGINT, SIGTERM or SIGHUP at any moment",
+    "the signal's exit code, nothing is left, temporary files included",
+)
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
@@ -115,6 +120,11 @@ def test_an_export_leaves_nothing(
     assert end(process, moment, number, tmp_path) == 128 + number
 
 
+@pytest.mark.fault(
+    "Export",
+    "a signal during `requantize`",
+    "the signal's exit code, nothing is left",
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_requantize_leaves_nothing(
     paligemma_bundle: Bundle, start: Start, tmp_path: Path, number: int
@@ -132,6 +142,11 @@ def test_code_that_hears_nothing_does_not_hold_it_up(
     assert end(process, "deaf", number, tmp_path) == 128 + number
 
 
+@pytest.mark.fault(
+    "Export",
+    "a second Ctrl-C while the first one's files are removed",
+    "they are removed",
+)
 def test_a_second_ctrl_c_does_not_stop_the_cleaning(
     paligemma_checkpoint: Path, start: Start, tmp_path: Path
 ) -> None:
@@ -149,6 +164,7 @@ def test_a_second_ctrl_c_does_not_stop_the_cleaning(
     assert end(process, "deaf", signal.SIGINT, tmp_path) == 130
 
 
+@pytest.mark.fault("Export", "a signal while a bundle is replaced", "the old bundle stands, whole")
 def test_the_old_bundle_stays_when_a_new_one_is_interrupted(
     paligemma_checkpoint: Path, paligemma_bundle: Bundle, start: Start, tmp_path: Path
 ) -> None:
@@ -164,6 +180,7 @@ def test_the_old_bundle_stays_when_a_new_one_is_interrupted(
     }
 
 
+@pytest.mark.fault("Command line", "a signal that `nohup` ignores", "stays ignored")
 def test_what_is_ignored_stays_ignored(
     paligemma_checkpoint: Path, start: Start, tmp_path: Path
 ) -> None:
@@ -176,6 +193,11 @@ def test_what_is_ignored_stays_ignored(
     assert process.returncode == 0 and open_bundle(tmp_path / "out")
 
 
+@pytest.mark.fault(
+    "Command line",
+    "SIGTERM or SIGHUP during a chat",
+    "it ends with the signal's exit code, without a traceback",
+)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_chat_ends_without_a_word(start: Start, number: int, code: int) -> None:
     process = start("chat", "-m", "pico")
@@ -187,6 +209,7 @@ def test_a_chat_ends_without_a_word(start: Start, number: int, code: int) -> Non
     assert (process.returncode, out, errors) == (code, "", "")
 
 
+@pytest.mark.fault("Command line", "a signal during `bench`", "its worker ends with it")
 def test_a_measurement_ends_with_its_worker(start: Start, tmp_path: Path) -> None:
     started = (
         "from edgevlm.benchmarks.latency import gather\n"

@@ -48,6 +48,7 @@ WRITING = {
 }
 
 
+@pytest.mark.fault("Command line", "stdout is on a disk that is full", "one line, exit code 1")
 @pytest.mark.parametrize(
     ("name", "unbuffered"), [*((name, "") for name in WRITING), ("table", "1"), ("answer", "1")]
 )
@@ -60,6 +61,7 @@ def test_a_full_stdout(name: str, unbuffered: str) -> None:
     )
 
 
+@pytest.mark.fault("Command line", "stdout is closed", "one line, exit code 1")
 @pytest.mark.parametrize("name", WRITING)
 def test_a_closed_stdout(name: str) -> None:
     code, _, errors = run(*WRITING[name], to=">&-")
@@ -67,6 +69,7 @@ def test_a_closed_stdout(name: str) -> None:
     assert errors.splitlines()[-1] == "edgevlm: stdout: is closed"
 
 
+@pytest.mark.fault("Command line", "a chat's stdout fills up", "the chat ends with one line")
 def test_a_full_stdout_ends_a_chat() -> None:
     code, _, errors = run("chat", "-m", "pico", "-i", SHAPES, to="> /dev/full", stdin=b"what?\n")
     assert code == 1 and "stdout: cannot be written" in errors.splitlines()[-1]
@@ -90,6 +93,11 @@ def test_nothing_is_open_at_all() -> None:
     assert run("--version", to="<&- >&- 2>&-")[0] == 1
 
 
+@pytest.mark.fault(
+    "Command line",
+    "stdin is closed where words or a picture should come from it",
+    "one line, exit code 1",
+)
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

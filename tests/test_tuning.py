@@ -134,6 +134,7 @@ def test_a_tuning_of_another_machine_is_of_no_account(
     assert tuned.recall(pico, features) is None
 
 
+@pytest.mark.fault("Caches", "a damaged file of `tune`", "counts as none")
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": 1}', "\x00", '{"format": 2}'])
 def test_a_damaged_tuning_counts_as_none(pico: Bundle, damage: str) -> None:
     path = tuned.remember(made(pico))
@@ -150,6 +151,7 @@ def test_a_tuning_of_another_bundle_is_of_no_account(
     assert tuned.recall(other, ggml.cpu_features()) is None
 
 
+@pytest.mark.fault("Home", "nowhere to keep what `tune` measured", "one line")
 def test_a_place_that_cannot_be_written_is_an_error_of_one_line(pico: Bundle, home: Path) -> None:
     home.write_text("", encoding="utf-8")
     with pytest.raises(EngineError, match="cannot be kept .*EDGEVLM_HOME"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import sys
+import traceback
 
 import click
 
@@ -95,11 +96,36 @@ def _run() -> int:
     except BrokenPipeError:
         # The reader went away (`| head`): nothing more to say.
         return 1
+    except MemoryError:
+        click.echo(
+            "edgevlm: not enough memory; close other programs or take less at once", err=True
+        )
+        return 1
+    except ImportError as error:
+        package = _foreign_package(error)
+        if not package:
+            raise  # A module of edgevlm's own: a bug.
+        click.echo(
+            f"edgevlm: {package} cannot be loaded ({_one_line(error)}); free memory if that is "
+            "short, or install edgevlm again",
+            err=True,
+        )
+        return 1
     except OSError as error:
         # Such as a disk that is full; any other exception is a bug, whose traceback is wanted.
         named = f"{error.filename}: " if error.filename else ""
         click.echo(f"edgevlm: {named}{_one_line(error.strerror or error)}", err=True)
         return 1
+
+
+def _foreign_package(error: ImportError) -> str:
+    """The package that could not be loaded: one that is missing, or in whose code it ended; ""
+    where that is edgevlm itself.
+    """
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in frames]
+    package = (error.name or modules[-1]).partition(".")[0]
+    return "" if package == "edgevlm" else package
 
 
 def _one_line(error: object) -> str:

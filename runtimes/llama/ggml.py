@@ -12,6 +12,7 @@ from edgevlm.errors import EngineError
 from edgevlm.gguf_file import Library, opened
 from edgevlm.runtimes.llama.backends import LayerBytes, LlamaDevice, backend
 from edgevlm.runtimes.llama.bindings import llama
+from edgevlm.runtimes.memory import was_refused
 from edgevlm.specs import DecoderSpec
 from edgevlm.types import FlashAttention
 
@@ -73,6 +74,11 @@ def quiet() -> None:
 def last_log() -> str:
     """The last thing that llama.cpp complained about."""
     return next((line for line in reversed(log) if line), "no reason given")
+
+
+def was_refused_memory() -> bool:
+    """True if llama.cpp complained that it got no memory."""
+    return any(map(was_refused, log))
 
 
 def offloaded() -> tuple[int, int]:

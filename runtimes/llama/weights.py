@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from edgevlm.errors import BundleCorrupt, EngineError
+from edgevlm.errors import BundleCorrupt, EngineError, OutOfMemory
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.backends import Offload
@@ -20,8 +20,8 @@ def load(
 ) -> tuple[Handle, tuple[int, int]]:
     """The model in a file, and how many layers of how many are on the device.
 
-    Raises BundleCorrupt for a file that does not hold the decoder of `spec`, EngineError where the
-    device cannot take its layers.
+    Raises BundleCorrupt for a file that does not hold the decoder of `spec`, OutOfMemory without
+    memory for it, EngineError where the device cannot take its layers.
     """
     ggml.quiet()
     params = llama.llama_model_default_params()
@@ -41,6 +41,8 @@ def load(
     loaded = interruptible(read, lambda: None)
     if not loaded and offload.device:
         raise EngineError(f"{offload.device.name} cannot load the decoder ({ggml.last_log()})")
+    if not loaded and ggml.was_refused_memory():
+        raise OutOfMemory(str(path))
     if not loaded:
         raise BundleCorrupt(path, f"llama.cpp cannot load it ({ggml.last_log()})")
     model, vocabulary = loaded.pointer, LlamaTokenizer(loaded).n_tokens

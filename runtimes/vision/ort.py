@@ -15,7 +15,8 @@ from typing import Any
 
 import onnxruntime
 
-from edgevlm.errors import BundleCorrupt
+from edgevlm.errors import BundleCorrupt, OutOfMemory
+from edgevlm.runtimes.memory import was_refused
 from edgevlm.runtimes.vision.providers import CPU, PROVIDERS, Offer, Provider, rows
 
 # A library registered under a name with this end may offer virtual devices (onnxruntime 1.24).
@@ -118,7 +119,8 @@ class Ort:
         """A session of one graph on one provider; `folder` keeps what the provider compiles.
         Without `prepack` the weights stay in the file's order.
 
-        Raises BundleCorrupt if the CPU cannot load the graph, Unfit if another provider cannot.
+        Raises BundleCorrupt if the CPU cannot load the graph, OutOfMemory where there is none for
+        it, Unfit if another provider cannot.
         """
         provider = offer.provider
         options = self._options(provider, threads, spin)
@@ -126,9 +128,14 @@ class Ort:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if provider is CPU:
             try:
-                return self.module.InferenceSession(str(graph), options, providers=[CPU.name])
+                # A second try, which would be the same, is announced on stdout.
+                return self.module.InferenceSession(
+                    str(graph), options, providers=[CPU.name], enable_fallback=False
+                )
             except Exception as e:
                 reason = first_line(e)
+            if was_refused(reason):
+                raise OutOfMemory(str(graph))
             raise BundleCorrupt(graph, f"onnxruntime cannot load it ({reason})")
         if not hasattr(self.module.InferenceSession, "get_provider_graph_assignment_info"):
             raise Unfit(f"onnxruntime {self.version} cannot say what runs where; install 1.24")
