@@ -10,6 +10,7 @@ import atexit
 import importlib
 import sys
 import traceback
+from collections.abc import Iterable
 
 import click
 
@@ -41,9 +42,38 @@ _COMMANDS = {
     "use": "edgevlm.cli.store",
 }
 
+# Columns from which on click's two columns of help are readable.
+_WIDE = 72
+
+
+class _Formatter(click.HelpFormatter):
+    """Help whose descriptions stand below the options where a terminal is narrow."""
+
+    def write_dl(
+        self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+    ) -> None:
+        """See click.HelpFormatter."""
+        super().write_dl(
+            list(rows), col_max if self.width >= _WIDE else self.width // 6, col_spacing
+        )
+
+
+class _Context(click.Context):
+    formatter_class = _Formatter
+
+
+def _with_help(command: click.Command) -> click.Command:
+    """The command with this help, and so are those of a group."""
+    command.context_class = _Context
+    for child in getattr(command, "commands", {}).values():
+        _with_help(child)
+    return command
+
 
 class _Lazy(click.Group):
     """A group whose commands are imported when they are needed."""
+
+    context_class = _Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_COMMANDS)
@@ -53,7 +83,7 @@ class _Lazy(click.Group):
             return None
         command = getattr(importlib.import_module(_COMMANDS[cmd_name]), cmd_name)
         assert isinstance(command, click.Command)
-        return command
+        return _with_help(command)
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

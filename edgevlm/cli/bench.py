@@ -100,7 +100,10 @@ def bench() -> None:
     help="Threads of both engines; repeatable  [default: cores]",
 )
 @click.option(
+    "-o",
+    "--output",
     "--out",
+    "out",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Write report.json, .csv, .md and .html.",

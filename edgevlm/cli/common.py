@@ -61,10 +61,13 @@ _LOADING_OPTIONS = (
     click.option("--no-cache", is_flag=True,
                  help="Keep nothing of pictures on disk, and read nothing that is there."),
 )  # fmt: skip
+model_option = click.option(
+    "-m", "--model", type=InstalledName(), envvar="EDGEVLM_MODEL", metavar="MODEL",
+    help="Bundle folder or installed name  [env: EDGEVLM_MODEL; default: the one that "
+    "`edgevlm use` chose]",
+)  # fmt: skip
 _ANSWERING = (
-    click.option("-m", "--model", type=InstalledName(), envvar="EDGEVLM_MODEL", metavar="MODEL",
-                 help="Bundle folder or installed name  [env: EDGEVLM_MODEL; default: the one that "
-                 "`edgevlm use` chose]"),
+    model_option,
     click.option("--max-tokens", type=int, metavar="N", help="Longest answer in tokens."),
     click.option("--temperature", type=float, metavar="T", help="0 (the default) is greedy."),
     click.option("--top-k", type=int, metavar="K", help="Draw among the K likeliest tokens."),

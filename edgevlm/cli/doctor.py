@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import edgevlm
+from edgevlm import store
+from edgevlm.cli.common import model_option
 from edgevlm.cli.signals import Aside
 
 if TYPE_CHECKING:
@@ -22,13 +24,13 @@ _BY_THE_RULES = "those above; `edgevlm tune` measures them"
 
 
 @click.command(cls=Aside)
-@click.option("-m", "--model", envvar="EDGEVLM_MODEL", metavar="MODEL",
-              help="Model to check  [env: EDGEVLM_MODEL; default: built-in]")  # fmt: skip
+@model_option
 def doctor(model: str | None) -> None:
     """Show what this machine has and lacks, and what a model would use of it.
 
     For what is missing, the line that installs it.
     """
+    model = model if model is not None else store.default()
     console = Console(markup=False, highlight=False)
     _print(console, "", (*_machine(), *_packages()))
     _print(console, "Vision encoder", _vision())
