@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
+import numpy as np
 from PIL import Image
 
 from edgevlm.drawing import draw
 from edgevlm.errors import EdgeVLMError
 from edgevlm.image import RGB, read_image
-from edgevlm.types import Reply, TokenLogprob
+from edgevlm.types import Box, Reply, TokenLogprob
 
 _LONGEST_SIDE = 640
 # The shade of a token that the model was not sure of at all.
@@ -27,6 +28,14 @@ def html(reply: Reply) -> str:
     """
     words = "".join(_shaded(reply.logprobs)) if reply.logprobs else escape(reply.text)
     return f'{_boxes(reply)}<pre style="white-space: pre-wrap">{words}</pre>'
+
+
+def found(box: Box) -> str:
+    """A box in words, and its mask where it has one, white on black, of the picture's shape."""
+    words = f"<pre>{escape(repr(box))}</pre>"
+    if box.mask is None:
+        return words
+    return words + _image(Image.fromarray(box.mask.astype(np.uint8) * 255), "mask")
 
 
 def conversation(pictures: Sequence[RGB], turns: Sequence[tuple[str, Reply]]) -> str:

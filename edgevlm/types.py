@@ -89,6 +89,10 @@ class Box:
         masked = ", with its mask" if self.mask is not None else ""
         return f"<Box {shortened(self.label)!r} {corners}{masked}>"
 
+    def _repr_html_(self) -> str:
+        # Upwards, and only where a notebook asks: this module is everybody's.
+        return str(import_module("edgevlm.notebook").found(self))
+
     def normalized(self, width: int, height: int) -> tuple[float, float, float, float]:
         """x0, y0, x1, y1 as shares, 0 to 1, of a picture's sides in pixels."""
         return (self.x0 / width, self.y0 / height, self.x1 / width, self.y1 / height)
@@ -194,8 +198,7 @@ class Reply:
         )
 
     def _repr_html_(self) -> str:
-        # Upwards, and only where a notebook asks: this module is everybody's.
-        return str(import_module("edgevlm.notebook").html(self))
+        return str(import_module("edgevlm.notebook").html(self))  # as Box does it
 
     @property
     def parsed(self) -> Any:

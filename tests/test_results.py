@@ -201,6 +201,17 @@ def test_reprs_are_short_whatever_they_hold() -> None:
     assert repr(bundle.manifest).startswith("<Manifest of pico, ")
 
 
+def test_a_notebook_shows_a_box_and_its_mask() -> None:
+    mask = np.zeros((20, 40), bool)
+    mask[5:, :10] = True
+    shown = Box(0, 5, 10, 20, "<cat>", mask=mask)._repr_html_()
+    assert shown.startswith("<pre>&lt;Box") and "<cat>" not in shown
+    (data,) = re.findall(r'<img alt="mask" src="data:image/png;base64,([^"]*)">', shown)
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert np.array_equal(drawn == 255, mask)
+    assert "<img" not in Box(0, 5, 10, 20, "cat")._repr_html_()
+
+
 def test_a_notebook_shows_answers_and_chats_as_far_as_they_have_come() -> None:
     vlm = fakes.vlm([BOX, "<i>"])
     with vlm.chat(RED) as chat:
