@@ -36,21 +36,29 @@ def load(
 ) -> VLM:
     """Loads a model: a bundle folder, the name of an installed one, or None for the built-in pico.
 
-    device: what it runs on, "auto", "cpu", "gpu", "npu" or a name such as "cuda", "openvino",
-    "vulkan" (docs/devices.md lists them); vision_device and decoder_device override it for one
-    part. goal: what is to be fast, a first short answer ("caption"), long ones ("chat") or "both".
     What is None follows what `edgevlm tune` measured here for the goal, else what was measured on
-    such processors: threads; repack, llama.cpp's weight re-ordering at load, where "decode" is a
-    re-ordered copy that only draws tokens. kv: type of the KV cache, "f16" or "q8_0", half as
-    large; None is f16, and float32 for decoders in f32. max_tiles: the most tiles that a picture is
-    cut into by a model that cuts them, its overview among them; fewer are faster and show less, 1
-    cuts none. cache: whether image embeddings, and the KV cache of pictures where the model reads
-    causally, are kept in the cache folder, so that a picture that is asked about again, also by
-    another process, costs no encoding (docs/caches.md). image: the picture, or pictures, of the
-    first question: they are read at once and encoded while the decoder loads, which brings that
-    answer forward (name the same object again when you ask); `progress` is told of their tiles.
-    max_memory: the most that this process may hold, in bytes or such as "2GB": encoder and decoder
-    take turns in it where it has no room for both (docs/caches.md); None is what the machine has.
+    such processors.
+
+    * device: what it runs on, "auto", "cpu", "gpu", "npu" or a name such as "cuda", "openvino",
+      "vulkan" (docs/devices.md lists them); vision_device and decoder_device override it for one
+      part.
+    * threads: those of both engines.
+    * repack: llama.cpp's weight re-ordering at load; "decode" is a re-ordered copy that only draws
+      tokens.
+    * kv: type of the KV cache, "f16" or "q8_0", half as large; None is f16, and float32 for
+      decoders in f32.
+    * max_tiles: the most tiles that a picture is cut into by a model that cuts them, its overview
+      among them; fewer are faster and show less, 1 cuts none.
+    * goal: what is to be fast, a first short answer ("caption"), long ones ("chat") or "both".
+    * cache: whether image embeddings, and the KV cache of pictures where the model reads causally,
+      are kept in the cache folder, so that a picture that is asked about again, also by another
+      process, costs no encoding (docs/caches.md).
+    * image: the picture, or pictures, of the first question: they are read at once and encoded
+      while the decoder loads, which brings that answer forward (name the same object again when
+      you ask); `progress` is told of their tiles.
+    * max_memory: the most that this process may hold, in bytes or such as "2GB": encoder and
+      decoder take turns in it where it has no room for both (docs/caches.md); None is what the
+      machine has.
 
     `VLM.devices` says what runs where, and why, `VLM.settings` how.
 

@@ -46,18 +46,19 @@ def task_options(task: str, spec: AnswerSpec) -> SamplingOptions:
 class Sampling:
     """Options of one answer.
 
-    max_tokens: longest answer in tokens; None for the model's own default.
-    temperature: 0 is greedy; the chain is repetition penalty, top-k, top-p, min-p, temperature.
-    top_k, top_p, min_p: 0, 1 and 0 switch them off.
-    repetition_penalty: divides (or multiplies) the logits of tokens that the answer already has.
-    seed: random seed, 0..2**32-2; None for a new one each time.
-    stop: strings that end the answer; they are not part of it.
-    logprobs: log-probabilities of the answer's tokens, each with so many of the likeliest tokens in
-    its place, 0..20; None for no log-probabilities at all.
-    schema: the JSON schema that the answer fits, as a dictionary, or a class of pydantic's.
-    choices: strings, one of which is the answer.
-    grammar: llama.cpp's grammar (GBNF) of the answer. At most one of these three; `constraint` is
-    what became of it.
+    * max_tokens: longest answer in tokens; None for the model's own default.
+    * temperature: 0 is greedy; the chain is repetition penalty, top-k, top-p, min-p, temperature.
+    * top_k, top_p, min_p: 0, 1 and 0 switch them off.
+    * repetition_penalty: divides (or multiplies) the logits of tokens that the answer already has.
+    * seed: random seed, 0..2**32-2; None for a new one each time.
+    * stop: strings that end the answer; they are not part of it.
+    * logprobs: log-probabilities of the answer's tokens, each with so many of the likeliest tokens
+      in its place, 0..20; None for no log-probabilities at all.
+    * schema: the JSON schema that the answer fits, as a dictionary, or a class of pydantic's.
+    * choices: strings, one of which is the answer.
+    * grammar: llama.cpp's grammar (GBNF) of the answer.
+
+    At most one of the last three; `constraint` is what became of it.
     """
 
     max_tokens: int | None = None
