@@ -21,6 +21,7 @@ from PIL import Image
 import edgevlm
 from edgevlm import catalogue
 from edgevlm.bundle import read_manifest, write_manifest
+from edgevlm.coco import CocoSet
 from edgevlm.hub.repository import RemoteFile, Repository
 from edgevlm.models import built_in
 from edgevlm.runtimes import fakes
@@ -94,7 +95,7 @@ def test_every_example_is_short() -> None:
 
 def documented() -> Iterator[Any]:
     """What a user may call: public functions and classes, and their methods."""
-    for thing in [edgevlm, *(getattr(edgevlm, name) for name in edgevlm.__all__)]:
+    for thing in [edgevlm, CocoSet, *(getattr(edgevlm, name) for name in edgevlm.__all__)]:
         if isinstance(thing, type) and not issubclass(thing, Exception):
             methods = [m for n, m in vars(thing).items() if inspect.isfunction(m) and n[0] != "_"]
             yield from [thing, *methods]
@@ -128,6 +129,6 @@ def test_examples_in_docstrings(files: None) -> None:
         runner.run(test)
     assert runner.summarize(verbose=False).failed == 0
     wanted = {"load", "export_bundle", "VLM", "Chat", "Answer", "Message", "Reply", "edgevlm"}
-    wanted |= {"pull"}
+    wanted |= {"pull", "CocoSet"}
     wanted |= {"stream", "ask", "chat", "caption", "ocr", "detect", "score", "image_embeddings"}
     assert wanted <= tried

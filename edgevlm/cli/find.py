@@ -25,7 +25,6 @@ from edgevlm.cli.common import (
 from edgevlm.cli.jsonl import Record
 from edgevlm.cli.many import Asked, Many, ask_each, asked_task, each_source, many_options
 from edgevlm.cli.signals import Aside
-from edgevlm.prompt import joined_objects
 from edgevlm.types import Box
 
 if TYPE_CHECKING:
@@ -137,6 +136,8 @@ def _find_in_one(
 
 
 def _each_asked(task: str, objects: tuple[str, ...], as_coco: bool) -> Asked:
+    from edgevlm.prompt import joined_objects
+
     def end(records: list[Record]) -> None:
         if as_coco:
             _print_coco(records)
@@ -148,7 +149,8 @@ def _each_asked(task: str, objects: tuple[str, ...], as_coco: bool) -> Asked:
         kind=task,
         record=lambda vlm, reply: _as_dict(_masked(task, vlm, reply)),
         lines=lambda record: [] if as_coco else _lines(record),
-        end=end,
+        # Records are kept for the end where it needs them.
+        end=end if as_coco or task == "segment" else None,
     )
 
 

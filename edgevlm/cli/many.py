@@ -26,7 +26,6 @@ from edgevlm.cli.signals import last_words
 from edgevlm.cli.tally import Tally
 from edgevlm.errors import EngineError, ImageError, PromptError
 from edgevlm.models import resolve
-from edgevlm.prompt import task_prompt
 from edgevlm.sampling import Sampling, SamplingOptions, task_options
 from edgevlm.types import Reply
 
@@ -169,6 +168,8 @@ class Asked:
 
 def asked_task(task: str, text: str = "", language: str = "en", **forms: Any) -> Asked:
     """A model's own task about every picture; `forms` as those of Asked."""
+    from edgevlm.prompt import task_prompt
+
     return Asked(
         lambda manifest: task_prompt(manifest.prompt, task, text, language),
         lambda manifest: task_options(task, manifest.answer),
