@@ -12,6 +12,7 @@
     ├ EngineMissing         an optional package or a device is not there
     ├ EngineError           an engine failed on a valid request
     ├ ModelClosed           the model was closed, or loaded before this process was forked
+    ├ ChatFileError         a saved conversation cannot be written, read, or is another model's
     ├ BenchError            a measurement failed, or reports cannot be compared
     └ ExportError
        ├ SourceError        the source checkpoint lacks something or holds something unknown
@@ -140,6 +141,15 @@ class ModelClosed(EdgeVLMError):
     """The engines of this model are gone, or belong to the process that this one was forked from;
     load the model again.
     """
+
+
+class ChatFileError(EdgeVLMError):
+    """A file with a saved conversation cannot be used; `file` is its path, `problem` says why."""
+
+    def __init__(self, file: str, problem: str) -> None:
+        self.file = file
+        self.problem = problem
+        super().__init__(f"{file}: {problem}")
 
 
 class BenchError(EdgeVLMError):

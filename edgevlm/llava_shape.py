@@ -102,7 +102,7 @@ def describe(source: Source, default: str, pictures: Pictures, *, several: bool 
         markers=_markers(config, source.tokenizer, own),
         prefix="" if source.tokenizer.bytes else " ",
         prefix_once=cutter.spaces == "first",
-        original=IMAGE.join(_around(config, template)),
+        original=IMAGE.join(_around(config, template, template.before)),
         notes=notes,
     )
 
@@ -250,28 +250,36 @@ def _spaces(source: Source, own: bool) -> Spaces:
     return "start" if slow else "first"
 
 
-def _around(config: Config, template: Template) -> tuple[str, str]:
+def _around(config: Config, template: Template, before: str) -> tuple[str, str]:
     """Texts of the prompt before the picture and after it."""
     opened, closed = _FRAME if config.get("mm_use_im_start_end") else ("", "")
-    return template.before + opened, f"{closed}\n{{prompt}}{template.after}"
+    return before + opened, f"{closed}\n{{prompt}}{template.after}"
 
 
 def _prompt(config: Config, template: Template, cutter: Cutter, own: bool) -> PromptSpec:
     begin = ("{bos}",) if cutter.tokenizer.add_bos else ()
-    head, tail = _around(config, template)
-    if not begin and head.startswith(BEGIN_3):
-        # tokenizer_image_token takes the template's begin token for the tokenizer's own, and drops
-        # the first token of what follows the picture, as if that were another.
-        tail = tail.removeprefix("\n")
-    # LLaVA's own code tokenizes what stands on each side of the picture by itself.
-    joined = cutter.cut(head + IMAGE + tail)
-    asked = (*cutter.cut(head), "{image}", *cutter.cut(tail)) if own else joined
     answered = "{prompt}" + template.after
+
+    def seen(before: str) -> tuple[str, ...]:
+        head, tail = _around(config, template, before)
+        if not begin and head.startswith(BEGIN_3):
+            # tokenizer_image_token takes the template's begin token for the tokenizer's own, and
+            # drops the first token of what follows the picture, as if that were another.
+            tail = tail.removeprefix("\n")
+        # LLaVA's own code tokenizes what stands on each side of the picture by itself.
+        apart = (*cutter.cut(head), "{image}", *cutter.cut(tail))
+        return (*begin, *(apart if own else cutter.cut(head + IMAGE + tail)))
+
+    def unseen(before: str) -> tuple[str, ...]:
+        return (*begin, *cutter.cut(before + answered))
+
     return PromptSpec(
         tasks=TASKS,
-        template=(*begin, *asked),
-        text_template=(*begin, *cutter.cut(template.before + answered)),
+        template=seen(template.before),
+        text_template=unseen(template.before),
         turn=cutter.cut(template.again + answered, goes_on=True),
+        system_template=seen(template.system) if template.system else (),
+        system_text_template=unseen(template.system) if template.system else (),
     )
 
 
@@ -283,14 +291,22 @@ def _several(template: Template, cutter: Cutter) -> PromptSpec:
     def cut(text: str) -> tuple[str, ...]:
         return cutter.cut(text, goes_on=True)
 
+    def seen(before: str) -> tuple[str, ...]:
+        return (*begin, *cutter.cut(before), "{image}", *cut(answered))
+
+    def unseen(before: str) -> tuple[str, ...]:
+        return (*begin, *cutter.cut(before + answered))
+
     return PromptSpec(
         tasks=TASKS,
-        template=(*begin, *cutter.cut(template.before), "{image}", *cut(answered)),
-        text_template=(*begin, *cutter.cut(template.before + answered)),
+        template=seen(template.before),
+        text_template=unseen(template.before),
         turn=(*cut(template.again), "{image}", *cut(answered)),
         text_turn=cut(template.again + answered),
         picture=PictureLayout(whole=cut(IMAGE + "\n")),
         reply="" if template.after.endswith("\n") else " ",
+        system_template=seen(template.system) if template.system else (),
+        system_text_template=unseen(template.system) if template.system else (),
     )
 
 

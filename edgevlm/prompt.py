@@ -50,6 +50,7 @@ class Tokens:
 
 Segment = Text | Image | Begin | Tokens
 _ID = re.compile(r"\{id:(\d+)\}")
+_WORDS = re.compile(r"\{(prompt|system)\}")
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,26 @@ class Exchange:
     answer: Reply | str | None = None
 
 
-def conversation(spec: PromptSpec, exchanges: Sequence[Exchange]) -> list[Segment]:
+def conversation(
+    spec: PromptSpec, exchanges: Sequence[Exchange], system: str | None = None
+) -> list[Segment]:
     """Fills the model's templates; pictures are counted through all questions.
 
-    The tokens of a reply are those that the model said. Raises PromptError for a second question,
-    or for a picture that comes with it, where the model's template has none.
+    The tokens of a reply are those that the model said. `system` is the system message, None where
+    the template's own words stand, if it has any. Raises PromptError for a second question, or for
+    a picture that comes with it, where the model's template has none.
     """
     segments: list[Segment] = []
     seen = 0
+    words = check_text(system or "")
+    if spec.strip:
+        words = words.strip()
     for i, exchange in enumerate(exchanges):
         template, text_template = spec.template, spec.text_template
         if i:
             template, text_template = spec.turn, spec.text_turn
+        elif system is not None:
+            template, text_template = spec.system_template, spec.system_text_template
         if not exchange.n_pictures and text_template:
             template = text_template
         if not template:
@@ -93,7 +102,7 @@ def conversation(spec: PromptSpec, exchanges: Sequence[Exchange]) -> list[Segmen
         question = check_text(exchange.question)
         if spec.strip:
             question = question.rstrip() if pictures else question.strip()
-        segments += _filled(template, question, pictures)
+        segments += _filled(template, {"prompt": question, "system": words}, pictures)
         seen += exchange.n_pictures
         if isinstance(exchange.answer, Reply) and not spec.joined:
             segments.append(Tokens(exchange.answer.token_ids))
@@ -174,7 +183,12 @@ def _joined(segments: list[Segment]) -> list[Segment]:
     return out
 
 
-def _filled(template: tuple[str, ...], question: str, pictures: list[Image]) -> list[Segment]:
+def _filled(
+    template: tuple[str, ...], words: Mapping[str, str], pictures: list[Image]
+) -> list[Segment]:
+    """A template's items with what stands for words replaced at once, so that no text that somebody
+    types is looked into.
+    """
     segments: list[Segment] = []
     for item in template:
         if item == "{image}":
@@ -184,7 +198,7 @@ def _filled(template: tuple[str, ...], question: str, pictures: list[Image]) -> 
         elif token := _ID.fullmatch(item):
             segments.append(Tokens((int(token[1]),)))
         else:
-            segments.append(Text(item.replace("{prompt}", question, 1)))
+            segments.append(Text(_WORDS.sub(lambda found: words[found[1]], item)))
     return segments
 
 

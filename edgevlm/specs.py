@@ -137,7 +137,9 @@ class PromptSpec:
     and its words. `normalize` is the form of Unicode that every text is brought to before it is
     tokenized, "" for none: llama.cpp's tokenizers do not. `answered` is the last item of each
     template before an answer that is given, where the original writes another there than before one
-    that is to come.
+    that is to come. `system_template` and `system_text_template` are `template` and `text_template`
+    of a conversation with a system message, in which `{system}` stands for its words; the first is
+    empty where the original's template knows none.
     """
 
     template: tuple[str, ...]
@@ -151,6 +153,8 @@ class PromptSpec:
     strip: bool = False
     normalize: Literal["", "NFC"] = ""
     answered: str = ""
+    system_template: tuple[str, ...] = ()
+    system_text_template: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Literal
 from edgevlm.family import Config, Tokenizer
 
 IMAGE = "<image>"
+# The caller's system message.
+SYSTEM = "{system}"
 # What stands for the begin and end tokens in a template: their texts are the checkpoint's to say.
 BOS, EOS = "{bos}", "{eos}"
 _TOKEN = re.compile(r"<\|\w+\|>")
@@ -31,13 +33,15 @@ class Template:
 
     `before` stands before the picture (or the words, where there is none), `after` between the
     words and the answer, `again` between an answer and the words that follow it. `answered` is
-    `after` before an answer that is given, where it is another there.
+    `after` before an answer that is given, where it is another there. `system` is `before` with
+    SYSTEM where the words of a system message stand, empty where the original writes none.
     """
 
     before: str
     after: str
     again: str
     answered: str = ""
+    system: str = ""
 
 
 _SYSTEM = (
@@ -49,56 +53,100 @@ SEEING = (
     "content that the user provides, and assist the user with a variety of tasks using natural "
     "language."
 )
-_LLAMA_2 = f"[INST] <<SYS>>\n{SEEING}\n<</SYS>>\n\n"
+_SYS = "<<SYS>>\n{}\n<</SYS>>\n\n"
 _HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 _USER_3, _ANSWER_3 = _HEADER.format("user"), "<|eot_id|>" + _HEADER.format("assistant")
 BEGIN_3 = "<|begin_of_text|>"
-_SYSTEM_3 = BEGIN_3 + _HEADER.format("system") + _SYSTEM.format("user").rstrip() + "<|eot_id|>"
-_NEXT_3 = _HEADER.format("system") + SEEING + "<|eot_id|>"
+_WORDS_3 = _HEADER.format("system") + "{}<|eot_id|>" + _USER_3
 _PHI3_USER, _PHI3_ANSWER = "<|user|>\n", "<|end|>\n<|assistant|>\n"
+_PHI3_SYSTEM = f"<|system|>\n{{}}<|end|>\n{_PHI3_USER}"
+_CHATML_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
+_DIRECT_SYSTEM = "<|im_start|>system\n{}<|im_end|><|im_start|>user\n"
+
+
+def _vicuna(before: str) -> Template:
+    return Template(f"{before}USER: ", " ASSISTANT:", f"{EOS}USER: ", system=f"{SYSTEM} USER: ")
+
+
 # As llava/conversation.py has them: LLaVA-pp's of llava_llama3 and phi3_instruct, LLaVA-NeXT's of
-# llava_llama_3, which next_llama3 is in transformers' layout. What is called after a decoder alone
-# is that decoder's own form, as checkpoints in transformers' layout use it. "onevision" is the chat
+# llava_llama_3, which next_llama3 is in transformers' layout, as next_mistral is mistral_instruct
+# there. What is called after a decoder alone is that decoder's own form, as checkpoints in
+# transformers' layout use it. "onevision" is the chat
 # template that is published with LLaVA-OneVision in transformers' layout, "chatml" the one that its
 # convert_llava_onevision_weights_to_hf.py writes.
 TEMPLATES = {
-    "vicuna_v1": Template(_SYSTEM.format("user") + "USER: ", " ASSISTANT:", f"{EOS}USER: "),
-    "llava_v1": Template(_SYSTEM.format("human") + "USER: ", " ASSISTANT:", f"{EOS}USER: "),
-    "llava_llama_2": Template(_LLAMA_2, " [/INST]", f" {EOS}{BOS}[INST] "),
-    "mistral_instruct": Template("[INST] ", " [/INST]", f" {EOS}[INST] "),
-    "hf": Template("USER: ", " ASSISTANT:", f"{EOS}USER: "),
+    "vicuna_v1": _vicuna(_SYSTEM.format("user")),
+    "llava_v1": _vicuna(_SYSTEM.format("human")),
+    "llava_llama_2": Template(
+        "[INST] " + _SYS.format(SEEING),
+        " [/INST]",
+        f" {EOS}{BOS}[INST] ",
+        system="[INST] " + _SYS.format(SYSTEM),
+    ),
+    "mistral_instruct": Template(
+        "[INST] ", " [/INST]", f" {EOS}[INST] ", system="[INST] " + _SYS.format(SYSTEM)
+    ),
+    "next_mistral": Template(
+        "[INST] ", " [/INST]", f" {EOS}[INST] ", system=_SYS.format(SYSTEM) + "[INST] "
+    ),
+    "hf": _vicuna(""),
     "plain": Template("", "", EOS),
-    "llava_llama3": Template(_SYSTEM_3 + _USER_3, _ANSWER_3, "<|eot_id|>" + _USER_3),
-    "llama3": Template(_USER_3, _ANSWER_3, "<|eot_id|>" + _USER_3),
+    "llava_llama3": Template(
+        BEGIN_3 + _WORDS_3.format(_SYSTEM.format("user").rstrip()),
+        _ANSWER_3,
+        "<|eot_id|>" + _USER_3,
+        system=BEGIN_3 + _WORDS_3.format(SYSTEM),
+    ),
+    "llama3": Template(_USER_3, _ANSWER_3, "<|eot_id|>" + _USER_3, system=_WORDS_3.format(SYSTEM)),
     "phi3_instruct": Template(
-        f"<|system|>\nYou are a helpful AI assistant.<|end|>\n{_PHI3_USER}",
+        _PHI3_SYSTEM.format("You are a helpful AI assistant."),
         _PHI3_ANSWER,
         f"<|end|>\n{_PHI3_USER}",
+        system=_PHI3_SYSTEM.format(SYSTEM),
     ),
-    "llava_llama_3": Template(BEGIN_3 + _NEXT_3 + _USER_3, _ANSWER_3, "<|eot_id|>" + _USER_3),
-    "next_llama3": Template(_NEXT_3 + _USER_3, _ANSWER_3, "<|eot_id|>" + _USER_3),
+    "llava_llama_3": Template(
+        BEGIN_3 + _WORDS_3.format(SEEING),
+        _ANSWER_3,
+        "<|eot_id|>" + _USER_3,
+        system=BEGIN_3 + _WORDS_3.format(SYSTEM),
+    ),
+    "next_llama3": Template(
+        _WORDS_3.format(SEEING),
+        _ANSWER_3,
+        "<|eot_id|>" + _USER_3,
+        system=_WORDS_3.format(SYSTEM),
+    ),
     "chatml_direct": Template(
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n",
+        _DIRECT_SYSTEM.format("Answer the questions."),
         "<|im_end|><|im_start|>assistant\n",
         "<|im_end|><|im_start|>user\n",
+        system=_DIRECT_SYSTEM.format(SYSTEM),
     ),
     "onevision": Template(
         "<|im_start|>user ",
         "<|im_end|><|im_start|>assistant\n",
         "<|im_end|><|im_start|>user ",
         "<|im_end|><|im_start|>assistant \n",
+        system=f"<|im_start|>system \n{SYSTEM}<|im_end|><|im_start|>user ",
     ),
     "chatml": Template(
         "<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>\n<|im_start|>user\n",
+        system=_CHATML_SYSTEM.format(SYSTEM),
     ),
     "qwen_1_5": Template(
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+        _CHATML_SYSTEM.format("You are a helpful assistant."),
         "<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>\n<|im_start|>user\n",
+        system=_CHATML_SYSTEM.format(SYSTEM),
     ),
-    "phi3": Template(_PHI3_USER, _PHI3_ANSWER, f"<|end|>\n{_PHI3_USER}"),
+    "phi3": Template(
+        _PHI3_USER,
+        _PHI3_ANSWER,
+        f"<|end|>\n{_PHI3_USER}",
+        system=_PHI3_SYSTEM.format(SYSTEM),
+    ),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from edgevlm.runtimes.engines import Cancelled, TextDecoder
 from edgevlm.runtimes.logprobs import token_logprob
@@ -40,22 +40,32 @@ class Answer:
 
     def __init__(self, model: Engines, request: Request, turns: Turns, *, load_ms: float) -> None:
         self._turns, self._turn = turns, Turn(cancellable=True)
-        self._draft = _Draft(model, request, self._turn, load_ms)
+        draft = _Draft(model, request, self._turn, load_ms)
+        self._draft: _Draft | _Given = draft
         # None of these knows the answer, so that it goes, and its turn with it, with the last
         # reference.
-        self._pieces: Generator[Piece, None, None] | None = self._draft.write(model)
+        self._pieces: Generator[Piece, None, None] | None = draft.write(model)
         self._stop: Callable[[], None] | None = model.stop
         weakref.finalize(self, turns.end, self._turn).atexit = False
+
+    @classmethod
+    def ended(cls, reply: Reply) -> Answer:
+        """An answer that was given before: it has no pieces left."""
+        answer = cls.__new__(cls)
+        answer._pieces = answer._stop = None
+        answer._draft = _Given(reply)
+        return answer
 
     def __iter__(self) -> Answer:
         return self
 
     def __next__(self) -> Piece:
         pieces, piece = self._pieces, None
+        if pieces is None:
+            raise StopIteration
         try:
-            if pieces:
-                with self._turns.step(self._turn):
-                    piece = next(pieces, None)
+            with self._turns.step(self._turn):
+                piece = next(pieces, None)
         except Cancelled:
             pass  # It was still waiting for its turn.
         finally:
@@ -65,7 +75,7 @@ class Answer:
                 self._turns.end(self._turn)
         if piece:
             return piece
-        if pieces and self._draft.broken_off:
+        if self._draft.broken_off:
             self._turns.check()
         raise StopIteration
 
@@ -92,6 +102,14 @@ class Answer:
     def reply(self) -> Reply:
         """The answer as far as it has come."""
         return self._draft.reply
+
+
+@dataclass(frozen=True)
+class _Given:
+    """An answer that was given before."""
+
+    reply: Reply
+    broken_off: bool = False
 
 
 class _Draft:

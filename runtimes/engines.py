@@ -17,6 +17,8 @@ Float = npt.NDArray[np.float32]
 BlockAttention = Literal["causal", "bidirectional"]
 # The KV cache of the first n blocks of a prompt as bytes, where somebody kept it.
 Recall = Callable[[int], memoryview | None]
+# Is told of rows that were read, of all that are to be.
+Told = Callable[[int, int], None]
 
 
 class Cancelled(Exception):
@@ -131,14 +133,22 @@ class TextDecoder(Protocol):
     def embed(self, tokens: Sequence[int]) -> Float:
         """Token ids -> token embeddings float32 [n, n_embd]."""
 
-    def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
+    def prefill(
+        self,
+        blocks: Sequence[Block],
+        *,
+        room: int,
+        recall: Recall | None = None,
+        told: Told | None = None,
+    ) -> int:
         """Reads blocks from position 0 on, leaving `room` positions after them.
 
         The KV cache stays for the next call, which reads only what follows the first blocks that
         are the same, or the answer drawn after all of them. `recall` is asked for that of more
-        leading blocks, the most first. Returns the rows it did not read again. Blocks that were
-        kept make no difference to the logits, an answer none but rounding. The blocks' arrays may
-        not change later.
+        leading blocks, the most first. `told` is called with the rows that were read and all that
+        are to be, at first and after each batch, in whatever thread reads. Returns the rows it did
+        not read again. Blocks that were kept make no difference to the logits, an answer none but
+        rounding. The blocks' arrays may not change later.
         """
 
     @property

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edgevlm.boxes import parse_loc
 from edgevlm.bundle import FORMAT, Manifest
 from edgevlm.family import Family, Model
-from edgevlm.runtimes.engines import Block, Recall
+from edgevlm.runtimes.engines import Block, Recall, Told
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorLocation
@@ -93,12 +93,22 @@ class FakeDecoder:
         """Rows [n, 4] that hold the token id."""
         return np.repeat(np.array(tokens, np.float32)[:, None], _N_EMBD, 1)
 
-    def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
+    def prefill(
+        self,
+        blocks: Sequence[Block],
+        *,
+        room: int,
+        recall: Recall | None = None,
+        told: Told | None = None,
+    ) -> int:
         """Starts the next answer; keeps nothing."""
         self.prefills.append(np.concatenate([block.rows for block in blocks]))
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         self._script = [_FIRST_BYTE + b for b in answer] + [_END]
         self._past = self._start = len(self.prefills[-1])
+        if told:
+            told(0, self._past)
+            told(self._past, self._past)
         return 0
 
     def state(self) -> memoryview:
@@ -177,10 +187,14 @@ def vlm(
     max_pictures: int = 2,
     context_length: int = 512,
     conversational: bool = False,
+    system: bool = False,
+    later_pictures: bool = False,
 ) -> VLM:
     """A VLM on fakes, of PaliGemma's shape, that gives these answers in turn; a conversational one
-    is told in a chat what was said before.
+    is told in a chat what was said before, with `later_pictures` of pictures in any question, and
+    with `system` it takes a system message.
     """
+    before = ("{system}|", "{image}", "{bos}", "{prompt}\n")
     answers = [answer] if isinstance(answer, (str, bytes)) else answer
     manifest = Manifest(
         format=FORMAT,
@@ -191,7 +205,8 @@ def vlm(
         image=ImageSpec(size, tokens, (0.5,) * 3, (0.5,) * 3, max_pictures=max_pictures),
         prompt=PromptSpec(
             ("{image}", "{bos}", "{prompt}\n"),
-            turn=("{prompt}\n",) if conversational else (),
+            turn=(*["{image}"] * later_pictures, "{prompt}\n") if conversational else (),
+            system_template=before if system else (),
             tasks={
                 "caption": "caption {language}",
                 "detect": "detect {prompt}",

@@ -28,7 +28,8 @@ class ImagePart(TypedDict):
 
 
 class Message(TypedDict):
-    """A message of the user or the assistant, in the form that other APIs have.
+    """A message of the user or the assistant, in the form that other APIs have; a first one may be
+    the system's, where the model's template knows such.
 
     An answer of the model's may be given as its Reply, whose tokens are then read as they were
     said. Pictures stand where the model's template has them, whatever the order in `content`.
@@ -45,25 +46,58 @@ class Message(TypedDict):
     a red circle, a blue square, a yellow triangle and a green star
     """
 
-    role: Literal["user", "assistant"]
+    role: Literal["system", "user", "assistant"]
     content: str | Sequence[TextPart | ImagePart] | Reply
 
 
-def exchanges(messages: Sequence[Message]) -> tuple[list[Exchange], list[ImageSource]]:
-    """Questions with their answers, and the pictures of all questions in order.
+def parted(
+    messages: str | Sequence[Message], image: Images, system: str | None = None
+) -> tuple[str | None, list[Exchange], list[ImageSource]]:
+    """The system message, None for none, the questions with their answers, and the pictures of all
+    questions in order, of a conversation or of a question about `image`.
 
     Raises PromptError unless the messages are the user's and the assistant's in turn, the user's
-    first and last.
+    first and last, after one of the system's at most.
     """
+    if isinstance(messages, str):
+        images = list(several(image))
+        return system, [Exchange(messages, len(images))], images
+    if image is not None:
+        raise PromptError("pictures stand in the messages; `image` goes with a question alone")
+    said, others = _system(messages)
+    if said is not None and system is not None:
+        raise PromptError("the first message is the system's; leave out `system`, or that message")
+    return said if system is None else system, *_exchanges(others, len(messages) - len(others))
+
+
+def _system(messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:
+    """The text of the system message that comes first, if there is one, and the others."""
+    first = messages[0] if messages else None
+    if not isinstance(first, Mapping) or first.get("role") != "system":
+        return None, messages
+    _check(first, "message 1", {"role", "content"})
+    content = first["content"]
+    said, seen = (
+        (content.text, []) if isinstance(content, Reply) else _content(content, "message 1")
+    )
+    if seen:
+        raise PromptError("message 1 is the system's and cannot have a picture")
+    return said, messages[1:]
+
+
+def _exchanges(
+    messages: Sequence[Message], before: int
+) -> tuple[list[Exchange], list[ImageSource]]:
+    """Questions and pictures of messages; `before` messages stood before them."""
     found: list[Exchange] = []
     images: list[ImageSource] = []
     for i, message in enumerate(messages):
-        where, role = f"message {i + 1}", ("user", "assistant")[i % 2]
+        where, role = f"message {before + i + 1}", ("user", "assistant")[i % 2]
         _check(message, where, {"role", "content"})
         if message["role"] != role:
             raise PromptError(
                 f"{where} has the role {message['role']!r} where {role!r} must stand; the user and "
-                "the assistant speak in turn, and the model's template has its own system prompt"
+                "the assistant speak in turn, after one system message at most"
             )
         content = message["content"]
         said, seen = ("", []) if isinstance(content, Reply) else _content(content, where)

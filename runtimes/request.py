@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
@@ -192,16 +192,18 @@ def prepare(
     exchanges: Sequence[Exchange],
     images: Sequence[ImageSource | Bitmap],
     sampling: Sampling,
+    system: str | None = None,
 ) -> Request:
     """Reads the pictures, tokenizes the texts and checks that all of it fits.
 
-    `images` are those of all exchanges in order, the last exchange has no answer yet. Raises
-    ImageError, PromptError or ContextOverflow.
+    `images` are those of all exchanges in order, the last exchange has no answer yet; `system` is
+    the system message. Raises ImageError, PromptError or ContextOverflow.
     """
     watch = Stopwatch()
     spec = model.manifest
     _ = model.decoder  # says so where there is none, before anything else does
-    filled = conversation(spec.prompt, exchanges)
+    check_system(spec, system)
+    filled = conversation(spec.prompt, exchanges, system)
     if len(images) > spec.image.max_pictures:
         raise PromptError(
             f"{len(images)} pictures in one request; this model takes {spec.image.max_pictures}"
@@ -225,35 +227,67 @@ def prepare(
     return Request(pictures, segments, sampling, watch, image, n_tiles, n_image, n_text, room)
 
 
+def check_system(spec: Manifest, system: str | None) -> None:
+    """Raises PromptError for a system message that the model cannot be given."""
+    if system is not None and not spec.prompt.system_template:
+        raise PromptError(
+            f"{spec.name}: its prompt template has no system message (or the bundle is older than "
+            "those; export it again); say it in the question"
+        )
+    if system is not None and not system.strip():
+        raise PromptError("the system message is empty; leave it out")
+
+
+@dataclass(frozen=True)
+class Past:
+    """A question that was answered, and the pictures that came with it."""
+
+    question: str
+    pictures: Sequence[Bitmap]
+    reply: Reply
+
+
 def prepare_last(
     model: Engines,
     prompt: str,
-    images: Sequence[ImageSource | Bitmap],
+    pictures: Sequence[Bitmap],
     sampling: Sampling,
-    history: Sequence[tuple[str, Reply]],
+    history: Sequence[Past],
+    *,
+    system: str | None = None,
 ) -> tuple[Request, int]:
-    """The last question of a conversation about the same pictures, with as much before it as fits,
-    and how many of the oldest questions were left out.
+    """The last question of a conversation with the pictures that come with it, with as much before
+    it as fits, and how many of the oldest questions were left out.
 
     None are as long as the answer has room for the tokens it may have, or for a quarter of the
     context. Where it has not, so many go that half the context is free: each time some go the
-    decoder has to read the others again.
+    decoder has to read the others again. Their pictures go with them, but for those that were shown
+    last, which then come with the first question that is left.
     """
     context = model.manifest.decoder.context_length
     room = min(sampling.longest(model.manifest.answer), context // 4)
-    pictures = read(images)
-    for left_out in range(len(history)):
-        asked = [Exchange(question, 0, answer) for question, answer in history[left_out:]]
-        asked[0] = replace(asked[0], n_pictures=len(pictures))
+    asked = [(past.question, past.pictures, past.reply) for past in history]
+    turns: list[tuple[str, Sequence[Bitmap], Reply | None]] = [*asked, (prompt, pictures, None)]
+    shown = next((seen for _, seen, _ in reversed(turns) if seen), ())
+    for left_out in range(len(turns)):
+        kept = turns[left_out:]
+        if not any(seen for _, seen, _ in kept):
+            kept[0] = (kept[0][0], shown, kept[0][2])
+        seen = [picture for _, pictures, _ in kept for picture in pictures]
+        said = [Exchange(question, len(pictures), reply) for question, pictures, reply in kept]
+        last = left_out == len(history)
+        if len(seen) > model.manifest.image.max_pictures and not last:
+            continue
         try:
-            request = prepare(model, [*asked, Exchange(prompt)], pictures, sampling)
+            request = prepare(model, said, seen, sampling, system)
         except ContextOverflow:
-            pass
+            if last:
+                raise
         else:
-            if context - request.n_image - request.n_text >= room:
+            if last or context - request.n_image - request.n_text >= room:
                 return request, left_out
         room = context // 2
-    return prepare(model, [Exchange(prompt, len(pictures))], pictures, sampling), len(history)
+    raise AssertionError("the last question alone is answered or refused")
 
 
 def _tokenized(model: Engines, segment: Segment) -> Image | Tokens:
@@ -265,10 +299,16 @@ def _tokenized(model: Engines, segment: Segment) -> Image | Tokens:
 
 def prefill(model: Engines, request: Request, blocks: Sequence[Block], room: int) -> None:
     """The decoder reads the input; rows that it did not read again count as cached."""
+
+    def told(done: int, total: int) -> None:
+        if request.progress and total:
+            request.progress(Progress("prefill", done, total, "tokens"))
+
     recall = model.prefixes.recall(blocks) if model.prefixes else None
     model.turn_to(model.decoder)
     request.n_kept = interruptible(
-        lambda: model.decoder.prefill(blocks, room=room, recall=recall), model.decoder.cancel
+        lambda: model.decoder.prefill(blocks, room=room, recall=recall, told=told),
+        model.decoder.cancel,
     )
     request.n_cached = max(request.n_cached, request.n_kept)
 
@@ -364,6 +404,8 @@ def encode(
         first = {name: names.index(name) for name in names}
     encoder, made = model.encoder, list[Float]()
     model.turn_to(encoder)
+    if progress:
+        progress(Progress("vision", 0, len(first), "tiles"))
     for at in range(0, len(first), _TILES_AT_ONCE):
         tiles = pixels[list(first.values())[at : at + _TILES_AT_ONCE]]
         with watch.timed("vision_ms"):

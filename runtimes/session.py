@@ -21,7 +21,7 @@ from edgevlm.runtimes.asynchronous import AsyncAnswer
 from edgevlm.runtimes.chat import Chat
 from edgevlm.runtimes.engines import Cancelled, TextDecoder, VisionEncoder
 from edgevlm.runtimes.logprobs import log_softmax
-from edgevlm.runtimes.messages import Images, Message, exchanges, several
+from edgevlm.runtimes.messages import Images, Message, parted
 from edgevlm.runtimes.request import (
     Engines,
     Request,
@@ -99,14 +99,17 @@ class VLM:
         messages: str | Sequence[Message],
         image: Images = None,
         *,
+        system: str | None = None,
         progress: Callable[[Progress], None] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """Starts an answer; iterate over it for its pieces. Pictures are read now.
 
         `messages` are a conversation that ends with a question, or that question alone, about
-        `image`. `progress` is called after every few tiles of a picture that is cut up. Raises
-        ImageError, PromptError or ContextOverflow before anything is computed.
+        `image`. `system` is the system message, in place of the words that the model's template may
+        have of its own. `progress` is told of tiles of pictures and of rows that the decoder reads.
+        Raises ImageError, PromptError (also for a system message where the template knows none) or
+        ContextOverflow before anything is computed.
 
         >>> with edgevlm.load() as vlm:
         ...     for piece in vlm.stream("caption en", "photo.png"):
@@ -115,8 +118,8 @@ class VLM:
         """
         sampling = Sampling.of(options)
         with self._turns.using():
-            asked, images = _conversation(messages, image)
-            request = prepare(self.engines, asked, images, sampling)
+            words, asked, images = parted(messages, image, system)
+            request = prepare(self.engines, asked, images, sampling, words)
         return self._answer(request, progress)
 
     def _answer(self, request: Request, progress: Callable[[Progress], None] | None) -> Answer:
@@ -128,6 +131,7 @@ class VLM:
         messages: str | Sequence[Message],
         image: Images = None,
         *,
+        system: str | None = None,
         progress: Callable[[Progress], None] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Reply:
@@ -137,26 +141,30 @@ class VLM:
         ...     print(vlm.ask("answer en what shape is red?", "photo.png"))
         circle
         """
-        return self.stream(messages, image, progress=progress, **options).finish()
+        return self.stream(messages, image, system=system, progress=progress, **options).finish()
 
     def astream(
         self,
         messages: str | Sequence[Message],
         image: Images = None,
         *,
+        system: str | None = None,
         progress: Callable[[Progress], None] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncAnswer:
         """An answer for `async for`; see `stream` and AsyncAnswer. Several at once take turns.
         `progress` is called in another thread.
         """
-        return AsyncAnswer(lambda: self.stream(messages, image, progress=progress, **options))
+        return AsyncAnswer(
+            lambda: self.stream(messages, image, system=system, progress=progress, **options)
+        )
 
     async def aask(
         self,
         messages: str | Sequence[Message],
         image: Images = None,
         *,
+        system: str | None = None,
         progress: Callable[[Progress], None] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Reply:
@@ -169,10 +177,12 @@ class VLM:
         >>> asyncio.run(main())
         circle
         """
-        return await self.astream(messages, image, progress=progress, **options).finish()
+        answer = self.astream(messages, image, system=system, progress=progress, **options)
+        return await answer.finish()
 
-    def chat(self, image: Images = None) -> Chat:
-        """A conversation about a picture, which is read now; raises ImageError.
+    def chat(self, image: Images = None, *, system: str | None = None) -> Chat:
+        """A conversation about a picture, which is read now; raises ImageError, or PromptError for
+        a system message where the model's template knows none.
 
         >>> with edgevlm.load() as vlm, vlm.chat("photo.png") as chat:
         ...     print(chat.ask("answer en what shape is red?"))
@@ -181,7 +191,7 @@ class VLM:
         square
         """
         self._turns.check()
-        return Chat(self, image)
+        return Chat(self, image, system)
 
     def caption(
         self, image: Images, language: str = "en", **options: Unpack[SamplingOptions]
@@ -298,7 +308,7 @@ class VLM:
             raise PromptError("a continuation is empty; there is nothing to score")
         self._check_writable(ids)
         longest = max(map(len, ids), default=1)
-        asked, images = _conversation(prompt, image)
+        _, asked, images = parted(prompt, image)
         request = prepare(model, asked, images, Sampling(max_tokens=longest))
         if request.max_tokens < longest:
             raise PromptError(f"a continuation of {longest} tokens does not fit the context")
@@ -384,14 +394,3 @@ class VLM:
 
 def _only(device: str, engine: str) -> Devices:
     return Devices(Placement("auto", device, engine), Placement("auto", device, engine))
-
-
-def _conversation(
-    messages: str | Sequence[Message], image: Images
-) -> tuple[Sequence[Exchange], Sequence[ImageSource]]:
-    if isinstance(messages, str):
-        images = several(image)
-        return [Exchange(messages, len(images))], images
-    if image is not None:
-        raise PromptError("pictures stand in the messages; `image` goes with a question alone")
-    return exchanges(messages)

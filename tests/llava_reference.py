@@ -5,6 +5,7 @@ Knows the checkpoint's own names and nothing of edgevlm's.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,13 @@ class Original:
         pixels: torch.Tensor = made.pixel_values
         return pixels
 
-    def ids(self, prompt: str) -> tuple[list[int], list[int]]:
-        """The ids on both sides of the picture: llava/mm_utils.py, tokenizer_image_token."""
+    def ids(self, prompt: str, system: str | None = None) -> tuple[list[int], list[int]]:
+        """The ids on both sides of the picture: llava/mm_utils.py, tokenizer_image_token; with
+        another system message in Conversation.system.
+        """
         text = TEXTS[self.tiny.vocabulary].format(prompt)
+        if system is not None:
+            text = re.sub(f"{SYSTEM}|You are a helpful AI assistant.", system, text)
         before, after = (self.tokenizer(chunk).input_ids for chunk in text.split("<image>"))
         begun = before[0] == self.tokenizer.bos_token_id
         return before, after[int(begun) :]

@@ -44,9 +44,9 @@ class OwnOriginal:
         self.newline = weights["model.image_newline"]
         self.decoder = _decoder(self.config, weights)
 
-    def ids(self, turns: Turns) -> list[int]:
+    def ids(self, turns: Turns, system: str = "You are a helpful assistant.") -> list[int]:
         """The prompt with conv_qwen's words, IMAGE for each picture (tokenizer_image_token)."""
-        text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        text = f"<|im_start|>system\n{system}<|im_end|>\n"
         for question, pictures, answer in turns:
             asked = "<image>\n" * pictures + question
             text += f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"

@@ -8,6 +8,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -25,7 +26,7 @@ from edgevlm.cli.common import Run
 from edgevlm.cli.history import history
 from edgevlm.image import read
 from edgevlm.runtimes import fakes
-from edgevlm.runtimes.engines import Block, Recall
+from edgevlm.runtimes.engines import Block
 from edgevlm.sampling import SamplingOptions
 
 Ran = tuple[str | int | None, str, str]
@@ -124,13 +125,11 @@ def test_a_defect_is_shown_whole_and_the_chat_goes_on(
     chat: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Defective(fakes.FakeDecoder):
-        def prefill(
-            self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None
-        ) -> int:
+        def prefill(self, blocks: Sequence[Block], **options: Any) -> int:
             if not self.prefills:
                 self.prefills.append(np.empty((0, 4), np.float32))
                 raise RuntimeError("a defect")
-            return super().prefill(blocks, room=room)
+            return super().prefill(blocks, **options)
 
     monkeypatch.setattr(fakes, "FakeDecoder", Defective)
     code, out, err = chat(b"first?\nsecond?\n")

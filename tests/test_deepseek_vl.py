@@ -76,12 +76,14 @@ class Original:
             self.model = deepseek_vl.load(folder)
             self.image = self.model.config.image_token_id
 
-    def ids(self, said: Sequence[tuple[int, str]]) -> list[int]:
+    def ids(self, said: Sequence[tuple[int, str]], system: str | None = None) -> list[int]:
         """Of a conversation, of each turn the number of its pictures and the words."""
         if self.own:
-            ids: list[int] = self.model.ids([IMAGE * n + words for n, words in said])
+            ids: list[int] = self.model.ids([IMAGE * n + words for n, words in said], system)
             return ids
         turns = []
+        if system is not None:
+            turns.append({"role": "system", "content": [{"type": "text", "text": system}]})
         for i, (n, words) in enumerate(said):
             content: list[dict[str, str]] = [{"type": "image"}] * n
             content = [*content, {"type": "text", "text": words}]
@@ -168,6 +170,15 @@ def test_it_answers_like_the_original(vlm: VLM, original: Original, case: str) -
     theirs = original.logits(ids, pictures, tokens)
     assert theirs[:-1].argmax(1).tolist() == tokens
     assert 2 < theirs.std() < 10 and np.abs(ours - theirs).max() < 5e-3
+
+
+@pytest.mark.parametrize("case", ["two", "none", "turns"])
+def test_a_system_message_stands_where_the_original_writes_it(
+    vlm: VLM, original: Original, case: str
+) -> None:
+    exchanges, pictures, said = CASES[case]
+    request = prepare(vlm.engines, exchanges, pictures, Sampling(), "You are terse. 你好")
+    assert sequence(request, original.image) == original.ids(said, "You are terse. 你好")
 
 
 def test_an_answer_of_its_own_is_kept_as_it_said_it(vlm: VLM) -> None:

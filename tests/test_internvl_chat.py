@@ -127,6 +127,17 @@ CASES: dict[str, tuple[list[Exchange], list[Picture], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_system_message_is_in_place_of_the_templates(
+    vlm: VLM, original: Original, case: str
+) -> None:
+    asked, pictures, texts = CASES[case]
+    request = prepare(vlm.engines, asked, pictures, Sampling(), "You are terse. 你好")
+    tiles = [len(p) for p in original.pixels(pictures, None)]
+    ids = original.model.ids(texts, tiles, system="You are terse. 你好")
+    assert sequence(request, original.model.context) == ids
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_it_answers_like_the_original(vlm: VLM, original: Original, case: str) -> None:
     asked, pictures, texts = CASES[case]
     request = prepare(vlm.engines, asked, pictures, Sampling(max_tokens=16))

@@ -211,6 +211,23 @@ def test_token_ids_where_templates_have_tokens_of_their_own(
         }
 
 
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_a_system_message_is_in_place_of_the_templates(name: str, tmp_path: Path) -> None:
+    from tests.llava_reference import Original
+
+    source = write_llava(tmp_path / "source", **ORIGINALS[name])
+    bundle = export_bundle(source, tmp_path / "out", verify=False)
+    original = Original(Tiny(**ORIGINALS[name]), source)
+    with edgevlm.load(bundle.folder) as vlm:
+        asked = [Exchange(PROMPT, 1)]
+        request = prepare(vlm.engines, asked, [PICTURE], Sampling(), "You are terse. 你好")
+        ids = [i for s in request.segments for i in (getattr(s, "ids", None) or [-200])]
+        before, after = original.ids(PROMPT, "You are terse. 你好")
+        assert ids == [*before, -200, *after]
+        words = prepare(vlm.engines, [Exchange(PROMPT)], [], Sampling(), "You are terse. 你好")
+        assert words.segments[0] == request.segments[0] and words.n_image == 0
+
+
 def without_begin(source: Path) -> None:
     if (source / "tokenizer.json").exists():
         byte_vocabulary.write_llama3(source, added=("<pad>",), add_bos=False)

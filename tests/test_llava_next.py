@@ -82,6 +82,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, str, str, str]]] = {
 }
 
 
+# A system message as the published chat templates write it, LLaMA-3's as the model's card does.
+SYSTEMS = {
+    "vicuna": "{} ",
+    "mistral": "<<SYS>>\n{}\n<</SYS>>\n\n",
+    "llama3": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+}
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -134,6 +142,19 @@ def chat(name: str, exchanges: list[Exchange]) -> str:
             space = "" if answers.endswith("\n") else " "
             text += f"{space}{exchange.answer}{ends}"
     return text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_system_message_stands_where_the_chat_template_writes_it(
+    vlm: VLM, original: Original, name: str, case: str
+) -> None:
+    exchanges, pictures = CASES[case]
+    text = chat(name, exchanges)
+    before = VARIANTS[name][1][0]
+    text = SYSTEMS[name.partition("-")[0]].format("You are terse. {}") + text[len(before) :]
+    request = prepare(vlm.engines, exchanges, pictures, Sampling(), "You are terse. {}")
+    inputs = original.inputs(text, pictures)
+    assert sequence(request, original.image_token) == inputs["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("case", CASES)

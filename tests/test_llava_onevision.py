@@ -87,9 +87,11 @@ CASES: dict[str, tuple[list[Exchange], list[Picture]]] = {
 }
 
 
-def chat(original: Original, exchanges: list[Exchange]) -> str:
+def chat(original: Original, exchanges: list[Exchange], system: str | None = None) -> str:
     """A conversation as the checkpoint's chat template writes it up to an answer."""
     messages: list[dict[str, Any]] = []
+    if system is not None:
+        messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
     for exchange in exchanges:
         pictures: list[dict[str, str]] = [{"type": "image"}] * exchange.n_pictures
         asked = [*pictures, {"type": "text", "text": exchange.question}]
@@ -99,6 +101,17 @@ def chat(original: Original, exchanges: list[Exchange]) -> str:
             messages.append({"role": "assistant", "content": [said]})
     written = original.processor.apply_chat_template(messages, add_generation_prompt=True)
     return str(written)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_system_message_stands_where_the_chat_template_writes_it(
+    vlm: VLM, original: Original, case: str
+) -> None:
+    exchanges, pictures = CASES[case]
+    words = "You are terse. cafe\u0301 {prompt}"
+    request = prepare(vlm.engines, exchanges, pictures, Sampling(), words)
+    inputs = original.inputs(chat(original, exchanges, words), pictures)
+    assert sequence(request, original.image_token) == inputs["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("case", CASES)

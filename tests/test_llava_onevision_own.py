@@ -93,10 +93,15 @@ def turns(exchanges: list[Exchange]) -> list[tuple[str, int, str | None]]:
 def test_it_answers_like_the_original(vlm: VLM, original: OwnOriginal, case: str) -> None:
     exchanges, shown = CASES[case]
     request = prepare(vlm.engines, exchanges, shown, Sampling(max_tokens=16))
-    rows = iter([len(original.rows(picture, len(shown) == 1)) for picture in shown])
-    ids = original.ids(turns(exchanges))
-    wanted = [i for token in ids for i in ([IMAGE] * next(rows) if token == IMAGE else [token])]
-    assert sequence(request, IMAGE) == wanted
+    n_rows = [len(original.rows(picture, len(shown) == 1)) for picture in shown]
+
+    def wanted(*system: str) -> list[int]:
+        rows, ids = iter(n_rows), original.ids(turns(exchanges), *system)
+        return [i for token in ids for i in ([IMAGE] * next(rows) if token == IMAGE else [token])]
+
+    assert sequence(request, IMAGE) == wanted()
+    systematic = prepare(vlm.engines, exchanges, shown, Sampling(), "You are terse. 你好")
+    assert sequence(systematic, IMAGE) == wanted("You are terse. 你好")
     ours, tokens = greedy(vlm, request, 16)
     theirs = original.logits(turns(exchanges), shown, tokens)
     assert theirs[:-1].argmax(1).tolist() == tokens

@@ -194,7 +194,10 @@ def test_log_probabilities_of_tokens(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ([{"role": "system", "content": "be brief"}, question("x")], "has its own system prompt"),
+        (
+            [{"role": "system", "content": "be brief"}, question("x")],
+            "fake: its prompt template has no system message",
+        ),
         ([{"role": "assistant", "content": "x"}], "the role 'assistant' where 'user' must stand"),
         ([question("x"), {"role": "assistant", "content": "y"}], "last message must be the user's"),
         ([question("x"), {"role": "tool", "content": "y", "tool_call_id": "1"}], "role 'tool'"),

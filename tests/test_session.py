@@ -232,7 +232,7 @@ def test_answers_of_a_chat_hold_no_pictures() -> None:
     left = []
     for shade in range(3):
         chat.image = np.full((10, 20, 3), shade, np.uint8)
-        left.append(weakref.ref(chat._pictures[0].picture.rgb))
+        left.append(weakref.ref(chat.pictures[0].rgb))
         if shade == 1:
             next(chat.stream("is it red?"))
         else:
@@ -460,7 +460,12 @@ def test_a_picture_in_a_later_turn_needs_a_place_in_the_template() -> None:
     [
         ([], "the last message must be the user's"),
         ([user("a"), assistant("b")], "the last message must be the user's"),
-        ([{"role": "system", "content": "be brief"}, user("a")], "message 1 has the role 'system'"),
+        ([{"role": "system", "content": "be brief"}, user("a")], "fake: its prompt template has"),
+        ([user("a"), {"role": "system", "content": "b"}], "message 2 has the role 'system'"),
+        (
+            [{"role": "system", "content": [{"type": "image", "image": RED}]}, user("a")],
+            "message 1 is the system's and cannot have a picture",
+        ),
         ([user("a"), user("b")], "message 2 has the role 'user' where 'assistant'"),
         ([{"role": "user", "content": "a", "name": "me"}], r"message 1 must have the keys \['cont"),
         (["a"], "message 1 must have the keys .* not str"),
@@ -479,6 +484,28 @@ def test_messages_that_are_no_conversation_are_refused_in_one_line(
         vlm.stream(messages)
     assert "\n" not in str(caught.value)
     assert prefills(vlm) == []
+
+
+def test_a_system_message_by_itself_or_as_the_first() -> None:
+    vlm = fakes.vlm(conversational=True, system=True)
+    system: Message = {"role": "system", "content": [{"type": "text", "text": "be {prompt}"}]}
+    vlm.ask([system, user("{system}")])
+    vlm.ask("{system}", system="be {prompt}")
+    chat = vlm.chat(system="be {prompt}")
+    chat.ask("{system}")
+    decoder = vlm.engines.decoder
+    for rows in prefills(vlm):
+        read = b"".join(decoder.piece(int(token)) for token in rows[:, 0])
+        assert read.decode() == "be {prompt}|{system}\n"
+    chat.system = None
+    chat.ask("x")
+    assert len(prefills(vlm)[-1]) < len("be {prompt}|{system}\n" * 2)
+    with pytest.raises(PromptError, match="leave out `system`, or that message"):
+        vlm.ask([system, user("a")], system="be brief")
+    with pytest.raises(PromptError, match="the system message is empty"):
+        vlm.chat(system=" ")
+    with pytest.raises(PromptError, match="fake: its prompt template has no system message"):
+        fakes.vlm().chat(system="be brief")
 
 
 def test_a_model_without_conversations_says_so() -> None:

@@ -28,6 +28,7 @@ WIDE = RNG.integers(0, 256, (70, 110, 3), np.uint8)
 TALL = RNG.integers(0, 256, (150, 40, 3), np.uint8)
 SMALL = RNG.integers(0, 256, (7, 9, 3), np.uint8)
 WORDS = "what is in 2024's picture? опиши 图片"
+SYSTEM = "You are terse. Думай {prompt}"
 VARIANTS: dict[str, dict[str, Any]] = {
     "idefics3": {},
     "smolvlm": {"model_type": "smolvlm", "shards": 2, "dtype": "bfloat16"},
@@ -152,6 +153,19 @@ def test_it_answers_like_the_original(vlm: VLM, original: Original, case: str) -
     assert np.abs(ours - theirs).max() < 5e-3
 
 
+@pytest.mark.parametrize("case", ["two", "none", "turns"])
+def test_a_system_message_stands_where_the_chat_template_writes_it(
+    vlm: VLM, original: Original, case: str
+) -> None:
+    exchanges, pictures, text = CASES[case]
+    text = text.replace("<|im_start|>", f"<|im_start|>System: {SYSTEM}<end_of_utterance>\n", 1)
+    request = prepare(vlm.engines, exchanges, pictures, Sampling(), SYSTEM)
+    inputs = original.inputs(text, pictures)
+    assert (
+        sequence(request, original.model.config.image_token_id) == inputs["input_ids"][0].tolist()
+    )
+
+
 def test_uncut_it_answers_like_the_original(bundle: Path, original: Original) -> None:
     inputs = original.inputs(chat((1, WORDS)), [WIDE], split=False)
     with edgevlm.load(bundle, max_tiles=1) as vlm:
@@ -168,12 +182,18 @@ def test_progress_counts_different_tiles(vlm: VLM) -> None:
     seen: list[Progress] = []
     reply = vlm.ask("x", WIDE, max_tokens=1, progress=seen.append)
     assert reply.tokens.tiles == 13 and reply.tokens.image == 13 * vlm.manifest.image.tokens
-    assert [p.done for p in seen][-1] == 13 == seen[-1].total and len(seen) > 1
-    assert vlm.ask("y", WIDE, max_tokens=1, progress=lambda _: pytest.fail("encoded")).tokens.cached
+    tiles = [(p.done, p.total) for p in seen if p.stage == "vision"]
+    assert tiles == [(i, 13) for i in range(14)]
+    rows = [(p.done, p.total) for p in seen if p.stage == "prefill"]
+    assert rows[0][0] == 0 and rows[-1] == (reply.tokens.prompt,) * 2 and rows == sorted(rows)
+    seen.clear()
+    again = vlm.ask("y", WIDE, max_tokens=1, progress=seen.append)
+    assert again.tokens.cached and {p.stage for p in seen} == {"prefill"}
+    assert {p.total for p in seen} == {again.tokens.prompt - again.tokens.kept}
     seen.clear()
     blank = np.zeros((64, 128, 3), np.uint8)
     assert vlm.ask("x", blank, max_tokens=1, progress=seen.append).tokens.tiles == 9
-    assert seen[-1].total == 1  # of nine alike
+    assert [p.total for p in seen if p.stage == "vision"] == [1, 1]  # of nine alike
 
 
 def test_a_picture_in_a_later_turn(vlm: VLM) -> None:

@@ -58,7 +58,7 @@ def test_the_first_picture_is_encoded_before_the_decoder_stands(
         seen.set()
 
     with edgevlm.load(image=SHAPES, progress=told) as vlm:
-        assert encoded == ["edgevlm-beside"] and [p.done for p in tiles] == [1]
+        assert encoded == ["edgevlm-beside"] and [p.done for p in tiles] == [0, 1]
         reply = vlm.ask(QUESTION, SHAPES)
         assert len(encoded) == 1
         again = vlm.ask(QUESTION, SHAPES)

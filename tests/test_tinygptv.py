@@ -176,6 +176,8 @@ def test_templates_are_the_originals(template: str, tmp_path: Path) -> None:
     prompt = prepared(source, template=template).model.prompt
     before, after = SIDES[template]
     begin = ("{bos}",) if template == "training" else ()
+    system = ("{system}###Human: <Img>", "{image}", after.format("{prompt}"))
+    assert prompt.system_template == (system if template == "vicuna0" else ())
     assert prompt.template == (*begin, before, "{image}", after.format("{prompt}"))
     assert prompt.text_template[-1] == (before + after.format("{prompt}")).replace(
         "<Img></Img> ", ""

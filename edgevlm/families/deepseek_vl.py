@@ -29,11 +29,15 @@ from edgevlm.parts.mlp import Mlp
 from edgevlm.parts.siglip import SiglipTower
 from edgevlm.processors import DEEPSEEK_VL, PREPROCESSOR, PROCESSOR, VLM, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec
-from edgevlm.templates import EOS, IMAGE, SEEING, Cutter, Template
+from edgevlm.templates import EOS, IMAGE, SEEING, SYSTEM, Cutter, Template
 
 _OWN = "multi_modality"
 _IMAGE, _END = "<image_placeholder>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
-_TEMPLATE = Template(f"{SEEING}\n\nUser: ", "\n\nAssistant:", f"{EOS}User: ")
+_TEMPLATE = Template(
+    f"{SEEING}\n\nUser: ", "\n\nAssistant:", f"{EOS}User: ", system=f"{SYSTEM}\n\nUser: "
+)
+# transformers' chat template writes a system message as one more turn behind its own words.
+_HF_SYSTEM = f"{SEEING}\n\nSystem: {SYSTEM}{EOS}User: "
 # Defaults of SiglipVisionConfig, which a config.json omits.
 _SIGLIP = SiglipTower(
     hidden_size=768,
@@ -87,7 +91,7 @@ def _describe(source: Source) -> Model:
     ends = () if own else stop_tokens(source.files, section(config, "text_config"), end)
     return Model(
         image=_image(source, config, vision, tokens, own),
-        prompt=_prompt(source, end),
+        prompt=_prompt(source, end, own),
         decoder=decoder_spec(text, "causal"),
         answer=AnswerSpec(stop_tokens=tuple(dict.fromkeys((end, *ends))), max_tokens=512),
         vision=vision,
@@ -218,13 +222,14 @@ def _three(params: Config, key: str) -> tuple[float, float, float] | None:
     return found
 
 
-def _prompt(source: Source, end: int) -> PromptSpec:
+def _prompt(source: Source, end: int, own: bool) -> PromptSpec:
     if not source.tokenizer.bytes:
         raise ValueError("the tokenizer has pieces; only one of bytes is known")
     cutter = Cutter(source.tokenizer, "none", end)
     begin = ("{bos}",) if source.tokenizer.add_bos else ()
     plain = "{prompt}" + _TEMPLATE.after
     asked = IMAGE + plain
+    system = _TEMPLATE.system if own else _HF_SYSTEM
     return PromptSpec(
         template=(*begin, *cutter.cut(_TEMPLATE.before + asked)),
         text_template=(*begin, *cutter.cut(_TEMPLATE.before + plain)),
@@ -234,6 +239,8 @@ def _prompt(source: Source, end: int) -> PromptSpec:
         picture=PictureLayout(whole=("{image}",)),
         reply=" ",
         strip=True,
+        system_template=(*begin, *cutter.cut(system + asked)),
+        system_text_template=(*begin, *cutter.cut(system + plain)),
     )
 
 

@@ -30,7 +30,7 @@ from edgevlm.parts.llama import Llama
 from edgevlm.parts.merged_mlp import MergedMlp
 from edgevlm.processors import GOT_OCR2, PREPROCESSOR, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec, TileSpec
-from edgevlm.templates import Cutter, chat_template
+from edgevlm.templates import SYSTEM, Cutter, chat_template
 
 _OWN = "internvl_chat"
 # Defaults of InternVLVisionConfig, and of InternVisionConfig, which are the 6B's.
@@ -335,12 +335,14 @@ def _token_ids(source: Source) -> dict[str, int]:
 def _prompt(source: Source, template: _Template, ids: dict[str, int], own: bool) -> PromptSpec:
     cutter = Cutter(source.tokenizer, "none", ids[_TURN_END])
     end = template.end
+    turned = f"{_TURN}system\n{{}}{end}"
     # The original writes its system turn even where it says nothing.
-    system = f"{_TURN}system\n{template.system}{end}" if own or template.system else ""
+    system = turned.format(template.system) if own or template.system else ""
     turn = f"{_TURN}user\n<image>{{prompt}}{end}{_TURN}assistant\n"
     begin = ("{bos}",) if source.tokenizer.add_bos else ()
     return PromptSpec(
         template=(*begin, *cutter.cut(f"{system}{turn}", goes_on=True)),
+        system_template=(*begin, *cutter.cut(turned.format(SYSTEM) + turn, goes_on=True)),
         turn=cutter.cut(f"{end}{turn}", goes_on=True),
         tasks={"caption": "Please describe the image shortly."},
         joined=True,

@@ -37,7 +37,9 @@ def _template(source: Source) -> str:
     if "<|im_start|>" in added:
         return "chatml_direct"
     decoder = config if own else section(config, "text_config")
-    return "mistral_instruct" if "mistral" in str(decoder.get("model_type")) else "llava_v1"
+    if "mistral" not in str(decoder.get("model_type")):
+        return "llava_v1"
+    return "mistral_instruct" if own else "next_mistral"
 
 
 def _image(

@@ -302,6 +302,8 @@ def _prompt(name: str, cutter: Cutter) -> PromptSpec:
         joined=True,
         picture=PictureLayout(whole=("{image}",) if apart else ("{image}", "\n")),
         answered=cut(template.answered)[-1] if template.answered else "",
+        system_template=(*begin, *cut(template.system + IMAGE + words)),
+        system_text_template=(*begin, *cut(template.system + words)),
     )
 
 

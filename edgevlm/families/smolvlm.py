@@ -29,7 +29,7 @@ from edgevlm.parts.shuffle import Shuffle
 from edgevlm.parts.siglip import SiglipTower
 from edgevlm.processors import IDEFICS3, PREPROCESSOR, SMOLVLM, find_settings
 from edgevlm.specs import AnswerSpec, PictureLayout, PromptSpec
-from edgevlm.templates import Cutter
+from edgevlm.templates import SYSTEM, Cutter
 
 # Defaults of Idefics3VisionConfig and SmolVLMVisionConfig, which config.json omits.
 _VISION = SiglipTower(
@@ -118,6 +118,8 @@ def _prompt(source: Source) -> PromptSpec:
     begin = ("{bos}",) if source.tokenizer.add_bos else ()
     after = "{prompt}" + f"{_END}\nAssistant:"
 
+    system = f"{opening}System: {SYSTEM}{_END}\n"
+
     def cut(text: str) -> tuple[str, ...]:
         return cutter.cut(text, goes_on=True)
 
@@ -139,6 +141,8 @@ def _prompt(source: Source) -> PromptSpec:
             tokens={t: added[t].id for t in added if _PLACE.fullmatch(t)},
         ),
         reply=" ",
+        system_template=(*begin, *cut(f"{system}User:{_IMAGE}{after}")),
+        system_text_template=(*begin, *cut(f"{system}User: {after}")),
     )
 
 

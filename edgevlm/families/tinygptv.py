@@ -32,6 +32,7 @@ from edgevlm.parts.phi2 import Phi2
 from edgevlm.parts.qformer import QFormer
 from edgevlm.processors import CLIP_MEAN, CLIP_STD
 from edgevlm.specs import AnswerSpec, ImageSpec, PromptSpec
+from edgevlm.templates import SYSTEM
 
 _EVA, _BLIP2, _STAGE = "eva", "blip2", "stage"
 
@@ -91,6 +92,8 @@ _TEMPLATES: dict[str, tuple[tuple[str, ...], str, str | None]] = {
     "training": (("{bos}", "[INST] "), "  [/INST]", None),
     "minigptv2": (("###Human: ",), "###Assistant: ", "###Human: "),
 }
+# The one that opens with words of a system; the conversations of the others have none.
+_SYSTEMATIC = "vicuna0"
 # Tags and words of the training sets (minigpt4/datasets); plain text to the model. Only stage 4 was
 # trained with them.
 _TASKS = {
@@ -359,12 +362,15 @@ def _prompt(source: Source, arch: str) -> PromptSpec:
     if name not in _TEMPLATES:
         raise ValueError(f"the template {name!r} is not one of {', '.join(_TEMPLATES)}")
     before, after, again = _TEMPLATES[name]
+    system = (f"{SYSTEM}###Human: ",) if name == _SYSTEMATIC else ()
     return PromptSpec(
         template=(*before[:-1], f"{before[-1]}<Img>", "{image}", f"</Img> {{prompt}}{after}"),
         text_template=(*before[:-1], f"{before[-1]}{{prompt}}{after}"),
         turn=() if again is None else (f"{again}{{prompt}}{after}",),
         tasks=_TASKS,
         joined=True,
+        system_template=system and (f"{system[0]}<Img>", "{image}", f"</Img> {{prompt}}{after}"),
+        system_text_template=system and (f"{system[0]}{{prompt}}{after}",),
     )
 
 

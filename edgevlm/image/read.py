@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -63,12 +63,14 @@ _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}
 class Picture:
     """A picture that was read, its own copy: `rgb` uint8 [h, w, 3], upright, and what most models
     do without: `alpha` uint8 [h, w] where it has transparency (255 is opaque), and whether its file
-    holds the indices of a palette or greys (`indexed`).
+    holds the indices of a palette or greys (`indexed`). `file` is the content of the file that it
+    was read from, where it was one.
     """
 
     rgb: RGB
     alpha: npt.NDArray[np.uint8] | None = None
     indexed: bool = False
+    file: bytes | None = field(default=None, compare=False, repr=False)
 
 
 def read_image(source: ImageSource) -> RGB:
@@ -93,14 +95,14 @@ def read_picture(source: ImageSource) -> Picture:
         return _from_pil(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
-        return _decode(data, f"the picture of {len(data)} bytes", _converted)
+        return _read(data, f"the picture of {len(data)} bytes")
     if isinstance(source, str):
         return _from_name(source)
     if isinstance(source, os.PathLike):
         path = os.fsdecode(source)
-        return _decode(read_file(Path(path)), shortened(path), _converted)
+        return _read(read_file(Path(path)), shortened(path))
     if hasattr(source, "read"):
-        return _decode(*read_stream(source), _converted)
+        return _read(*read_stream(source))
     raise ImageError(
         f"an object of type {type(source).__name__}",
         "is not a picture; pass a path, a URL, bytes, an open file, a PIL image or an array",
@@ -126,10 +128,15 @@ def _from_name(name: str) -> Picture:
                 "is base64, not a name; decode it to bytes, or put data:image/png;base64, before "
                 "it",
             )
-        return _decode(read_file(found), shortened(str(found)), _converted)
+        return _read(read_file(found), shortened(str(found)))
     if found[:5].lower() == "data:":
-        return _decode(data_url_bytes(found), "the data URL", _converted)
-    return _decode(*download(found), _converted)
+        return _read(data_url_bytes(found), "the data URL")
+    return _read(*download(found))
+
+
+def _read(data: bytes, name: str) -> Picture:
+    """The picture in a file's bytes, which it keeps."""
+    return replace(_decode(data, name, _converted), file=data)
 
 
 def _from_array(array: RGB) -> Picture:

@@ -21,23 +21,23 @@ def read_messages(value: Any, read_picture: ReadPicture) -> list[Message]:
     """Checked messages, their pictures as the bytes of files. Raises Problem."""
     if not isinstance(value, list) or not value:
         raise invalid("messages must be a list with at least one message", "messages")
-    return [_message(item, f"messages[{i}]", read_picture) for i, item in enumerate(value)]
+    return [_message(item, i, read_picture) for i, item in enumerate(value)]
 
 
-def _message(item: Any, where: str, read_picture: ReadPicture) -> Message:
+def _message(item: Any, i: int, read_picture: ReadPicture) -> Message:
+    where = f"messages[{i}]"
     if not isinstance(item, Mapping):
         raise invalid(f"{where} must be an object with a role and content", where)
     role = item.get("role")
-    if role in _SYSTEM:
+    if role in _SYSTEM and i:
         raise invalid(
-            f"{where} has the role {role!r}: the model's template has its own system prompt; say "
-            "it in the user's message",
+            f"{where} has the role {role!r}, which only the first message may have",
             f"{where}.role",
             "unsupported_role",
         )
-    if role not in ("user", "assistant"):
+    if role not in ("user", "assistant", *_SYSTEM):
         raise invalid(
-            f"{where} has the role {quoted(role)}; use 'user' or 'assistant'",
+            f"{where} has the role {quoted(role)}; use 'system', 'user' or 'assistant'",
             f"{where}.role",
             "unsupported_role",
         )
@@ -53,7 +53,7 @@ def _message(item: Any, where: str, read_picture: ReadPicture) -> Message:
             "unsupported_parameter",
         )
     return {
-        "role": role,
+        "role": "system" if role in _SYSTEM else role,
         "content": _content(item.get("content"), f"{where}.content", read_picture),
     }
 

@@ -122,17 +122,20 @@ class Context:
             llama.llama_set_abort_callback(self.pointer, llama.ggml_abort_callback(), None)
             llama.llama_set_causal_attn(self.pointer, True)
 
-    def read(self, block: Block, kept: int, at_once: int) -> None:
-        """Reads a block, `at_once` rows in a batch, but for its first `kept` rows, which are there.
+    def read(self, block: Block, kept: int, at_once: int) -> Iterator[int]:
+        """Reads a block, `at_once` rows in a batch, but for its first `kept` rows, which are there;
+        yields the number of its rows that are, at first and after each batch.
 
         It ends a batch also where nothing of it is read, so that what follows it is computed in the
         same batches. Raises Cancelled or EngineError.
         """
+        yield max(kept, 0)
         llama.llama_set_causal_attn(self.pointer, block.attention == "causal")
         for start in range(max(kept, 0), len(block.rows), at_once):
             positions = block.positions[start : start + at_once].tolist()
             self._decode_rows(block.rows[start : start + at_once], positions, len(positions) - 1)
             self.cached.read(positions)
+            yield min(start + at_once, len(block.rows))
 
     def extend(self, tokens: Sequence[int], entries: Sequence[int] | Float) -> None:
         """Reads tokens after all that was read, with logits for each: by their rows of the output

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
-from edgevlm.runtimes.engines import Block, Float, Recall, TokenSampler, count_rows
+from edgevlm.runtimes.engines import Block, Float, Recall, TokenSampler, Told, count_rows
 from edgevlm.runtimes.llama import grammar as grammars
 from edgevlm.runtimes.llama import tokenizer as tokenizers
 from edgevlm.runtimes.llama import weights
@@ -177,7 +177,14 @@ class LlamaDecoder:
             raise EngineError(f"a token id lies outside the vocabulary of {self._spec.n_vocab}")
         return self._rows(tokens)
 
-    def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
+    def prefill(
+        self,
+        blocks: Sequence[Block],
+        *,
+        room: int,
+        recall: Recall | None = None,
+        told: Told | None = None,
+    ) -> int:
         """See TextDecoder. A bidirectional block is one batch: every row sees every other."""
         n = count_rows(blocks, self._spec.n_embd)
         if n + room > self._spec.context_length:
@@ -190,7 +197,9 @@ class LlamaDecoder:
         with context.abortable():
             read = 0
             for i, block in enumerate(blocks):
-                context.read(block, kept - read, self._at_once(block))
+                for done in context.read(block, kept - read, self._at_once(block)):
+                    if told:
+                        told(max(read + done - kept, 0), n - kept)
                 read += len(block.rows)
                 if read > kept:
                     context.cached.whole(blocks[: i + 1])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from edgevlm.runtimes.engines import Block, Float, Recall, TokenSampler
+from edgevlm.runtimes.engines import Block, Float, Recall, TokenSampler, Told
 from edgevlm.runtimes.llama import grammar as grammars
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
@@ -60,14 +60,21 @@ class PairedDecoder:
         """See TextDecoder."""
         return self._reader.embed(tokens)
 
-    def prefill(self, blocks: Sequence[Block], *, room: int, recall: Recall | None = None) -> int:
+    def prefill(
+        self,
+        blocks: Sequence[Block],
+        *,
+        room: int,
+        recall: Recall | None = None,
+        told: Told | None = None,
+    ) -> int:
         """See TextDecoder."""
         # An answer before this question need not be read if the writer drew it.
         if self._last is self._writer:
             self._last = self._reader
             if self._writer.common(blocks) > self._reader.common(blocks):
                 self._writer.hand_over(self._reader)
-        return self._reader.prefill(blocks, room=room, recall=recall)
+        return self._reader.prefill(blocks, room=room, recall=recall, told=told)
 
     @property
     def blocks(self) -> Sequence[Block]:

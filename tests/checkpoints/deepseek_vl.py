@@ -23,7 +23,7 @@ CHAT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content"
     " that the user provides, and assist the user with a variety of tasks using natural language."
     "\n\n{% for message in messages %}"
-    "{{ 'User: ' if message['role'] == 'user' else 'Assistant: ' }}"
+    "{{ message['role'].capitalize() + ': ' }}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
     f"{IMAGE}"
     "{% else %}{% set text = content['text'] %}"

@@ -67,11 +67,12 @@ class Reference:
         return self._model.run(request, tokens)
 
 
-def conversation(said: Sequence[str]) -> str:
-    """The prompt of questions with answers between them, each with the signs of its pictures
-    (deepseek_vl/utils/conversation.py, models/processing_vlm.py).
+def conversation(said: Sequence[str], system: str | None = None) -> str:
+    """The prompt of questions with answers between them, each with the signs of its pictures, after
+    the original's system message or another (deepseek_vl/utils/conversation.py,
+    models/processing_vlm.py).
     """
-    text = _SYSTEM + _SEPARATORS[0]
+    text = (_SYSTEM if system is None else system) + _SEPARATORS[0]
     for i, words in enumerate(said):
         text += f"{('User', 'Assistant')[i % 2]}: {words.strip()}{_SEPARATORS[i % 2]}"
     return f"{text}Assistant:"
@@ -170,10 +171,10 @@ class OriginalModel:
             around = _around(self.ids([IMAGE + request.prompt]), self.image)
             return causal.stages(seen, self.decoder(state), around, tokens)
 
-    def ids(self, said: Sequence[str]) -> list[int]:
+    def ids(self, said: Sequence[str], system: str | None = None) -> list[int]:
         """Token ids of a conversation; each sign of a picture becomes as many as its embeddings."""
         found: list[int] = []
-        for token in self.tokenizer.encode(conversation(said)):
+        for token in self.tokenizer.encode(conversation(said, system)):
             found += [token] * (self._rows if token == self.image else 1)
         return found
 

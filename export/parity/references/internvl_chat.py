@@ -75,12 +75,14 @@ class ChatModel:
             arrays = causal.stages(rows, self.decoder(state), around, tokens)
         return arrays | {"embeddings": seen.embeddings.numpy()}
 
-    def ids(self, turns: Sequence[str], tiles: Sequence[int]) -> list[int]:
+    def ids(
+        self, turns: Sequence[str], tiles: Sequence[int], system: str | None = None
+    ) -> list[int]:
         """Token ids of questions with answers between them; each `<image>` is a picture of as many
-        tiles.
+        tiles. `system` is another system message than the checkpoint's.
         """
         end = "<|im_end|>\n" if self._template == "internvl2_5" else "<|im_end|>"
-        text = f"<|im_start|>system\n{self._system}{end}"
+        text = f"<|im_start|>system\n{self._system if system is None else system}{end}"
         for i, said in enumerate(turns):
             text += f"<|im_start|>{('user', 'assistant')[i % 2]}\n{said}{end}"
         text += "<|im_start|>assistant\n"
