@@ -21,9 +21,9 @@ from prompt_toolkit.output import DummyOutput
 
 import edgevlm
 from edgevlm import cli
-from edgevlm.cli.chat import _one_turn
+from edgevlm.cli.chat.history import history
+from edgevlm.cli.chat.talk import Talk
 from edgevlm.cli.common import Run
-from edgevlm.cli.history import history
 from edgevlm.image import read
 from edgevlm.runtimes import fakes
 from edgevlm.runtimes.engines import Block
@@ -79,7 +79,14 @@ def test_dropped_files_are_looked_at(chat: Typed, tmp_path: Path) -> None:
         b"/image my\\ photo.png b.png\nwhat?\n"
     )
     assert (code, out) == (0, "one\n")
-    assert err.splitlines()[1:] == []
+    one = "Looking at my photo.png (80 x 60)."
+    assert err.splitlines()[1:] == [
+        one,
+        "Looking at ~photo.png (80 x 60).",
+        one,
+        f"Looking at {tmp_path}/my photo.png (80 x 60).",
+        "Looking at my photo.png (80 x 60), b.png (80 x 60).",
+    ]
 
 
 def test_pictures_that_cannot_be_had_are_one_line_each(
@@ -149,7 +156,8 @@ def test_an_output_that_is_gone_is_no_defect(
 
     monkeypatch.setattr(chat, "stream", gone)
     with pytest.raises(type(error)):
-        _one_turn(chat, vlm, "first?", Run(None, False, SamplingOptions(), {}))
+        run = Run(None, False, SamplingOptions(), {})
+        Talk(vlm, run, chat, plain=True, previews=False).turn("first?")
 
 
 def test_a_chat_keeps_its_history_without_passwords(chat: Typed, tmp_path: Path) -> None:

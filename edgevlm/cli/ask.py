@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from edgevlm.cli.common import Run, answering, json_option, read_sources, show, tile_progress
+from edgevlm.cli.common import (
+    Run,
+    answering,
+    json_option,
+    read_sources,
+    show,
+    talking,
+    tile_progress,
+)
 from edgevlm.cli.forms import forms
 from edgevlm.cli.many import Asked, Many, ask_each, each_source, many_options
 from edgevlm.cli.signals import Aside
@@ -14,9 +22,18 @@ from edgevlm.cli.signals import Aside
 @click.argument("prompt")
 @answering
 @forms
+@talking
 @many_options
 @json_option
-def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run, many: Many) -> None:
+def ask(
+    prompt: str,
+    images: tuple[str, ...],
+    as_json: bool,
+    run: Run,
+    many: Many,
+    system: str | None,
+    plain: bool,
+) -> None:
     """Answer PROMPT about a picture, streamed, or about each of many.
 
     The prompt goes to the model as it is; PaliGemma models know "answer en QUESTION",
@@ -27,9 +44,11 @@ def ask(prompt: str, images: tuple[str, ...], as_json: bool, run: Run, many: Man
     about by itself; so it is with --each or --jsonl OUT.
     """
     if (sources_of_many := each_source(images, many)) is not None:
+        if system is not None:
+            raise click.UsageError("--system goes with one request; say it in the prompt of many")
         ask_each(Asked(lambda _: prompt), sources_of_many, many, run, as_json=as_json)
         return
     sources = read_sources(images)
     with run.load(sources) as vlm:
-        answer = vlm.stream(prompt, sources, progress=tile_progress, **run.sampling)
-        show(answer, vlm, as_json=as_json, stats=run.stats)
+        answer = vlm.stream(prompt, sources, system=system, progress=tile_progress, **run.sampling)
+        show(answer, vlm, as_json=as_json, stats=run.stats, markdown=not plain)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from edgevlm import store
 from edgevlm.byte_sizes import byte_size
 from edgevlm.cli.forms import read_forms
 from edgevlm.cli.names import InstalledName
+from edgevlm.cli.waiting import StageLine
 from edgevlm.errors import ImageError, PromptError
 from edgevlm.sampling import SamplingOptions
-from edgevlm.types import Devices, Progress, Reply
+from edgevlm.types import Devices, Reply
 
 if TYPE_CHECKING:
     from edgevlm.image import ImageSource
@@ -84,6 +86,10 @@ _IMAGE = click.option(
     help="Path, URL or - for stdin; repeatable where the model takes several.",
 )  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+_SYSTEM = click.option(
+    "--system", metavar="TEXT", help="System message, where the model's template has one.",
+)  # fmt: skip
+_PLAIN = click.option("--plain", is_flag=True, help="Print answers as they are, no Markdown.")
 _LOGPROBS = click.option(
     "--logprobs", type=click.IntRange(0, 20), metavar="N",
     help="Log-probability of each token and the N likeliest; with --json.",
@@ -145,6 +151,11 @@ class OutFolder(click.Path):
         return super().convert(value, param, ctx)
 
 
+def talking(command: Command) -> Command:
+    """Adds --system and --plain; passes them as `system` and `plain`."""
+    return _SYSTEM(_PLAIN(command))
+
+
 def json_option(command: Command) -> Command:
     """Adds --json, and --logprobs, which goes with it."""
     return _JSON(_LOGPROBS(command))
@@ -199,28 +210,54 @@ def _stdin() -> bytes:
     return data
 
 
-def show(answer: Answer, vlm: VLM, *, as_json: bool, stats: bool) -> None:
-    """Streams an answer to stdout, or prints it as JSON; then what there is to say about it.
+def show(answer: Answer, vlm: VLM, *, as_json: bool, stats: bool, markdown: bool = False) -> None:
+    """Streams an answer to stdout, or prints it as JSON; then what there is to say about it. With
+    `markdown` it is laid out where stdout is a terminal, unless it was held to a form.
 
     Raises PromptError at the end where it was held to a form and is not whole.
     """
-    for piece in answer:
-        if not as_json:
-            click.echo(piece.text, nl=False)
-            sys.stdout.flush()
+    laid_out = markdown and not as_json and not answer.reply.constraint and _can_lay_out()
+    try:
+        (_lay_out if laid_out else _stream)(answer, as_json)
+    finally:
+        tile_progress.erase()
     reply = answer.reply
-    click.echo(json.dumps(as_dict(reply)) if as_json else "")
+    if as_json:
+        click.echo(json.dumps(as_dict(reply)))
     print_notes(reply, vlm, stats=stats)
     if reply.constraint:
         _ = reply.parsed
 
 
-def tile_progress(progress: Progress) -> None:
-    """Counts the tiles of a picture on a line of the terminal that goes when they are done."""
-    if progress.total > 1 and sys.stderr.isatty():
-        done = progress.done == progress.total
-        counted = "" if done else f"{progress.done} of {progress.total} {progress.unit}"
-        click.echo(f"\r\x1b[K{counted}", nl=False, err=True)
+def _stream(answer: Answer, silent: bool) -> None:
+    for piece in answer:
+        if not silent:
+            click.echo(piece.text, nl=False)
+            sys.stdout.flush()
+    if not silent:
+        click.echo("")
+
+
+def _lay_out(answer: Answer, _: bool) -> None:
+    from edgevlm.cli.markdown import StreamedMarkdown
+
+    laid_out = StreamedMarkdown()
+    try:
+        for piece in answer:
+            laid_out.feed(piece.text)
+    finally:
+        laid_out.close()
+
+
+def _can_lay_out() -> bool:
+    """True where answers can be laid out: on a terminal that can go up and knows the signs."""
+    encoding = (sys.stdout.encoding or "").lower().replace("-", "")
+    dumb = os.environ.get("TERM", "") in ("dumb", "unknown")
+    return sys.stdout.isatty() and not dumb and encoding.startswith("utf")
+
+
+# Said of all that an answer waits for: one terminal has one such line.
+tile_progress = StageLine()
 
 
 def print_notes(reply: Reply, vlm: VLM, *, stats: bool) -> None:

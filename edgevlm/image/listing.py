@@ -12,7 +12,7 @@ from typing import NoReturn
 from PIL import Image
 
 from edgevlm.errors import ImageError
-from edgevlm.image.names import located
+from edgevlm.image.names import each_located, located
 from edgevlm.image.urls import one_line, shortened
 
 _WILD = re.compile(r"[*?[]")
@@ -28,6 +28,21 @@ def extensions() -> frozenset[str]:
     known = Image.registered_extensions().items()
     read = {e for e, kind in known if kind in Image.OPEN and kind not in _NOT_DECODED}
     return _FURTHER | read
+
+
+def dropped(line: str) -> list[str]:
+    """The names in a line that is nothing but names, as a terminal pastes files that are dropped on
+    it: of files whose names end as pictures' do, and URLs. Empty for any other line.
+    """
+    names = each_located(line) if line.strip() else []
+    return names if all(map(_is_dropped, names)) else []
+
+
+def _is_dropped(name: str) -> bool:
+    found = located(name)
+    if isinstance(found, str):
+        return not re.search(r"\s", found)
+    return found.suffix.lower() in extensions() and os.path.isfile(found)
 
 
 def listed(name: str, *, recursive: bool = False) -> list[Path] | None:

@@ -1,0 +1,47 @@
+"""edgevlm chat"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from edgevlm.cli.chat.lines import Lines
+from edgevlm.cli.chat.talk import Talk
+from edgevlm.cli.common import Run, answering, read_sources, talking
+from edgevlm.cli.forms import forms
+from edgevlm.cli.signals import raising
+
+_PREVIEW = click.option("--no-preview", is_flag=True, help="Show no small picture on the terminal.")
+
+
+@click.command()
+@answering
+@forms
+@talking
+@_PREVIEW
+def chat(
+    images: tuple[str, ...], run: Run, system: str | None, plain: bool, no_preview: bool
+) -> None:
+    """Talk about pictures. /help lists what can be typed besides questions."""
+    sources = read_sources(images)
+    if sys.stdin is None:
+        raise click.ClickException("stdin is closed; a chat reads its questions there")
+    with run.load(sources, "chat") as vlm:
+        talk = Talk(vlm, run, vlm.chat(sources, system=system), plain, previews=not no_preview)
+        talk.greet()
+        _loop(talk)
+
+
+def _loop(talk: Talk) -> None:
+    lines = Lines()
+    while not talk.ended:
+        try:
+            with raising():
+                line = lines.read()
+        except KeyboardInterrupt:
+            click.echo("Ctrl-D or /exit leaves.", err=True)
+            continue
+        except EOFError:
+            return
+        talk.turn(line)

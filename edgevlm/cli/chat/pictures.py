@@ -1,0 +1,96 @@
+"""/image: the pictures that a chat is about."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+from PIL import Image, ImageGrab
+
+from edgevlm.errors import ImageError, PromptError
+from edgevlm.image import ImageSource
+from edgevlm.image.names import each_located, located
+from edgevlm.image.urls import one_line, shortened, without_credentials
+from edgevlm.runtimes.messages import several
+
+if TYPE_CHECKING:
+    from edgevlm.cli.chat.talk import Talk
+    from edgevlm.runtimes.chat import Chat
+
+_CLIPBOARD = "the clipboard"
+
+
+def image(talk: Talk, argument: str) -> None:
+    """Looks at the pictures that an argument names; says so. Raises ImageError, PromptError."""
+    if argument in ("", "none"):
+        talk.chat.image = None
+        click.echo("Looking at no picture.", err=True)
+    else:
+        sources = from_clipboard() if argument == "clipboard" else each_located(argument)
+        _look(talk, [*sources])
+
+
+def _look(talk: Talk, sources: list[ImageSource]) -> None:
+    chat, most = talk.chat, talk.vlm.manifest.image.max_pictures
+    if len(sources) > most:
+        raise PromptError(f"{len(sources)} pictures at once; {talk.name} takes {most}")
+    begun, seen = chat.begun, len(chat.pictures)
+    if begun and chat.takes_more_images:
+        chat.add_image(sources)
+        look_at(talk, seen)
+        stays = f"; {_named(chat, 0, seen)} stay{'s' if seen == 1 else ''} in the conversation"
+        more = " as well" if seen else ""
+        click.echo(f"Looking at {_named(chat, seen, None)}{more}{stays if seen else ''}.", err=True)
+        return
+    chat.image = sources
+    look_at(talk)
+    afresh = (
+        f" {talk.name} takes pictures with the first question only: the conversation starts afresh."
+    )
+    click.echo(f"Looking at {pictures_text(chat)}.{afresh if begun else ''}", err=True)
+
+
+def look_at(talk: Talk, first: int = 0) -> None:
+    """Shows small pictures of what is looked at on the terminal, from one on."""
+    from edgevlm.cli.preview import show_preview
+
+    if talk.previews:
+        for picture in talk.chat.pictures[first:]:
+            show_preview(picture.rgb)
+
+
+def pictures_text(chat: Chat) -> str:
+    """The pictures that a chat is about, by name and size; empty for none."""
+    return _named(chat, 0, None)
+
+
+def _named(chat: Chat, first: int, last: int | None) -> str:
+    shown = zip(several(chat.image), chat.pictures, strict=True)
+    texts = []
+    for source, picture in [*shown][first:last]:
+        height, width = picture.rgb.shape[:2]
+        texts.append(f"{_name(source)} ({width} x {height})")
+    return ", ".join(texts)
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, str):
+        return shortened(without_credentials(str(located(source))))
+    return "the picture" if isinstance(source, bytes) else _CLIPBOARD
+
+
+def from_clipboard() -> list[ImageSource]:
+    """The picture in the clipboard, or the names of files there. Raises ImageError."""
+    try:
+        found = ImageGrab.grabclipboard()
+    except NotImplementedError:
+        raise ImageError(
+            _CLIPBOARD, "cannot be read here; install wl-clipboard (Wayland) or xclip (X11)"
+        ) from None
+    except Exception as e:  # Without a display, or of a picture that Pillow does not read.
+        raise ImageError(_CLIPBOARD, f"cannot be read ({one_line(e)})") from None
+    if isinstance(found, Image.Image):
+        return [found]
+    if found:
+        return [*found]
+    raise ImageError(_CLIPBOARD, "holds no picture; copy one first")
