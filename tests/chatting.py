@@ -70,7 +70,13 @@ def in_terminal(
         for k, v in os.environ.items()
         if k in ("PATH", "HOME", "SYSTEMROOT", "LD_LIBRARY_PATH")
     }
-    given = {"TERM": "xterm", "LC_ALL": "C.UTF-8", "EDGEVLM_HOME": str(folder / "home"), **environ}
+    given = {
+        "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+        "LC_ALL": "C.UTF-8",
+        "EDGEVLM_HOME": str(folder / "home"),
+        **environ,
+    }
     code = PROGRAM.format(answers=[*answers], argv=["edgevlm", *argv])
     pid, fd = pty.fork()
     if not pid:

@@ -11,10 +11,13 @@ import pytest
 
 import edgevlm
 from edgevlm import Message, disk_cache
+from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.export import export_bundle
 from edgevlm.runtimes import prefixes
 from edgevlm.runtimes.engines import Block, BlockAttention, Float, sequential
 from edgevlm.runtimes.llama.cached_rows import CachedRows
+from edgevlm.runtimes.messages import ImagePart, TextPart
+from edgevlm.types import Reply
 from tests.checkpoints.deepseek_vl import write_deepseek_vl
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import write_llava
@@ -86,6 +89,75 @@ def test_pictures_in_later_questions_go_on_from_the_answers_before(tmp_path: Pat
         assert second.tokens.kept >= reply.tokens.prompt + reply.tokens.generated - 1
         vlm.forget()
         assert vlm.ask(both, max_tokens=4).token_ids == second.token_ids  # type: ignore[arg-type]
+
+
+def picture(image: np.ndarray) -> ImagePart:
+    return {"type": "image", "image": image}
+
+
+@pytest.mark.parametrize("name", ["internvl", "onevision"])
+def test_a_chat_with_pictures_in_any_turn_answers_as_a_fresh_one(name: str, tmp_path: Path) -> None:
+    folder = exported(CAUSAL[name], tmp_path, "f32")
+    fresh = edgevlm.load(folder, cache=False)
+    with fresh, edgevlm.load(folder, cache=False) as vlm:
+        chat = vlm.chat(A, system="Be brief.")
+        said: list[Message] = [{"role": "system", "content": "Be brief."}]
+
+        def asked(question: str, *images: np.ndarray) -> Message:
+            words: TextPart = {"type": "text", "text": question}
+            content: list[TextPart | ImagePart] = [*map(picture, images), words]
+            return {"role": "user", "content": content}
+
+        def check(question: str, reply: Reply, *images: np.ndarray) -> None:
+            """Compares an answer with that of a model that reads all of it anew."""
+            said.append(asked(question, *images))
+            fresh.forget()
+            again = fresh.ask(said, max_tokens=4)
+            assert again.tokens.kept == 0 and again.tokens.prompt == reply.tokens.prompt
+            assert again.token_ids == reply.token_ids
+            said.append({"role": "assistant", "content": reply})
+
+        check("one?", chat.ask("one?", max_tokens=4), A)
+        chat.add_image(B)
+        assert len(chat.pictures) == 2 and chat.takes_more_images
+        check("two?", chat.ask("two?", max_tokens=4), B)
+        # Taken back, with its picture, and asked otherwise.
+        assert chat.undo() == "two?"
+        del said[-2:]
+        check("three?", chat.ask("three?", max_tokens=4), B)
+        # Again, in place of the last.
+        before = chat.reply
+        again = chat.retry(max_tokens=4).finish()
+        assert again.token_ids == before.token_ids and len(chat.turns) == 2
+        assert again.tokens.prompt == before.tokens.prompt
+        check("four?", chat.ask("four?", max_tokens=4))
+        chat.save(tmp_path / "saved")
+        del said[-2:]
+        chat.undo()
+        resumed = vlm.chat()
+        resumed.load(tmp_path / "saved")
+        assert [q for q, _ in resumed.turns] == ["one?", "three?", "four?"]
+        assert resumed.undo() == "four?"
+        check("four?", resumed.ask("four?", max_tokens=4))
+
+
+def test_what_is_taken_back_is_not_read_by_the_next_question(tmp_path: Path) -> None:
+    """LLaVA's shape, whose picture comes with the first question."""
+    folder = exported(write_llava, tmp_path, "f32")
+    with edgevlm.load(folder, cache=False) as vlm, vlm.chat(A) as chat:
+        first = chat.ask("one?", max_tokens=4)
+        chat.ask("two?", max_tokens=4)
+        assert (chat.undo(), chat.undo(), chat.begun) == ("two?", "one?", False)
+        again = chat.ask("one?", max_tokens=4)
+        assert (again.token_ids, again.tokens.prompt) == (first.token_ids, first.tokens.prompt)
+        assert not chat.takes_more_images
+        with pytest.raises(PromptError, match="first question only; set `image`"):
+            chat.add_image(B)
+        chat.image = B
+        assert chat.turns and not chat.begun and chat.ask("x", max_tokens=1).tokens.image
+        with pytest.raises(ContextOverflow):
+            chat.ask("x" * 10_000)
+        assert [question for question, _ in chat.turns] == ["one?", "x"]
 
 
 @pytest.mark.parametrize("repack", [False, True, "decode"])
