@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -55,7 +55,7 @@ def in_terminal(
     answers: Sequence[str] = ("one",),
     argv: Sequence[str] = ("chat", "-m", "mine"),
     columns: int = 80,
-    **environ: str,
+    environ: Mapping[str, str] | None = None,
 ) -> str:
     """All that a program writes to a terminal of its own: each text is typed once the other is on
     the screen. The terminal understands half blocks and no pictures.
@@ -75,7 +75,7 @@ def in_terminal(
         "PROMPT_TOOLKIT_NO_CPR": "1",
         "LC_ALL": "C.UTF-8",
         "EDGEVLM_HOME": str(folder / "home"),
-        **environ,
+        **(environ or {}),
     }
     code = PROGRAM.format(answers=[*answers], argv=["edgevlm", *argv])
     pid, fd = pty.fork()

@@ -68,7 +68,7 @@ def test_poor_terminals(
         [(ready, "what?\r"), ("kettle:", ""), ("two", ""), (ready, "/exit\r")],
         answers=[MARKDOWN],
         argv=["chat", "-m", "mine", "-i", "a.png", *argv],
-        **environ,
+        environ=environ,
     )
     assert "▀" not in seen and "Traceback" not in seen and "Looking at a.png" in seen
     assert ("• one" in plain(seen)) == signs and ("**red**" in seen) != signs

@@ -185,3 +185,11 @@ def test_what_is_no_picture_is_named_by_its_place() -> None:
     problem = refused(messages=[{"role": "user", "content": [part]}])
     assert problem.param == "messages[0].content[0].image_url.url"
     assert problem.code == "invalid_image"
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_first_message_may_be_the_systems(role: str) -> None:
+    content = [{"type": "text", "text": "be brief"}]
+    messages = [{"role": role, "content": content}, {"role": "user", "content": "x"}]
+    (first, _) = read(messages=messages).messages
+    assert first == {"role": "system", "content": content}
