@@ -15,7 +15,8 @@ from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.asynchronous import AsyncAnswer
 from edgevlm.runtimes.bitmaps import Bitmap
 from edgevlm.runtimes.messages import Images, several
-from edgevlm.runtimes.request import Past, check_system, prepare_last
+from edgevlm.runtimes.past import Past, prepare_last
+from edgevlm.runtimes.request import check_system
 from edgevlm.sampling import Sampling, SamplingOptions
 from edgevlm.types import Devices, Progress, Reply
 

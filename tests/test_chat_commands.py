@@ -13,6 +13,8 @@ from PIL import Image, ImageGrab
 from edgevlm.cli.chat import lines, pictures
 from edgevlm.cli.chat.commands import COMMANDS, help_text
 from edgevlm.cli.chat.settings import OPTIONS, changed
+from edgevlm.cli.chat.talk import Talk
+from edgevlm.cli.common import Run
 from edgevlm.errors import ChatFileError, ImageError, PromptError
 from edgevlm.runtimes import fakes
 from edgevlm.runtimes.session import VLM
@@ -243,6 +245,19 @@ def test_completion(folder: Path) -> None:
     assert completed("/set te") == ["/set temperature"]
     assert completed("/set temperature ") == completed("/system a") == completed("what is") == []
     assert completed("/image nowhere/") == []
+
+
+def test_a_question_that_was_stopped_at_once_gives_way_to_the_next(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    vlm = fake()
+    talk = Talk(vlm, Run(None, False, {}, {}), vlm.chat("a.png"), plain=True, previews=False)
+    talk.chat.stream("stopped?").cancel()
+    talk.turn("/retry")
+    talk.chat.stream("stopped?").cancel()
+    talk.turn("next?")
+    assert [question for question, _ in talk.chat.turns] == ["stopped?", "next?"]
+    assert capsys.readouterr().out == "one\ntwo\n"
 
 
 def test_set_reads_values_as_the_options_do() -> None:

@@ -18,9 +18,12 @@ from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Heading, Markdown
 from rich.text import Text
+from rich.theme import Theme
 
 # A longer one would be seen; each paints the last block anew.
 _PAUSE_S = 0.05
+# rich's own lies on black, which a light terminal is not.
+_THEME = Theme({"markdown.code": "bold cyan"})
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"  # one frame, where the terminal knows of them
 _STYLE = re.compile(r"\x1b\[[\d;]*m|\x1b\]8;[^\x1b]*\x1b\\")
 
@@ -46,6 +49,7 @@ class StreamedMarkdown:
             color_system=out.color_system or "standard",  # type: ignore[arg-type]
             no_color=out.no_color,
             legacy_windows=False,
+            theme=_THEME,
         )
         self._write = write or _to_stdout
         self._clock, self._painted = clock, -_PAUSE_S

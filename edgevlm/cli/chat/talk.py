@@ -89,7 +89,12 @@ class Talk:
             self.ask(question)
 
     def ask(self, question: str) -> None:
-        """Asks a question and shows the answer."""
+        """Asks a question and shows the answer. One that was stopped before its answer began gives
+        way to it.
+        """
+        turns = self.chat.turns
+        if turns and (last := turns[-1][1].reply).finish_reason == "cancelled" and not last.text:
+            self.chat.undo()
         before = self.chat.left_out
         self._show(self.chat.stream(question, progress=tile_progress, **self.sampling), before)
 
