@@ -15,6 +15,7 @@ from edgevlm.cli.chat.commands import COMMANDS, help_text
 from edgevlm.cli.chat.settings import OPTIONS, changed
 from edgevlm.cli.chat.talk import Talk
 from edgevlm.cli.common import Run
+from edgevlm.cli.models import chat_text
 from edgevlm.errors import ChatFileError, ImageError, PromptError
 from edgevlm.runtimes import fakes
 from edgevlm.runtimes.session import VLM
@@ -48,7 +49,7 @@ and that?
 /undo
 and this?
 /retry
-/set temperature 0.5
+/set temperature=0.5
 /set seed 7
 /retry
 /set
@@ -258,6 +259,14 @@ def test_a_question_that_was_stopped_at_once_gives_way_to_the_next(
     talk.turn("next?")
     assert [question for question, _ in talk.chat.turns] == ["stopped?", "next?"]
     assert capsys.readouterr().out == "one\ntwo\n"
+
+
+def test_models_show_says_what_a_chat_can_be() -> None:
+    assert chat_text(fakes.vlm().manifest) == "single questions"
+    assert chat_text(fake().manifest) == "conversations, pictures with the first question"
+    assert chat_text(fake(system=True, later_pictures=True).manifest) == (
+        "conversations, pictures with any question, system message"
+    )
 
 
 def test_set_reads_values_as_the_options_do() -> None:

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from edgevlm import catalogue, machine, store
-from edgevlm.bundle import Bundle, Component, WeightFileRecord, open_bundle
+from edgevlm.bundle import Bundle, Component, Manifest, WeightFileRecord, open_bundle
 from edgevlm.cli.names import InstalledName
 from edgevlm.cli.progress import mib
 from edgevlm.cli.tables import out_console, table
@@ -113,6 +113,7 @@ def show(model: str) -> None:
         ("context", f"{decoder.context_length} tokens, {decoder.attention} attention"),
         ("languages", languages_text(decoder)),
         ("tasks", ", ".join(manifest.prompt.tasks)),
+        ("chat", chat_text(manifest)),
         *manifest.versions.items(),
     ):  # fmt: skip
         rows.add_row(key, value)
@@ -166,6 +167,15 @@ def parity_table(bundle: Bundle) -> Table:
             "ok" if stage.ok else "beyond",
         )
     return rows
+
+
+def chat_text(manifest: Manifest) -> str:
+    """Conversations that a model was trained on, and what may come with a question."""
+    if not (turn := manifest.prompt.turn):
+        return "single questions"
+    later = "{image}" in turn and manifest.image.max_pictures > 1
+    found = ["conversations", f"pictures with {'any' if later else 'the first'} question"]
+    return ", ".join(found + ["system message"] * bool(manifest.prompt.system_template))
 
 
 def languages_text(decoder: DecoderSpec) -> str:

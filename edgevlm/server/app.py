@@ -73,6 +73,7 @@ class _Views:
             "loaded": name in self._pool.loaded,
             "pictures": manifest.image.max_pictures,
             "conversations": bool(manifest.prompt.turn),
+            "system": bool(manifest.prompt.system_template),
             "tasks": dict(manifest.prompt.tasks),
         }
         return {

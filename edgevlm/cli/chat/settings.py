@@ -37,7 +37,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 def set_option(talk: Talk, argument: str) -> None:
     """Sets an option of the next answers, or lists all. Raises PromptError."""
-    name, _, value = argument.partition(" ")
+    name, _, value = argument.replace("=", " ", 1).partition(" ")
     name, value = name.replace("-", "_"), value.strip()
     if not name:
         click.echo(listing(talk.sampling, talk.vlm.manifest.answer.max_tokens), err=True)
