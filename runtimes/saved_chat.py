@@ -23,7 +23,7 @@ from edgevlm.bundle import Manifest
 from edgevlm.errors import ChatFileError, ImageError
 from edgevlm.image import Picture, read_picture
 from edgevlm.image.fetch import MAX_FILE_BYTES
-from edgevlm.image.urls import one_line, without_credentials
+from edgevlm.image.urls import one_line, shortened, without_credentials
 from edgevlm.runtimes.bitmaps import Bitmap
 from edgevlm.types import FinishReason, Reply
 
@@ -195,14 +195,15 @@ def read(file: str | os.PathLike[str], manifest: Manifest) -> Conversation:
 def _unpack(archive: zipfile.ZipFile, path: Path, manifest: Manifest) -> Conversation:
     text = _text(archive, path)
     if (text.model, text.family) != (manifest.name, manifest.family):
+        name = shortened(text.model)
         raise ChatFileError(
-            str(path), f"a chat with {text.model}; go on with it by `edgevlm chat -m {text.model}`"
+            str(path), f"a chat with {name}; go on with it by `edgevlm chat -m {name}`"
         )
     n_vocab = manifest.decoder.n_vocab
     if text.n_vocab != n_vocab or any(
         not 0 <= i < n_vocab for turn in text.turns for i in turn.token_ids
     ):
-        raise ChatFileError(str(path), f"a chat with another {text.model}, of other tokens")
+        raise ChatFileError(str(path), f"a chat with another {manifest.name}, of other tokens")
     bitmaps = [_bitmap(archive, picture, path) for picture in text.pictures]
     numbers = [*text.coming, *(i for turn in text.turns for i in turn.pictures)]
     bounds = 0 <= text.left_out <= text.first <= len(text.turns)
@@ -238,7 +239,7 @@ def _bitmap(archive: zipfile.ZipFile, picture: _Picture, path: Path) -> Bitmap:
     try:
         return Bitmap(read_picture(data), source=picture.source or data)
     except ImageError as e:
-        raise ChatFileError(str(path), f"its {picture.file} {e.reason}") from None
+        raise ChatFileError(str(path), f"its {shortened(picture.file)} {e.reason}") from None
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int, path: Path) -> bytes:
@@ -246,7 +247,7 @@ def _member(archive: zipfile.ZipFile, name: str, most: int, path: Path) -> bytes
         with archive.open(name) as member:
             data = member.read(most + 1)
     except KeyError:
-        raise ChatFileError(str(path), f"not a saved chat (it has no {name})") from None
+        raise ChatFileError(str(path), f"not a saved chat (it has no {shortened(name)})") from None
     if len(data) > most:
-        raise ChatFileError(str(path), f"its {name} is larger than {most >> 20} MiB")
+        raise ChatFileError(str(path), f"its {shortened(name)} is larger than {most >> 20} MiB")
     return data

@@ -377,6 +377,16 @@ def test_files_that_are_no_chat_of_this_model(folder: Path) -> None:
     assert "not a saved chat (it has no chat.json)" == refused(edited(b"", b"", drop="chat.json"))
 
 
+def test_a_file_of_somebodys_moves_no_cursor(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fakes.vlm("\x1b[2Jred\x07\nblue", conversational=True).chat() as chat:
+        chat.ask("\x1b[A?")
+        chat.save("talk.chat")
+    _, err = piped(fake(), ["/load talk.chat"], capsys)
+    assert err[-3:] == ["> \ufffd[A?", "\ufffd[2Jred\ufffd", "blue"]
+
+
 def test_a_chat_is_saved_whole_or_not_at_all(folder: Path) -> None:
     chat = fake().chat("a.png")
     (folder / "mine.txt").write_text("mine", encoding="utf-8")

@@ -76,7 +76,7 @@ def _system(talk: Talk, argument: str) -> None:
     if talk.chat.system is None:
         _say("No system message but the template's own words, if it has any.")
     else:
-        _say(f"System message: {talk.chat.system}")
+        _say(_printable(f"System message: {talk.chat.system}"))
 
 
 def _file(argument: str, name: str) -> Path:
@@ -103,7 +103,12 @@ def _load(talk: Talk, argument: str) -> None:
     _say(f"Loaded {_counted(talk)}{f'; looking at {looking}' if looking else ''}.")
     if talk.chat.turns:
         question, answer = talk.chat.turns[-1]
-        _say(f"> {question}\n{answer.reply.text}")
+        _say(_printable(f"> {question}\n{answer.reply.text}"))
+
+
+def _printable(text: str) -> str:
+    """A text of somebody's file, which may move no cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def _counted(talk: Talk) -> str:
