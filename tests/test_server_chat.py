@@ -29,7 +29,7 @@ def served() -> Iterator[Served]:
     models = {
         "pico": lambda: edgevlm.load(threads=1),
         "fake": lambda: fakes.vlm(BOX),
-        "talker": lambda: fakes.vlm(["one", "two"], conversational=True),
+        "talker": lambda: fakes.vlm(["one", "two"], conversational=True, system=True),
     }
     with serving(models) as found:
         yield found
@@ -171,6 +171,18 @@ def test_schemas_that_cannot_be_followed_are_refused(client: openai.OpenAI) -> N
         with pytest.raises(openai.BadRequestError) as caught:
             ask(client, question("x"), response_format=form)
         assert caught.value.param == "response_format", caught.value.message
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_is_read_by_models_that_know_such(
+    role: str, client: openai.OpenAI
+) -> None:
+    system = {"role": role, "content": "be brief"}
+    alone = ask(client, question("what?"), model="talker").usage.prompt_tokens
+    found = ask(client, system, question("what?"), model="talker")
+    assert found.usage.prompt_tokens == alone + len("be brief|")
+    with pytest.raises(openai.BadRequestError, match="only the first message may have"):
+        ask(client, question("what?"), system, model="talker")
 
 
 def test_log_probabilities_of_tokens(client: openai.OpenAI) -> None:
