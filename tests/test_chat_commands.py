@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageGrab
 
+import edgevlm
 from edgevlm.cli.chat import lines, pictures
 from edgevlm.cli.chat.commands import COMMANDS, help_text
 from edgevlm.cli.chat.settings import OPTIONS, changed
@@ -339,6 +340,19 @@ def test_a_saved_chat_goes_on_as_it_would_have(folder: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         assert archive.namelist() == ["chat.json", "pictures/1", "pictures/2"]
         assert archive.read("pictures/2") == (folder / "c.jpg").read_bytes()
+
+
+def test_a_picture_of_a_saved_chat_is_not_encoded_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EDGEVLM_CACHE_SIZE")
+    with edgevlm.load() as vlm, vlm.chat(SHAPES) as chat:
+        chat.ask("answer en what shape is red?")
+        chat.save("shapes.chat")
+    with edgevlm.load() as vlm, vlm.chat() as chat:
+        chat.load("shapes.chat")
+        reply = chat.ask("answer en what shape is blue?")
+    assert (reply.text, reply.tokens.cached) == ("square", 64) and not reply.timings.vision_ms
 
 
 def test_files_that_are_no_chat_of_this_model(folder: Path) -> None:
