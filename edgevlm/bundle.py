@@ -30,10 +30,17 @@ from typing import Any, Literal
 
 from edgevlm import cleanup, schema
 from edgevlm.errors import BundleCorrupt, BundleError, BundleNotFound, BundleTooNew
-from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorLocation
+from edgevlm.specs import (
+    AnswerSpec,
+    DecoderSpec,
+    ImageSpec,
+    PromptSpec,
+    SelfCheck,
+    TensorLocation,
+)
 from edgevlm.types import Progress
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "edgevlm.json"
 NEWLINE = "projector.newline.npy"
 INPUT = "decoder.input.gguf"
@@ -110,7 +117,8 @@ class Manifest:
     are empty.
     `weight_files` say what came from where in a model of several weight files, `notes` what
     those left open and how it was settled. `origin` is the source's repository and commit on the
-    hub, `org/name@COMMIT`, empty for a source of another kind.
+    hub, `org/name@COMMIT`, empty for a source of another kind. `self_check` is what machines
+    compare their features with; bundles of older formats have none.
     """
 
     format: int
@@ -130,6 +138,7 @@ class Manifest:
     weight_files: tuple[WeightFileRecord, ...] = field(default=(), metadata={"key": "pieces"})
     notes: tuple[str, ...] = ()
     origin: str = ""
+    self_check: SelfCheck | None = None
 
     def __repr__(self) -> str:
         precisions = ", ".join(f"{role} {c.precision}" for role, c in self.components.items())
@@ -316,8 +325,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes edgevlm.json into a folder that holds the components."""
     # The oldest format that says all of it, for the sake of older readers.
     oldest = max([2, *(_SINCE.get(role, 2) for role in manifest.components)])
-    written = dataclasses.replace(manifest, format=oldest)
-    text = json.dumps(schema.plain(written), indent=1, ensure_ascii=False)
+    written = schema.plain(dataclasses.replace(manifest, format=oldest))
+    if manifest.self_check:
+        written["format"] = FORMAT
+    else:
+        del written["self_check"]  # a key that older readers refuse
+    text = json.dumps(written, indent=1, ensure_ascii=False)
     # A file's name may be no text: a backslash escape is how JSON says that.
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 

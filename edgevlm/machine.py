@@ -45,6 +45,15 @@ def processor_name() -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
+def processor() -> str:
+    """The processor's name and all that the system says of its instructions, so that two on which
+    the same program may compute otherwise have two descriptions.
+    """
+    said = _text(_ROOT / "proc/cpuinfo")
+    keys = r"^(?:flags|Features|CPU (?:implementer|variant|part))\s*: .+"
+    return "\n".join((processor_name(), *sorted({*re.findall(keys, said, re.MULTILINE)})))
+
+
 def physical_cores() -> int:
     """Physical cores that this process may keep busy: those for threads that compute."""
     physical = psutil.cpu_count(logical=False)

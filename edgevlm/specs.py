@@ -63,6 +63,19 @@ class TileSpec:
 
 
 @dataclass(frozen=True)
+class SelfCheck:
+    """Numbers that a machine compares its own with before it trusts a vision encoder.
+
+    features, embeddings: sketches (`edgevlm.self_check`) of what the float32 graphs make of the
+    fixed picture. tolerances: 1 - cosine that an encoder may be off by, by its precision.
+    """
+
+    features: tuple[float, ...]
+    embeddings: tuple[float, ...]
+    tolerances: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """Preprocessing of a picture to pixels, float32 [tiles, 3, size, size].
 

@@ -254,8 +254,8 @@ class Placement:
     "openvino:npu"), `engine` the engine's own name for it, `hardware` the device's name where the
     engine knows one. `placed` of `total` `unit` ("nodes" of the graphs, "layers" of the decoder)
     run there and the rest on the CPU; on the CPU both are 0. `precision` is that of the file.
-    `cosine` is how near the features come to the CPU's, 1 at best, None where there was nothing to
-    compare. `notes` say why something else did not run, one reason each.
+    `cosine` is how near the numbers come to those of float32 (to the CPU's, where the bundle has
+    none), 1 at best; None on the CPU. `notes` say why something else did not run, one reason each.
     """
 
     asked: str
@@ -277,7 +277,7 @@ class Placement:
         elif self.total:
             parts.append(f"all {self.total} {self.unit}")
         if self.cosine is not None:
-            parts.append(f"cosine with the CPU {self.cosine:.4f}")
+            parts.append(f"cosine {self.cosine:.4f}")
         return ", ".join(parts)
 
 

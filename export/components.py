@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgevlm.bundle import NEWLINE, Component, record, writing
 from edgevlm.errors import ExportError
-from edgevlm.export import masks
+from edgevlm.export import masks, self_check
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.source import Checkpoint
 from edgevlm.export.checkpoint.tensor_map import TensorMap
@@ -33,6 +33,7 @@ from edgevlm.export.precisions import VisionPrecision
 from edgevlm.family import Family, Model
 from edgevlm.parts import Part
 from edgevlm.progress import Report, Stage
+from edgevlm.specs import SelfCheck
 
 # Room for what the estimate does not count: headers, the tokenizer, rounding to blocks.
 _SPARE_BYTES = 64 << 20
@@ -113,10 +114,13 @@ def _disk_bytes(job: Job, options: WriteOptions) -> int:
 
 @dataclass(frozen=True)
 class Written:
-    """The components in a folder, and the further vision encoders by precision."""
+    """The components in a folder, the further vision encoders by precision, and what machines check
+    themselves with.
+    """
 
     components: Mapping[str, Component]
     alternatives: Mapping[str, Component]
+    self_check: SelfCheck | None = None
 
 
 def write(job: Job, options: WriteOptions, folder: Path) -> Written:
@@ -138,12 +142,27 @@ def write(job: Job, options: WriteOptions, folder: Path) -> Written:
         stored = options.quant.name
     vision = _write_vision(job, options, folder, work)
     precision, projector = _write_projector(job, options, folder, work)
+    check = _self_check(job, options, folder, work)
     shutil.rmtree(work)
     parts = {"projector": (precision, projector), "decoder": (stored, [gguf])}
     if options.segment_decoder:
         tensors = masks.read(options.segment_decoder)
         parts["masks"] = ("fp32", [masks.write(tensors, folder, job.report)])
-    return hashed(parts, vision, job.report)
+    return replace(hashed(parts, vision, job.report), self_check=check)
+
+
+def _self_check(job: Job, options: WriteOptions, folder: Path, work: Path) -> SelfCheck:
+    """Numbers of the float32 graphs, which lie in `work`, but a projector that stays float32."""
+    projector, size = folder / "projector.onnx", job.model.image.size
+    stage = Stage(job.report, "self-check", 1 + len(options.vision), "encoders")
+    whole = work / projector.name
+    right = self_check.numbers(work / "vision.onnx", whole if whole.exists() else projector, size)
+    stage.advance(1)
+    for i, precision in enumerate(options.vision):
+        made = [(precision, folder / vision_file(i, precision))]
+        right = self_check.with_tolerances(right, made, projector, size, right.tolerances)
+        stage.advance(1)
+    return right
 
 
 def hashed(

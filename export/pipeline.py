@@ -329,6 +329,7 @@ def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
         weight_files=job.tensors.weight_files,
         notes=(*job.model.notes, *job.tensors.notes),
         origin=hub.origin(folders[0].resolve()),
+        self_check=written.self_check,
     )
 
 

@@ -23,7 +23,7 @@ from edgevlm.bundle import (
     write_manifest,
 )
 from edgevlm.errors import ExportError
-from edgevlm.export import languages, precisions
+from edgevlm.export import languages, precisions, self_check
 from edgevlm.export.components import check_room, hashed, vision_file
 from edgevlm.export.gguf import decoder, importance
 from edgevlm.export.gguf.tools import Matrix
@@ -32,6 +32,7 @@ from edgevlm.export.options import Location, WriteOptions
 from edgevlm.export.parity import compare, images
 from edgevlm.export.precisions import Quant, VisionPrecision
 from edgevlm.progress import Report, Stage
+from edgevlm.specs import SelfCheck
 
 # What can still be quantized, and how such a decoder may be rounded without quantizing it.
 _WHOLE = {"f32": ("f16", "bf16"), "f16": (), "bf16": ()}
@@ -154,7 +155,7 @@ def _vision_at(plan: Requantization, folder: Path, report: Report | None) -> Man
             stage.advance(1)
         else:
             new.append((precision, target))
-    _convert(plan, folder, new, stage)
+    check = _convert(plan, folder, new, stage)
     made = {
         precision.name: storage.files(folder / vision_file(i, precision))
         for i, precision in enumerate(plan.options.vision)
@@ -166,17 +167,19 @@ def _vision_at(plan: Requantization, folder: Path, report: Report | None) -> Man
         manifest,
         components={**manifest.components, **written.components},
         alternatives=written.alternatives,
+        self_check=check,
     )
 
 
 def _convert(
     plan: Requantization, folder: Path, new: Sequence[tuple[VisionPrecision, Path]], stage: Stage
-) -> None:
-    """Makes encoders from the one that is whole."""
+) -> SelfCheck | None:
+    """Makes encoders from the one that is whole; returns what machines check themselves with."""
     from edgevlm.export.onnx import quantize, storage
 
+    check, size = plan.source.manifest.self_check, plan.source.manifest.image.size
     if not new:
-        return
+        return check
     assert plan.whole
     work = folder / "work"
     work.mkdir()
@@ -189,7 +192,15 @@ def _convert(
     for precision, target in new:
         quantize.convert(work / "vision.onnx", target, precision, pixels)
         stage.advance(1)
+    projector = plan.source.path("projector")
+    known = check.tolerances if check else {}
+    if check is None:
+        # A bundle of an older format: all of its encoders are measured.
+        check = self_check.numbers(work / "vision.onnx", projector, size)
+        new = [(v, folder / vision_file(i, v)) for i, v in enumerate(plan.options.vision)]
+    check = self_check.with_tolerances(check, new, projector, size, known)
     shutil.rmtree(work)
+    return check
 
 
 def quantized(

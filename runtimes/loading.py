@@ -115,7 +115,7 @@ def load_bundle(
         wish = replace(wish, prepack=False)
 
     def open_vision() -> tuple[Engines, Placement]:
-        encoder, placement = open_encoder(bundle, wish, ort)
+        encoder, placement = open_encoder(bundle, wish, ort, options.progress)
         cache = EmbeddingCache()
         if options.cache:
             cache = shelves.embeddings(bundle, placement, features, ort)

@@ -33,8 +33,8 @@ from edgevlm.runtimes.rules import GOALS, EngineSettings, Goal
 from edgevlm.runtimes.tuned import Compared, Tuning
 from edgevlm.runtimes.vision.choose import Wish, open_encoder
 from edgevlm.runtimes.vision.encoder import OrtEncoder
-from edgevlm.runtimes.vision.first_use import picture
 from edgevlm.runtimes.vision.providers import pick
+from edgevlm.self_check import picture
 from edgevlm.types import FlashAttention, Progress, Repacking
 
 W = TypeVar("W", bound=str)

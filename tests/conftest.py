@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -22,6 +23,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing of a test's pictures is kept in the user's cache, and nothing is read there.
 os.environ["EDGEVLM_CACHE_SIZE"] = "0"
+# Nor is what was found of this machine.
+_home = tempfile.TemporaryDirectory(prefix="edgevlm-tests-")
+os.environ["EDGEVLM_HOME"] = _home.name
 
 # Two engines that both want every core wait for one another; each worker of pytest-xdist, and what
 # it starts, gets a core of its own.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import edgevlm
-from edgevlm.bundle import open_bundle
+from edgevlm.bundle import open_bundle, write_manifest
 from edgevlm.coco import CocoSet, decoded, encoded
 from edgevlm.drawing import draw
 from edgevlm.errors import PromptError, SourceError
@@ -150,7 +151,11 @@ def test_the_mask_decoder_is_kept_by_requantize(bundle: Path, tmp_path: Path) ->
     kept = open_bundle(tmp_path / "small", "full").manifest
     assert kept.components["masks"] == open_bundle(bundle).manifest.components["masks"]
     written = json.loads((tmp_path / "small" / "edgevlm.json").read_text(encoding="utf-8"))
-    assert written["format"] == 3  # other bundles are still written in format 2
+    assert written["format"] == 4  # of the numbers that machines check themselves with
+    older = replace(kept, self_check=None)
+    write_manifest(tmp_path / "small", older)
+    written = json.loads((tmp_path / "small" / "edgevlm.json").read_text(encoding="utf-8"))
+    assert written["format"] == 3  # other bundles are then written in format 2
 
 
 @pytest.mark.parametrize(

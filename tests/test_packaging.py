@@ -38,6 +38,7 @@ LAYERS = (
         "edgevlm.drawing",
         "edgevlm.masks",
         "edgevlm.notebook",
+        "edgevlm.self_check",
         "edgevlm.bundle",
         "edgevlm.gguf_file",
     ),

@@ -12,7 +12,11 @@ import click
 
 from edgevlm.types import Progress
 
-_VERBS = {"vision": "encoding", "prefill": "reading"}
+_VERBS = {
+    "vision": "encoding",
+    "prefill": "reading",
+    "self-check": "first use here: checking the vision encoder",
+}
 _MINUTE_S = 60
 
 

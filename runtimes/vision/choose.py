@@ -1,31 +1,39 @@
 """Chooses the vision encoder's provider: each is tried in turn, every refusal has a reason.
 
 Knows the table of providers and `Ort`, not onnxruntime. A provider is taken when it opens the
-graphs, runs nodes of them, and computes what the CPU computes; by `auto` when it is faster, too.
+graphs, runs nodes of them, and computes what the bundle says that float32 computes, or for older
+bundles what the CPU does; by `auto` when it is faster, too. The CPU is judged alike: one precision
+may be wrong on a processor and another right.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from edgevlm import cleanup
+from edgevlm import cleanup, machine
 from edgevlm.bundle import Bundle, Component
 from edgevlm.errors import EngineError
 from edgevlm.models import cache_directory
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.vision import first_use
 from edgevlm.runtimes.vision.encoder import OrtEncoder
-from edgevlm.runtimes.vision.first_use import BOUND, Verdict, Verdicts
+from edgevlm.runtimes.vision.first_use import TOLERANCE, Verdict, Verdicts
 from edgevlm.runtimes.vision.ort import Counts, Ort, Unfit, counts
 from edgevlm.runtimes.vision.providers import CPU, Offer, candidates, pick
-from edgevlm.types import Placement
+from edgevlm.specs import SelfCheck
+from edgevlm.types import Placement, Progress
 
 _FALLBACK = Offer(CPU, "")
+_STAGE = "self-check"
+
+
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -45,14 +53,18 @@ class Wish:
 
 
 def open_encoder(
-    bundle: Bundle, wish: Wish, ort: Ort | None = None
+    bundle: Bundle,
+    wish: Wish,
+    ort: Ort | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> tuple[OrtEncoder, Placement]:
     """The bundle's encoder on the first provider that is fit for it.
 
-    Raises EngineMissing where nothing of that name is installed, EngineError where what was named
-    cannot run the encoder or computes something else than the CPU, BundleCorrupt for bad graphs.
+    `progress` is told of a first use, which takes one picture's time or a few. Raises EngineMissing
+    where nothing of that name is installed, EngineError where what was named cannot run the encoder
+    or computes wrongly, BundleCorrupt for bad graphs.
     """
-    opener = _Opener(bundle, wish, ort or Ort())
+    opener = _Opener(bundle, wish, ort or Ort(), progress or (lambda _: None))
     notes: list[str] = []
     for offer in candidates(wish.word, opener.ort.offers()) or [_FALLBACK]:
         try:
@@ -66,8 +78,10 @@ def open_encoder(
 
 
 class _Opener:
-    def __init__(self, bundle: Bundle, wish: Wish, ort: Ort) -> None:
-        self.ort = ort
+    def __init__(
+        self, bundle: Bundle, wish: Wish, ort: Ort, progress: Callable[[Progress], None]
+    ) -> None:
+        self.ort, self._progress = ort, progress
         self._bundle, self._wish = bundle, wish
         self._cache = cache_directory() / "devices"
         self._verdicts = Verdicts(self._cache / "first-use")
@@ -76,12 +90,9 @@ class _Opener:
         """The encoder on one provider; raises Unfit where it should not run there."""
         there = self._bundle.vision_precisions
         if offer.provider is CPU:
-            precision = pick(self._wish.cpu_precisions, there)
-            encoder, _ = self._encoder(offer, precision, Path())
-            return encoder, self._placed(offer, precision, notes=notes)
+            return self._on_the_cpu(notes)
         precision = pick(offer.provider.precisions, there)
-        files = self._files(precision)
-        key = first_use.key(*files, offer.provider.name, offer.word, offer.version, offer.hardware)
+        key = self._key(offer, precision, offer.hardware)
         verdict = self._verdicts.recall(key)
         if verdict is not None:
             self._judge(verdict)
@@ -93,6 +104,82 @@ class _Opener:
             self._verdicts.remember(key, verdict)
             self._judge(verdict)
         return encoder, self._placed(offer, precision, placed, verdict.cosine, notes)
+
+    def _on_the_cpu(self, notes: tuple[str, ...]) -> tuple[OrtEncoder, Placement]:
+        """The encoder at the first precision that this processor computes rightly.
+
+        Raises EngineError where there is none.
+        """
+        there, hardware = self._bundle.vision_precisions, machine.processor()
+        offer, wrong = replace(_FALLBACK, version=self.ort.version), list[str]()
+        for precision in dict.fromkeys((pick(self._wish.cpu_precisions, there), *there)):
+            key = self._key(offer, precision, hardware)
+            verdict = self._verdicts.recall(key) if self._right else None
+            try:
+                if verdict is not None:
+                    self._judge(verdict)
+                encoder, _ = self._encoder(offer, precision, Path())
+                if self._right and verdict is None:
+                    verdict = self._cpu_verdict(self._right, offer, precision, encoder, hardware)
+                    self._verdicts.remember(key, verdict)
+                    self._judge(verdict)
+                said = (*notes, *wrong)
+                return encoder, self._placed(offer, precision, notes=said)
+            except Unfit as e:
+                wrong.append(f"cpu at {precision}: {e}")
+        raise EngineError(
+            f"the vision encoder computes wrongly on this processor: {'; '.join(wrong)}; export "
+            "the bundle with another precision (--vision-precision fp32), or install another "
+            "release of onnxruntime"
+        )
+
+    def _cpu_verdict(
+        self, right: SelfCheck, offer: Offer, precision: str, encoder: OrtEncoder, hardware: str
+    ) -> Verdict:
+        try:
+            mine = self._told(lambda: self._numbers(encoder), encoder.cancel)
+        except BaseException:
+            encoder.close()
+            raise
+        nearness = first_use.nearness(mine, right)
+        if nearness < self._least(precision):
+            encoder.close()
+        return Verdict(
+            nearness,
+            self._least(precision),
+            0.0,
+            0.0,
+            self._files(precision),
+            offer.word,
+            offer.version,
+            hardware,
+        )
+
+    @property
+    def _right(self) -> SelfCheck | None:
+        """The numbers that the bundle says are right; older bundles have none."""
+        return self._bundle.manifest.self_check
+
+    def _least(self, precision: str) -> float:
+        """The least cosine for an encoder of a precision."""
+        allowed = self._right.tolerances.get(precision, TOLERANCE) if self._right else TOLERANCE
+        return 1 - allowed
+
+    def _numbers(self, encoder: OrtEncoder) -> SelfCheck:
+        return first_use.numbers(encoder, self._bundle.manifest.image.size)
+
+    def _told(self, work: Callable[[], Done], stop: Callable[[], None]) -> Done:
+        """Runs a first use, which Ctrl-C ends by `stop`, and says that it runs."""
+        self._progress(Progress(_STAGE, 0, 1, "pictures"))
+        try:
+            return interruptible(work, stop)
+        finally:
+            self._progress(Progress(_STAGE, 1, 1, "pictures"))
+
+    def _key(self, offer: Offer, precision: str, hardware: str) -> str:
+        right, of = self._right, self._files(precision)
+        what = (*of, offer.provider.name, offer.word, offer.version, hardware)
+        return first_use.key(*what, *([repr(right)] if right else []))
 
     def _compiled(self, key: str) -> Path:
         """A folder for what the provider compiles; this process's own where none can be kept."""
@@ -133,8 +220,10 @@ class _Opener:
         fastest = same if best == precision else self._encoder(_FALLBACK, best, Path())[0]
 
         def measure() -> Verdict:
+            right = self._right or self._numbers(same)
             return Verdict(
-                first_use.compare(encoder, same, size),
+                first_use.nearness(self._numbers(encoder), right),
+                self._least(precision),
                 first_use.encode_ms(encoder, size),
                 first_use.encode_ms(fastest, size),
                 self._files(precision),
@@ -148,7 +237,7 @@ class _Opener:
                 running.cancel()
 
         try:
-            return interruptible(measure, stop)
+            return self._told(measure, stop)
         except EngineError as e:
             raise Unfit(str(e)) from None
         finally:
@@ -158,8 +247,8 @@ class _Opener:
     def _judge(self, verdict: Verdict) -> None:
         if not verdict.sound:
             raise Unfit(
-                f"its features differ from the CPU's (cosine {verdict.cosine:.4f}, at least "
-                f"{BOUND})"
+                f"its features differ from the {'bundle' if self._right else 'CPU'}'s (cosine "
+                f"{verdict.cosine:.4f}, at least {verdict.least:.4g})"
             )
         if self._wish.word == "auto" and verdict.encode_ms > verdict.cpu_ms:
             raise Unfit(

@@ -1,7 +1,8 @@
-"""The first use of a provider: its features and its speed beside the CPU's, kept on disk.
+"""The first use of an encoder on a machine: its numbers beside the right ones, kept on disk.
 
-Providers for NPUs and GPUs compute wrong features without a word more often than they fail; one
-picture through both takes seconds once, and every later start reads the numbers.
+Providers for NPUs and GPUs compute wrong features without a word more often than they fail, and so
+do 8-bit kernels on a processor that they were not tried on. One picture takes a moment once, and
+every later start reads what was found.
 """
 
 from __future__ import annotations
@@ -15,27 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgevlm import schema
-from edgevlm.runtimes.engines import Float, VisionEncoder
+from edgevlm.runtimes.engines import VisionEncoder
+from edgevlm.self_check import cosine, picture, sketch
+from edgevlm.specs import SelfCheck
 
-# What the exporter allows 8-bit quantization to move any feature by (its VisionPrecision): a device
-# that moves one further than that is no longer this model.
-BOUND = 0.99
+# For encoders that the bundle has no numbers for: what the exporter allows 8-bit quantization.
+TOLERANCE = 0.01
 # Enough for one that nothing else disturbs.
 _RUNS = 3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Result of a first use: the worst cosine of a row, and milliseconds for a picture.
+    """Result of a first use: how near the numbers are, and how near they have to be.
 
-    `cpu_ms` is the CPU's time at the precision that it runs best; what follows says what all this
-    was found for.
+    `encode_ms` are milliseconds for a picture and `cpu_ms` those of the CPU at the precision that
+    it runs best, both 0 on the CPU itself; what follows says what all this was found for.
     """
 
     cosine: float
+    least: float
     encode_ms: float
     cpu_ms: float
     files: tuple[str, ...]
@@ -45,20 +46,20 @@ class Verdict:
 
     @property
     def sound(self) -> bool:
-        """True if the device may be used."""
-        return self.cosine >= BOUND
+        """True if the encoder may be used."""
+        return self.cosine >= self.least
 
 
-def compare(encoder: VisionEncoder, cpu: VisionEncoder, size: int) -> float:
-    """The worst cosine of any row, of features or of embeddings, on a fixed picture.
+def numbers(encoder: VisionEncoder, size: int) -> SelfCheck:
+    """An encoder's sketches of the fixed picture, `size` pixels a side."""
+    features = encoder.features(picture(size))
+    rows = encoder.project(features)
+    return SelfCheck(tuple(sketch(features).ravel()), tuple(sketch(rows).ravel()), {})
 
-    `size` is the picture's side in pixels. Rows that are not finite count as -1.
-    """
-    pixels = picture(size)
-    mine, right = encoder.features(pixels), cpu.features(pixels)
-    # The CPU's features go through both projectors, so that each graph is judged alone.
-    rows = encoder.project(right), cpu.project(right)
-    return min(worst_cosine(mine, right), worst_cosine(*rows))
+
+def nearness(mine: SelfCheck, right: SelfCheck) -> float:
+    """The smallest cosine, of features or of embeddings; -1 where one is not finite."""
+    return min(cosine(mine.features, right.features), cosine(mine.embeddings, right.embeddings))
 
 
 def encode_ms(encoder: VisionEncoder, size: int) -> float:
@@ -71,25 +72,6 @@ def encode_ms(encoder: VisionEncoder, size: int) -> float:
         encoder.features(pixels)
         times.append(time.perf_counter() - start)
     return min(times) * 1e3
-
-
-def picture(size: int) -> Float:
-    """Pixels float32 [1, 3, size, size] in -1..1 with edges, slopes and noise, always the same."""
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    slopes = np.stack([x, y, 1 - (x + y) / 2])
-    squares = ((x * 7).astype(int) + (y * 5).astype(int)) % 2
-    noise = np.random.default_rng(0).uniform(-0.1, 0.1, (3, size, size))
-    pixels = np.clip(slopes * 1.2 - 0.6 + squares * 0.5 - 0.25 + noise, -1, 1)
-    return np.ascontiguousarray(pixels[None], np.float32)
-
-
-def worst_cosine(a: Float, b: Float) -> float:
-    """The smallest cosine of any two rows of the same place; -1 where one is not finite."""
-    x, y = (v.reshape(-1, v.shape[-1]).astype(np.float64) for v in (a, b))
-    with np.errstate(all="ignore"):
-        cosines = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
-    cosines[(x == y).all(1)] = 1  # Rows of zeros have no angle.
-    return float(np.nan_to_num(cosines, nan=-1.0).min())
 
 
 class Verdicts:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 import edgevlm
 from edgevlm.errors import EngineMissing
+from edgevlm.export.parity.metrics import distance
 from edgevlm.image import cut, read_picture
 from edgevlm.prompt import Exchange
 from edgevlm.runtimes.engines import Float
@@ -22,7 +23,6 @@ from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.runtimes.stages import stages
 from edgevlm.runtimes.vision import providers
-from edgevlm.runtimes.vision.first_use import worst_cosine
 from edgevlm.runtimes.vision.ort import Ort
 from edgevlm.runtimes.vision.providers import Offer
 from edgevlm.sampling import Sampling
@@ -60,8 +60,8 @@ def vision(folder: Path, word: str, picture: Path) -> tuple[str, ...]:
         return (
             f"{cpu.manifest.name}, {cpu.devices.vision.precision}",
             str(other.devices.vision).partition(", cosine")[0],
-            f"{worst_cosine(*features):.6f}",
-            f"{worst_cosine(*embeddings):.6f}",
+            f"{1 - distance(*features):.6f}",
+            f"{1 - distance(*embeddings):.6f}",
             *(f"{s:.0f} ms" for s in starts),
             *(f"{t:.1f} ms" for t in times),
         )
