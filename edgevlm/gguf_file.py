@@ -41,6 +41,11 @@ class Library:
         self._name, self._functions = name, functions
         self._loaded: ctypes.CDLL | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the wheel's libraries; raises as the class says."""
+        return _path(self._name).parent
+
     def __getattr__(self, name: str) -> Any:
         if name not in self._functions:
             raise AttributeError(f"{name} is not declared of {self._name}")

@@ -17,7 +17,9 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     """Loads the decoder with llama.cpp's defaults, warms it up and measures once."""
     import llama_cpp as llama
 
-    llama.llama_backend_init()
+    from edgevlm.runtimes.llama import ggml
+
+    ggml.start()
     model = llama.llama_model_load_from_file(
         task["decoder"].encode(), llama.llama_model_default_params()
     )

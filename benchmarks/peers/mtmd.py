@@ -18,7 +18,9 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     import llama_cpp as llama
     import llama_cpp.mtmd_cpp as mtmd
 
-    llama.llama_backend_init()
+    from edgevlm.runtimes.llama import ggml
+
+    ggml.start()
     model = llama.llama_model_load_from_file(
         task["decoder"].encode(), llama.llama_model_default_params()
     )

@@ -70,7 +70,7 @@ class LlamaDecoder:
         input: Path | None = None,
         whole: bool = True,
     ) -> None:
-        llama.llama_backend_init()
+        ggml.start()
         self._path, self._offload = path, offload
         self._spec, self._repack = spec, repack
         self.layers = (0, spec.n_layer + 1)

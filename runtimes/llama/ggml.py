@@ -8,7 +8,7 @@ from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from importlib.metadata import version
 from pathlib import Path
 
-from edgevlm.errors import EngineError
+from edgevlm.errors import EngineError, EngineMissing
 from edgevlm.gguf_file import Library, opened
 from edgevlm.runtimes.llama.backends import LayerBytes, LlamaDevice, backend
 from edgevlm.runtimes.llama.bindings import llama
@@ -28,6 +28,8 @@ _registry = Library(
     "ggml",
     ggml_backend_dev_count=(c_size_t,),
     ggml_backend_dev_get=(c_void_p, c_size_t),
+    ggml_backend_reg_count=(c_size_t,),
+    ggml_backend_load_all_from_path=(None, c_char_p),
 )
 _size = ctypes.POINTER(c_size_t)
 _base = Library(
@@ -64,6 +66,23 @@ def _collect(level: int, text: bytes, _: object) -> None:
         _flash_attention[0] = match[1]
 
 
+def start() -> None:
+    """Makes llama.cpp ready, with the back ends of its wheel.
+
+    Where the wheel has one for every generation of processors the best for this one is loaded, from
+    the wheel's folder: llama.cpp itself looks beside Python and in the current folder, where
+    anybody's file may lie. Raises EngineMissing where none runs here.
+    """
+    if not _registry.ggml_backend_reg_count():
+        _registry.ggml_backend_load_all_from_path(str(_registry.folder).encode())
+    if not _registry.ggml_backend_reg_count():
+        raise EngineMissing(
+            f"{_registry.folder}: none of llama.cpp's back ends runs on this processor",
+            "pip install --force-reinstall --no-binary llama-cpp-python llama-cpp-python",
+        )
+    llama.llama_backend_init()
+
+
 def quiet() -> None:
     """Keeps what llama.cpp says to itself and forgets what it said before."""
     llama.llama_log_set(_collect, None)
@@ -94,6 +113,7 @@ def flash_attention() -> FlashAttention:
 
 def cpu_features() -> list[str]:
     """Processor features that this build of llama.cpp uses, such as AVX2."""
+    start()
     quiet()
     found: list[bytes] = re.findall(rb"(\w+) = 1", llama.llama_print_system_info())
     return [name.decode() for name in found]
@@ -107,6 +127,7 @@ def build() -> str:
 
 def devices() -> list[LlamaDevice]:
     """The devices beside the CPU that this build of llama.cpp offers here."""
+    start()
     quiet()
     found = []
     for i in range(_registry.ggml_backend_dev_count()):
