@@ -1,8 +1,8 @@
-# Six words: setup, test, check, bench, soak, docs. VENV may name another environment.
+# Seven words: setup, test, check, bench, soak, docs, arm64. VENV may name another environment.
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup test check bench soak docs
+.PHONY: setup test check bench soak docs arm64
 setup:
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[test]"
@@ -31,3 +31,6 @@ docs: $(BIN)/zensical
 $(BIN)/zensical:
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[docs]"
+
+arm64:
+	$(BIN)/python -m workshop.arm64

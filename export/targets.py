@@ -22,7 +22,7 @@ class Target:
 TARGETS: Mapping[str, Target] = {
     # 8-bit products are the processor's fastest (docs/measurements.md).
     "laptop": Target("q4_k_m", ("int8",)),
-    # llama.cpp re-orders q4_0 for ARM's 8-bit products, which K-quants are not.
+    # The smallest type that llama.cpp re-orders for every generation of ARM (docs/phones.md).
     "phone": Target("q4_0", ("int8",)),
     # NPUs compile fixed ranges or halves; int8 is for the processor, should the NPU refuse.
     "npu": Target("q4_k_m", ("int8", "qdq8", "fp16")),

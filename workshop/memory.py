@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from edgevlm.byte_sizes import in_gb
+from edgevlm.errors import EdgeVLMError
 
 _PICTURE = Path(__file__).parent.parent / "examples" / "shapes.png"
 _LINE = "{:<36} {:>9} {:>6} {:>8} {:>10} {:>10} {:>6}"
@@ -36,9 +37,15 @@ def answer(folder: str, limit: str) -> None:
     print(json.dumps(found | {"repacking": settings.repacking, "tokens": tokens}))
 
 
-def _run(folder: str, limit: int) -> dict[str, object]:
+def held(folder: str, limit: int) -> dict[str, object]:
+    """The findings of `answer` in a process of its own, with a limit in bytes or none, 0.
+
+    Raises EdgeVLMError where the model is refused or fails.
+    """
     command = [sys.executable, "-m", "workshop.memory", "--answer", folder, str(limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EdgeVLMError(done.stderr.strip().splitlines()[-1])
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -56,11 +63,14 @@ def _limits(folder: str) -> tuple[int, ...]:
 def main() -> None:
     """Prints a line for each bundle and limit."""
     if sys.argv[1:2] == ["--answer"]:
-        return answer(*sys.argv[2:])
+        try:
+            return answer(*sys.argv[2:])
+        except EdgeVLMError as e:
+            sys.exit(str(e))
     print(_LINE.format("bundle", "limit", "apart", "repack", "estimate", "peak", "ratio"))
     for folder in sys.argv[1:]:
         for limit in _limits(folder):
-            found = _run(folder, limit)
+            found = held(folder, limit)
             peak, estimate = int(str(found["peak"])), int(str(found["estimate"]))
             cells = (Path(folder).name, in_gb(limit) if limit else "none", str(found["apart"]))
             sizes = (in_gb(estimate), in_gb(peak), f"{estimate / peak:.2f}")

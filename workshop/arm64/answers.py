@@ -1,0 +1,82 @@
+"""`python -m workshop.arm64.answers BUNDLES OUT [REFERENCE]`: this machine's numbers.
+
+Runs on both machines, in the environment that edgevlm is installed in, without torch. Every stage
+of an answer of every bundle goes into OUT as an npz file; a bundle whose name ends otherwise than
+in `-f32` reads the tokens that its `-f32` answered in REFERENCE. OUT/machine.json says what ran.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from edgevlm.benchmarks.scenes.evaluate import GENERATORS, BundleAnswerer, evaluate
+from edgevlm.runtimes.llama import ggml
+from edgevlm.runtimes.loading import LoadOptions, load_bundle
+from edgevlm.runtimes.stages import stages
+
+PROMPT, N_TOKENS = "answer en what is in the picture?", 12
+EXACT = "-f32"
+# Of each drawing routine; about eight questions each.
+SCENES = 12
+_PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
+
+
+def answer(bundle: Path, out: Path, reference: Path | None) -> None:
+    """Writes the stages of one bundle's answer."""
+    name, _, precision = bundle.name.rpartition("-")
+    follow = None
+    if f"-{precision}" != EXACT:
+        follow = np.load((reference or out) / f"{name}{EXACT}.npz")["tokens"].tolist()
+    with load_bundle(bundle, LoadOptions(device="cpu")) as vlm:
+        made = stages(vlm.engines, PROMPT, _PICTURE, N_TOKENS, follow=follow)
+    fields = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+    np.savez_compressed(out / f"{bundle.name}.npz", **fields)
+
+
+def pico() -> dict[str, list[int]]:
+    """Right answers and all answers of the built-in model by drawing routine."""
+    answerer, found = BundleAnswerer(None), {}
+    for generator in GENERATORS:
+        counts = evaluate(answerer, generator, SCENES).counts.values()
+        found[generator] = [sum(right for right, _ in counts), sum(of for _, of in counts)]
+    return found
+
+
+def back_end() -> str:
+    """The file of ggml's CPU back end that this process has loaded."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    files = {Path(line.split()[-1]).name for line in maps if "libggml-cpu" in line}
+    return ", ".join(sorted(files))
+
+
+def main() -> None:
+    """Computes everything and says how long it took."""
+    bundles, out, *more = map(Path, sys.argv[1:])
+    reference = more[0] if more else None
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    # The exact ones first: the others follow them.
+    for bundle in sorted(bundles.iterdir(), key=lambda b: (not b.name.endswith(EXACT), b.name)):
+        answer(bundle, out, reference)
+    found = {
+        "machine": platform.machine(),
+        "features": ggml.cpu_features(),
+        "back_end": back_end(),
+        "python": platform.python_version(),
+        "versions": {p: version(p) for p in ("edgevlm", "llama-cpp-python", "onnxruntime")},
+        "pico": pico(),
+        "seconds": time.monotonic() - start,
+    }
+    (out / "machine.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
