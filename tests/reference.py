@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 Float = npt.NDArray[np.float32]
 
@@ -12,7 +13,7 @@ class Original:
     """A checkpoint in transformers."""
 
     def __init__(self, checkpoint: Path) -> None:
-        import torch
+        torch = pytest.importorskip("torch", reason="the original runs in torch")
         from transformers import PaliGemmaForConditionalGeneration
 
         self._torch = torch

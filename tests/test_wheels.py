@@ -79,4 +79,4 @@ def test_a_program_that_fails_names_its_log(tmp_path: Path) -> None:
     log = tmp_path / "new" / "log"
     with pytest.raises(EdgeVLMError, match=r"sh failed \(3\); see .*log"):
         wheels.run(["sh", "-c", "echo why >&2; exit 3"], log)
-    assert log.read_text() == "why\n"
+    assert log.read_text(encoding="utf-8") == "why\n"

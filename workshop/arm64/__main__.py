@@ -135,11 +135,11 @@ def _digest(*folders: str) -> str:
 def _unless_done(name: str, of: str, work: Callable[[], object]) -> None:
     """Does the work unless it was done for the same inputs, which `of` is a digest of."""
     stamp = BUILD / f"{name}.ready"
-    if stamp.exists() and stamp.read_text() == of:
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == of:
         return
     stamp.unlink(missing_ok=True)
     work()
-    stamp.write_text(of)
+    stamp.write_text(of, encoding="utf-8")
 
 
 def _llama_wheel() -> Path:
@@ -260,12 +260,21 @@ def _tests(inside: Space, cpu: str) -> str:
     ]
     log = BUILD / "tests.log"
     inside.run(
-        [_PYTHON, "-m", "pytest", *options, *files],
+        [
+            "taskset",
+            "-c",
+            str(min(os.sched_getaffinity(0))),
+            _PYTHON,
+            "-m",
+            "pytest",
+            *options,
+            *files,
+        ],
         log,
         cpu=cpu,
         env={"PYTHONPATH": "/work/checkout"},
     )
-    return log.read_text().strip().splitlines()[-1].strip("= ")
+    return log.read_text(encoding="utf-8").strip().splitlines()[-1].strip("= ")
 
 
 def _report(found: Mapping[str, Compared], passed: str, qemu: int, minutes: float) -> str:

@@ -92,7 +92,7 @@ def beside(bundles: Path, here: Path, there: Path) -> Compared:
         stages = compare.answered(precisions.quant(quant), vision, ours, exact)
         worst = max(stages, key=lambda s: s.worst / s.tolerance)
         differences.append(Difference(bundle.name, worst.stage, worst.worst / worst.tolerance))
-    machines = [json.loads((f / "machine.json").read_text()) for f in (here, there)]
+    machines = [json.loads((f / "machine.json").read_text(encoding="utf-8")) for f in (here, there)]
     right = [sum(r for r, _ in m["pico"].values()) for m in machines]
     of = sum(of for _, of in machines[0]["pico"].values())
     return Compared(machines[1], (right[1], right[0], of), tuple(differences), same)

@@ -102,7 +102,7 @@ def _fetch_emulator(folder: Path) -> None:
         (apt / name).mkdir(parents=True, exist_ok=True)
     key = "/usr/share/keyrings/debian-archive-keyring.gpg"
     line = f"deb [signed-by={key}] {_MIRROR} {_EMULATORS_SUITE} main\n"
-    (apt / "sources.list").write_text(line)
+    (apt / "sources.list").write_text(line, encoding="utf-8")
     places = (
         f"Dir::Etc::sourcelist={apt / 'sources.list'}",
         "Dir::Etc::sourceparts=-",
@@ -132,7 +132,7 @@ def registered(qemu: Path) -> Iterator[None]:
         # A run that was killed left it.
         _unregister()
         text = f":{_ENTRY}:M::{_MAGIC}:{_MASK}:{qemu.absolute()}:F"
-        (_BINFMT / "register").write_text(text)
+        (_BINFMT / "register").write_text(text, encoding="utf-8")
     except (OSError, subprocess.CalledProcessError) as e:
         raise EdgeVLMError(
             f"{_BINFMT}: cannot be used ({e}); this needs root and binfmt_misc"
@@ -147,7 +147,7 @@ def registered(qemu: Path) -> Iterator[None]:
 
 def _unregister() -> None:
     if (_BINFMT / _ENTRY).exists():
-        (_BINFMT / _ENTRY).write_text("-1")
+        (_BINFMT / _ENTRY).write_text("-1", encoding="utf-8")
 
 
 def user_space(folder: Path, shared: Path) -> Space:
