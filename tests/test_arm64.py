@@ -20,7 +20,7 @@ MACHINE = {
 SOUND = Compared(
     MACHINE,
     (95, 96, 100),
-    (Difference("a-f32", "answer", 0.2), Difference("a-q4_0", "features", 0.9)),
+    (Difference("a-f32", "answer", 0.2, 0), Difference("a-q4_0", "features", 1.9, 1.8)),
     1,
 )
 
@@ -28,7 +28,8 @@ SOUND = Compared(
 def test_differences_within_bounds_pass_and_are_reported() -> None:
     SOUND.check()
     text = command._report({"cortex-a76": SOUND}, "9 passed in 5s", 10, 7.4)
-    row = "| cortex-a76 | `libggml-cpu-armv8.2_1.so` | 1 of 1 | 0.20 (answer) | 0.90 (features) |"
+    row = "| cortex-a76 | `libggml-cpu-armv8.2_1.so` | 1 of 1 | 0.20 (0.00; answer) |"
+    row += " 1.90 (1.80; features) |"
     assert f"{row} 95 (96) of 100 |" in text
     assert "The core of the suite, on cortex-a76: 9 passed in 5s." in text
     head = next(line for line in text.splitlines() if line.startswith("| processor"))
@@ -41,8 +42,8 @@ def test_differences_within_bounds_pass_and_are_reported() -> None:
         ({"same": 0}, "1 of 1 answered other tokens"),
         ({"pico": (90, 96, 100)}, "pico: 90 right answers of 100, here 96"),
         (
-            {"differences": (*SOUND.differences, Difference("b-q4_0", "answer", 1.5))},
-            "b-q4_0: answer is 1.50 of its bound",
+            {"differences": (*SOUND.differences, Difference("b-q4_0", "answer", 1.5, 1.2))},
+            "b-q4_0: answer is 1.50 of its bound, here 1.20",
         ),
     ],
 )

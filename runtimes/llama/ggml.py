@@ -73,6 +73,7 @@ def start() -> None:
     the wheel's folder: llama.cpp itself looks beside Python and in the current folder, where
     anybody's file may lie. Raises EngineMissing where none runs here.
     """
+    quiet()  # it says on stderr what it loads
     if not _registry.ggml_backend_reg_count():
         _registry.ggml_backend_load_all_from_path(str(_registry.folder).encode())
     if not _registry.ggml_backend_reg_count():
@@ -114,7 +115,6 @@ def flash_attention() -> FlashAttention:
 def cpu_features() -> list[str]:
     """Processor features that this build of llama.cpp uses, such as AVX2."""
     start()
-    quiet()
     found: list[bytes] = re.findall(rb"(\w+) = 1", llama.llama_print_system_info())
     return [name.decode() for name in found]
 
@@ -128,7 +128,6 @@ def build() -> str:
 def devices() -> list[LlamaDevice]:
     """The devices beside the CPU that this build of llama.cpp offers here."""
     start()
-    quiet()
     found = []
     for i in range(_registry.ggml_backend_dev_count()):
         handle = _registry.ggml_backend_dev_get(i)

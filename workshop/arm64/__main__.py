@@ -293,7 +293,9 @@ def _report(found: Mapping[str, Compared], passed: str, qemu: int, minutes: floa
     ]
     for cpu, it in found.items():
         n = sum(d.bundle.endswith("-f32") for d in it.differences)
-        worst = [f"{d.share:.2f} ({d.stage})" for d in map(it.worst, compare.PRECISIONS)]
+        worst = [
+            f"{d.share:.2f} ({d.here:.2f}; {d.stage})" for d in map(it.worst, compare.PRECISIONS)
+        ]
         there, here, of = it.pico
         cells = [cpu, f"`{it.machine['back_end']}`", f"{it.same} of {n}", *worst]
         lines.append(f"| {' | '.join(cells)} | {there} ({here}) of {of} |")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,16 +23,28 @@ from workshop.arm64.answers import EXACT
 
 # Unquantized, and as the target "phone" has it.
 PRECISIONS = {"f32": "fp32", TARGETS["phone"].quant: TARGETS["phone"].vision[0]}
+# Kernels round otherwise.
+_SPARE = 1.1
 # Of pico's answers that may come out otherwise: one in a hundred.
 _POINT = 0.01
 
 
 class Difference(NamedTuple):
-    """One stage of one bundle: how far it is off in shares of what is allowed; 1 is the bound."""
+    """One stage of one bundle: how far it is off, there and here, in shares of its bound.
+
+    The exporter holds to bounds on a picture of its own, so that another may be beyond them, but on
+    one processor as far as on another.
+    """
 
     bundle: str
     stage: str
     share: float
+    here: float
+
+    @property
+    def ok(self) -> bool:
+        """True if it is within the bound, or no further beyond it than here."""
+        return self.share <= max(1.0, _SPARE * self.here)
 
 
 @dataclass(frozen=True)
@@ -59,9 +72,11 @@ class Compared:
         n_exact = sum(d.bundle.endswith(EXACT) for d in self.differences)
         if self.same != n_exact:
             raise EdgeVLMError(f"{n_exact - self.same} of {n_exact} answered other tokens")
-        wrong = max(self.differences, key=lambda d: d.share)
-        if wrong.share > 1:
-            raise EdgeVLMError(f"{wrong.bundle}: {wrong.stage} is {wrong.share:.2f} of its bound")
+        for d in self.differences:
+            if not d.ok:
+                raise EdgeVLMError(
+                    f"{d.bundle}: {d.stage} is {d.share:.2f} of its bound, here {d.here:.2f}"
+                )
         there, here, of = self.pico
         if abs(there - here) > _POINT * of:
             raise EdgeVLMError(f"pico: {there} right answers of {of}, here {here}")
@@ -84,14 +99,16 @@ def beside(bundles: Path, here: Path, there: Path) -> Compared:
     for bundle in sorted(bundles.iterdir()):
         name, _, quant = bundle.name.rpartition("-")
         exact = dict(np.load(here / f"{name}{EXACT}.npz"))
-        ours = dict(np.load(there / f"{bundle.name}.npz"))
+        ours, mine = (dict(np.load(f / f"{bundle.name}.npz")) for f in (there, here))
         if quant == EXACT[1:]:
             same += ours["tokens"].tolist() == exact["tokens"].tolist()
         parts = open_bundle(bundle).manifest.components
         (vision,) = precisions.vision_precisions(parts["vision"].precision)
-        stages = compare.answered(precisions.quant(quant), vision, ours, exact)
-        worst = max(stages, key=lambda s: s.worst / s.tolerance)
-        differences.append(Difference(bundle.name, worst.stage, worst.worst / worst.tolerance))
+        judged = partial(compare.answered, precisions.quant(quant), vision)
+        stages = zip(judged(ours, exact), judged(mine, exact), strict=True)
+        shares = [(a.worst / a.tolerance, b.worst / b.tolerance, a.stage) for a, b in stages]
+        share, own, stage = max(shares)
+        differences.append(Difference(bundle.name, stage, share, own))
     machines = [json.loads((f / "machine.json").read_text(encoding="utf-8")) for f in (here, there)]
     right = [sum(r for r, _ in m["pico"].values()) for m in machines]
     of = sum(of for _, of in machines[0]["pico"].values())

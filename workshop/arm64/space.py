@@ -31,6 +31,7 @@ _MASK = r"\xff" * 7 + r"\x00" + r"\xff" * 8 + r"\xfe\xff\xff\xff"
 _ENTER = """\
 set -e
 mount -t proc proc "$1/proc"
+mount -t sysfs sysfs "$1/sys"
 for name in null zero full random urandom; do
   : >"$1/dev/$name"; mount --bind "/dev/$name" "$1/dev/$name"
 done
