@@ -7,7 +7,7 @@ processors and edgevlm from a wheel of this tree; in there the core of the test 
 every family, compared with this machine's answers on several processors that the emulator knows.
 Everything lies in build/arm64; what is made is kept, and made again where the tree changed.
 `--write` puts the results into docs/arm64.md. Needs root, debootstrap, a cross compiler and cmake;
-missing ones are named with the line that installs them. Two hours on two cores, minutes again.
+missing ones are named with the line that installs them. An hour or more the first time.
 """
 
 from __future__ import annotations
