@@ -74,6 +74,7 @@ def in_terminal(
         "TERM": "xterm",
         "PROMPT_TOOLKIT_NO_CPR": "1",
         "LC_ALL": "C.UTF-8",
+        "PYTHONUTF8": "1",
         "EDGEVLM_HOME": str(folder / "home"),
         **(environ or {}),
     }

@@ -93,6 +93,9 @@ min_p 0.0
 repetition_penalty 1.0
 seed 8
 stop none
+choices none
+schema none
+grammar none
 temperature must be 0 or more
 top_k must be a whole number, not many
 colour: no such option; one of {", ".join(OPTIONS)}
@@ -276,6 +279,33 @@ def test_set_reads_values_as_the_options_do() -> None:
     assert changed(options, "top_k", "none") == {}
     with pytest.raises(PromptError, match="seed must be from 0"):
         changed(options, "seed", "-1")
+
+
+def test_set_holds_answers_to_a_form(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "n.json").write_text('{"type": "integer"}', encoding="utf-8")
+    typed = """\
+shapes.png
+/set choices circle, 'a star'
+/set schema nowhere.json
+/set schema n.json
+answer en what shape is red?
+/set choices none
+/set schema n.json
+"""
+    shutil.copy(SHAPES, folder / "shapes.png")
+    out, err = piped(None, typed.splitlines(), capsys)
+    assert out == "circle\n"
+    assert err[2:] == [
+        "choices circle ''\"'\"'a star'\"'\"''",
+        "nowhere.json: cannot be read (No such file or directory)",
+        "choices and schema cannot be had at once; choose one".replace(
+            "choices and schema", "schema and choices"
+        ),
+        "choices none",
+        "schema {'type': 'integer'}",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from edgevlm.cli.forms import read_forms
 from edgevlm.errors import PromptError
+from edgevlm.image.urls import shortened
 from edgevlm.sampling import Sampling, SamplingOptions
 
 if TYPE_CHECKING:
@@ -22,6 +26,19 @@ def _texts(value: str) -> tuple[str, ...]:
         return (value,)
 
 
+def _form(name: str) -> Callable[[str], Any]:
+    """A reader of an option that holds answers to a form, as the command line's options are."""
+
+    def read(value: str) -> Any:
+        given = value if name == "choices" else Path(os.path.expanduser(value))
+        try:
+            return read_forms({name: given})[name]
+        except OSError as e:
+            raise PromptError(f"{value}: cannot be read ({e.strerror})") from None
+
+    return read
+
+
 # Options that can be set here, and how a value is read.
 OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (int, "a whole number"),
@@ -32,6 +49,9 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "repetition_penalty": (float, "a number"),
     "seed": (int, "a whole number"),
     "stop": (_texts, "texts"),
+    "choices": (_form("choices"), "texts between commas"),
+    "schema": (_form("schema"), "a file"),
+    "grammar": (_form("grammar"), "a file"),
 }
 
 
@@ -75,5 +95,5 @@ def listing(options: SamplingOptions, longest: int, only: str | None = None) -> 
         shown = defaults.get(name, "none") if value in (None, ()) else value
         if isinstance(shown, tuple):
             shown = shlex.join(shown)
-        lines.append(f"{name} {shown}")
+        lines.append(f"{name} {shortened(str(shown))}")
     return "\n".join(lines)
