@@ -161,13 +161,13 @@ def test_the_answer_comes_from_the_precision_that_is_right(
     monkeypatch.setattr("edgevlm.runtimes.loading.Ort", lambda: Ort(fake))
     with edgevlm.load(both.folder, device="cpu") as vlm:
         assert vlm.devices.vision.precision == "fp32"
-        rows = vlm.embed_image(np.zeros((8, 8, 3), np.uint8))
+        rows = vlm.image_embeddings(np.zeros((8, 8, 3), np.uint8))
     monkeypatch.undo()
     with edgevlm.load(both.folder, device="cpu") as vlm:
         assert vlm.devices.vision.precision == "int8"
         assert (
             np.isfinite(rows).all()
-            and rows.shape == vlm.embed_image(np.zeros((8, 8, 3), np.uint8)).shape
+            and rows.shape == vlm.image_embeddings(np.zeros((8, 8, 3), np.uint8)).shape
         )
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from edgevlm.errors import BundleCorrupt, ContextOverflow, EngineError
 from edgevlm.runtimes.engines import Block, Float, Recall, TokenSampler, Told, count_rows
+from edgevlm.runtimes.llama import ggml, weights
 from edgevlm.runtimes.llama import grammar as grammars
 from edgevlm.runtimes.llama import tokenizer as tokenizers
-from edgevlm.runtimes.llama import weights
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.cached_rows import CachedRows
