@@ -110,6 +110,29 @@ def test_a_file_whose_name_looks_like_a_pattern_is_a_file(edge: Terminal, photos
     assert edge("ask", "x", "-i", "photos/[ab].png", "--each")[1].startswith("photos/[ab].png: ")
 
 
+def test_a_system_message_is_a_part_of_the_question(
+    edge: Terminal, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("ask", "x", "-i", photos, "--jsonl", "out.jsonl", "--system")
+    code, out, err = edge(*asked, "Be brief.")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "its prompt template has no system message" in err and not edge.loaded
+    told: list[str | None] = []
+    chat = VLM.chat
+
+    def heard(vlm: VLM, image: Any, *, system: str | None = None) -> Any:
+        told.append(system)
+        return chat(vlm, image, system=system)
+
+    monkeypatch.setattr(VLM, "chat", heard)
+    known = fakes.vlm(system=True).manifest
+    monkeypatch.setattr(many, "read_manifest", lambda _: known)
+    edge.says("one", system=True)
+    for system in ("Be brief.", "Be brief.", "Be long."):
+        assert edge(*asked, system)[0] == 0
+    assert told == ["Be brief."] * 3 + ["Be long."] * 3 and files() == ABC * 2
+
+
 def test_links_to_folders_end(edge: Terminal, photos: Path) -> None:
     for name in ("loop", "sub/loop"):
         (photos / name).symlink_to(photos.resolve())
@@ -364,13 +387,13 @@ def test_few_pictures_are_read_ahead_in_another_thread(
     vlm, seen = fakes.vlm(), list[tuple[str, str]]()
     chat = VLM.chat
 
-    def counted(self: VLM, image: Any = None) -> Any:
+    def counted(self: VLM, image: Any, *, system: str | None) -> Any:
         seen.append((str(image), threading.current_thread().name))
-        return chat(self, image)
+        return chat(self, image, system=system)
 
     monkeypatch.setattr(VLM, "chat", counted)
     sources = [many.NamedPicture(name, Path(name)) for name in ABC * 3]
-    for i, (source, reading) in enumerate(many._read_ahead(vlm, sources)):
+    for i, (source, reading) in enumerate(many._read_ahead(vlm, sources, None)):
         assert reading.result()[0].image == Path(source.file)
         assert len(seen) <= i + 1 + many._AHEAD
     assert len(seen) == 9 and not any(name == "MainThread" for _, name in seen)

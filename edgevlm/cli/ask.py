@@ -44,9 +44,8 @@ def ask(
     about by itself; so it is with --each or --jsonl OUT.
     """
     if (sources_of_many := each_source(images, many)) is not None:
-        if system is not None:
-            raise click.UsageError("--system goes with one request; say it in the prompt of many")
-        ask_each(Asked(lambda _: prompt), sources_of_many, many, run, as_json=as_json)
+        asked = Asked(lambda _: prompt, system=system)
+        ask_each(asked, sources_of_many, many, run, as_json=as_json)
         return
     sources = read_sources(images)
     with run.load(sources) as vlm:

@@ -154,12 +154,14 @@ class Asked:
     """A question about every picture: its prompt and options in terms of a model, and what becomes
     of an answer: a record, and lines of text for stdout, which follow the file's name.
 
-    `kind` tells records of one prompt apart that hold different things. `end` is called with the
-    records of all pictures that have an answer, those of an earlier run among them.
+    `system` is the system message. `kind` tells records of one prompt apart that hold different
+    things. `end` is called with the records of all pictures that have an answer, those of an
+    earlier run among them.
     """
 
     prompt: Callable[[Manifest], str]
     options: Callable[[Manifest], SamplingOptions] = lambda _: {}
+    system: str | None = None
     kind: str = ""
     record: Callable[[VLM, Reply], Record] = _plain
     lines: Callable[[Record], list[str]] = _text_line
@@ -215,10 +217,15 @@ def _question(asked: Asked, run: Run) -> tuple[Record, Run]:
     """
     manifest = read_manifest(resolve(run.model if run.model is not None else store.default()))
     prompt = asked.prompt(manifest)
+    if asked.system is not None:
+        from edgevlm.runtimes.request import check_system
+
+        check_system(manifest, asked.system)
     sampling: SamplingOptions = {**asked.options(manifest), **run.sampling}
     files = sorted(file.sha256 for part in manifest.all_components for file in part.files)
     options = (sorted(sampling.items()), run.loading.get("max_tiles"))
-    facts = repr((asked.kind, prompt, manifest.name, files, options))
+    kind = (asked.kind, asked.system) if asked.system else asked.kind
+    facts = repr((kind, prompt, manifest.name, files, options))
     digest = hashlib.sha256(facts.encode(errors="surrogatepass")).hexdigest()[:16]
     question = {"prompt": prompt, "model": manifest.name, "asked": digest}
     return question, replace(run, sampling=sampling)
@@ -266,7 +273,7 @@ def _ask_all(
     from edgevlm.cli.progress import PictureBar
 
     with PictureBar(tally.total, tally.before) as bar:
-        for source, reading in _read_ahead(vlm, todo):
+        for source, reading in _read_ahead(vlm, todo, shown.asked.system):
             reply: Reply | None = None
             about: Record = {"file": source.file}
             try:
@@ -298,13 +305,13 @@ def _without_tokens(reply: Record) -> Record:
 
 
 def _read_ahead(
-    vlm: VLM, sources: Sequence[NamedPicture]
+    vlm: VLM, sources: Sequence[NamedPicture], system: str | None
 ) -> Iterator[tuple[NamedPicture, Future[tuple[Chat, float]]]]:
     """Each source with its picture, which is read in another thread while others are answered."""
 
     def read(source: NamedPicture) -> tuple[Chat, float]:
         start = time.perf_counter()
-        chat = vlm.chat(source.image)
+        chat = vlm.chat(source.image, system=system)
         return chat, (time.perf_counter() - start) * 1e3
 
     reading = deque[tuple[NamedPicture, "Future[tuple[Chat, float]]"]]()
