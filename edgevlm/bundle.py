@@ -7,12 +7,15 @@
     decoder.input.gguf      the tokenizer and token embeddings of all tokens, where the decoder was
                      trimmed to those of some languages
     projector.newline.npy   float32 [n_embd], a row that ends lines, where tiles are joined to a map
+    text.onnx        a dual encoder's, ids int64 [n, tokens] -> unit rows float32 [n, width]
+    text.tokenizer.json or text.spiece.model        its tokenizer
 
 Each component has a role; which of them there are is the family's to say, and a bundle without a
-decoder can only embed pictures. Format 1 had all three of the above, and says the same of them. A
-bundle may hold the vision encoder at further precisions, as vision.PRECISION.onnx. Large ONNX
-weights lie beside the graph in files named in the manifest. This module knows files, hashes and the
-manifest; it does not know what an engine makes of them.
+decoder can only embed pictures. A dual encoder's has "vision", whose output is one unit row for a
+picture, float32 [n, width], and "text". Format 1 had all three of the above, and says the same of
+them. A bundle may hold the vision encoder at further precisions, as vision.PRECISION.onnx. Large
+ONNX weights lie beside the graph in files named in the manifest. This module knows files, hashes
+and the manifest; it does not know what an engine makes of them.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from edgevlm.specs import (
     PromptSpec,
     SelfCheck,
     TensorLocation,
+    TextSpec,
 )
 from edgevlm.types import Progress
 
@@ -44,9 +48,12 @@ FORMAT = 4
 MANIFEST = "edgevlm.json"
 NEWLINE = "projector.newline.npy"
 INPUT = "decoder.input.gguf"
+# The tokenizer of a dual encoder: one for the package tokenizers, or SentencePiece's.
+TOKENIZER, SPIECE = "text.tokenizer.json", "text.spiece.model"
 ROLES = ("vision", "projector", "decoder", "text", "masks")
 # The first format in which a component could have that role; others are as old as format 2.
-_SINCE = {"masks": 3}
+_SINCE = {"masks": 3, "text": 4}
+_SINCE_KEYS = {"self_check": 4, "text": 4}
 # What a manifest states beside a decoder.
 _DECODING = ("prompt", "decoder", "answer", "token_embedding")
 
@@ -114,7 +121,7 @@ class Manifest:
 
     `components` go by their role. `alternatives` are further vision encoders by precision; the main
     one is in `components`. Without a decoder `prompt`, `decoder`, `answer` and `token_embedding`
-    are empty.
+    are empty; `text` is a dual encoder's, None of other models.
     `weight_files` say what came from where in a model of several weight files, `notes` what
     those left open and how it was settled. `origin` is the source's repository and commit on the
     hub, `org/name@COMMIT`, empty for a source of another kind. `self_check` is what machines
@@ -139,6 +146,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     origin: str = ""
     self_check: SelfCheck | None = None
+    text: TextSpec | None = None
 
     def __repr__(self) -> str:
         precisions = ", ".join(f"{role} {c.precision}" for role, c in self.components.items())
@@ -283,7 +291,12 @@ def read_manifest(root: Path) -> Manifest:
 def _check_components(path: Path, manifest: Manifest) -> None:
     roles = {*manifest.components}
     known = {*ROLES[:3]} == roles if manifest.format == 1 else roles and roles <= {*ROLES}
-    apart = ("vision" in roles) != ("projector" in roles)
+    dual = {"vision", "text"} == roles
+    apart = ("vision" in roles) != ("projector" in roles) and not dual
+    if ("text" in roles) != (manifest.text is not None) or ("text" in roles and not dual):
+        raise BundleCorrupt(
+            path, "'text' must stand beside a component 'text' and a vision encoder"
+        )
     if not known or apart or not all(c.files for c in manifest.components.values()):
         raise BundleCorrupt(
             path,
@@ -326,17 +339,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     # The oldest format that says all of it, for the sake of older readers.
     oldest = max([2, *(_SINCE.get(role, 2) for role in manifest.components)])
     written = schema.plain(dataclasses.replace(manifest, format=oldest))
-    if manifest.self_check:
-        written["format"] = FORMAT
-    else:
-        del written["self_check"]  # a key that older readers refuse
+    for key, since in _SINCE_KEYS.items():
+        if getattr(manifest, key) is None:
+            del written[key]  # older readers refuse what they do not know
+        else:
+            written["format"] = max(written["format"], since)
     text = json.dumps(written, indent=1, ensure_ascii=False)
     # A file's name may be no text: a backslash escape is how JSON says that.
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 # Files that a bundle is made of; whatever else lies in its folder stays there.
-_OURS = (MANIFEST, "*.onnx", "*.onnx.data", "*.gguf", NEWLINE)
+_OURS = (MANIFEST, "*.onnx", "*.onnx.data", "*.gguf", NEWLINE, TOKENIZER, SPIECE)
 # mkfs makes this in the root of a file system, which may be mounted to take a bundle.
 _NOBODYS = "lost+found"
 

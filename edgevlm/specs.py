@@ -15,6 +15,8 @@ Fit = Literal["stretch", "pad", "crop", "letterbox"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 TileRule = Literal["longest-edge", "ratio", "pinpoints"]
 Overview = Literal["none", "first", "last"]
+# How a text is changed before it is tokenized, beside what its tokenizer does itself.
+Clean = Literal["", "lower", "siglip", "canonicalize"]
 
 
 @dataclass(frozen=True)
@@ -225,3 +227,30 @@ class TensorLocation:
     type: str
     rows: int
     width: int
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """A dual encoder's texts: text -> ids int64 [n, tokens] -> unit rows float32 [n, width], and
+    the score of a picture and a text.
+
+    A text becomes the ids `begin`, its own as many as there is room for, and `end`, at most
+    `tokens`. `pad` fills them up to `tokens`, on the `pad_side`, where the tower reads every
+    position; None leaves them as they are. `clean` is done before: "lower" is lower case, "siglip"
+    and "canonicalize" are that without punctuation, the one deleting "_", the other making it a
+    space; "" does nothing.
+    A score is `scale` times the cosine plus `bias`; with `sigmoid` each label is judged by itself,
+    without they share 1. `template` is what a label is put into where the user says nothing.
+    """
+
+    tokens: int
+    width: int
+    scale: float
+    bias: float = 0.0
+    sigmoid: bool = False
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    pad: int | None = None
+    pad_side: Literal["left", "right"] = "right"
+    clean: Clean = ""
+    template: str = "{}"

@@ -16,7 +16,7 @@ from edgevlm.export import targets
 from edgevlm.export.options import AS_FOUND, ReadOptions, WriteOptions
 from edgevlm.export.precisions import QUANTS, VISION_PRECISIONS
 from edgevlm.export.targets import TARGETS
-from edgevlm.specs import DecoderSpec, Fit, ImageSpec, PromptSpec
+from edgevlm.specs import DecoderSpec, Fit, ImageSpec, PromptSpec, TextSpec
 from edgevlm.types import Progress
 
 __all__ = [
@@ -33,7 +33,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Inspection:
-    """A source as an export would read it; `weight_files` and `notes` are the manifest's."""
+    """A source as an export would read it; `weight_files`, `notes` and `text` are the manifest's,
+    whose `prompt` and `decoder` are empty for a dual encoder.
+    """
 
     name: str
     family: str
@@ -42,6 +44,7 @@ class Inspection:
     decoder: DecoderSpec
     weight_files: tuple[WeightFileRecord, ...]
     notes: tuple[str, ...]
+    text: TextSpec | None = None
 
 
 def export_bundle(
@@ -131,8 +134,15 @@ def inspect_source(source: str | os.PathLike[str], options: ReadOptions = AS_FOU
 
     No weight is read, only names, shapes and configs. Raises SourceError.
     """
-    from edgevlm.export import pipeline
+    from edgevlm.export import dual, pipeline
+    from edgevlm.export.checkpoint import hub
 
+    folder, name = hub.locate(source)
+    if dual.found(folder):
+        pair = dual.read(folder, name, options)
+        empty = PromptSpec(()), DecoderSpec("", "causal", 0, 0, 0, 0)
+        about, notes = pair.model.image, pair.model.notes
+        return Inspection(pair.name, pair.family.name, about, *empty, (), notes, pair.texts.spec)
     read = pipeline.read(source, options)
     model = read.model
     return Inspection(

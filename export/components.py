@@ -196,10 +196,10 @@ def _write_vision(
     write(config, config.pixels, job.parts["vision"], whole, stage)
     stage.advance(1)
     pixels = images.calibration(job.model.image, options.calibration)
-    return _write_precisions(whole, folder, options.vision, pixels, stage)
+    return write_precisions(whole, folder, options.vision, pixels, stage)
 
 
-def _write_precisions(
+def write_precisions(
     source: Path,
     folder: Path,
     wanted: Sequence[VisionPrecision],

@@ -15,7 +15,7 @@ from edgevlm.bundle import (
     write_manifest,
 )
 from edgevlm.errors import SourceError
-from edgevlm.export import components, languages, masks, requantize
+from edgevlm.export import components, dual, languages, masks, requantize
 from edgevlm.export.checkpoint import adapters, hub, published
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.assembly import family_of, read_source
@@ -74,6 +74,10 @@ def run(
     if write.segment_decoder:
         masks.read(write.segment_decoder)
     with components.destination(out) as folder:
+        place, name = hub.locate(source, report, Choice(write.quant.name, write.insists))
+        if dual.found(place):
+            pair = dual.read(place, _checked_name(options.name or name), options, report)
+            return dual.run(pair, out, folder, write, verified)
         job = read(source, options, report, Choice(write.quant.name, write.insists))
         if write.segment_decoder and "segment" not in job.model.prompt.tasks:
             raise SourceError(
@@ -325,7 +329,7 @@ def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
         answer=job.model.answer,
         token_embedding=decoder.embedding_location(folder / decoder.FILE),
         source=_source_records(job),
-        versions=_versions(),
+        versions=versions(),
         weight_files=job.tensors.weight_files,
         notes=(*job.model.notes, *job.tensors.notes),
         origin=hub.origin(folders[0].resolve()),
@@ -345,7 +349,8 @@ def _source_records(job: Job) -> tuple[FileRecord, ...]:
     return tuple(record(f, name, progress=stage.advance) for f, name in files)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of the packages that make a bundle."""
     found = {}
     for package in _PACKAGES:
         try:

@@ -41,6 +41,7 @@ LAYERS = (
         "edgevlm.self_check",
         "edgevlm.bundle",
         "edgevlm.gguf_file",
+        "edgevlm.texts",
     ),
     (
         "edgevlm.family",
@@ -53,6 +54,7 @@ LAYERS = (
     ),
     (
         "edgevlm.families",
+        "edgevlm.dual",
         "edgevlm.models",
         "edgevlm.catalogue",
         "edgevlm.store",

@@ -81,6 +81,19 @@ class VisionTower(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head(Part):
+    """A pooling head: a picture's features [n, rows, hidden_size] -> one row of it, [n, width]."""
+
+    hidden_size: int
+    layer_norm_eps: float
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Length of the row."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Connector(Part):
     """A connector: features [n, rows, in_features] -> image embeddings [n, tokens, n_embd]."""
 

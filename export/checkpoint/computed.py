@@ -97,6 +97,14 @@ class _Reshaped(_Computed):
 
 
 @dataclass(frozen=True)
+class _Transposed(_Computed):
+    source: Tensor
+
+    def raw(self) -> Raw:
+        return np.ascontiguousarray(self.source.raw().T)
+
+
+@dataclass(frozen=True)
 class _Stacked(_Computed):
     parts: tuple[Tensor, ...]
 
@@ -152,6 +160,11 @@ def rows(source: Tensor, axes: tuple[int, ...], axis: int, index: int, count: in
 def reshaped(source: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The values of `source` in another shape of as many."""
     return _Reshaped(source.name, source.file, source.dtype, shape, source)
+
+
+def transposed(source: Tensor) -> Tensor:
+    """A matrix with its rows as columns."""
+    return _Transposed(source.name, source.file, source.dtype, source.shape[::-1], source)
 
 
 def stacked(parts: tuple[Tensor, ...], name: str) -> Tensor:

@@ -21,6 +21,7 @@ PATTERNS = [
     "*.json",
     "*.safetensors",
     "tokenizer.model",
+    "spiece.model",
     "merges.txt",
     "chat_template.jinja",
     "conversation.py",
@@ -29,7 +30,15 @@ PATTERNS = [
     "mm_projector.bin",
 ]
 # Weights in torch's format, taken from a repository that has no others.
-PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"]
+PICKLES = [
+    "pytorch_model.bin",
+    "pytorch_model-*.bin",
+    "adapter_model.bin",
+    "open_clip_pytorch_model.bin",
+]
+# The same model a second time, where a repository has it in transformers' layout, too.
+_TWICE = re.compile(r"open_clip_(?:pytorch_)?model\..+")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _REVISION = re.compile("[0-9a-f]{40}")
 
 
@@ -128,7 +137,13 @@ def wanted(repository: Repository, choice: Choice = ANY) -> list[RemoteFile]:
     names = repository.names
     patterns = PATTERNS if fnmatch.filter(names, "*.safetensors") else PATTERNS + PICKLES
     root = [f for f in repository.files if "/" not in f.name]
-    files = [f for f in root if any(fnmatch.fnmatch(f.name, p) for p in patterns)]
+    twice = any(name in names for name in _WEIGHTS)
+    files = [
+        f
+        for f in root
+        if any(fnmatch.fnmatch(f.name, p) for p in patterns)
+        and not (twice and _TWICE.fullmatch(f.name))
+    ]
     if published.has_weights([f.name for f in files]):
         return files
     chosen = published.choose(names, choice, repository.id)

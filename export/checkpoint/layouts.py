@@ -12,6 +12,21 @@ from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.computed import rows
 from edgevlm.export.checkpoint.tensors import Tensor, Weights
 
+# A layer of open_clip's transformers, and of OpenAI's -> transformers' names, both of its towers.
+OPEN_CLIP_LAYERS = {
+    r"transformer\.resblocks\.(\d+)\.ln_([12])\.(.+)": r"encoder.layers.\1.layer_norm\2.\3",
+    r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(.+)": (
+        r"encoder.layers.\1.self_attn.out_proj.\2"
+    ),
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(.+)": r"encoder.layers.\1.mlp.fc1.\2",
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.+)": r"encoder.layers.\1.mlp.fc2.\2",
+}
+OPEN_CLIP_FUSED = {
+    r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)": tuple(
+        rf"encoder.layers.\1.self_attn.{x}_proj.\2" for x in "qkv"
+    )
+}
+
 
 def renamed(
     found: Weights, names: Mapping[str, str], fused: Mapping[str, tuple[str, ...]]

@@ -23,6 +23,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Weights in one file, or the index of several; the first that is there is read.
 LAYOUTS = ((WEIGHTS, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+# open_clip's layout, which has no config.json; the first weights that are there are read.
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CARD = "README.md"
 # Each is a whole tokenizer, the last with merges.txt beside it; the first that is there is read.
 FAST = "tokenizer.json"
@@ -83,6 +85,17 @@ def read_checkpoint(folder: Path, *, tokenizer: bool = True) -> Checkpoint:
     _check_index(folder / index, weight_map, tensors)
     weights = tuple(sorted({t.file for t in tensors.values()}))
     return Checkpoint(folder, configs, tensors, weights)
+
+
+def read_open_clip(folder: Path) -> Checkpoint:
+    """A checkpoint in open_clip's layout; raises as read_checkpoint."""
+    configs = {p.name: read_json(p) for p in sorted(folder.glob("*config.json"))}
+    path = next((p for n in OPEN_CLIP_WEIGHTS if (p := folder / n).is_file()), None)
+    if path is None:
+        raise SourceError(
+            f"{folder}: has no {' and no '.join(OPEN_CLIP_WEIGHTS)}; download the weights"
+        )
+    return Checkpoint(folder, configs, {t.name: t for t in read_tensors(path)}, (path,))
 
 
 def read_configs(folder: Path, *, tokenizer: bool = True) -> dict[str, Config]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgevlm.bundle import WeightFileRecord
+from edgevlm.dual import DualFamily, DualModel
 from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.lora import merge
@@ -61,7 +62,8 @@ def assign(
         "decoder": model.text,
     }
     origins = _origins(checkpoint, family, model)
-    chosen = _chosen(origins, family)
+    lenient = {file.name for file in family.weight_files if not file.strict}
+    chosen = _chosen(origins, family.name, lenient)
     plain = {part: _part(chosen, part) for part in configs} if adapter else {}
     notes: tuple[str, ...] = ()
     if adapter:
@@ -75,6 +77,19 @@ def assign(
         parts[part] = _complete(found, part, expected, checkpoint)
     records = _records(checkpoint, family, origins) if family.weight_files else ()
     return TensorMap(parts, records, plain, notes)
+
+
+def assign_dual(checkpoint: Checkpoint, family: DualFamily, model: DualModel) -> dict[str, Weights]:
+    """The tensors of "vision" and "text" by canonical name, and those of "score", the numbers that
+    a cosine is turned into a score with; raises SourceError as `assign`.
+    """
+    origins = [_Origin(t, "", family.locate(t.name)) for t in checkpoint.tensors.values()]
+    chosen = _chosen(origins, family.name)
+    parts: dict[str, Weights] = {
+        part: _complete(_canonical(_part(chosen, part), config), part, config.tensors(), checkpoint)
+        for part, config in model.parts.items()
+    }
+    return {**parts, "score": _part(chosen, "score")}
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -110,13 +125,16 @@ def _origins(checkpoint: Checkpoint, family: Family, model: Model) -> list[_Orig
     ]
 
 
-def _chosen(origins: Iterable[_Origin], family: Family) -> dict[str, Tensor]:
-    """The tensor of every canonical name: of several files that have it, the last one's."""
-    lenient = {file.name for file in family.weight_files if not file.strict}
+def _chosen(
+    origins: Iterable[_Origin], family: str, lenient: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The tensor of every canonical name: of several files that have it, the last one's. Of
+    `lenient` files unknown tensors are left over.
+    """
     found: dict[str, _Origin] = {}
     for origin in origins:
         if origin.name is None and origin.file not in lenient:
-            raise SourceError(f"{at(origin.tensor)} is unknown to the family {family.name!r}")
+            raise SourceError(f"{at(origin.tensor)} is unknown to the family {family!r}")
         if not origin.name:
             continue
         other = found.get(origin.name)

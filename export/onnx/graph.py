@@ -1,6 +1,7 @@
 """A builder of ONNX graphs: one input, nodes, one output, and a part's tensors by name.
 
-The batch is the first axis and dynamic, every other axis is known: no graph computes a shape.
+The batch is the first axis and dynamic, every other axis is known, but for the number of a text's
+tokens, the second axis of a text tower: no graph computes a shape.
 Weights stay in their files until the graph is written, and then pass through memory one at a time.
 Knows operators; layers.py makes layers of them, and the rooms of export/parts/ whole parts.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ OPSET = 18
 _IR_VERSION = 8
 # The batch's name; the runtime sets it to one for devices that plan for known shapes.
 _BATCH = "n"
+_TOKENS = "tokens"
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -61,13 +63,21 @@ def same(values: Array) -> Array:
 class Builder:
     """A graph that grows: each method adds an operator under a name and returns its output.
 
-    `tensors` are the part's by canonical name; `read` is called with 1 for each that is read.
+    `tensors` are the part's by canonical name; `read` is called with 1 for each that is read. With
+    `ids` the input are token ids, int64 [n, tokens], and `shape` is the largest number of tokens.
     """
 
     def __init__(
-        self, given: str, shape: Shape, tensors: Weights, read: Callable[[int], None]
+        self,
+        given: str,
+        shape: Shape,
+        tensors: Weights,
+        read: Callable[[int], None],
+        *,
+        ids: bool = False,
     ) -> None:
         self.input = Value(given, shape)
+        self._ids = ids
         self._tensors = tensors
         self._read = read
         self._unused = set(tensors)
@@ -82,7 +92,7 @@ class Builder:
         assert not self._unused, f"not in the graph: {sorted(self._unused)}"
         (last,) = (node for node in self._nodes if node.output[0] == output.name)
         last.output[0] = name
-        given, made = _described(self.input), _described(Value(name, output.shape))
+        given, made = self._given(), _described(Value(name, output.shape))
         model = helper.make_model(
             helper.make_graph(self._nodes, path.stem, [given], [made]),
             producer_name="edgevlm",
@@ -90,6 +100,11 @@ class Builder:
             opset_imports=[helper.make_opsetid("", OPSET)],
         )
         storage.write(model, path, self._values())
+
+    def _given(self) -> Any:
+        if not self._ids:
+            return _described(self.input)
+        return helper.make_tensor_value_info(self.input.name, TensorProto.INT64, [_BATCH, _TOKENS])
 
     def _values(self) -> Iterator[tuple[str, Array]]:
         for name, values in self._weights.items():
@@ -154,13 +169,15 @@ class Builder:
         """a @ b, broadcast over all axes but the last two."""
         assert a.shape[-1] == b.shape[-2], (name, a, b)
         outer = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        return self.node("MatMul", name, [a.name, b.name], (*outer, a.shape[-2], b.shape[-1]))
+        return self.node("MatMul", name, [a.name, b.name], (*outer, *a.shape[-2:-1], b.shape[-1]))
 
     def reshape(self, name: str, x: Value, *shape: int) -> Value:
         """[n, *x.shape] -> [n, *shape]."""
         assert prod(shape) == prod(x.shape), (name, x, shape)
-        # A zero keeps what is there: the batch.
-        return self.node("Reshape", name, [x.name, self._integers(0, *shape)], shape)
+        # A zero keeps what is there: the batch, and a text's tokens.
+        kept = 1 if self._ids and x.shape[0] == shape[0] == self.input.shape[0] else 0
+        sizes = self._integers(0, *(0,) * kept, *shape[kept:])
+        return self.node("Reshape", name, [x.name, sizes], shape)
 
     def transpose(self, name: str, x: Value, *axes: int) -> Value:
         """The axes behind the batch in another order; 0 is the first of them."""
@@ -172,6 +189,31 @@ class Builder:
         shape = tuple(count if i == axis else size for i, size in enumerate(x.shape))
         ends = [self._integers(i) for i in (start, start + count, axis + 1)]
         return self.node("Slice", name, [x.name, *ends], shape)
+
+    def rows(self, name: str, table: Weight, indices: Value) -> Value:
+        """Rows [n, *indices, width] of a table [count, width] by their indices [n, *indices]."""
+        return self.node(
+            "Gather", name, [table.name, indices.name], (*indices.shape, *table.shape[1:])
+        )
+
+    def picked(self, name: str, x: Value, index: Value) -> Value:
+        """The row [n, width] of x [n, rows, width] at an index int64 [n, 1]."""
+        return self.node("GatherND", name, [x.name, index.name], x.shape[1:], batch_dims=1)
+
+    def cast(self, name: str, x: Value, kind: Literal["float32", "int32"]) -> Value:
+        """The values in another type."""
+        to = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}[kind]
+        return self.node("Cast", name, [x.name], x.shape, to=to)
+
+    def length(self, name: str, x: Value) -> Value:
+        """[n, width] -> the length of every row, [n, 1]."""
+        given = [x.name, self._integers(-1)]
+        return self.node("ReduceL2", name, given, (1,), keepdims=1)
+
+    def wider(self, name: str, x: Value, axis: int) -> Value:
+        """The values with another axis of 1 behind the batch, the first of them 0."""
+        shape = (*x.shape[:axis], 1, *x.shape[axis:])
+        return self.node("Unsqueeze", name, [x.name, self._integers(axis + 1)], shape)
 
     def pooled(self, name: str, grid: Value) -> Value:
         """[n, d, h, w] -> the mean of every channel, [n, d, 1, 1]."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from edgevlm.export.onnx.graph import Array, Builder, Value, same
 from edgevlm.parts import VisionTower
+from edgevlm.parts.text_tower import TextTower
 
 
 def linear(b: Builder, name: str, x: Value, gain: float = 1.0) -> Value:
@@ -60,25 +61,38 @@ _ACTIVATIONS = {
 }
 
 
-def attention(b: Builder, name: str, q: Value, k: Value, v: Value, heads: int) -> Value:
-    """Queries [n, rows, width] read values [n, sources, width] by keys of the same shape."""
+def attention(
+    b: Builder, name: str, q: Value, k: Value, v: Value, heads: int, mask: Value | None = None
+) -> Value:
+    """Queries [n, rows, width] read values [n, sources, width] by keys of the same shape; `mask`
+    [n, 1, rows, sources] is added to their scores.
+    """
     (rows, width), head = q.shape, q.shape[1] // heads
     q, k, v = (b.reshape(name, x, x.shape[0], heads, head) for x in (q, k, v))
     q, v = b.transpose(name, q, 1, 0, 2), b.transpose(name, v, 1, 0, 2)
     scores = b.matmul(name, q, b.transpose(name, k, 1, 2, 0))
     scores = b.apply("Mul", name, scores, b.number(head**-0.5))
+    if mask:
+        scores = b.apply("Add", name, scores, mask)
     read = b.matmul(name, b.apply("Softmax", name, scores, axis=-1), v)
     return b.reshape(name, b.transpose(name, read, 1, 0, 2), rows, width)
 
 
-def encoder_layer(b: Builder, name: str, x: Value, config: VisionTower) -> Value:
-    """A layer with the tensors of edgevlm.parts.encoder_layer."""
+def encoder_layer(
+    b: Builder, name: str, x: Value, config: VisionTower | TextTower, mask: Value | None = None
+) -> Value:
+    """A layer with the tensors of edgevlm.parts.encoder_layer; `mask` as in attention."""
     y = layer_norm(b, f"{name}.layer_norm1", x, config.layer_norm_eps)
     q, k, v = (linear(b, f"{name}.self_attn.{kind}_proj", y) for kind in "qkv")
-    y = attention(b, f"{name}.self_attn", q, k, v, config.num_attention_heads)
+    y = attention(b, f"{name}.self_attn", q, k, v, config.num_attention_heads, mask)
     x = b.apply("Add", name, x, linear(b, f"{name}.self_attn.out_proj", y))
     y = layer_norm(b, f"{name}.layer_norm2", x, config.layer_norm_eps)
     return b.apply("Add", name, x, mlp(b, f"{name}.mlp", y, config.hidden_act))
+
+
+def unit(b: Builder, name: str, x: Value) -> Value:
+    """[n, width] -> rows of length 1."""
+    return b.apply("Div", name, x, b.length(name, x))
 
 
 def mlp(b: Builder, name: str, x: Value, kind: str) -> Value:

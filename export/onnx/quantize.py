@@ -59,12 +59,14 @@ class _Scheme:
     write: Write
 
 
-def convert(source: Path, target: Path, precision: VisionPrecision, pixels: Array) -> list[str]:
+def convert(
+    source: Path, target: Path, precision: VisionPrecision, pixels: NDArray[Any]
+) -> list[str]:
     """Writes the float32 graph `source` as `target` at a precision; returns the nodes left in
     float32.
 
     `pixels`, a batch of its input, are what it is calibrated and judged on: pictures for a vision
-    encoder, their features for a projector.
+    encoder, their features for a projector, token ids for a text tower.
     """
     scheme = _SCHEMES.get(precision.name)
     if scheme is None:
@@ -101,7 +103,7 @@ def linear_maps(path: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-def _look(source: Path, scheme: _Scheme, pixels: Array) -> FloatGraph:
+def _look(source: Path, scheme: _Scheme, pixels: NDArray[Any]) -> FloatGraph:
     maps = linear_maps(source)
     watched = (
         _outputs(source).values() if scheme.every_node else [given for given, _ in maps.values()]

@@ -139,14 +139,14 @@ def input_name(path: Path) -> str:
     return str(skeleton(path).graph.input[0].name)
 
 
-def run(path: Path, name: str, batch: Array) -> Array:
+def run(path: Path, name: str, batch: NDArray[Any]) -> Array:
     """The model's output for a batch, row by row; `name` is its input."""
     session = _session(path)
     rows = [session.run(None, {name: batch[i : i + 1]})[0] for i in range(len(batch))]
     return np.concatenate(rows)
 
 
-def run_each(path: Path, name: str, batch: Array) -> dict[str, NDArray[np.float64]]:
+def run_each(path: Path, name: str, batch: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
     """Every output that is one number, by name and for each row of a batch, float64 [rows]."""
     session = _session(path)
     names = [output.name for output in session.get_outputs() if not output.shape]

@@ -60,7 +60,11 @@ def wanted(verify: bool | None) -> bool:
 
 def check_memory(job: Job) -> None:
     """Raises ExportError when the float32 reference does not fit into free memory."""
-    need = sum(map(elements, job.parts.values())) * 4 + _MEMORY_BYTES
+    check_room(sum(map(elements, job.parts.values())) * 4 + _MEMORY_BYTES)
+
+
+def check_room(need: int) -> None:
+    """Raises ExportError when `need` bytes do not fit into free memory."""
     free = memory().free_bytes
     if free < need:
         raise ExportError(

@@ -61,6 +61,25 @@ _TEXTS = (
     "\U0001d518\U0001d7d9 \U0001f3f4\U000e0067\U000e0062\U000e007f \u261d\U0001f3ff",
     "_snake_case __init__ camelCase kebab-case a.b.c $x #y @z %d {0} \\n ~/ ... --- ***",
 )
+# What is often in photographs: labels of a dual encoder.
+LABELS = (
+    "dog",
+    "cat",
+    "bird on a branch",
+    "red car",
+    "two children on a beach",
+    "birthday cake with candles",
+    "mountain at sunset",
+    "city street at night",
+    "bowl of soup",
+    "handwritten letter",
+    "screenshot of a web page",
+    "old woman with a hat",
+    "wedding",
+    "snow",
+    "bicycle leaning against a wall",
+    "football match",
+)
 _AROUND = "a{0}b {0} c  {0}  d {0}{0} {0}s,{0}.\n{0}\n\t{0}\t\r\n{0}\r\n\u2581{0}\u2581e"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from edgevlm.export.checkpoint.layouts import OPEN_CLIP_FUSED, OPEN_CLIP_LAYERS, renamed
+from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.onnx.graph import Builder, Value
 from edgevlm.export.onnx.layers import encoder_layer, layer_norm, patches, with_first
 from edgevlm.export.parts import Net
@@ -18,3 +20,17 @@ def _build(b: Builder, config: ClipTower, pixels: Value) -> Value:
 
 
 NET = Net(_build, quantized=True)
+
+# open_clip's names (transformer.py) -> transformers'.
+_NAMES = {
+    **OPEN_CLIP_LAYERS,
+    r"class_embedding": "embeddings.class_embedding",
+    r"conv1\.weight": "embeddings.patch_embedding.weight",
+    r"positional_embedding": "embeddings.position_embedding.weight",
+    r"ln_pre\.(.+)": r"pre_layrnorm.\1",
+}
+
+
+def canonical(found: Weights, _: ClipTower) -> Weights:
+    """open_clip's layout: other names, and queries, keys and values fused."""
+    return renamed(found, _NAMES, OPEN_CLIP_FUSED)
