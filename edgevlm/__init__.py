@@ -38,6 +38,7 @@ from edgevlm.errors import (
 from edgevlm.types import (
     Box,
     Devices,
+    LabelScore,
     Piece,
     Placement,
     Progress,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from edgevlm.runtimes.answer import Answer
     from edgevlm.runtimes.asynchronous import AsyncAnswer
     from edgevlm.runtimes.chat import Chat
+    from edgevlm.runtimes.dual import DualEncoder
     from edgevlm.runtimes.messages import Message
     from edgevlm.runtimes.session import VLM
 
@@ -77,12 +79,14 @@ __all__ = [
     "ChatFileError",
     "ContextOverflow",
     "Devices",
+    "DualEncoder",
     "EdgeVLMError",
     "EngineError",
     "EngineMissing",
     "ExportError",
     "HubError",
     "ImageError",
+    "LabelScore",
     "Message",
     "ModelClosed",
     "ParityError",
@@ -108,6 +112,7 @@ _LAZY = {
     "Answer": "edgevlm.runtimes.answer",
     "AsyncAnswer": "edgevlm.runtimes.asynchronous",
     "Chat": "edgevlm.runtimes.chat",
+    "DualEncoder": "edgevlm.runtimes.dual",
     "Message": "edgevlm.runtimes.messages",
     "VLM": "edgevlm.runtimes.session",
     "export_bundle": "edgevlm.export",

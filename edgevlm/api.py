@@ -1,9 +1,10 @@
-"""load: a name or a folder in, a VLM out."""
+"""load: a name or a folder in, a VLM or a DualEncoder out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from edgevlm.bundle import read_manifest
 from edgevlm.byte_sizes import byte_size
 from edgevlm.errors import PromptError
 from edgevlm.models import resolve
@@ -60,7 +61,9 @@ def load(
       decoder take turns in it where it has no room for both (docs/caches.md); None is what the
       machine has.
 
-    `VLM.devices` says what runs where, and why, `VLM.settings` how.
+    `VLM.devices` says what runs where, and why, `VLM.settings` how. A model that embeds pictures
+    and texts (CLIP, SigLIP) loads into a `DualEncoder` instead, to which device, vision_device and
+    threads apply (docs/understanding.md).
 
     >>> with edgevlm.load(device="cpu", threads=2) as vlm:
     ...     print(vlm.devices.vision.device, vlm.settings.threads)
@@ -99,4 +102,10 @@ def load(
         progress=progress,
         max_memory=None if max_memory is None else byte_size(max_memory, "max_memory"),
     )
-    return load_bundle(resolve(model), options)
+    folder = resolve(model)
+    if read_manifest(folder).text:
+        from edgevlm.runtimes.dual_loading import load_dual
+
+        # Two kinds of model by one name; which one it is the folder says, not the type.
+        return cast("VLM", load_dual(folder, options))
+    return load_bundle(folder, options)

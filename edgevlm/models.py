@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgevlm import catalogue
-from edgevlm.bundle import MANIFEST
-from edgevlm.errors import BundleNotFound
+from edgevlm.bundle import MANIFEST, read_manifest
+from edgevlm.errors import BundleError, BundleNotFound
 
 BUILT_IN = "pico"
 # A folder that cannot be made, for a user without a home.
@@ -74,6 +74,16 @@ def installed() -> dict[str, Path]:
         if os.path.isfile(folder / MANIFEST) and not folder.name.startswith("."):
             found.setdefault(folder.name, folder)
     return found
+
+
+def is_dual(folder: Path) -> bool:
+    """True for the folder of a dual encoder's bundle, which embeds and answers nothing; one that
+    cannot be read is none.
+    """
+    try:
+        return read_manifest(folder).text is not None
+    except BundleError:
+        return False
 
 
 def resolve(model: str | os.PathLike[str] | None) -> Path:

@@ -239,7 +239,7 @@ def carry_out(
         else:
             _export(plan, wanted, bundle, verify, progress)
         folder = store.install(bundle, plan.name)
-        if store.default() is None:
+        if store.default() is None and not read_manifest(folder).text:
             store.set_default(plan.name)
     if not keep_checkpoint and plan.missing:
         remove_checkpoint(plan.repository.id, plan.repository.commit)
@@ -270,8 +270,10 @@ def _fits(bundle: Bundle, wanted: Precisions, published: bool) -> bool:
     """True for a bundle as it is wanted; a published decoder is so where none was named."""
     if not wanted.asked:
         return True
-    decoder = bundle.manifest.components["decoder"].precision
     vision = wanted.vision or targets.target(wanted.target or "laptop").vision
+    if bundle.manifest.text:
+        return bundle.vision_precisions == vision
+    decoder = bundle.manifest.components["decoder"].precision
     same = decoder == _decoder_precision(wanted) or (published and not wanted.quant)
     return same and bundle.vision_precisions == vision
 

@@ -99,6 +99,15 @@ class Box:
 
 
 @dataclass(frozen=True)
+class LabelScore:
+    """A label, what a dual encoder says of it for a picture (0 to 1), and the cosine of the two."""
+
+    label: str
+    score: float
+    cosine: float
+
+
+@dataclass(frozen=True)
 class TokenLogprob:
     """A token and its natural log-probability, in the softmax of all the model's logits before
     penalties, temperature, top-k and the like, and before any grammar.

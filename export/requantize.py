@@ -93,6 +93,11 @@ def plan(
     """Checks all that can be before a byte is written; raises BundleError, ExportError."""
     check_path(folder.absolute())
     source = open_bundle(folder, "full")
+    if source.manifest.text:
+        raise ExportError(
+            f"{source.folder}: is a dual encoder's, whose text tower is not converted; export the "
+            "checkpoint again with other precisions"
+        )
     if quant is None and not vision and not languages:
         raise ExportError(
             "nothing is to be changed; name --quant, --vision-precision or --languages"

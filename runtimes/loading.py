@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgevlm import family
 from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle
-from edgevlm.errors import BundleCorrupt, EngineError
+from edgevlm.errors import BundleCorrupt, EngineError, PromptError
 from edgevlm.image import ImageSource
 from edgevlm.image.plan import limited
 from edgevlm.machine import memory
@@ -85,12 +85,18 @@ def load_bundle(
     told "vision" and "decoder" as each stands, one after the other.
 
     A bundle without a decoder makes a VLM that can only embed pictures. Raises BundleError,
-    EngineMissing for a device that is not installed and EngineError for one that cannot run its
-    part, ImageError for a picture of the options' that cannot be read.
+    PromptError for a dual encoder's, EngineMissing for a device that is not installed and
+    EngineError for one that cannot run its part, ImageError for a picture of the options' that
+    cannot be read.
     """
     start = time.perf_counter()
     check_path(folder)
     bundle = open_bundle(folder)
+    if bundle.manifest.text:
+        raise PromptError(
+            f"{bundle.manifest.name}: embeds pictures and texts and answers nothing; `edgevlm "
+            "classify`, `embed` and `search` use it, as does edgevlm.load"
+        )
     manifest = bundle.manifest
     manifest = replace(manifest, image=limited(manifest.image, options.max_tiles))
     kind = family.by_name(manifest.family, str(folder / MANIFEST))

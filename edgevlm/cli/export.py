@@ -132,9 +132,12 @@ def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
 
 def _report(found: Inspection) -> str:
     """Describes an inspected source as text."""
-    from edgevlm.cli.models import picture_text, weight_files_text
+    from edgevlm.cli.models import picture_text, text_text, weight_files_text
 
     decoder, image = found.decoder, found.image
+    if found.text:
+        about = [f"{found.name}: family {found.family}", f"picture   {picture_text(image)}"]
+        return "\n".join([*about, f"texts     {text_text(found.text)}", *found.notes])
     lines = [
         f"{found.name}: family {found.family}",
         f"picture   {picture_text(image)}",

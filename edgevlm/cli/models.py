@@ -17,7 +17,7 @@ from edgevlm.cli.tables import out_console, table
 from edgevlm.errors import BundleError
 from edgevlm.image.plan import limited, plan
 from edgevlm.models import BUILT_IN, directory, installed, resolve
-from edgevlm.specs import DecoderSpec, ImageSpec
+from edgevlm.specs import DecoderSpec, ImageSpec, TextSpec
 
 # A photograph of 12 megapixels, as telephones take them.
 _PHOTO = (4000, 3000)
@@ -53,7 +53,7 @@ def list_models(everything: bool) -> None:
         rows.add_row(
             f"{name} *" if name == chosen else name,
             bundle.manifest.family,
-            parts["decoder"].precision,
+            parts["decoder"].precision if "decoder" in parts else "none, embeds",
             ", ".join(bundle.vision_precisions),
             mib(bundle.bytes),
             bundle.manifest.license,
@@ -100,7 +100,7 @@ def show(model: str) -> None:
     if entry and model not in installed() and not os.path.exists(model):
         return _show_entry(entry)
     bundle = open_bundle(resolve(model))
-    console, manifest, decoder = out_console(), bundle.manifest, bundle.manifest.decoder
+    console, manifest = out_console(), bundle.manifest
     rows = table("", "")
     for key, value in (
         ("name", manifest.name),
@@ -109,11 +109,7 @@ def show(model: str) -> None:
         ("source", manifest.origin or "a folder"),
         ("folder", str(bundle.folder)),
         ("picture", picture_text(manifest.image)),
-        ("decoder", f"{decoder.architecture}, width {decoder.n_embd}, {decoder.n_layer} layers"),
-        ("context", f"{decoder.context_length} tokens, {decoder.attention} attention"),
-        ("languages", languages_text(decoder)),
-        ("tasks", ", ".join(manifest.prompt.tasks)),
-        ("chat", chat_text(manifest)),
+        *_about(manifest),
         *manifest.versions.items(),
     ):  # fmt: skip
         rows.add_row(key, value)
@@ -123,6 +119,27 @@ def show(model: str) -> None:
         console.print(weight_files_text(manifest.weight_files, manifest.notes))
     if manifest.parity:
         console.print(parity_table(bundle))
+
+
+def _about(manifest: Manifest) -> tuple[tuple[str, str], ...]:
+    """The rows about a model's texts."""
+    decoder = manifest.decoder
+    if manifest.text:
+        return ("texts", text_text(manifest.text)), ("tasks", "classify, embed, search")
+    return (
+        ("decoder", f"{decoder.architecture}, width {decoder.n_embd}, {decoder.n_layer} layers"),
+        ("context", f"{decoder.context_length} tokens, {decoder.attention} attention"),
+        ("languages", languages_text(decoder)),
+        ("tasks", ", ".join(manifest.prompt.tasks)),
+        ("chat", chat_text(manifest)),
+    )
+
+
+def text_text(spec: TextSpec) -> str:
+    """The texts of a dual encoder and its score."""
+    kind = "sigmoid" if spec.sigmoid else "softmax"
+    score = f"{kind} of {spec.scale:.4g} x cosine {spec.bias:+.4g}"
+    return f"up to {spec.tokens} tokens, rows of {spec.width}; {score}; {spec.template!r}"
 
 
 def _show_entry(entry: catalogue.CatalogueEntry) -> None:
@@ -189,7 +206,7 @@ def languages_text(decoder: DecoderSpec) -> str:
 def picture_text(spec: ImageSpec) -> str:
     """The size of a picture to the model, and its cost in tokens; of tiles, a photo's."""
     if spec.tiles is None:
-        return f"{spec.size} px ({spec.fit}), {spec.tokens} tokens"
+        return f"{spec.size} px ({spec.fit}), {spec.tokens} token{'s' if spec.tokens > 1 else ''}"
     costs = []
     for named, limit in (("", None), (" with --max-tiles 1", 1)):
         planned = plan(*_PHOTO, limited(spec, limit))

@@ -34,7 +34,7 @@ def summary(console: Console, bundle: Bundle) -> None:
     from edgevlm.cli.models import languages_text, parity_table, weight_files_text
     from edgevlm.export.options import uncompared
 
-    if bundle.manifest.weight_files:
+    if bundle.manifest.weight_files or bundle.manifest.text:
         console.print(weight_files_text(bundle.manifest.weight_files, bundle.manifest.notes))
     else:
         for note in uncompared(bundle.manifest.notes):
@@ -44,7 +44,8 @@ def summary(console: Console, bundle: Bundle) -> None:
     if bundle.manifest.decoder.n_output:
         console.print(f"languages {languages_text(bundle.manifest.decoder)}")
     console.print(f"{bundle.folder}: {mib(bundle.bytes)}")
-    console.print(f"Try it: edgevlm chat -m {bundle.folder} -i PICTURE")
+    command = "classify cat dog" if bundle.manifest.text else "chat"
+    console.print(f"Try it: edgevlm {command} -m {bundle.folder} -i PICTURE")
 
 
 def mib(n_bytes: int) -> str:

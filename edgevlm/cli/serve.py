@@ -18,8 +18,8 @@ from edgevlm import machine, store
 from edgevlm.cli.common import loading
 from edgevlm.cli.names import InstalledName
 from edgevlm.cli.signals import beside
-from edgevlm.errors import EdgeVLMError, EngineMissing
-from edgevlm.models import BUILT_IN, installed, resolve
+from edgevlm.errors import EdgeVLMError, EngineMissing, PromptError
+from edgevlm.models import BUILT_IN, installed, is_dual, resolve
 
 if TYPE_CHECKING:
     from edgevlm.server.access import Access
@@ -220,17 +220,25 @@ def _pool(
 
     named = _named(models)
     pool = Pool(
-        lambda: named or installed(),
+        lambda: named or _answering(),
         partial(edgevlm.load, **loading),
         budget=budget - BASE_BYTES,
         idle_s=idle_minutes * 60 or None,
     )
-    first = next(iter(named)) if named else store.default() or BUILT_IN
+    default = store.default()
+    if default is None or is_dual(installed().get(default, Path())):
+        default = BUILT_IN
+    first = next(iter(named)) if named else default
     resolve(first if not named else named[first])
     for name in named or [first]:
         if excess := pool.excess(name):
             raise EdgeVLMError(excess)
     return pool, first
+
+
+def _answering() -> dict[str, Path]:
+    """The installed models that answer; one that cannot be read says so when it is asked."""
+    return {name: folder for name, folder in installed().items() if not is_dual(folder)}
 
 
 def _name(folder: Path) -> str:
@@ -242,6 +250,10 @@ def _named(models: tuple[str, ...]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for model in models:
         folder = resolve(model)
+        if is_dual(folder):
+            raise PromptError(
+                f"{model}: embeds pictures and texts and answers nothing; leave it out"
+            )
         name = model if model in installed() and not Path(model).exists() else _name(folder)
         if named.setdefault(name, folder) != folder:
             raise click.UsageError(f"two models go by the name {name}; rename one of the folders")

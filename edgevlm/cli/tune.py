@@ -44,12 +44,15 @@ def tune(model: str | None, goal: Goal, seconds: float, forget: bool) -> None:
 
     from edgevlm import store
     from edgevlm.bundle import open_bundle
-    from edgevlm.models import resolve
+    from edgevlm.errors import PromptError
+    from edgevlm.models import is_dual, resolve
     from edgevlm.runtimes import tuned, tuning
     from edgevlm.runtimes.llama import ggml
     from edgevlm.types import Progress
 
     folder = resolve(model if model is not None else store.default())
+    if is_dual(folder):
+        raise PromptError(f"{folder.name}: answers nothing; there are no settings to be measured")
     if forget:
         gone = tuned.forget(open_bundle(folder), ggml.cpu_features())
         click.echo("forgotten" if gone else "nothing was measured for it here", err=True)

@@ -83,6 +83,7 @@ class _Opener:
     ) -> None:
         self.ort, self._progress = ort, progress
         self._bundle, self._wish = bundle, wish
+        self._projects = "projector" in bundle.manifest.components
         self._cache = cache_directory() / "devices"
         self._verdicts = Verdicts(self._cache / "first-use")
 
@@ -166,7 +167,8 @@ class _Opener:
         return 1 - allowed
 
     def _numbers(self, encoder: OrtEncoder) -> SelfCheck:
-        return first_use.numbers(encoder, self._bundle.manifest.image.size)
+        size = self._bundle.manifest.image.size
+        return first_use.numbers(encoder, size, projects=self._projects)
 
     def _told(self, work: Callable[[], Done], stop: Callable[[], None]) -> Done:
         """Runs a first use, which Ctrl-C ends by `stop`, and says that it runs."""
@@ -191,27 +193,29 @@ class _Opener:
             return _temporary() / key
 
     def _encoder(self, offer: Offer, precision: str, folder: Path) -> tuple[OrtEncoder, Counts]:
-        """The two sessions, and how many nodes of both run on the provider."""
+        """The sessions, and how many nodes of all run on the provider."""
         wish, name = self._wish, offer.provider.name
         on_cpu = offer.provider is CPU
         # A float32 graph rounds otherwise without.
         prepack = wish.prepack or precision != "int8" or not on_cpu
-        graphs = (self._bundle.vision(precision), prepack), (self._bundle.path("projector"), True)
+        graphs = {"pixels": (self._bundle.vision(precision), prepack)}
+        if self._projects:
+            graphs["features"] = self._bundle.path("projector"), True
 
-        def sessions() -> tuple[Any, Any]:
-            vision, projector = (
-                self.ort.session(graph, offer, wish.threads, wish.spin, folder, prepack=packed)
-                for graph, packed in graphs
-            )
-            return vision, projector
+        def sessions() -> dict[str, Any]:
+            return {
+                given: self.ort.session(
+                    graph, offer, wish.threads, wish.spin, folder, prepack=packed
+                )
+                for given, (graph, packed) in graphs.items()
+            }
 
-        vision, projector = sessions()
-        encoder = OrtEncoder(
-            self.ort, vision, projector, provider=name, single=not on_cpu, again=sessions
-        )
+        opened = sessions()
+        encoder = OrtEncoder(self.ort, opened, provider=name, single=not on_cpu, again=sessions)
         if on_cpu:
             return encoder, Counts(0, 0)
-        return encoder, counts(vision, offer.provider) + counts(projector, offer.provider)
+        placed = [counts(session, offer.provider) for session in opened.values()]
+        return encoder, sum(placed, Counts(0, 0))
 
     def _first_use(self, offer: Offer, precision: str, encoder: OrtEncoder) -> Verdict:
         size = self._bundle.manifest.image.size
@@ -260,7 +264,8 @@ class _Opener:
         """The hashes of everything that the encoder is made of."""
         manifest = self._bundle.manifest
         vision = manifest.alternatives.get(precision, manifest.components["vision"])
-        return _hashes(vision) + _hashes(manifest.components["projector"])
+        projector = _hashes(manifest.components["projector"]) if self._projects else ()
+        return _hashes(vision) + projector
 
     def _placed(
         self,

@@ -1,4 +1,6 @@
-"""The vision encoder and projector: pixels -> features -> image embeddings, on two graphs."""
+"""The vision encoder and projector: pixels -> features -> image embeddings, on two graphs; and a
+tower of a dual encoder: pixels or token ids -> rows, on one.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,11 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgevlm.errors import EngineError, ModelClosed
 from edgevlm.runtimes.engines import Cancelled, Float
@@ -17,25 +20,26 @@ from edgevlm.runtimes.vision.ort import Ort, first_line
 
 
 class OrtEncoder:
-    """VisionEncoder on two sessions of onnxruntime, from `Ort.session`.
+    """VisionEncoder on two sessions of onnxruntime, from `Ort.session`, or RowEncoder on one.
 
-    provider: what runs the graphs, in onnxruntime's words. single: whether the sessions take one
-    picture at a time. again: makes both sessions anew, after a release.
+    sessions: by the name of their input. provider: what runs the graphs, in onnxruntime's words.
+    single: whether the sessions take one picture at a time. again: makes the sessions anew, after a
+    release.
     """
 
     def __init__(
         self,
         ort: Ort,
-        vision: Any,
-        projector: Any,
+        sessions: Mapping[str, Any],
         *,
         provider: str,
         single: bool,
-        again: Callable[[], tuple[Any, Any]],
+        again: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.provider = provider
         self._ort = ort
-        self._sessions: dict[str, Any] = {"pixels": vision, "features": projector}
+        self._sessions = dict(sessions)
+        self._first = next(iter(sessions))
         self._single, self._again = single, again
         self._released = False
         self._lock = threading.Lock()
@@ -50,16 +54,20 @@ class OrtEncoder:
         """See VisionEncoder."""
         return self._call("features", features)
 
-    def _call(self, name: str, value: Float) -> Float:
+    def embed(self, batch: npt.NDArray[np.generic]) -> Float:
+        """See RowEncoder."""
+        return self._call(self._first, batch)
+
+    def _call(self, name: str, value: npt.NDArray[np.generic]) -> Float:
         """Runs the graph whose input goes by this name."""
         if self._single and len(value) > 1:
             return np.concatenate([self._call(name, v[None]) for v in value])
         if self._released:
             self._released = False
-            self._sessions.update(zip(("pixels", "features"), self._again(), strict=True))
+            self._sessions.update(self._again())
         session = self._sessions.get(name)
         if session is None:
-            raise ModelClosed("the vision encoder is closed; load the model again")
+            raise ModelClosed("the encoder is closed; load the model again")
         run = self._ort.run_options()
         with self._lock:
             self._run = run

@@ -50,16 +50,21 @@ class Verdict:
         return self.cosine >= self.least
 
 
-def numbers(encoder: VisionEncoder, size: int) -> SelfCheck:
-    """An encoder's sketches of the fixed picture, `size` pixels a side."""
+def numbers(encoder: VisionEncoder, size: int, *, projects: bool = True) -> SelfCheck:
+    """An encoder's sketches of the fixed picture, `size` pixels a side; no embeddings where there is
+    no projector.
+    """
     features = encoder.features(picture(size))
-    rows = encoder.project(features)
-    return SelfCheck(tuple(sketch(features).ravel()), tuple(sketch(rows).ravel()), {})
+    rows = sketch(encoder.project(features)).ravel() if projects else ()
+    return SelfCheck(tuple(sketch(features).ravel()), tuple(rows), {})
 
 
 def nearness(mine: SelfCheck, right: SelfCheck) -> float:
     """The smallest cosine, of features or of embeddings; -1 where one is not finite."""
-    return min(cosine(mine.features, right.features), cosine(mine.embeddings, right.embeddings))
+    found = cosine(mine.features, right.features)
+    if mine.embeddings or right.embeddings:
+        found = min(found, cosine(mine.embeddings, right.embeddings))
+    return found
 
 
 def encode_ms(encoder: VisionEncoder, size: int) -> float:
