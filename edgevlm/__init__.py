@@ -51,6 +51,7 @@ from edgevlm.types import (
 
 if TYPE_CHECKING:
     from edgevlm.export import export_bundle
+    from edgevlm.photos import PhotoIndex
     from edgevlm.pulling import pull
     from edgevlm.runtimes.answer import Answer
     from edgevlm.runtimes.asynchronous import AsyncAnswer
@@ -90,6 +91,7 @@ __all__ = [
     "Message",
     "ModelClosed",
     "ParityError",
+    "PhotoIndex",
     "Piece",
     "Placement",
     "Progress",
@@ -114,6 +116,7 @@ _LAZY = {
     "Chat": "edgevlm.runtimes.chat",
     "DualEncoder": "edgevlm.runtimes.dual",
     "Message": "edgevlm.runtimes.messages",
+    "PhotoIndex": "edgevlm.photos",
     "VLM": "edgevlm.runtimes.session",
     "export_bundle": "edgevlm.export",
     "pull": "edgevlm.pulling",

@@ -38,6 +38,7 @@ _COMMANDS = {
     "push": "edgevlm.cli.push",
     "requantize": "edgevlm.cli.requantize",
     "rm": "edgevlm.cli.store",
+    "search": "edgevlm.cli.search",
     "segment": "edgevlm.cli.find",
     "serve": "edgevlm.cli.serve",
     "tune": "edgevlm.cli.tune",

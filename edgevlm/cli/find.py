@@ -111,7 +111,7 @@ def _find_in_one(
     from edgevlm.image import read_image
 
     if output:
-        _check_output(output)
+        check_output(output)
     (source,) = read_pictures(images)
     picture = read_image(source)
     height, width = picture.shape[:2]
@@ -132,7 +132,7 @@ def _find_in_one(
     print_notes(reply, vlm, stats=run.stats)
     _note_masks(task, [record])
     if output:
-        _save(draw(picture, reply.boxes), output)
+        save(draw(picture, reply.boxes), output)
 
 
 def _each_asked(task: str, objects: tuple[str, ...], as_coco: bool) -> Asked:
@@ -229,7 +229,7 @@ def _name(source: str | bytes) -> str:
     return without_credentials(source).rstrip("/").rpartition("/")[2] or source
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Refuses a picture that could not be written, before anything is read or computed."""
     from PIL import Image
 
@@ -271,7 +271,8 @@ def _encoded(picture: Image.Image, output: Path) -> bytes:
     return file.getvalue()
 
 
-def _save(picture: Image.Image, output: Path) -> None:
+def save(picture: Image.Image, output: Path) -> None:
+    """Writes a picture in the format of its name, whole or not at all."""
     try:
         write_whole(output, _encoded(picture, output))
     except _REFUSALS as e:

@@ -1,0 +1,210 @@
+"""PhotoIndex: a folder of pictures, indexed as it changes and searched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import filelock
+import numpy as np
+
+from edgevlm.bundle import Manifest
+from edgevlm.errors import EdgeVLMError, ImageError
+from edgevlm.models import cache_directory
+from edgevlm.photos.groups import groups
+from edgevlm.photos.scan import Facts, FolderChanges, compare, fingerprint
+from edgevlm.photos.store import Failure, Float, FoundPhoto, FreshPhoto, PhotoEntry, PhotoStore
+from edgevlm.progress import Stage
+from edgevlm.types import Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from edgevlm.image import ImageSource
+    from edgevlm.runtimes.dual import DualEncoder
+
+# Pictures that are written together: what a kill may cost.
+_TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class IndexUpdate:
+    """Counts of an update; `failures` are the reasons of pictures that cannot be read, by file."""
+
+    total: int
+    added: int
+    moved: int
+    removed: int
+    failures: dict[Path, str]
+
+
+class PhotoIndex:
+    """The pictures of a folder and of those in it, as rows of a dual encoder.
+
+    They lie in one file, `path`, by default in the cache folder. Nothing of it is in memory until
+    the first search, which then keeps the rows: 2 KB for a picture where rows have 512 numbers.
+
+    >>> with edgevlm.load("siglip2-base-224") as model:
+    ...     index = edgevlm.PhotoIndex("photos", model)
+    ...     index.update()
+    ...     for found in index.search("a dog in the snow", limit=5):
+    ...         print(found.file, found.score)
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        model: DualEncoder,
+        *,
+        path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.folder, self.model = Path(folder), model
+        key = model_key(model.manifest)
+        self.path = Path(path) if path else default_path(self.folder, key)
+        self._store = PhotoStore(self.path, key, model.spec.width)
+        self._rows: Float | None = None
+        self._files: list[tuple[bytes, int]] = []
+
+    def __len__(self) -> int:
+        return self._store.count()
+
+    def close(self) -> None:
+        """Closes the file; the model is its owner's."""
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def changes(self) -> FolderChanges:
+        """Looks for pictures that are new, changed, moved or gone; raises ImageError for a folder
+        that cannot be read.
+        """
+        return compare(self.folder, self._store.entries(), self._store.failures())
+
+    def update(self, progress: Callable[[Progress], None] | None = None) -> IndexUpdate:
+        """Brings the index up to date: reads what is new or changed, keeps the rows of what was
+        moved, forgets what is gone. What was written stays where it is stopped; the next update
+        goes on from there. Pictures that cannot be read are tried again once they change.
+
+        Raises ImageError for a folder that cannot be read, EdgeVLMError where another process is
+        at it.
+        """
+        lock = filelock.FileLock(f"{self.path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise EdgeVLMError(
+                f"{self.path}: another process is indexing this folder; wait for it"
+            ) from None
+        try:
+            return self._update(progress)
+        finally:
+            lock.release()
+
+    def _update(self, progress: Callable[[Progress], None] | None) -> IndexUpdate:
+        changes = self.changes()
+        self._store.put(changes.known, changes.gone)
+        total = len(changes.todo) + len(changes.known) + changes.unchanged
+        stage = Stage(progress, "index", total, "pictures")
+        stage.advance(total - len(changes.todo))
+        fresh: list[FreshPhoto] = []
+        failed: list[Failure] = []
+        added = 0
+        for (path, facts, mark), row in self.model.rows(self._todo(changes.todo)):
+            if isinstance(row, ImageError):
+                failed.append((path, *facts, row.reason))
+            else:
+                fresh.append(FreshPhoto(path, *facts, mark, row))
+                added += 1
+            if len(fresh) + len(failed) >= _TOGETHER:
+                self._store.add(fresh, failed)
+                fresh, failed = [], []
+            stage.advance(1)
+        if fresh or failed:
+            self._store.add(fresh, failed)
+        self._store.tidy()
+        self._rows = None
+        reasons = {self._file(p): reason for p, (*_, reason) in self._store.failures().items()}
+        return IndexUpdate(len(self), added, changes.moved, len(changes.gone), reasons)
+
+    def _todo(
+        self, todo: dict[bytes, Facts]
+    ) -> Iterator[tuple[tuple[bytes, Facts, bytes], ImageSource]]:
+        for path, facts in todo.items():
+            whole = os.path.join(os.fsencode(self.folder), path)
+            try:
+                mark = fingerprint(whole, facts[0])
+            except OSError:
+                mark = b""  # reading it says why
+            yield (path, facts, mark), Path(os.fsdecode(whole))
+
+    def _file(self, path: bytes) -> Path:
+        return self.folder / os.fsdecode(path)
+
+    def search(self, query: str | Float, limit: int = 10) -> list[FoundPhoto]:
+        """The pictures nearest to words, or to a row [d] such as `embed_image` makes, the best
+        first; as many as the `limit` or all.
+        """
+        row = self.model.embed_text(query)[0] if isinstance(query, str) else query
+        rows, files = self._loaded()
+        if not files:
+            return []
+        cosines = (rows @ np.asarray(row, np.float32))[[number for _, number in files]]
+        n = min(limit, len(files))
+        best = np.argpartition(-cosines, n - 1)[:n]
+        best = best[np.argsort(-cosines[best], kind="stable")]
+        return [FoundPhoto(self._file(files[i][0]), float(cosines[i])) for i in best]
+
+    def similar(self, image: ImageSource, limit: int = 10) -> list[FoundPhoto]:
+        """The pictures nearest to another one; raises ImageError where that cannot be read."""
+        return self.search(self.model.embed_image(image), limit)
+
+    def duplicates(
+        self, threshold: float = 0.97, progress: Callable[[Progress], None] | None = None
+    ) -> list[list[FoundPhoto]]:
+        """Groups of pictures that are nearly the same, the largest group first: each has another
+        in its group with a cosine of at least `threshold`, and its score is that to the group's
+        first. Every picture is compared with every other.
+        """
+        rows, files = self._loaded()
+        numbers = [number for _, number in files]
+        stage = Stage(progress, "compare", len(files), "pictures")
+        found = []
+        for group in groups(rows[numbers], threshold, stage.advance):
+            first = rows[numbers[group[0]]]
+            found.append(
+                [
+                    FoundPhoto(self._file(files[i][0]), float(rows[numbers[i]] @ first))
+                    for i in group
+                ]
+            )
+        return found
+
+    def _loaded(self) -> tuple[Float, list[tuple[bytes, int]]]:
+        if self._rows is None:
+            entries: dict[bytes, PhotoEntry] = self._store.entries()
+            self._files = sorted((path, entry.row) for path, entry in entries.items())
+            self._rows = self._store.rows()
+        return self._rows, self._files
+
+
+def model_key(manifest: Manifest) -> str:
+    """A hash of all that a picture's row depends on."""
+    files = sorted(r.sha256 for c in manifest.all_components for r in c.files)
+    return hashlib.sha256(repr((files, manifest.image)).encode()).hexdigest()[:32]
+
+
+def default_path(folder: Path, key: str) -> Path:
+    """The file of a folder's index for a model, in the cache folder."""
+    place = os.path.realpath(folder)
+    name = re.sub(r"[^\w.-]", "_", os.path.basename(place))[:40] or "root"
+    digest = hashlib.sha256(os.fsencode(place) + key.encode()).hexdigest()[:16]
+    return cache_directory() / "search" / f"{name}-{digest}.sqlite"
