@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # More at once are not faster on processors, and their activations take memory.
-BATCH = 8
+BATCH = 4
 # Batches of pictures that are read while another one is encoded.
 _AHEAD = 2
 _READERS = 2

@@ -49,7 +49,7 @@ def load_dual(folder: Path, options: LoadOptions) -> DualEncoder:
     )
     settings = rules.settings(rules.this_machine(""))
     threads = options.threads or settings.vision_threads
-    opening = _Opening(bundle, ort, Wish(word, threads, spin=True, cpu_precisions=settings.vision))
+    opening = _Opening(bundle, ort, Wish(word, threads, cpu_precisions=settings.vision))
     return DualEncoder(bundle.manifest, Sides(opening.vision, opening.text))
 
 
@@ -69,7 +69,7 @@ class _Opening:
         graph, offer = self.bundle.path("text"), Offer(CPU, self.ort.version)
 
         def sessions() -> dict[str, object]:
-            return {"ids": self.ort.session(graph, offer, self.wish.threads, True, graph.parent)}
+            return {"ids": self.ort.session(graph, offer, self.wish.threads, False, graph.parent)}
 
         encoder = OrtEncoder(self.ort, sessions(), provider=CPU.name, single=False, again=sessions)
         tokenizer = self.bundle.folder / manifest.components["text"].files[-1].file
