@@ -26,6 +26,7 @@ from tests.checkpoints.dual import (
     clip_model,
     write_clip,
     write_open_clip,
+    write_open_clip_siglip,
     write_siglip,
 )
 from tests.checkpoints.vocabulary import write_json
@@ -185,6 +186,24 @@ def test_towers_of_open_clip_that_are_not_built_are_refused(
     write_json(folder / "open_clip_config.json", config)
     with pytest.raises(SourceError, match=f"open_clip_config.json.*{reason}"):
         export_bundle(folder, tmp_path / "bundle")
+
+
+def test_a_siglip_on_timms_tower_is_transformers_siglip(tmp_path: Path) -> None:
+    model = write_open_clip_siglip(tmp_path / "checkpoint")
+    made = export_bundle(
+        tmp_path / "checkpoint", tmp_path / "bundle", vision_precision="fp32", verify=False
+    )
+    spec = made.manifest.text
+    assert spec and spec.sigmoid and (spec.end, spec.pad) == ((1,), 1)
+    assert (spec.bias, spec.clean) == (-2.5, "canonicalize")
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32)).astype(np.float32)
+    ids = TextTokens(made.folder / "text.tokenizer.json", spec)(["A Dog!", "", "word " * 99])
+    assert ids.shape == (3, 16) and ids[1].tolist() == [1] * 16 and ids[2, -1] == 1
+    with torch.inference_mode():
+        pictures = model.get_image_features(torch.from_numpy(pixels)).numpy()
+        texts = model.get_text_features(torch.from_numpy(ids)).numpy()
+    assert distance(embedded(made, "vision", pixels), pictures) < 1e-6
+    assert distance(embedded(made, "text", ids), texts) < 1e-6
 
 
 def test_naflex_is_refused_by_name(tmp_path: Path) -> None:

@@ -364,3 +364,125 @@ def write_open_clip(
         },
     )  # fmt: skip
     return folder
+
+
+def open_clip_siglip_tensors(model: Any) -> Tensors:
+    """A SiglipModel's tensors under open_clip's names, its vision tower's under timm's."""
+    state = {n: t.detach().clone() for n, t in model.state_dict().items()}
+    found: Tensors = {n: state[n].reshape(()) for n in ("logit_scale", "logit_bias")}
+    vision, text, trunk = "vision_model", "text_model", "visual.trunk"
+    positions = state[f"{vision}.embeddings.position_embedding.weight"]
+    found[f"{trunk}.pos_embed"] = positions[None]
+    found[f"{trunk}.attn_pool.latent"] = state[f"{vision}.head.probe"]
+    found["text.token_embedding.weight"] = state[f"{text}.embeddings.token_embedding.weight"]
+    found["text.positional_embedding"] = state[f"{text}.embeddings.position_embedding.weight"]
+    pool = f"{vision}.head"
+    for kind in ("weight", "bias"):
+        q, k, v = state[f"{pool}.attention.in_proj_{kind}"].chunk(3)
+        found[f"{trunk}.attn_pool.q.{kind}"] = q
+        found[f"{trunk}.attn_pool.kv.{kind}"] = torch.cat([k, v])
+        for ours, theirs in (
+            (f"{trunk}.patch_embed.proj", f"{vision}.embeddings.patch_embedding"),
+            (f"{trunk}.norm", f"{vision}.post_layernorm"),
+            (f"{trunk}.attn_pool.proj", f"{pool}.attention.out_proj"),
+            (f"{trunk}.attn_pool.norm", f"{pool}.layernorm"),
+            (f"{trunk}.attn_pool.mlp.fc1", f"{pool}.mlp.fc1"),
+            (f"{trunk}.attn_pool.mlp.fc2", f"{pool}.mlp.fc2"),
+            ("text.ln_final", f"{text}.final_layer_norm"),
+            ("text.text_projection", f"{text}.head"),
+        ):
+            found[f"{ours}.{kind}"] = state[f"{theirs}.{kind}"]
+        for i in range(model.config.vision_config.num_hidden_layers):
+            new, old = f"{trunk}.blocks.{i}", f"{vision}.encoder.layers.{i}"
+            thirds = [state[f"{old}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            found[f"{new}.attn.qkv.{kind}"] = torch.cat(thirds)
+            found[f"{new}.attn.proj.{kind}"] = state[f"{old}.self_attn.out_proj.{kind}"]
+            for a, b in (("norm1", "layer_norm1"), ("norm2", "layer_norm2"), *_SAME):
+                found[f"{new}.{a}.{kind}"] = state[f"{old}.{b}.{kind}"]
+        for i in range(model.config.text_config.num_hidden_layers):
+            new, old = f"text.transformer.resblocks.{i}", f"{text}.encoder.layers.{i}"
+            thirds = [state[f"{old}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            found[f"{new}.attn.in_proj_{kind}"] = torch.cat(thirds)
+            for a, b in (
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
+                found[f"{new}.{a}.{kind}"] = state[f"{old}.{b}.{kind}"]
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+_SAME = (("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))
+
+
+def write_open_clip_siglip(folder: Path) -> Any:
+    """Writes a SigLIP in open_clip's layout; returns transformers' model of the same weights."""
+    import transformers
+
+    untyped: Any = transformers
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes(siglip_spiece())
+    tokenizer = untyped.T5TokenizerFast(str(folder / "spiece.model"), extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    (folder / "spiece.model").unlink()
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "T5Tokenizer", "pad_token": "</s>", "eos_token": "</s>"},
+    )
+    sides = {"hidden_size": 48, "num_hidden_layers": 2, "hidden_act": "gelu"}
+    size = _pieces(siglip_spiece())
+    config = untyped.SiglipConfig(
+        text_config={
+            **sides,
+            "intermediate_size": 192,
+            "num_attention_heads": 3,
+            "vocab_size": size,
+            "max_position_embeddings": 16,
+        },
+        vision_config={
+            **sides,
+            "intermediate_size": 90,
+            "num_attention_heads": 12,  # timm's name of the tower says so
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    )
+    model = _random(untyped.SiglipModel(config), 2)
+    write_weights(folder, open_clip_siglip_tensors(model), "safetensors", "open_clip_model")
+    half = [0.5, 0.5, 0.5]
+    write_json(
+        folder / "open_clip_config.json",
+        {
+            "model_cfg": {
+                "embed_dim": 48,
+                "init_logit_bias": -10,
+                "custom_text": True,
+                "vision_cfg": {
+                    "image_size": 32,
+                    "timm_model_name": "vit_base_patch16_siglip_224",
+                    "timm_model_pretrained": False,
+                    "timm_pool": "map",
+                    "timm_proj": "none",
+                },
+                "text_cfg": {
+                    "context_length": 16,
+                    "vocab_size": size,
+                    "hf_tokenizer_name": "timm/ViT-B-16-SigLIP",
+                    "tokenizer_kwargs": {"clean": "canonicalize"},
+                    "width": 48,
+                    "heads": 3,
+                    "layers": 2,
+                    "no_causal_mask": True,
+                    "proj_bias": True,
+                    "pool_type": "last",
+                    "norm_kwargs": {"eps": 1e-6},
+                },
+            },
+            "preprocess_cfg": {
+                "mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "squash"
+            },
+        },
+    )  # fmt: skip
+    return model
