@@ -158,7 +158,22 @@ def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ..
     Every stage from the picture file to the last token, cold, warm and with a known picture;
     memory, energy where it can be read, and how much of this machine's limits is used. Several
     configurations take turns, each round in a process of its own. Ctrl-C ends with what there is.
+    Of a CLIP or SigLIP: pictures and texts a second.
     """
+    if len(models) == 1 and not made_up and _is_dual(models[0]):
+        given = {
+            "--image": images,
+            "--prompt": prompt,
+            "--tokens": tokens,
+            "--out": out,
+            "--vision-tower": tower,
+            "--peer-python": pythons,
+            "--quality": reference,
+        }
+        if useless := [option for option, value in given.items() if value]:
+            raise click.UsageError(f"{models[0]} embeds and answers nothing: no {useless[0]}")
+        _bench_dual(models[0], runs or (1 if quick else 3), devices, threads, checkpoint, peers)
+        return
     from rich.console import Console
 
     from edgevlm.benchmarks.latency import files
@@ -197,6 +212,46 @@ def run(models: tuple[str, ...], made_up: tuple[str, ...], quants: tuple[str, ..
     if not report.complete:
         interrupted = any("interrupted" in note for note in report.notes)
         click.get_current_context().exit(_INTERRUPTED if interrupted else 1)
+
+
+def _is_dual(model: str) -> bool:
+    from edgevlm.models import is_dual, resolve
+
+    return is_dual(resolve(model))
+
+
+def _bench_dual(
+    model: str,
+    rounds: int,
+    devices: tuple[str, ...],
+    threads: tuple[int, ...],
+    checkpoint: Path | None,
+    peers: bool,
+) -> None:
+    """Pictures and texts a second, by batch; engines take turns."""
+    from rich.console import Console
+
+    from edgevlm.benchmarks import dual
+    from edgevlm.models import resolve
+
+    if checkpoint and not peers:
+        raise click.UsageError("--checkpoint belongs to --peers")
+    if len(devices) > 1 or len(threads) > 1:
+        raise click.UsageError("of a model that embeds one device and one number of threads a run")
+    console = Console(stderr=True, markup=False, highlight=False)
+    with console.status("measuring") as status, raising():
+        found = dual.compare(
+            resolve(model),
+            checkpoint=checkpoint,
+            peers=peers,
+            rounds=rounds,
+            device=devices[0],
+            threads=threads[0] if threads else None,
+            progress=status.update,
+        )
+    _print(dual.section(found))
+    if found[0].failed:
+        click.get_current_context().exit(1)
 
 
 def _extras(
