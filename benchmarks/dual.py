@@ -142,7 +142,7 @@ def _measured(engine: str, folder: Path, asked: Mapping[str, Any]) -> dict[str, 
 
 
 @dataclass(frozen=True)
-class Runner:
+class LoadedPeer:
     """An engine that is loaded: RGB -> pixels [3, size, size], pixels [n, ...] -> rows, texts ->
     rows.
     """
@@ -185,15 +185,15 @@ def _rate(call: Callable[[], object]) -> float:
     return 1 / statistics.median(times)
 
 
-def _edgevlm(folder: str, asked: Mapping[str, Any]) -> Runner:
+def _edgevlm(folder: str, asked: Mapping[str, Any]) -> LoadedPeer:
     import edgevlm
 
     loaded: Any = edgevlm.load(folder, device=asked["device"], threads=asked["threads"])
     model = cast("edgevlm.DualEncoder", loaded)
-    return Runner(model.pixels, model.embed_pixels, model.embed_text)
+    return LoadedPeer(model.pixels, model.embed_pixels, model.embed_text)
 
 
-def _transformers(folder: str, asked: Mapping[str, Any]) -> Runner:
+def _transformers(folder: str, asked: Mapping[str, Any]) -> LoadedPeer:
     import torch
     import transformers
 
@@ -219,10 +219,12 @@ def _transformers(folder: str, asked: Mapping[str, Any]) -> Runner:
             rows: Array = model.get_image_features(torch.from_numpy(pixels)).numpy()
         return rows
 
-    return Runner(lambda rgb: images(rgb, return_tensors="np")["pixel_values"][0], pictures, texts)
+    return LoadedPeer(
+        lambda rgb: images(rgb, return_tensors="np")["pixel_values"][0], pictures, texts
+    )
 
 
-def _onnx(folder: str, asked: Mapping[str, Any]) -> Runner:
+def _onnx(folder: str, asked: Mapping[str, Any]) -> LoadedPeer:
     """Both towers as torch exports them, in float32, for one picture or text."""
     import torch
     import transformers
@@ -260,14 +262,14 @@ def _onnx(folder: str, asked: Mapping[str, Any]) -> Runner:
     def one_by_one(tower: Any, items: Iterable[Array]) -> Array:
         return np.concatenate([tower.run(None, {"x": item})[0] for item in items])
 
-    return Runner(
+    return LoadedPeer(
         plain.pixels,
         lambda pixels: one_by_one(vision, (item[None] for item in pixels)),
         lambda texts: one_by_one(text, (ids(each).numpy() for each in texts)),
     )
 
 
-_OPEN: Mapping[str, Callable[[str, Mapping[str, Any]], Runner]] = {
+_OPEN: Mapping[str, Callable[[str, Mapping[str, Any]], LoadedPeer]] = {
     OURS: _edgevlm,
     "transformers fp32": _transformers,
     "ONNX fp32, one by one": _onnx,
