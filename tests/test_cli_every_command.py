@@ -28,13 +28,15 @@ SHORT = {
     "-i": "--image",
     "-l": "--language",
     "-m": "--model",
+    "-n": "--limit",
     "-o": "--output",
     "-r": "--recursive",
 }
 # Options that say something else of another command, and nothing contrary.
 OTHERWISE = {
-    "--device", "--dry-run", "--image", "--name", "--out", "--output", "--quant", "--threads",
-    "--verify", "--vision-precision", "--vision-tower",
+    "--device", "--dry-run", "--image", "--json", "--model", "--name", "--out", "--output",
+    "--quant", "--template", "--threads", "--threshold", "--verify", "--vision-precision",
+    "--vision-tower",
 }  # fmt: skip
 
 

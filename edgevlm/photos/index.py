@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import filelock
 import numpy as np
+import numpy.typing as npt
 
 from edgevlm.bundle import Manifest
 from edgevlm.errors import EdgeVLMError, ImageError
 from edgevlm.models import cache_directory
 from edgevlm.photos.groups import groups
 from edgevlm.photos.scan import Facts, FolderChanges, compare, fingerprint
-from edgevlm.photos.store import Failure, Float, FoundPhoto, FreshPhoto, PhotoEntry, PhotoStore
+from edgevlm.photos.store import Failure, Float, FoundPhoto, FreshPhoto, PhotoStore
 from edgevlm.progress import Stage
 from edgevlm.types import Progress
 
@@ -48,12 +49,7 @@ class PhotoIndex:
 
     They lie in one file, `path`, by default in the cache folder. Nothing of it is in memory until
     the first search, which then keeps the rows: 2 KB for a picture where rows have 512 numbers.
-
-    >>> with edgevlm.load("siglip2-base-224") as model:
-    ...     index = edgevlm.PhotoIndex("photos", model)
-    ...     index.update()
-    ...     for found in index.search("a dog in the snow", limit=5):
-    ...         print(found.file, found.score)
+    docs/understanding.md has an example.
     """
 
     def __init__(
@@ -68,7 +64,8 @@ class PhotoIndex:
         self.path = Path(path) if path else default_path(self.folder, key)
         self._store = PhotoStore(self.path, key, model.spec.width)
         self._rows: Float | None = None
-        self._files: list[tuple[bytes, int]] = []
+        self._numbers = np.zeros(0, np.int64)
+        self._paths: list[bytes] = []
 
     def __len__(self) -> int:
         return self._store.count()
@@ -154,14 +151,14 @@ class PhotoIndex:
         first; as many as the `limit` or all.
         """
         row = self.model.embed_text(query)[0] if isinstance(query, str) else query
-        rows, files = self._loaded()
-        if not files:
+        rows, numbers, paths = self._loaded()
+        if not paths:
             return []
-        cosines = (rows @ np.asarray(row, np.float32))[[number for _, number in files]]
-        n = min(limit, len(files))
+        cosines = (rows @ np.asarray(row, np.float32))[numbers]
+        n = min(limit, len(paths))
         best = np.argpartition(-cosines, n - 1)[:n]
         best = best[np.argsort(-cosines[best], kind="stable")]
-        return [FoundPhoto(self._file(files[i][0]), float(cosines[i])) for i in best]
+        return [FoundPhoto(self._file(paths[i]), float(cosines[i])) for i in best]
 
     def similar(self, image: ImageSource, limit: int = 10) -> list[FoundPhoto]:
         """The pictures nearest to another one; raises ImageError where that cannot be read."""
@@ -174,26 +171,23 @@ class PhotoIndex:
         in its group with a cosine of at least `threshold`, and its score is that to the group's
         first. Every picture is compared with every other.
         """
-        rows, files = self._loaded()
-        numbers = [number for _, number in files]
-        stage = Stage(progress, "compare", len(files), "pictures")
+        rows, numbers, paths = self._loaded()
+        stage = Stage(progress, "compare", len(paths), "pictures")
         found = []
         for group in groups(rows[numbers], threshold, stage.advance):
-            first = rows[numbers[group[0]]]
-            found.append(
-                [
-                    FoundPhoto(self._file(files[i][0]), float(rows[numbers[i]] @ first))
-                    for i in group
-                ]
-            )
+            cosines = rows[numbers[group]] @ rows[numbers[group[0]]]
+            files = [self._file(paths[i]) for i in group]
+            found.append([FoundPhoto(f, float(c)) for f, c in zip(files, cosines, strict=True)])
         return found
 
-    def _loaded(self) -> tuple[Float, list[tuple[bytes, int]]]:
+    def _loaded(self) -> tuple[Float, npt.NDArray[np.int64], list[bytes]]:
+        """All rows, the number of each picture's, and the pictures' paths, sorted."""
         if self._rows is None:
-            entries: dict[bytes, PhotoEntry] = self._store.entries()
-            self._files = sorted((path, entry.row) for path, entry in entries.items())
+            known = sorted((path, entry.row) for path, entry in self._store.entries().items())
+            self._paths = [path for path, _ in known]
+            self._numbers = np.array([row for _, row in known], np.int64)
             self._rows = self._store.rows()
-        return self._rows, self._files
+        return self._rows, self._numbers, self._paths
 
 
 def model_key(manifest: Manifest) -> str:
