@@ -51,8 +51,8 @@ class Verdict:
 
 
 def numbers(encoder: VisionEncoder, size: int, *, projects: bool = True) -> SelfCheck:
-    """An encoder's sketches of the fixed picture, `size` pixels a side; no embeddings where there is
-    no projector.
+    """An encoder's sketches of the fixed picture, `size` pixels a side, of features alone where
+    there is no projector.
     """
     features = encoder.features(picture(size))
     rows = sketch(encoder.project(features)).ravel() if projects else ()
