@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 from anyio import to_thread
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -217,6 +218,8 @@ class _Stream:
     async def _write(self, data: dict[str, Any]) -> None:
         body = f"data: {json.dumps(data, allow_nan=False)}\n\n".encode("ascii")
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        # The loop may learn now that the client hung up, before more is written to nobody.
+        await anyio.lowlevel.checkpoint()
 
 
 async def while_connected(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
