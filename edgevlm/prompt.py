@@ -102,15 +102,19 @@ def conversation(
         question = check_text(exchange.question)
         if spec.strip:
             question = question.rstrip() if pictures else question.strip()
+        elif spec.trim:
+            question = question.strip()
         segments += _filled(template, {"prompt": question, "system": words}, pictures)
         seen += exchange.n_pictures
         if isinstance(exchange.answer, Reply) and not spec.joined:
             segments.append(Tokens(exchange.answer.token_ids))
         elif isinstance(exchange.answer, Reply):
-            segments.append(Text(exchange.answer.text))
+            said = exchange.answer.text
+            segments.append(Text(said.strip() if spec.trim else said))
         elif exchange.answer is not None:
             answer = check_text(exchange.answer)
-            segments.append(Text(spec.reply + (answer.strip() if spec.strip else answer)))
+            bare = spec.strip or spec.trim
+            segments.append(Text(spec.reply + (answer.strip() if bare else answer)))
     return _joined(segments) if spec.joined else segments
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Attention = Literal["causal", "prefix"]
+Attention = Literal["causal", "prefix", "blocks"]
 Fit = Literal["stretch", "pad", "crop", "letterbox"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-TileRule = Literal["longest-edge", "ratio", "pinpoints"]
+TileRule = Literal["longest-edge", "ratio", "pinpoints", "pan-and-scan"]
 Overview = Literal["none", "first", "last"]
 # How a text is changed before it is tokenized, beside what its tokenizer does itself.
 Clean = Literal["", "lower", "siglip", "canonicalize"]
@@ -42,13 +42,14 @@ class TileSpec:
     tiles the one whose shape is the nearest to the picture's, which is stretched to it.
     `pinpoints`: the picture is resized in its own shape to that of the `canvases`, widths and
     heights, on which most of it is left and least is empty, the first of equals, and lies in the
-    middle of it on black. A picture of one tile is not cut, and with `split` off none is.
-    `overview` is where the whole picture stands among the tiles, as one more, squeezed from what
-    `overview_of` says: the canvas that they are cut from, or the picture itself. `max_tiles` bounds
-    the tiles of a picture, its overview among them, by a coarser grid; 0 is no bound, 1 no cutting.
-    With `alone` only a picture that is the only one of a request is cut, and several become a
-    square as the fit "pad" has it. `map` joins the tiles' image embeddings; without it they stand
-    one tile after the other.
+    middle of it on black. `pan-and-scan`: a long picture is cut along its long side into 2 to
+    `most` parts, each of which is stretched to a tile. A picture of one tile is not cut, and with
+    `split` off none is. `overview` is where the whole picture stands among the tiles, as one more,
+    squeezed from what `overview_of` says: the canvas that they are cut from, or the picture itself.
+    `max_tiles` bounds the tiles of a picture, its overview among them, by a coarser grid; 0 is no
+    bound, 1 no cutting. With `alone` only a picture that is the only one of a request is cut, and
+    several become a square as the fit "pad" has it. `map` joins the tiles' image embeddings;
+    without it they stand one tile after the other.
     """
 
     rule: TileRule
@@ -149,12 +150,13 @@ class PromptSpec:
     where it is another. `picture` is written in place of each `{image}`, and neighbouring texts are
     then tokenized as one; `reply` stands before an answer that is given as text. With `strip`
     blanks around a question or such an answer are no part of it, but for those between a picture
-    and its words. `normalize` is the form of Unicode that every text is brought to before it is
-    tokenized, "" for none: llama.cpp's tokenizers do not. `answered` is the last item of each
-    template before an answer that is given, where the original writes another there than before one
-    that is to come. `system_template` and `system_text_template` are `template` and `text_template`
-    of a conversation with a system message, in which `{system}` stands for its words; the first is
-    empty where the original's template knows none.
+    and its words; with `trim` those around a question or any answer, wherever it stands.
+    `normalize` is the form of Unicode that every text is brought to before it is tokenized, "" for
+    none: llama.cpp's tokenizers do not. `answered` is the last item of each template before an
+    answer that is given, where the original writes another there than before one that is to come.
+    `system_template` and `system_text_template` are `template` and `text_template` of a
+    conversation with a system message, in which `{system}` stands for its words; the first is empty
+    where the original's template knows none.
     """
 
     template: tuple[str, ...]
@@ -166,6 +168,7 @@ class PromptSpec:
     picture: PictureLayout | None = None
     reply: str = ""
     strip: bool = False
+    trim: bool = False
     normalize: Literal["", "NFC"] = ""
     answered: str = ""
     system_template: tuple[str, ...] = ()
@@ -177,7 +180,8 @@ class DecoderSpec:
     """The language decoder: its GGUF architecture and sizes.
 
     `attention` is `prefix` where picture and prompt attend to each other both ways and only the
-    answer is causal, `causal` otherwise. `context_length` is the largest number of positions.
+    answer is causal, `blocks` where the image embeddings of a tile attend to each other both ways
+    and all else is causal, `causal` otherwise. `context_length` is the largest number of positions.
     `extra_norms` says that the GGUF's metadata holds norms which llama.cpp's graph lacks; edgevlm's
     runtime adds them, and without it the file would answer nonsense. `n_output` is how many of the
     `n_vocab` tokens an answer can have, those that texts in `languages` need; 0 is all of them.

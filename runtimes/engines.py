@@ -147,8 +147,9 @@ class TextDecoder(Protocol):
         are the same, or the answer drawn after all of them. `recall` is asked for that of more
         leading blocks, the most first. `told` is called with the rows that were read and all that
         are to be, at first and after each batch, in whatever thread reads. Returns the rows it did
-        not read again. Blocks that were kept make no difference to the logits, an answer none but
-        rounding. The blocks' arrays may not change later.
+        not read again. Blocks that were kept make no difference to the logits, an answer and blocks
+        longer than a window of the decoder's none but rounding. The blocks' arrays may not change
+        later.
         """
 
     @property

@@ -1,4 +1,5 @@
-"""The KV cache of pictures and the words before them on disk, for decoders that read causally.
+"""The KV cache of pictures and the words before them on disk, for decoders in which those do not
+depend on the question.
 
 A decoder gives its KV cache as bytes and takes it back; this module names them by what was read.
 """
@@ -61,8 +62,7 @@ class PrefixCache:
 
 
 def _worth(blocks: Sequence[Block]) -> bool:
-    causal = all(block.attention == "causal" for block in blocks)
-    return causal and sum(len(block.rows) for block in blocks) >= MIN_ROWS
+    return sum(len(block.rows) for block in blocks) >= MIN_ROWS
 
 
 def _names(blocks: Sequence[Block]) -> list[str]:

@@ -41,7 +41,7 @@ from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.joining import join
 from edgevlm.runtimes.prefixes import PrefixCache
 from edgevlm.sampling import Sampling
-from edgevlm.specs import ImageSpec
+from edgevlm.specs import Attention, ImageSpec
 from edgevlm.types import Progress
 
 Float = npt.NDArray[np.float32]
@@ -272,7 +272,8 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
     """The input with the embeddings float32 [rows, n_embd] of each picture in their places.
 
     All of it is one bidirectional block in a prefix-LM. Elsewhere it is causal and cut around the
-    pictures: other questions begin with the same words, and with the same pictures after them.
+    pictures: other questions begin with the same words, and with the same pictures after them. With
+    the attention "blocks" every tile is a bidirectional block of its own.
     """
     with request.watch.timed("prefill_ms"):
         rows = [
@@ -281,15 +282,24 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
             else model.decoder.embed(s.ids)
             for s in request.segments
         ]
-    prefix = model.manifest.decoder.attention == "prefix"
-    cuts = [] if prefix else _around_pictures(request.segments)
+    attention = model.manifest.decoder.attention
     blocks: list[Block] = []
-    for begin, end in pairwise([0, *cuts, len(rows)]):
+    for begin, end in pairwise([0, *_cuts(request.segments, attention), len(rows)]):
         start = sum(len(block.rows) for block in blocks)
         if begin < end:
+            tile = attention == "blocks" and isinstance(request.segments[begin], Image)
+            both = tile or attention == "prefix"
             together = np.concatenate(rows[begin:end])
-            blocks.append(sequential(together, "bidirectional" if prefix else "causal", start))
+            blocks.append(sequential(together, "bidirectional" if both else "causal", start))
     return blocks
+
+
+def _cuts(segments: Sequence[Image | Tokens], attention: Attention) -> list[int]:
+    """Indices of the segments before which a block ends."""
+    if attention == "blocks":
+        tiles = [i for i, segment in enumerate(segments) if isinstance(segment, Image)]
+        return [cut for i in tiles for cut in (i, i + 1)]
+    return [] if attention == "prefix" else _around_pictures(segments)
 
 
 def _around_pictures(segments: Sequence[Image | Tokens]) -> list[int]:

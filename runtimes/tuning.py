@@ -186,7 +186,7 @@ class _Measuring:
         ways: tuple[FlashAttention, ...] = ("auto", "off")
         attentions = {str(way): replace(self.best, flash_attention=way) for way in ways}
         self._settle("flash attention", "prefill", decoder, attentions, run)
-        if self._bundle.manifest.decoder.attention == "causal":
+        if self._bundle.manifest.decoder.attention != "prefix":
             sizes = {str(n): replace(self.best, batch=n) for n in _BATCHES}
             self._settle("batch", "prefill", decoder, sizes, partial(run, rows=2 * _ROWS))
 
@@ -233,8 +233,8 @@ class _Measuring:
     def _block(self, decoder: LlamaDecoder, rows: int) -> Block:
         spec = self._bundle.manifest.decoder
         ids = np.random.default_rng(0).integers(0, spec.n_vocab, rows).tolist()
-        causal = spec.attention == "causal"
-        return sequential(decoder.embed(ids), "causal" if causal else "bidirectional")
+        prefix = spec.attention == "prefix"
+        return sequential(decoder.embed(ids), "bidirectional" if prefix else "causal")
 
     def _prefill_ms(self, decoder: LlamaDecoder, rows: int = _ROWS) -> float:
         block = self._block(decoder, min(rows, self._bundle.manifest.decoder.context_length // 2))

@@ -94,7 +94,8 @@ class CachedRows:
             if i < len(blocks) - 1 and block.same(known):
                 n += len(block.rows)
                 continue
-            if i == len(self._blocks) - 1 and self._tokens and block.attention == "causal":
+            both = {block.attention, known.attention}
+            if i == len(self._blocks) - 1 and self._tokens and both == {"causal"}:
                 rows = _same_rows(block, _longer(known, embed(self._tokens)))
                 n += rows if rows > len(known.rows) else 0
             break

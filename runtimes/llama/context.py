@@ -60,9 +60,10 @@ class Context:
     """A KV cache of `n_ctx` positions at least, of one sequence, that takes up to `n_batch` rows at
     once.
 
-    cached: the rows that it holds. n_ctx, n_batch: what it really has room for. flash_attention:
-    whether the attention is fused. Graphs are edited by `hook`; setting `cancelled` ends a
-    decode inside `abortable`. Raises EngineError without memory for it.
+    cached: the rows that it holds. least: it can be cut to so many of them and no fewer.
+    n_ctx, n_batch: what it really has room for. flash_attention: whether the attention is fused.
+    Graphs are edited by `hook`; setting `cancelled` ends a decode inside `abortable`. Raises
+    EngineError without memory for it.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Context:
     ) -> None:
         self.n_batch = -(-max(n_batch, SCORE_ROWS) // _BATCH_STEP) * _BATCH_STEP
         self.n_ctx = -(-max(n_ctx, self.n_batch) // _POSITION_STEP) * _POSITION_STEP
-        self.cached = CachedRows()
+        self.cached, self.least = CachedRows(), 0
+        # The positions that a layer sees in models where some see no more; 0 in all others.
+        self._window = llama.llama_model_n_swa(model.pointer)
         self._settings, self._hook, self._cancelled = settings, hook, cancelled
         self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
         ggml.log.clear()
@@ -194,7 +197,7 @@ class Context:
     def cut(self, n: int) -> None:
         """Forgets all but the first n rows; raises EngineError where they are not there."""
         memory, past = llama.llama_get_memory(self.pointer), len(self.cached.positions)
-        if not 0 < n <= past:
+        if not 0 < n <= past or n < self.least:
             raise EngineError(f"cannot go back to {n} of {past} rows")
         # Also what a batch that was cancelled may have left behind the last row.
         first = self.cached.positions[n - 1] + 1
@@ -205,10 +208,10 @@ class Context:
     def clear(self) -> None:
         """Forgets all rows."""
         llama.llama_memory_clear(llama.llama_get_memory(self.pointer), True)
-        self.cached = CachedRows()
+        self.cached, self.least = CachedRows(), 0
 
     def state(self) -> memoryview:
-        """The KV cache of all rows."""
+        """The KV cache of all rows, without those that layers with a window see no more."""
 
         def get() -> memoryview:
             data = np.empty(llama.llama_state_seq_get_size(self.pointer, 0), np.uint8)
@@ -218,9 +221,11 @@ class Context:
         return interruptible(get, lambda: None)
 
     def leading_state(self) -> memoryview:
-        """The KV cache of the leading blocks, empty where there are none."""
+        """The KV cache of the leading blocks, empty where there are none or where it cannot be cut
+        to them.
+        """
         n = sum(len(block.rows) for block in self.cached.leading)
-        if not n:
+        if not n or n < self.least:
             return memoryview(b"")
         # llama.cpp gives all rows or none, so that those after them go and come back.
         cached, everything = self.cached.copy(), self.state()
@@ -236,7 +241,10 @@ class Context:
         self.clear()
         given = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if llama.llama_state_seq_set_data(self.pointer, given, len(state), 0) == len(state):
+            n = len(cached.positions)
             self.cached = cached
+            # The row before the last sees one row that the state does not have.
+            self.least = n - 1 if 0 < self._window < n else 0
             return True
         self.clear()
         return False

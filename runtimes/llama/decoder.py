@@ -85,7 +85,7 @@ class LlamaDecoder:
         self._context: Context | None = None
         self.adjust(threads, prefill_threads or threads, batch, flash_attention)
         self._hook = graph_hook(path, spec, exact=exact)
-        self._rows = EmbeddingRows(input or path, location)
+        self._rows = EmbeddingRows(input or path, location, spec)
         self._cancelled = threading.Event()
 
     def _load(self) -> Handle:
@@ -192,8 +192,9 @@ class LlamaDecoder:
         # Before weights may be loaded: whoever cancels meanwhile means this prefill.
         self._cancelled.clear()
         # The same for every causal prompt: a longer one does not cost the cache of the last.
-        context = self._reserve(n + room, max(map(self._at_once, blocks)))
-        kept = self._recall(context, blocks, self._keep(context, blocks), recall)
+        kept = self.common(blocks)
+        context = self._reserve(n + room, max(map(self._at_once, blocks)), kept)
+        kept = self._recall(context, blocks, kept, recall)
         with context.abortable():
             read = 0
             for i, block in enumerate(blocks):
@@ -211,19 +212,9 @@ class LlamaDecoder:
         return self._rows_at_once if block.attention == "causal" else len(block.rows)
 
     def common(self, blocks: Sequence[Block]) -> int:
-        """The number of leading rows of a prompt that the KV cache holds."""
-        return self._cached.common(blocks, self.embed)
-
-    def _keep(self, context: Context, blocks: Sequence[Block]) -> int:
-        """Forgets everything but the leading rows of a prompt that are there; returns their
-        number.
-        """
-        n = self.common(blocks)
-        if n:
-            context.cut(n)
-        else:
-            context.clear()
-        return n
+        """The number of leading rows of a prompt that the KV cache holds and can be cut to."""
+        n = self._cached.common(blocks, self.embed)
+        return n if self._context and n >= self._context.least else 0
 
     @staticmethod
     def _recall(context: Context, blocks: Sequence[Block], kept: int, recall: Recall | None) -> int:
@@ -257,7 +248,7 @@ class LlamaDecoder:
         them.
         """
         context = self._made
-        state, to = context.state(), other._reserve(context.n_ctx, 0)
+        state, to = context.state(), other._reserve(context.n_ctx, 0, 0)
         if not to.take(state, context.cached.copy()):
             raise EngineError(f"llama.cpp could not hand over a KV cache of {len(state)} bytes")
 
@@ -328,13 +319,20 @@ class LlamaDecoder:
         """See TextDecoder."""
         self._cancelled.set()
 
-    def _reserve(self, n_ctx: int, n_batch: int) -> Context:
-        """A context of at least this many positions and rows in one batch; what was read stays."""
-        made = self._context
+    def _reserve(self, n_ctx: int, n_batch: int, kept: int) -> Context:
+        """A context of at least this many positions and rows in one batch; of what was read the
+        first `kept` rows stay, and nothing else.
+        """
+        made, state = self._context, None
+        if made and kept:
+            made.cut(kept)
+        elif made:
+            made.clear()
         if made and n_ctx <= made.n_ctx and n_batch <= made.n_batch:
             return made
-        state, cached = None, self._cached
-        if made and cached.positions:
+        # A state is of the last row's view: one of more rows might lack what these see.
+        cached = self._cached
+        if made and kept:
             state = made.state()
         self._free_context()
         self._context = made = Context(

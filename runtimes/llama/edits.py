@@ -41,7 +41,7 @@ class ExactGelu:
     serves f32 decoders only, whose purpose is exactness.
     """
 
-    _GATED = ("gemma", "gemma2")
+    _GATED = ("gemma", "gemma2", "gemma3")
     ARCHITECTURES = (*_GATED, "phi2")
 
     def __init__(self, architecture: str) -> None:

@@ -13,16 +13,21 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import BundleCorrupt
-from edgevlm.specs import TensorLocation
+from edgevlm.specs import DecoderSpec, TensorLocation
 from edgevlm.submodules import submodule
 
 _gguf = submodule("gguf.quants")
+# Graphs of llama.cpp's that multiply the token embeddings of a batch of tokens by sqrt(n_embd), and
+# a batch of embeddings by nothing.
+_SCALES_TOKENS = ("gemma3",)
 
 
 class EmbeddingRows:
-    """The token-embedding table [rows, width] at a location in a GGUF file."""
+    """The token-embedding table [rows, width] at a location in a GGUF file, as the layers of the
+    decoder of `spec` see it.
+    """
 
-    def __init__(self, path: Path, location: TensorLocation) -> None:
+    def __init__(self, path: Path, location: TensorLocation, spec: DecoderSpec) -> None:
         try:
             self._type = _gguf.GGMLQuantizationType[location.type]
         except KeyError:
@@ -36,9 +41,14 @@ class EmbeddingRows:
         self._table: npt.NDArray[np.uint8] = np.memmap(
             path, np.uint8, "r", location.offset, (location.rows, row_bytes)
         )
+        self._scale = spec.n_embd**0.5 if spec.architecture in _SCALES_TOKENS else 1.0
 
     def __call__(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Token ids -> rows float32 [n, width]."""
+        rows = self._stored(tokens)
+        return rows if self._scale == 1.0 else rows * np.float32(self._scale)
+
+    def _stored(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         raw = np.ascontiguousarray(self._table[np.asarray(tokens, np.int64)])
         if self._type == _gguf.GGMLQuantizationType.F32:
             return raw.view(np.float32)

@@ -72,7 +72,9 @@ class PairedDecoder:
         # An answer before this question need not be read if the writer drew it.
         if self._last is self._writer:
             self._last = self._reader
-            if self._writer.common(blocks) > self._reader.common(blocks):
+            kept = self._writer.common(blocks)
+            if kept > self._reader.common(blocks):
+                self._writer.rollback(kept)
                 self._writer.hand_over(self._reader)
         return self._reader.prefill(blocks, room=room, recall=recall, told=told)
 
