@@ -7,17 +7,19 @@ is refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgevlm.family import Config, FileError
 from edgevlm.processors import (
     DEEPSEEK_VL,
+    GEMMA3,
     GOT_OCR2,
     IDEFICS3,
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
+    PAN_AND_SCAN,
     PREPROCESSOR,
     PROCESSOR,
     SIGLIP,
@@ -81,7 +83,9 @@ def image_spec(
     if found.kind in _BOXED:
         fill = _box_colour(found)
     idefics = found.kind in _IDEFICS
-    tiles = _tiles(found, side) if idefics else _patches(found) if found.kind == GOT_OCR2 else None
+    tiles = _tiles(found, side) if idefics else None
+    if found.kind in _CUTTERS:
+        tiles = _CUTTERS[found.kind](found)
     fit, resize = _fit(found, side, pad)
     return ImageSpec(
         size=side,
@@ -139,6 +143,23 @@ def _patches(found: ProcessorSettings) -> TileSpec:
     if split and found.values["resample"] != 3:
         raise found.refusal("resample", "tiles are always cut with 3 (bicubic)")
     return TileSpec("ratio", split=split, least=least, most=most, overview_of="picture")
+
+
+def _parts(found: ProcessorSettings) -> TileSpec:
+    """Gemma 3's pan and scan, which is off unless a caller asks for more tiles than one."""
+    for key, known in PAN_AND_SCAN.items():
+        if found.values[key] != known:
+            raise found.refusal(
+                key, f"Gemma3Processor ignores it and takes {known!r}; max_tiles cuts pictures"
+            )
+    most = int(PAN_AND_SCAN["pan_and_scan_max_num_crops"])
+    return TileSpec("pan-and-scan", most=most, overview="first", overview_of="picture", max_tiles=1)
+
+
+_CUTTERS: Mapping[str, Callable[[ProcessorSettings], TileSpec]] = {
+    GOT_OCR2: _patches,
+    GEMMA3: _parts,
+}
 
 
 def _count(found: ProcessorSettings, key: str) -> int:

@@ -17,6 +17,7 @@ CLIP, SIGLIP, LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageP
 IDEFICS3, SMOLVLM = "Idefics3ImageProcessor", "SmolVLMImageProcessor"
 GOT_OCR2 = "GotOcr2ImageProcessor"
 LLAVA_NEXT, LLAVA_ONEVISION = "LlavaNextImageProcessor", "LlavaOnevisionImageProcessor"
+GEMMA3 = "Gemma3ImageProcessor"
 # transformers' class, and the one of the original's code.
 DEEPSEEK_VL, VLM = "DeepseekVLImageProcessor", "VLMImageProcessor"
 PINPOINTS = "image_grid_pinpoints"
@@ -25,6 +26,13 @@ PINPOINTS = "image_grid_pinpoints"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5)
+# What Gemma3Processor tells a Gemma3ImageProcessor, whatever stands in its file.
+PAN_AND_SCAN: dict[str, Any] = {
+    "do_pan_and_scan": False,
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
 _COMMON: dict[str, Any] = {
     "do_resize": True,
     "resample": 3,
@@ -80,6 +88,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "min_patches": 1,
         "max_patches": 12,
     },
+    GEMMA3: _COMMON
+    | {
+        "resample": 2,
+        "image_mean": _HALF,
+        "image_std": _HALF,
+        "size": {"height": 224, "width": 224},
+        "default_to_square": True,
+        **PAN_AND_SCAN,
+    },
     DEEPSEEK_VL: _COMMON
     | {
         "image_mean": CLIP_MEAN,
@@ -129,7 +146,7 @@ _INERT = (
 
 
 # Keys whose null is the class's default in every release.
-_MAY_BE_NULL = ("size", "crop_size", "image_mean", "image_std")
+_MAY_BE_NULL = ("size", "crop_size", "image_mean", "image_std", *PAN_AND_SCAN)
 
 
 @dataclass(frozen=True)

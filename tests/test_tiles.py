@@ -51,6 +51,28 @@ def got_ocr2(size: int, most: int = 12, *, split: bool = True) -> Any:
     return hf.GotOcr2ImageProcessor(size=side, max_patches=most, crop_to_patches=split)
 
 
+def gemma3(size: int = 64) -> ImageSpec:
+    tiles = TileSpec("pan-and-scan", most=4, overview="first", overview_of="picture")
+    return ImageSpec(size, 4, HALF, HALF, resample="bilinear", tiles=tiles)
+
+
+def pan_and_scan(size: int, picture: Any, most: int = 4) -> Any:
+    """Pixels of transformers' Gemma3ImageProcessor as Gemma3Processor calls it."""
+    import transformers
+
+    hf: Any = transformers
+    made = hf.Gemma3ImageProcessor(size={"height": size, "width": size})(
+        picture,
+        return_tensors="np",
+        input_data_format="channels_last",
+        do_pan_and_scan=True,
+        pan_and_scan_min_crop_size=256,
+        pan_and_scan_max_num_crops=most,
+        pan_and_scan_min_ratio_to_activate=1.2,
+    )
+    return np.asarray(made["pixel_values"], np.float32)
+
+
 def sizes() -> list[tuple[int, int]]:
     rng = np.random.default_rng(0)
     drawn = np.exp(rng.uniform(0, np.log(6000), (4000, 2))).astype(int)
@@ -116,6 +138,27 @@ def test_a_limit_of_tiles_counts_the_thumbnail() -> None:
     assert plan(1000, 500, limited(bare, 2)).n_tiles == 2
 
 
+@pytest.mark.parametrize("most", [2, 3, 4])
+def test_pan_and_scan_plans_are_gemma3s(most: int) -> None:
+    import transformers
+
+    hf: Any = transformers
+    theirs = hf.Gemma3ImageProcessor()
+    for width, height in [*sizes(), (256, 213), (512, 256), (511, 256), (640, 256), (256, 4000)]:
+        # Where everything is in a picture of one byte a pixel.
+        places = np.lib.stride_tricks.as_strided(
+            np.zeros(1, np.uint8), (height, width, 3), (0,) * 3
+        )
+        parts = theirs.pan_and_scan(places, 256, most, 1.2, input_data_format="channels_last")
+        found = plan(width, height, limited(gemma3(), most + 1))
+        shapes = [(b - t, r - x) for x, t, r, b in found.tiles] if parts else []
+        assert shapes == [part.shape[:2] for part in parts], (width, height)
+        assert found.n_tiles == len(parts) + 1 and found.rows == 4 * found.n_tiles
+        assert found.grid == (
+            (0, 0) if not parts else (1, len(parts)) if width >= height else (len(parts), 1)
+        )
+
+
 @functools.cache
 def pictures() -> dict[str, Image.Image]:
     """A picture of every kind and shape that a processor treats by itself."""
@@ -162,6 +205,17 @@ def test_pixels_are_got_ocr2s(name: str, split: bool) -> None:
     )
     ours = cut(read_picture(picture), internvl(64, split=split))
     np.testing.assert_array_equal(ours, np.asarray(made["pixel_values"], np.float32))
+
+
+@pytest.mark.parametrize("name", [*pictures(), "1024x300", "257x1100"])
+def test_pixels_are_gemma3s(name: str) -> None:
+    if name not in pictures():
+        width, height = map(int, name.split("x"))
+        pictures()[name] = pictures()["4000x3000"].crop((0, 0, width, height))
+    picture = pictures()[name].convert("RGB")
+    ours = cut(read_picture(picture), gemma3())
+    np.testing.assert_array_equal(ours, pan_and_scan(64, picture))
+    assert len(ours) == {"1024x300": 4, "257x1100": 5, "4000x3000": 3}.get(name, len(ours))
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 7, 13, 17, 100])

@@ -34,8 +34,8 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     """A picture, or its RGB uint8 [h, w, 3] -> pixels float32 [tiles, 3, size, size], bit for bit
     as transformers' slow processors (4.57: SiglipImageProcessor, CLIPImageProcessor,
     LlavaImageProcessor, Idefics3ImageProcessor, GotOcr2ImageProcessor, LlavaNextImageProcessor,
-    LlavaOnevisionImageProcessor, DeepseekVLImageProcessor): resized as 8-bit, then scaled in
-    float64, normalised in float32.
+    LlavaOnevisionImageProcessor, DeepseekVLImageProcessor, Gemma3ImageProcessor): resized as 8-bit,
+    then scaled in float64, normalised in float32.
 
     Raises ImageError for a picture that cannot be planned.
     """
@@ -48,11 +48,13 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     elif spec.rgb == "last" and given.alpha is not None:
         drawn.putalpha(Image.fromarray(given.alpha))
     canvas = _canvas(drawn, planned, spec, resample)
-    squares = [canvas.crop(tile) for tile in planned.tiles]
+    parts = [canvas.crop(tile) for tile in planned.tiles]
+    side = (spec.size, spec.size)
+    squares = [p if p.size == side else p.resize(side, resample) for p in parts]
     if planned.overview != "none":
         assert spec.tiles
         squeezed = canvas if spec.tiles.overview_of == "canvas" else drawn
-        whole = squeezed.resize((spec.size, spec.size), resample)
+        whole = squeezed.resize(side, resample)
         squares.insert(0 if planned.overview == "first" else len(squares), whole)
     pixels: Pixels = np.stack([_normalised(square, spec) for square in squares])
     return pixels

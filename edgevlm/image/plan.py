@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 from edgevlm.errors import ImageError
 from edgevlm.specs import ImageSpec, MapSpec, Overview, TileRule, TileSpec
@@ -18,6 +19,9 @@ from edgevlm.specs import ImageSpec, MapSpec, Overview, TileRule, TileSpec
 MAX_RESIZED = 1 << 27
 # Idefics3's processor resizes no picture beyond this side (MAX_IMAGE_SIZE).
 _IDEFICS3_SIDE = 4096
+# Gemma3Processor's defaults (transformers 4.57), whatever a processor's file says: how long a
+# picture is cut, and the least side of a part in pixels.
+_PAN_RATIO, _PAN_SIDE = 1.2, 256
 # A map is resized where its sides are longer than this times what it may have.
 _SHRINK_ABOVE = 1.1
 
@@ -29,13 +33,13 @@ class Plan:
     """Tiles of a picture, and the canvas that they are cut from.
 
     `canvas` is the width and height that the picture has after resizing and padding, `resized`
-    those that it is resized to before that, if at all. `tiles` are the squares that the encoder
-    sees of the canvas, as left, top, right and bottom, row by row, `grid` their rows and columns,
-    (0, 0) for a picture that is not cut. `overview` is where the whole picture stands among them as
-    one more square. `at` is where the resized picture lies on the canvas, left and top of it; None
-    where it is stretched to the canvas. `kept` is the box of the map of the grid's image
-    embeddings (TileSpec.map) that is not padding, `shrunk` the width and height that it is resized
-    to, if at all. `rows` are the image embeddings of the picture.
+    those that it is resized to before that, if at all. `tiles` are the parts that the encoder sees
+    of the canvas, each as a square, as left, top, right and bottom, row by row, `grid` their rows
+    and columns, (0, 0) for a picture that is not cut. `overview` is where the whole picture stands
+    among them as one more square. `at` is where the resized picture lies on the canvas, left and
+    top of it; None where it is stretched to the canvas. `kept` is the box of the map of the grid's
+    image embeddings (TileSpec.map) that is not padding, `shrunk` the width and height that it is
+    resized to, if at all. `rows` are the image embeddings of the picture.
     """
 
     canvas: tuple[int, int]
@@ -195,6 +199,27 @@ def _to_longest(width: int, height: int, edge: int) -> tuple[int, int]:
     return width, height
 
 
+def _pan_and_scan(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> Iterator[Plan]:
+    """Gemma 3's rule (transformers 4.57, Gemma3ImageProcessor.pan_and_scan), of ever fewer parts,
+    whole at last.
+    """
+    long, short = max(width, height), min(width, height)
+    ratio = long / short
+    for most in range(tiles.most, 1, -1) if ratio >= _PAN_RATIO else ():
+        n = min(most, max(2, min(long // _PAN_SIDE, math.floor(ratio + 0.5))))
+        side = math.ceil(long / n)
+        if min(side, short) < _PAN_SIDE:
+            break
+        edges = [*range(0, long, side), long]
+        boxes = tuple(
+            (a, 0, b, height) if width >= height else (0, a, width, b) for a, b in pairwise(edges)
+        )
+        grid = (1, n) if width >= height else (n, 1)
+        rows = (n + 1) * spec.tokens
+        yield Plan((width, height), boxes, rows, grid=grid, overview=tiles.overview)
+    yield Plan((spec.size, spec.size), ((0, 0, spec.size, spec.size),), spec.tokens)
+
+
 def _up(side: int, size: int) -> int:
     """The next multiple of a tile."""
     return math.ceil(side / size) * size
@@ -292,4 +317,5 @@ _RULES: Mapping[TileRule, Callable[[int, int, ImageSpec, TileSpec], Iterator[Pla
     "longest-edge": _longest_edge,
     "ratio": _ratio,
     "pinpoints": _pinpoints,
+    "pan-and-scan": _pan_and_scan,
 }
