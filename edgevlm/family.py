@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from edgevlm import schema
-from edgevlm.errors import UnknownFamily
+from edgevlm.errors import SourceError, UnknownFamily
 from edgevlm.parts import Connector, Decoder, VisionTower
 from edgevlm.specs import AnswerSpec, Attention, DecoderSpec, Fit, ImageSpec, PromptSpec
 from edgevlm.types import Box
@@ -179,6 +179,7 @@ class Family:
         later wins. Empty where a checkpoint is whole.
     settings: what users may state that checkpoints leave open, by name, with a line of explanation.
     needs: roles of the components that a bundle of the family must have.
+    refused: values of `model_type` of its kin that it does not read -> the reason, in one line.
     """
 
     name: str
@@ -193,6 +194,7 @@ class Family:
     settings: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ("vision", "projector", "decoder")
     claims: Callable[[Config], bool] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def locate_by_patterns(
@@ -304,12 +306,17 @@ def by_name(name: str, where: str) -> Family:
 
 
 def by_config(config: Config, where: str) -> Family:
-    """The family that reads a config.json, by its `model_type`; raises UnknownFamily."""
+    """The family that reads a config.json, by its `model_type`; raises UnknownFamily, and
+    SourceError for one that a family refuses.
+    """
     families, model_type = every(), config["model_type"]
     claiming = [family for family in families if family.claims and family.claims(config)]
     for family in (*claiming, *families):
         if model_type in family.model_types:
             return family
+    for family in families:
+        if reason := family.refused.get(model_type):
+            raise SourceError(f"{where}: model_type {model_type!r} is {reason}")
     raise UnknownFamily(model_type, [t for f in families for t in f.model_types], where)
 
 

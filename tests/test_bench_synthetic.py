@@ -89,7 +89,23 @@ def internvl(**llm: Any) -> Source:
     return replace(real, files={"config.json": config}, tokenizer=tokenizer)
 
 
+def gemma3() -> Source:
+    """The config of a small Gemma 3."""
+    real = MODELS["gemma-3-4b"]
+    tokens = {t: replace(a, id=900 + i) for i, (t, a) in enumerate(real.tokenizer.added.items())}
+    config: dict[str, Any] = {**real.files["config.json"], "mm_tokens_per_image": 4}
+    config |= {"boi_token_index": 902, "eoi_token_index": 903, "image_token_index": 904}
+    text = GEMMA | {"num_hidden_layers": 7, "query_pre_attn_scalar": 64}
+    config["text_config"] = {**config["text_config"], **text}
+    config["vision_config"] = {**config["vision_config"], **VISION}
+    side = {"height": VISION["image_size"], "width": VISION["image_size"]}
+    pictures = {**real.files[PREPROCESSOR], "image_seq_length": 4, "size": side}
+    files = {**real.files, "config.json": config, PREPROCESSOR: pictures}
+    return replace(real, files=files, tokenizer=replace(real.tokenizer, added=tokens))
+
+
 SMALL = {
+    "gemma3": gemma3(),
     "internvl": internvl(),
     "tinygptv": tinygptv(),
     "gemma": paligemma("gemma"),

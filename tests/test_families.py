@@ -20,6 +20,7 @@ from edgevlm.image import preprocess
 from edgevlm.image.plan import plan
 from edgevlm.runtimes.session import VLM
 from tests.checkpoints.deepseek_vl import write_deepseek_vl
+from tests.checkpoints.gemma3 import write_gemma3
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.llava_next import write_next
@@ -39,6 +40,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     },
     "deepseek-vl": ("deepseek_vl", write_deepseek_vl),
     "deepseek-vl-hf": ("deepseek_vl", partial(write_deepseek_vl, layout="hf")),
+    "gemma3": ("gemma3", write_gemma3),
     "internvl-hf": ("internvl", write_internvl),
     "internvl-3": ("internvl", partial(write_internvl, layout="own", files="pair")),
     "internvl-2-2b": ("internvl", partial(write_internvl, layout="own", internlm2=True)),

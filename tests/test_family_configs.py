@@ -36,7 +36,10 @@ def _more(source: Source) -> Source:
     if inside is None:
         config |= {"eos_token_id": 2, "rope_theta": 10000.0}
     else:
-        rope = {"rope_type": "default", "rope_theta": config[inside].get("rope_theta", 10000.0)}
+        rope: dict[str, Any] = {"rope_type": "default"}
+        rope["rope_theta"] = config[inside].get("rope_theta", 10000.0)
+        if config["model_type"] == "gemma3":
+            rope = {"full_attention": rope, "sliding_attention": dict(rope)}
         config[inside] = {**config[inside], "rope_parameters": rope}
     if source.origins:
         files |= {"stage/config.json": RUN, "bert/config.json": {"model_type": "bert"}}

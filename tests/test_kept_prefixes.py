@@ -19,6 +19,7 @@ from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.sampling import Sampling
 from tests.checkpoints.deepseek_vl import write_deepseek_vl
+from tests.checkpoints.gemma3 import write_gemma3
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.llava_next import write_next
@@ -34,6 +35,7 @@ CAUSAL: dict[str, tuple[Callable[[Path], Path], str]] = {
     "llava": (write_llava, "q8_0"),
     "llava-f32": (write_llava, "f32"),
     "smolvlm": (write_smolvlm, "f16"),
+    "gemma3": (partial(write_gemma3, window=512), "f16"),
     "internvl": (write_internvl, "q4_k_m"),
     "deepseek-vl": (write_deepseek_vl, "q8_0"),
     "llava-next": (write_next, "q8_0"),

@@ -20,6 +20,7 @@ from edgevlm.bundle import Bundle
 from edgevlm.export import export_bundle
 from tests.checkpoints import tinygptv as tinygptv_checkpoints
 from tests.checkpoints.deepseek_vl import write_deepseek_vl
+from tests.checkpoints.gemma3 import write_gemma3
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.llava_next import write_next
@@ -73,6 +74,7 @@ _MODELS: Models = {
     "TinyGPT-V": partial(write_tinygptv, stage=4),
     "SmolVLM": write_smolvlm,
     "InternVL 3": write_internvl,
+    "Gemma 3": write_gemma3,
     "LLaVA-NeXT": write_next,
     "LLaVA-OneVision": write_onevision,
     "DeepSeek-VL": write_deepseek_vl,

@@ -13,6 +13,10 @@ from edgevlm.benchmarks.synthetic.configs import (
     DEEPSEEK_VL,
     DEEPSEEK_VL_PICTURES,
     DEEPSEEK_VL_TOKENS,
+    GEMMA3,
+    GEMMA3_CHAT,
+    GEMMA3_PICTURES,
+    GEMMA3_TOKENS,
     INTERNLM2_TOKENS,
     INTERNVL,
     INTERNVL_TOKENS,
@@ -135,6 +139,24 @@ def _deepseek_vl() -> Source:
     )
 
 
+def _gemma3(**text: Any) -> Source:
+    """Gemma 3; `text` is what differs from the decoder of the 4B."""
+    config = GEMMA3 | {"text_config": GEMMA3["text_config"] | text}
+    added = {text: AddedToken(i, special=True) for text, i in GEMMA3_TOKENS.items()}
+    files = {
+        "config.json": config,
+        PREPROCESSOR: GEMMA3_PICTURES,
+        "chat_template.json": GEMMA3_CHAT,
+    }
+    return Source(files, tokenizer=Tokenizer(added=added))
+
+
+_GEMMA3_12B = {
+    "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16,
+    "num_hidden_layers": 48, "num_key_value_heads": 8,
+}  # fmt: skip
+
+
 def _smolvlm(**text: Any) -> Source:
     """SmolVLM; `text` is what differs from the decoder of 256M."""
     config = SMOLVLM | {"text_config": SMOLVLM["text_config"] | text}
@@ -211,6 +233,8 @@ MODELS: Mapping[str, Source] = {
     "tiny-llava-v1": Source({"config.json": TINY_LLAVA}),
     "tinygptv-stage4": _TINYGPTV_STAGE_4,
     "deepseek-vl-1.3b": _deepseek_vl(),
+    "gemma-3-4b": _gemma3(),
+    "gemma-3-12b": _gemma3(**_GEMMA3_12B),
     "internvl2.5-2b": _internvl(**_INTERNLM2_1_8B),
     "internvl2.5-4b": _internvl(**_QWEN2_5_3B),
     "internvl3-1b": _internvl(),

@@ -133,7 +133,7 @@ def _values(name: str, tensor: Tensor, stored: str, config: Decoder) -> NDArray[
     expected, raw = graph(config), tensor.raw()
     gain = expected.gain(name, config)
     if len(tensor.shape) == 1:
-        return to_float32(raw, tensor.dtype) + np.float32(expected.norm_offset)
+        return (to_float32(raw, tensor.dtype) + np.float32(expected.norm_offset)) * np.float32(gain)
     if expected.permuted:
         raw = _permuted(name, raw, config)
     if stored == tensor.dtype and gain == 1.0:

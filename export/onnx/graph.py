@@ -215,10 +215,11 @@ class Builder:
         shape = (*x.shape[:axis], 1, *x.shape[axis:])
         return self.node("Unsqueeze", name, [x.name, self._integers(axis + 1)], shape)
 
-    def pooled(self, name: str, grid: Value) -> Value:
-        """[n, d, h, w] -> the mean of every channel, [n, d, 1, 1]."""
-        given = [grid.name, self._integers(2, 3)]
-        return self.node("ReduceMean", name, given, (grid.shape[0], 1, 1), keepdims=1)
+    def mean(self, name: str, x: Value, *axes: int) -> Value:
+        """The mean along axes behind the batch, 0 the first of them, which become 1 long."""
+        shape = tuple(1 if i in axes else size for i, size in enumerate(x.shape))
+        given = [x.name, self._integers(*(axis + 1 for axis in axes))]
+        return self.node("ReduceMean", name, given, shape, keepdims=1)
 
     def above(self, name: str, x: Value) -> Value:
         """[n, rows, width] with a row of zeros above them."""

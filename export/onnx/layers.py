@@ -31,6 +31,14 @@ def layer_norm(b: Builder, name: str, x: Value, eps: float) -> Value:
     return b.node("LayerNormalization", name, given, x.shape, axis=-1, epsilon=eps)
 
 
+def rms_norm(b: Builder, name: str, x: Value, eps: float, offset: float = 0.0) -> Value:
+    """A norm over the last axis by its root mean square, scaled by the weight plus `offset`."""
+    scale = b.weight(f"{name}.weight", lambda w: w + offset)
+    square = b.mean(name, b.apply("Pow", name, x, b.number(2.0)), len(x.shape) - 1)
+    root = b.apply("Sqrt", name, b.apply("Add", name, square, b.number(eps)))
+    return b.apply("Mul", name, b.apply("Div", name, x, root), scale)
+
+
 def activation(b: Builder, name: str, x: Value, kind: str) -> Value:
     """One of edgevlm.parts.ACTIVATIONS."""
     return _ACTIVATIONS[kind](b, name, x)
@@ -136,6 +144,14 @@ def to_grid(b: Builder, name: str, rows: Value) -> Value:
     n_rows, d = rows.shape
     side = math.isqrt(n_rows)
     return b.reshape(name, b.transpose(name, rows, 1, 0), d, side, side)
+
+
+def averaged(b: Builder, name: str, rows: Value, factor: int) -> Value:
+    """[n, h * h, d] -> [n, (h / factor) ** 2, d]: means of squares of neighbours, row by row."""
+    n_rows, width = rows.shape
+    cells = math.isqrt(n_rows) // factor
+    grid = b.mean(name, b.reshape(name, rows, cells, factor, cells, factor, width), 1, 3)
+    return b.reshape(name, grid, cells * cells, width)
 
 
 def merged(b: Builder, name: str, rows: Value, factor: int) -> Value:

@@ -50,8 +50,8 @@ class Graph:
     metadata: adds what the architecture has beside what all decoders have; is given the config and
         the tensors.
     extra: config -> tensors that no checkpoint has, float32 by GGUF's names.
-    gain: GGUF name, config -> what a matrix is multiplied by.
-    norm_offset: what is added to the weights of norms.
+    gain: GGUF name, config -> what a tensor is multiplied by.
+    norm_offset: what is added to the weights of norms, before that.
     permuted: whether rotary positions turn neighbouring rows of queries and keys, as in Meta's
         files; transformers' turn rows that lie half a head apart.
     """

@@ -32,14 +32,10 @@ def _gain(name: str, config: Gemma2) -> float:
     return math.sqrt(config.head_dim / config.query_pre_attn_scalar)
 
 
-GRAPH = Graph(
-    layer={
-        **GATED,
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
-    metadata=_metadata,
-    gain=_gain,
-    norm_offset=NORM_OFFSET,
-)
+LAYER = {
+    **GATED,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+GRAPH = Graph(layer=LAYER, metadata=_metadata, gain=_gain, norm_offset=NORM_OFFSET)

@@ -30,7 +30,7 @@ def _block(b: Builder, name: str, grid: Value, stride: int) -> Value:
 
 def _gates(b: Builder, name: str, grid: Value) -> Value:
     """Squeeze and excitation: a number for each channel, [n, d, 1, 1]."""
-    x = b.conv(f"{name}.fc1", b.pooled(name, grid))
+    x = b.conv(f"{name}.fc1", b.mean(name, grid, 1, 2))
     x = b.conv(f"{name}.fc2", b.apply("Relu", name, x))
     return b.apply("HardSigmoid", name, x, alpha=1 / 6)
 

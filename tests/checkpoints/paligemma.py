@@ -191,7 +191,7 @@ def tensors(tiny: Tiny) -> Tensors:
     def normal(*shape: int, std: float) -> NDArray[np.float32]:
         return (rng.standard_normal(shape, np.float32) * np.float32(std)).astype(np.float32)
 
-    out = {vision + k: v for k, v in _vision(tiny, normal).items()}
+    out = {vision + k: v for k, v in vision_tensors(tiny, normal).items()}
     # Image rows as large as the text rows are after Gemma's sqrt(width).
     row_std = 0.3 * tiny.width**0.5
     out[projector + "linear.weight"] = normal(
@@ -207,12 +207,13 @@ def tensors(tiny: Tiny) -> Tensors:
 Normal = Callable[..., NDArray[np.float32]]
 
 
-def _vision(tiny: Tiny, normal: Normal) -> Tensors:
-    d, m = tiny.vision_width, tiny.vision_mlp
+def vision_tensors(tiny: Any, normal: Normal) -> Tensors:
+    """Random weights of a SigLIP tower of the sizes in `tiny`."""
+    d, m, patches = tiny.vision_width, tiny.vision_mlp, (tiny.size // tiny.patch) ** 2
     out = {
         "embeddings.patch_embedding.weight": normal(d, 3, tiny.patch, tiny.patch, std=0.06),
         "embeddings.patch_embedding.bias": normal(d, std=0.1),
-        "embeddings.position_embedding.weight": normal(tiny.tokens, d, std=0.5),
+        "embeddings.position_embedding.weight": normal(patches, d, std=0.5),
     }
     for i in range(tiny.vision_layers):
         p = f"encoder.layers.{i}."
@@ -231,7 +232,7 @@ def _vision(tiny: Tiny, normal: Normal) -> Tensors:
         for name in ("layer_norm1", "layer_norm2"):
             out[f"{p}{name}.weight"] = 1 + normal(d, std=0.2)
             out[f"{p}{name}.bias"] = normal(d, std=0.1)
-        if tiny.outliers:
+        if getattr(tiny, "outliers", False):
             # A few channels far larger than the rest, as trained SigLIP towers have.
             out[p + "mlp.fc2.bias"][:2] += 30.0
             out[p + "layer_norm1.weight"][2:4] *= 8.0

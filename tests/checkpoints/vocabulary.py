@@ -65,7 +65,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
 @functools.cache
 def sentencepiece_model() -> bytes:
     """The serialized tokenizer.model: specials, tags and whitespace, bytes, merges, loc, seg."""
-    model = _proto(_trained(add_dummy_prefix=False, **_GEMMA))
+    model = model_proto(_trained(add_dummy_prefix=False, **_GEMMA))
     trained = [(p.piece, p.score, p.type) for p in model.pieces]
     merges = [p for p in trained if p[2] == _NORMAL and p[0] not in USER_DEFINED]
     lowest = min(p[1] for p in merges)
@@ -103,7 +103,7 @@ def internlm2_model() -> bytes:
     a NUL, and pieces for tokens to come behind all others.
     """
     ids: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
-    model = _proto(_trained(add_dummy_prefix=False, **ids))
+    model = model_proto(_trained(add_dummy_prefix=False, **ids))
     lowest = min(p.score for p in model.pieces)
     spare = [f"[UNUSED_TOKEN_{i}]" for i in range(141, 147)]
     for i, piece in enumerate(("\0", *spare)):
@@ -142,10 +142,11 @@ def n_pieces() -> int:
 
 def count_pieces(model: bytes) -> int:
     """Pieces of a serialized SentencePiece model."""
-    return len(_proto(model).pieces)
+    return len(model_proto(model).pieces)
 
 
-def _proto(data: bytes) -> Any:
+def model_proto(data: bytes) -> Any:
+    """A serialized SentencePiece model as its message."""
     from sentencepiece import sentencepiece_model_pb2
 
     pb2: Any = sentencepiece_model_pb2  # its classes are made when the module runs
