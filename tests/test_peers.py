@@ -23,6 +23,7 @@ from edgevlm.errors import BenchError
 from edgevlm.export import export_bundle
 from edgevlm.family import Source
 from edgevlm.models import built_in
+from tests.checkpoints.gemma3 import write_gemma3
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.llava_onevision import write_onevision
@@ -88,6 +89,7 @@ def test_pytorch_answers_a_tinygptv_with_the_same_positions(picture: Path, tmp_p
         # llama.cpp looks for a token of two newlines, which a grown vocabulary has.
         pytest.param(write_smolvlm, {"n_vocab": 1000}, True, id="smolvlm"),
         pytest.param(write_internvl, {"layout": "hf"}, True, id="internvl"),
+        pytest.param(write_gemma3, {}, True, id="gemma3"),
         pytest.param(write_onevision, {"chat": "onevision"}, False, id="onevision"),
     ],
 )

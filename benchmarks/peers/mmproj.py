@@ -20,6 +20,7 @@ from edgevlm.export.gguf.mmproj import (
 from edgevlm.family import Model
 from edgevlm.parts.internvit import InternVit
 from edgevlm.parts.merged_mlp import MergedMlp
+from edgevlm.parts.pooled import Pooled
 from edgevlm.parts.shuffle import Shuffle
 from edgevlm.parts.siglip import SiglipTower
 
@@ -51,7 +52,7 @@ def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None
     writer.add_array("clip.vision.image_std", list(image.std))
     # Where neither GELU nor SiLU is set it is CLIP's own x * sigmoid(1.702 x).
     writer.add_bool("clip.use_gelu", isinstance(vision, SiglipTower | InternVit))
-    if isinstance(model.projector, Shuffle | MergedMlp):
+    if isinstance(model.projector, Shuffle | MergedMlp | Pooled):
         writer.add_uint32("clip.vision.projector.scale_factor", model.projector.factor)
     if isinstance(model.projector, Shuffle) and image.tiles:
         writer.add_uint32("clip.vision.preproc_image_size", image.tiles.longest_edge)
@@ -59,6 +60,8 @@ def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None
         values = tensor.float32()
         if name.endswith(("fc1.weight", "fc2.weight", ".2.0.weight")):
             values = values.reshape(values.shape[:2])  # convolutions of one pixel
+        if name == "mm.soft_emb_norm.weight":
+            values = values + 1  # which its graph does not add
         if name in ("v.class_embd", "v.position_embd.weight"):
             values = values.squeeze()
         half = values.ndim > 1 and name != "v.position_embd.weight"

@@ -23,6 +23,7 @@ from edgevlm.parts.ldp import Ldp
 from edgevlm.parts.ldpv2 import LdpV2
 from edgevlm.parts.merged_mlp import MergedMlp
 from edgevlm.parts.mlp import Mlp
+from edgevlm.parts.pooled import Pooled
 from edgevlm.parts.shuffle import Shuffle
 from edgevlm.parts.siglip import SiglipTower
 
@@ -58,6 +59,8 @@ _RENAMED = (
     ("layer_norm.", "0."),
     ("linear_1.", "1."),
     ("linear_2.", "3."),
+    ("mm_soft_emb_norm.", "soft_emb_norm."),
+    ("mm_input_projection_weight", "input_projection.weight"),
 )
 _TOP = {
     "embeddings.class_embedding": "v.class_embd",
@@ -96,6 +99,8 @@ PROJECTORS: dict[tuple[type[VisionTower], type[Connector]], Projector] = {
     (SiglipTower, Shuffle): Projector("idefics3", "mm.model.fc."),
     # Published ones store the class token and the positions in other shapes.
     (InternVit, MergedMlp): Projector("internvl", "mm.model.mlp.", read=False),
+    # Published ones store the norm plus one, and their decoders have fewer rows.
+    (SiglipTower, Pooled): Projector("gemma3", "mm.", read=False),
 }
 
 
