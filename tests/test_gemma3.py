@@ -13,6 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 import edgevlm
+from edgevlm.bundle import open_bundle
+from edgevlm.cli.models import picture_text
 from edgevlm.errors import SourceError
 from edgevlm.export import ReadOptions, export_bundle, inspect_source
 from edgevlm.export.parity.quiet import quiet
@@ -208,6 +210,11 @@ def test_cut_it_answers_like_the_original(bundle: Path, original: Original, most
         assert sequence(request, original.token) == inputs["input_ids"][0].tolist()
         ours, tokens = greedy(vlm, request, 4)
     assert np.abs(ours - original.logits(inputs, tokens)).max() < 5e-3
+
+
+def test_a_photo_is_cut_where_it_is_asked_for(bundle: Path) -> None:
+    shown = picture_text(open_bundle(bundle).manifest.image)
+    assert shown.endswith("1 tile, 16 tokens; 3 tiles, 48 tokens with --max-tiles 5")
 
 
 def test_quantized_it_stays_within_its_bounds(checkpoint: Path, tmp_path: Path) -> None:

@@ -208,7 +208,9 @@ def picture_text(spec: ImageSpec) -> str:
     if spec.tiles is None:
         return f"{spec.size} px ({spec.fit}), {spec.tokens} token{'s' if spec.tokens > 1 else ''}"
     costs = []
-    for named, limit in (("", None), (" with --max-tiles 1", 1)):
+    # Of a model that cuts nothing unless it is told to: what it does then.
+    other = spec.tiles.most + 1 if spec.tiles.max_tiles == 1 else 1
+    for named, limit in (("", None), (f" with --max-tiles {other}", other)):
         planned = plan(*_PHOTO, limited(spec, limit))
         plural = "s" if planned.n_tiles > 1 else ""
         costs.append(f"{planned.n_tiles} tile{plural}, {planned.rows} tokens{named}")
