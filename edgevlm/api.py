@@ -29,6 +29,7 @@ def load(
     repack: bool | Repacking | None = None,
     kv: str | None = None,
     max_tiles: int | None = None,
+    max_pixels: int | None = None,
     goal: Goal = "both",
     cache: bool = True,
     image: ImageSource | Sequence[ImageSource] | None = None,
@@ -50,6 +51,8 @@ def load(
       decoders in f32.
     * max_tiles: the most tiles that a picture is cut into by a model that cuts them, its overview
       among them; fewer are faster and show less, 1 cuts none.
+    * max_pixels: the most pixels of a picture to a model that takes pictures in their own size, up
+      to what it was trained on; fewer are faster and show less.
     * goal: what is to be fast, a first short answer ("caption"), long ones ("chat") or "both".
     * cache: whether image embeddings, and the KV cache of pictures where the model reads causally,
       are kept in the cache folder, so that a picture that is asked about again, also by another
@@ -84,6 +87,8 @@ def load(
         raise PromptError(f"kv {kv!r} is not known; choose f16 or q8_0")
     if max_tiles is not None and max_tiles < 1:
         raise PromptError("max_tiles must be at least 1")
+    if max_pixels is not None and max_pixels < 1:
+        raise PromptError("max_pixels must be at least 1")
     if goal not in GOALS:
         raise PromptError(f"goal {goal!r} is not known; choose {', '.join(GOALS)}")
     if repack not in (None, True, False, *REPACKINGS):
@@ -96,6 +101,7 @@ def load(
         decoder_device=decoder_device,
         kv=kv,
         max_tiles=max_tiles,
+        max_pixels=max_pixels,
         goal=goal,
         cache=cache,
         images=several(image),

@@ -98,15 +98,26 @@ class PromptError(EdgeVLMError):
 class ContextOverflow(PromptError):
     """The request needs more positions than the decoder has; all sizes in tokens.
 
-    `tiles` are those that the pictures were cut into.
+    `tiles` are those that the pictures were cut into, `native` says that they kept their size.
     """
 
-    def __init__(self, image: int, text: int, generated: int, context: int, tiles: int = 1) -> None:
+    def __init__(
+        self,
+        image: int,
+        text: int,
+        generated: int,
+        context: int,
+        tiles: int = 1,
+        *,
+        native: bool = False,
+    ) -> None:
         self.image = image
         self.text = text
         self.generated = generated
         self.context = context
         cure = "lower max_tiles or " if tiles > 1 else ""
+        if native and image:
+            cure = "lower max_pixels or "
         super().__init__(
             f"the request needs {image + text + generated} tokens (image {image}, text {text}, "
             f"answer {generated}) and the model's context has {context}; {cure}shorten the prompt "

@@ -23,6 +23,7 @@ from edgevlm.types import Box
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
+BoxReader = Callable[[str, int, int], list[Box]]
 
 # What Family.locate says of a tensor that checkpoints carry and the model never reads.
 IGNORED = ""
@@ -169,7 +170,8 @@ class Family:
         not one of this family, or the choice if the user's is not; FileError for another file.
     locate: name of a source tensor -> "vision.…", "projector.…" or "decoder.…" in the canonical
         names of the builders, IGNORED if the model never uses it, None if it is not known.
-    boxes: answer text, picture width and height in pixels -> boxes; None if the family has none.
+    boxes: answer text, width and height in pixels of the picture, or of what the encoder saw of
+        one that keeps its shape -> boxes in such pixels; None if the family has none.
     tower: Source -> folder or hub name of the vision tower that the checkpoint leaves out, None
         where it is whole; None if no checkpoint of the family leaves it out.
     processor: Source -> folder that the original reads the picture processor from, where that is
@@ -187,7 +189,7 @@ class Family:
     model_types: tuple[str, ...]
     describe: Callable[[Source], Model]
     locate: Callable[[str], str | None]
-    boxes: Callable[[str, int, int], list[Box]] | None = None
+    boxes: BoxReader | None = None
     tower: Callable[[Source], str | None] | None = None
     processor: Callable[[Source], str | None] | None = None
     weight_files: tuple[WeightFile, ...] = ()
@@ -248,6 +250,7 @@ def decoder_spec(text: Decoder, attention: Attention, *, extra_norms: bool = Fal
         n_vocab=text.vocab_size,
         context_length=text.max_position_embeddings,
         extra_norms=extra_norms,
+        positions=text.positions,
     )
 
 

@@ -22,12 +22,13 @@ from edgevlm.processors import (
     PAN_AND_SCAN,
     PREPROCESSOR,
     PROCESSOR,
+    QWEN2_VL,
     SIGLIP,
     SMOLVLM,
     VLM,
     ProcessorSettings,
 )
-from edgevlm.specs import Fit, ImageSpec, Resample, TileSpec
+from edgevlm.specs import Fit, ImageSpec, NativeSpec, Resample, TileSpec
 
 # Idefics3's classes, which cut pictures into tiles and make them RGB at last.
 _IDEFICS = (IDEFICS3, SMOLVLM)
@@ -100,6 +101,7 @@ def image_spec(
         fill=fill,
         tiles=tiles,
         rgb="last" if idefics else "first",
+        native=_native(found) if found.kind == QWEN2_VL else None,
         **_box(found, side),
     )
 
@@ -124,6 +126,23 @@ def _box_colour(found: ProcessorSettings) -> tuple[int, int, int]:
     if said is not None and said != list(colour):
         raise found.refusal("background_color", f"the classes make it {list(colour)} of image_mean")
     return colour
+
+
+def _native(found: ProcessorSettings) -> NativeSpec:
+    """Qwen2-VL's bounds on the pixels of a picture, by either of their names."""
+    size, bounds = found.values["size"], []
+    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = size.get(edge) if isinstance(size, Mapping) and len(size) == 2 else None
+        if type(value) is not int or value < 1:
+            raise found.refusal("size", "only shortest_edge and longest_edge are known, in pixels")
+        if found.values[key] is not None:
+            stated, value = value, _count(found, key)
+            if "size" in found.stated and stated != value:
+                raise found.refusal(key, f"size says {stated}; remove the one that is wrong")
+        bounds.append(value)
+    if bounds[0] > bounds[1]:
+        raise found.refusal("min_pixels", f"the most are {bounds[1]}")
+    return NativeSpec(*bounds)
 
 
 def _tiles(found: ProcessorSettings, side: int) -> TileSpec:
@@ -215,7 +234,7 @@ def _fit(found: ProcessorSettings, side: int, pad: bool) -> tuple[Fit, int]:
     """The way a picture becomes a square, and the side that it is resized to."""
     if not found.values["do_resize"]:
         raise found.refusal("do_resize", "only true is known")
-    if found.kind in _IDEFICS:
+    if found.kind in (*_IDEFICS, QWEN2_VL):
         return "stretch", side
     if found.kind in _BOXED:
         key = "image_size" if found.kind == VLM else "size"

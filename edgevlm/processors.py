@@ -20,6 +20,7 @@ LLAVA_NEXT, LLAVA_ONEVISION = "LlavaNextImageProcessor", "LlavaOnevisionImagePro
 GEMMA3 = "Gemma3ImageProcessor"
 # transformers' class, and the one of the original's code.
 DEEPSEEK_VL, VLM = "DeepseekVLImageProcessor", "VLMImageProcessor"
+QWEN2_VL = "Qwen2VLImageProcessor"
 PINPOINTS = "image_grid_pinpoints"
 
 # openai/CLIP's normalisation, and the one that transformers calls IMAGENET_STANDARD.
@@ -107,6 +108,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "do_pad": True,
         # Files have it, and both classes compute it.
         "background_color": None,
+    },
+    QWEN2_VL: _COMMON
+    | {
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+        # In their place, and before them.
+        "min_pixels": None,
+        "max_pixels": None,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
     },
     VLM: {
         "image_mean": CLIP_MEAN,

@@ -17,6 +17,7 @@ TileRule = Literal["longest-edge", "ratio", "pinpoints", "pan-and-scan"]
 Overview = Literal["none", "first", "last"]
 # How a text is changed before it is tokenized, beside what its tokenizer does itself.
 Clean = Literal["", "lower", "siglip", "canonicalize"]
+Positions = Literal["sequential", "mrope"]
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,26 @@ class SelfCheck:
 
 
 @dataclass(frozen=True)
+class NativeSpec:
+    """A picture that the encoder sees whole and in nearly its own shape, as large as it is.
+
+    Both sides become multiples of the square of the spec, so that the picture has from `least` to
+    `most` pixels; one of a side of more than 200 times the other is refused. `max_pixels` bounds
+    them further, whatever `least` says; 0 is no bound.
+    """
+
+    least: int
+    most: int
+    max_pixels: int = 0
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """Preprocessing of a picture to pixels, float32 [tiles, 3, size, size].
 
     `size` is the side in pixels, `tokens` the image embeddings of one such square. `tiles` says how
-    a picture is cut into several; it is one square where that is None. `rescale`
+    a picture is cut into several; it is one square where that is None. With `native` it is one
+    rectangle of such squares instead, pixels float32 [1, 3, height, width]. `rescale`
     is what bytes are multiplied by; `mean` and `std` are per channel on the scale that comes of it.
     `max_pictures` bounds one request. `fit` says how it becomes a square: `stretch` does not keep
     the aspect ratio, `pad` puts it in the middle of a square of the colour `fill` (of `mean` where
@@ -112,6 +128,7 @@ class ImageSpec:
     rounding: Literal["share", "scale"] = "share"
     tiles: TileSpec | None = None
     rgb: Literal["first", "last"] = "first"
+    native: NativeSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -185,6 +202,8 @@ class DecoderSpec:
     `extra_norms` says that the GGUF's metadata holds norms which llama.cpp's graph lacks; edgevlm's
     runtime adds them, and without it the file would answer nonsense. `n_output` is how many of the
     `n_vocab` tokens an answer can have, those that texts in `languages` need; 0 is all of them.
+    `positions` are one after the other or, with M-RoPE, a time, a row and a column each: those of a
+    picture's embeddings are their places in it, and what follows stands behind all of them.
     """
 
     architecture: str
@@ -196,6 +215,7 @@ class DecoderSpec:
     extra_norms: bool = False
     n_output: int = 0
     languages: tuple[str, ...] = ()
+    positions: Positions = "sequential"
 
     @property
     def outputs(self) -> int:

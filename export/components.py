@@ -234,7 +234,8 @@ def _write_projector(
     quantized, precision = net(model.projector).quantized, options.vision[0]
     whole = work / "projector.onnx" if quantized else target
     stage = Stage(job.report, "projector", len(tensors) + 1, "tensors")
-    write(model.projector, (model.vision.rows, model.projector.in_features), tensors, whole, stage)
+    given = (model.vision.features[0], model.projector.in_features)
+    write(model.projector, given, tensors, whole, stage)
     if quantized:
         pixels = images.calibration(model.image, options.calibration)
         features = storage.run(folder / "vision.onnx", "pixels", pixels)

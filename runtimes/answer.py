@@ -6,12 +6,15 @@ import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
+from edgevlm.family import BoxReader
+from edgevlm.image.plan import plan
 from edgevlm.runtimes.engines import Cancelled, TextDecoder
 from edgevlm.runtimes.logprobs import token_logprob
 from edgevlm.runtimes.request import Engines, Request, input_blocks, prefill
 from edgevlm.runtimes.text import TextStream
 from edgevlm.runtimes.turns import Turn, Turns
 from edgevlm.types import (
+    Box,
     FinishReason,
     Piece,
     Reply,
@@ -143,7 +146,7 @@ class _Draft:
         request, boxes = self._request, []
         size = request.sizes[0] if len(request.sizes) == 1 else None
         if self._family.boxes and size:
-            boxes = self._family.boxes(self._text.text, *size)
+            boxes = self._boxes(self._family.boxes, size)
         counts = TokenCounts(
             image=request.n_image,
             text=request.n_text,
@@ -164,6 +167,23 @@ class _Draft:
             request.sources[0] if boxes else None,
             size,
         )
+
+    def _boxes(self, read: BoxReader, size: tuple[int, int]) -> list[Box]:
+        """The boxes in pixels of the picture; some models say them in those that they saw."""
+        if self._request.image.native is None:
+            return read(self._text.text, *size)
+        (width, height), (across, down) = size, plan(*size, self._request.image).canvas
+        # Multiplied first, so that an edge of the one is that of the other.
+        return [
+            replace(
+                box,
+                x0=box.x0 * width / across,
+                y0=box.y0 * height / down,
+                x1=box.x1 * width / across,
+                y1=box.y1 * height / down,
+            )
+            for box in read(self._text.text, across, down)
+        ]
 
     def write(self, model: Engines) -> Generator[Piece, None, None]:
         """The pieces of the answer, from the first stage on."""

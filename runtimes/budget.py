@@ -14,6 +14,7 @@ from edgevlm.byte_sizes import in_gb
 from edgevlm.errors import EngineError, PromptError
 from edgevlm.image.plan import plan
 from edgevlm.runtimes.llama import ggml
+from edgevlm.specs import ImageSpec
 from edgevlm.types import Repacking
 
 # Python, the libraries of both engines, a decoded picture of a few megapixels, and what onnxruntime
@@ -82,8 +83,8 @@ class Budget:
         if self.limit is not None and need > self.limit:
             raise PromptError(
                 f"the request needs about {in_gb(need)} of memory for {positions} tokens and "
-                f"max_memory is {in_gb(self.limit)}; lower max_tokens or max_tiles, or raise "
-                "max_memory"
+                f"max_memory is {in_gb(self.limit)}; lower max_tokens, max_tiles or "
+                "max_pixels, or raise max_memory"
             )
 
 
@@ -94,9 +95,7 @@ def needs(bundle: Bundle, precision: str, kv: str) -> Needs:
     if main := manifest.components.get("vision"):
         parts = (manifest.alternatives.get(precision, main), manifest.components["projector"])
         weights = sum(record.bytes for part in parts for record in part.files)
-        patches = (manifest.image.size / _PATCH) ** 2
-        work = _HEADS * patches**2 * 4 * _WORK_FACTOR + patches * _PATCH_BYTES
-        vision = int(weights * 1.1 + work)
+        vision = int(weights * 1.1 + _encoder_work(manifest.image))
     if "decoder" not in manifest.components:
         return Needs(vision, 0, 0, 0, 0, 0)
     # A mask decoder stays as the vocabulary does, whichever engine is there.
@@ -113,6 +112,14 @@ def needs(bundle: Bundle, precision: str, kv: str) -> Needs:
         int(found.work * max(1.0, rows / 512)),
         min(rows + _WORDS + manifest.answer.max_tokens, spec.context_length),
     )
+
+
+def _encoder_work(image: ImageSpec) -> float:
+    """Bytes of an encoder's intermediate results; one for pictures of any size keeps no scores."""
+    if image.native:
+        return math.prod(plan(*PHOTO, image).canvas) / _PATCH**2 * _PATCH_BYTES
+    patches = (image.size / _PATCH) ** 2
+    return _HEADS * patches**2 * 4 * _WORK_FACTOR + patches * _PATCH_BYTES
 
 
 def fitted(needs: Needs, repacking: Repacking, limit: int | None, machine: int) -> Budget:
@@ -137,8 +144,8 @@ def fitted(needs: Needs, repacking: Repacking, limit: int | None, machine: int) 
     raise EngineError(
         f"max_memory is {in_gb(limit)} and this model needs about {in_gb(_peak(smallest))} "
         f"(encoder {in_gb(needs.vision)}, then decoder "
-        f"{in_gb(needs.decoder(needs.usual, 'off'))}); raise max_memory, lower max_tiles, or take "
-        "a smaller model or precision"
+        f"{in_gb(needs.decoder(needs.usual, 'off'))}); raise max_memory, lower max_tiles or "
+        "max_pixels, or take a smaller model or precision"
     )
 
 

@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from edgevlm.errors import EngineError
 from edgevlm.sampling import Sampling
+from edgevlm.specs import DecoderSpec
 from edgevlm.types import RunSettings
 
 Float = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
 BlockAttention = Literal["causal", "bidirectional"]
 # The KV cache of the first n blocks of a prompt as bytes, where somebody kept it.
 Recall = Callable[[int], memoryview | None]
@@ -29,13 +31,14 @@ class Cancelled(Exception):
 class Block:
     """Embeddings that the decoder reads in batches of their own.
 
-    `rows` are float32 [n, n_embd], one position int32 [n] each. A row sees every block before its
-    own and of that the rows up to itself or, where `attention` is bidirectional, all of them.
+    `rows` are float32 [n, n_embd], one position int32 [n] each; of a decoder with M-RoPE int32
+    [n, 4], a time, a row, a column and 0. A row sees every block before its own and of that the
+    rows up to itself or, where `attention` is bidirectional, all of them.
     """
 
     rows: Float
     attention: BlockAttention
-    positions: npt.NDArray[np.int32]
+    positions: Int32
 
     def same(self, other: Block) -> bool:
         """True if the decoder computes the same from it after the same blocks."""
@@ -46,20 +49,33 @@ class Block:
         )
 
 
-def sequential(rows: Float, attention: BlockAttention, start: int = 0) -> Block:
+def following(start: int, n: int, *, mrope: bool) -> Int32:
+    """The positions of n rows of text from `start` on, int32 [n] or, with M-RoPE, [n, 4]."""
+    positions = np.arange(start, start + n, dtype=np.int32)
+    return positions[:, None] * np.array([1, 1, 1, 0], np.int32) if mrope else positions
+
+
+def sequential(
+    rows: Float, attention: BlockAttention, start: int = 0, *, mrope: bool = False
+) -> Block:
     """A block whose rows stand at one position after the other, from `start` on."""
-    return Block(rows, attention, np.arange(start, start + len(rows), dtype=np.int32))
+    return Block(rows, attention, following(start, len(rows), mrope=mrope))
 
 
-def count_rows(blocks: Sequence[Block], n_embd: int) -> int:
+def count_rows(blocks: Sequence[Block], spec: DecoderSpec) -> int:
     """The rows of all blocks; raises EngineError for blocks that a decoder cannot read in turn."""
-    n = 0
+    n, last, mrope = 0, -1, spec.positions == "mrope"
     for block in blocks:
-        if len(block.rows) < 1 or block.rows.shape[1:] != (n_embd,):
-            raise EngineError(f"rows {block.rows.shape} are not [n, {n_embd}]")
-        if not np.array_equal(block.positions, np.arange(n, n + len(block.rows))):
+        if len(block.rows) < 1 or block.rows.shape[1:] != (spec.n_embd,):
+            raise EngineError(f"rows {block.rows.shape} are not [n, {spec.n_embd}]")
+        if block.positions.shape != ((len(block.rows), 4) if mrope else (len(block.rows),)):
+            raise EngineError(f"positions {block.positions.shape} are not those of the decoder")
+        times = block.positions[:, 0] if mrope else block.positions
+        steps = np.diff(times, prepend=last)
+        # Those of a picture with M-RoPE are at one time, and what follows it leaves some out.
+        if not (steps >= 0 if mrope else steps == 1).all():
             raise EngineError(f"positions from row {n} on do not follow those before them")
-        n += len(block.rows)
+        n, last = n + len(block.rows), int(times[-1])
     if n == 0:
         raise EngineError("there are no rows to read")
     return n
@@ -73,7 +89,7 @@ class VisionEncoder(Protocol):
         """The provider that really runs it, in the engine's own words."""
 
     def features(self, pixels: Float) -> Float:
-        """Pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]."""
+        """Pixels float32 [n, 3, height, width] -> features float32 [n, patches, width]."""
 
     def project(self, features: Float) -> Float:
         """Features -> embeddings float32 [n, tokens, n_embd]."""

@@ -59,9 +59,10 @@ class LoadOptions:
     threads: of both engines. device: of both engines; vision_device and decoder_device
     override it for one. repack: whether llama.cpp re-orders quantized weights at load, or "decode".
     kv: type of the KV cache, "f16" or "q8_0". max_tiles: of a picture, where the model cuts it into
-    tiles. goal: what is to be fast. cache: whether what was computed of pictures is kept on disk
-    and read from there. images: pictures of the first request, which are encoded while the decoder
-    loads; `progress` is told of their tiles. max_memory: bytes that the process may hold.
+    tiles, max_pixels: of one whose size the model keeps. goal: what is to be fast. cache: whether
+    what was computed of pictures is kept on disk and read from there. images: pictures of the first
+    request, which are encoded while the decoder loads; `progress` is told of their tiles.
+    max_memory: bytes that the process may hold.
     """
 
     threads: int | None = None
@@ -71,6 +72,7 @@ class LoadOptions:
     decoder_device: str | None = None
     kv: str | None = None
     max_tiles: int | None = None
+    max_pixels: int | None = None
     goal: Goal = "both"
     cache: bool = False
     images: Sequence[ImageSource] = ()
@@ -98,7 +100,8 @@ def load_bundle(
             "classify`, `embed` and `search` use it, as does edgevlm.load"
         )
     manifest = bundle.manifest
-    manifest = replace(manifest, image=limited(manifest.image, options.max_tiles))
+    image = limited(manifest.image, options.max_tiles, options.max_pixels)
+    manifest = replace(manifest, image=image)
     kind = family.by_name(manifest.family, str(folder / MANIFEST))
     if lacking := [role for role in kind.needs if role not in manifest.components]:
         raise BundleCorrupt(folder / MANIFEST, f"has no {lacking[0]}, which {kind.name} needs")
@@ -108,7 +111,8 @@ def load_bundle(
     ort, offered = Ort(), ggml.devices()
     for_vision, for_decoder = words(options, ort, offered)
     ahead = Ahead(options.images, options.progress)
-    once = options.goal == "caption" and 0 < ahead.n_tiles(manifest.image) < _PACKED_FROM
+    small = image.native is None and 0 < ahead.n_tiles(image) < _PACKED_FROM
+    once = options.goal == "caption" and small
     wish = Wish(
         for_vision, settings.vision_threads, settings.spinning, settings.vision, prepack=not once
     )

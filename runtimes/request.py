@@ -22,7 +22,7 @@ from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource, cut
-from edgevlm.image.plan import among
+from edgevlm.image.plan import among, plan
 from edgevlm.prompt import (
     Begin,
     Exchange,
@@ -36,9 +36,10 @@ from edgevlm.prompt import (
 from edgevlm.runtimes.bitmaps import Bitmap, read
 from edgevlm.runtimes.budget import Budget
 from edgevlm.runtimes.cache import EmbeddingCache
-from edgevlm.runtimes.engines import Block, MaskDecoder, TextDecoder, VisionEncoder, sequential
+from edgevlm.runtimes.engines import Block, MaskDecoder, TextDecoder, VisionEncoder
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.joining import join
+from edgevlm.runtimes.places import placed
 from edgevlm.runtimes.prefixes import PrefixCache
 from edgevlm.sampling import Sampling
 from edgevlm.specs import Attention, ImageSpec
@@ -219,7 +220,8 @@ def prepare(
     n_text = sum(len(s.ids) for s in segments if isinstance(s, Tokens))
     context = spec.decoder.context_length
     if n_image + n_text + 1 > context:
-        raise ContextOverflow(n_image, n_text, 1, context, n_tiles)
+        native = image.native is not None
+        raise ContextOverflow(n_image, n_text, 1, context, n_tiles, native=native)
     wanted = sampling.longest(spec.answer)
     room = min(wanted, context - n_image - n_text)
     if model.budget:
@@ -282,15 +284,18 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
             else model.decoder.embed(s.ids)
             for s in request.segments
         ]
-    attention = model.manifest.decoder.attention
+    spec, segments = model.manifest.decoder, request.segments
+    cells = None
+    if spec.positions == "mrope":
+        cells = [plan(*size, request.image).cells for size in request.sizes]
+    positions = placed(segments, rows, cells)
     blocks: list[Block] = []
-    for begin, end in pairwise([0, *_cuts(request.segments, attention), len(rows)]):
-        start = sum(len(block.rows) for block in blocks)
+    for begin, end in pairwise([0, *_cuts(segments, spec.attention), len(rows)]):
         if begin < end:
-            tile = attention == "blocks" and isinstance(request.segments[begin], Image)
-            both = tile or attention == "prefix"
-            together = np.concatenate(rows[begin:end])
-            blocks.append(sequential(together, "bidirectional" if both else "causal", start))
+            tile = spec.attention == "blocks" and isinstance(segments[begin], Image)
+            both = tile or spec.attention == "prefix"
+            together, places = np.concatenate(rows[begin:end]), np.concatenate(positions[begin:end])
+            blocks.append(Block(together, "bidirectional" if both else "causal", places))
     return blocks
 
 

@@ -20,11 +20,11 @@ import numpy as np
 
 from edgevlm.bundle import Bundle, check_path, open_bundle
 from edgevlm.errors import PromptError
-from edgevlm.image.plan import plan
+from edgevlm.image.plan import measured_side, plan
 from edgevlm.machine import physical_cores, usable_cpus
 from edgevlm.runtimes import tuned
 from edgevlm.runtimes.budget import PHOTO
-from edgevlm.runtimes.engines import Block, Float, sequential
+from edgevlm.runtimes.engines import Block, BlockAttention, Float, sequential
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
@@ -136,7 +136,7 @@ class _Measuring:
         self.best = self._encoders("threads", counts)
 
     def _encoders(self, name: str, choices: Mapping[str, EngineSettings]) -> EngineSettings:
-        pixels = picture(self._bundle.manifest.image.size)
+        pixels = picture(measured_side(self._bundle.manifest.image))
         with ExitStack() as stack:
             runs = {}
             for word, settings in choices.items():
@@ -214,7 +214,7 @@ class _Measuring:
 
     def _spinning(self, decoder: LlamaDecoder) -> None:
         """Compares waits of onnxruntime's workers on tokens drawn right after a picture."""
-        pixels = picture(self._bundle.manifest.image.size)
+        pixels = picture(measured_side(self._bundle.manifest.image))
         with ExitStack() as stack:
 
             def run(encoder: OrtEncoder) -> float:
@@ -233,8 +233,8 @@ class _Measuring:
     def _block(self, decoder: LlamaDecoder, rows: int) -> Block:
         spec = self._bundle.manifest.decoder
         ids = np.random.default_rng(0).integers(0, spec.n_vocab, rows).tolist()
-        prefix = spec.attention == "prefix"
-        return sequential(decoder.embed(ids), "bidirectional" if prefix else "causal")
+        attention: BlockAttention = "bidirectional" if spec.attention == "prefix" else "causal"
+        return sequential(decoder.embed(ids), attention, mrope=spec.positions == "mrope")
 
     def _prefill_ms(self, decoder: LlamaDecoder, rows: int = _ROWS) -> float:
         block = self._block(decoder, min(rows, self._bundle.manifest.decoder.context_length // 2))

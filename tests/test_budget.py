@@ -66,7 +66,7 @@ def test_a_limit_that_is_too_small_is_refused_with_numbers() -> None:
         fitted(BIG, "on", GB, machine=64 * GB)
     text = str(refused.value)
     assert text.startswith("max_memory is 1.00 GB and this model needs about 2.25 GB (encoder 1.00")
-    assert "then decoder 2.01 GB); raise max_memory, lower max_tiles, or take" in text
+    assert "then decoder 2.01 GB); raise max_memory, lower max_tiles or max_pixels, or take" in text
 
 
 def test_without_a_limit_it_is_the_machines_memory_and_nothing_is_refused() -> None:
@@ -206,7 +206,7 @@ def test_a_container_that_is_too_small_for_both_has_one_at_a_time(
 def test_an_answer_that_would_need_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with edgevlm.load(max_memory=one_at_a_time()) as vlm:
         monkeypatch.setattr(Needs, "decoder", lambda *_: 1 << 40)
-        with pytest.raises(PromptError, match="max_memory is .* lower max_tokens or max_tiles"):
+        with pytest.raises(PromptError, match="max_memory is .* max_tokens, max_tiles or max_pix"):
             vlm.stream(QUESTION, SHAPES)
 
 

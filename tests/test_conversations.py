@@ -14,7 +14,7 @@ from edgevlm import Message, disk_cache
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.export import export_bundle
 from edgevlm.runtimes import prefixes
-from edgevlm.runtimes.engines import Block, BlockAttention, Float, sequential
+from edgevlm.runtimes.engines import Block, BlockAttention, Float, following, sequential
 from edgevlm.runtimes.llama.cached_rows import CachedRows
 from edgevlm.runtimes.messages import ImagePart, TextPart
 from edgevlm.types import Reply
@@ -230,10 +230,10 @@ def block(tokens: Sequence[int], start: int = 0, attention: BlockAttention = "ca
 
 def cached(blocks: list[Block], tokens: list[int]) -> CachedRows:
     rows = CachedRows()
-    rows.read(list(range(sum(len(b.rows) for b in blocks))))
+    rows.read(following(0, sum(len(b.rows) for b in blocks), mrope=False))
     rows.prompt(blocks, 0)
     n = len(rows.positions)
-    rows.drew(tokens, range(n, n + len(tokens)))
+    rows.drew(tokens, following(n, len(tokens), mrope=False))
     return rows
 
 
@@ -266,7 +266,7 @@ def test_blocks_behind_an_answer_are_no_state_for_others() -> None:
     asked = [first, longer, picture, words]
     kept = rows.common(asked, embed)
     rows.cut(kept)
-    rows.read(list(range(kept, 10)))
+    rows.read(following(kept, 10 - kept, mrope=False))
     rows.prompt(asked, kept)
     assert rows.leading == [first]
     # Neither in the next turn nor in a question about the same.
@@ -274,14 +274,14 @@ def test_blocks_behind_an_answer_are_no_state_for_others() -> None:
     kept = rows.common(other, embed)
     assert kept == 9
     rows.cut(kept)
-    rows.read([9])
+    rows.read(following(9, 1, mrope=False))
     rows.prompt(other, kept)
     assert rows.leading == [first]
     # From the pure block on everything is read as by anybody.
     anew = [first, block([9, 9], 2), words]
     kept = rows.common(anew, embed)
     rows.cut(kept)
-    rows.read([2, 3, 4])
+    rows.read(following(2, 3, mrope=False))
     rows.prompt(anew, kept)
     assert rows.leading == anew[:2]
 

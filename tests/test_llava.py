@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle, inspect_source
 from edgevlm.image import RGB
 from edgevlm.prompt import Exchange, Image, Tokens
-from edgevlm.runtimes.engines import Float
+from edgevlm.runtimes.engines import Float, Int32
 from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.sampling import Sampling
 from tests import inside, published
@@ -298,9 +298,7 @@ def test_state_of_a_cancelled_prefill_is_not_taken_for_another(
         fresh, _ = greedy(vlm, PICTURE, PROMPT, 4)
         read: list[int] = []
 
-        def cancelled(
-            context: Context, rows: Float, positions: Sequence[int], first_logits: int
-        ) -> None:
+        def cancelled(context: Context, rows: Float, positions: Int32, first_logits: int) -> None:
             if read:
                 raise Cancelled
             read.append(len(rows))

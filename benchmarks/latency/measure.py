@@ -186,7 +186,8 @@ def _decode_rate(engines: Engines, depth: int, tokens: int) -> float:
     """Tokens per second of `tokens` greedy steps behind `depth` begin tokens."""
     decoder = engines.decoder
     rows = decoder.embed([decoder.bos] * depth)
-    decoder.prefill([sequential(rows, "causal")], room=tokens)
+    mrope = engines.manifest.decoder.positions == "mrope"
+    decoder.prefill([sequential(rows, "causal", mrope=mrope)], room=tokens)
     sampler = decoder.sampler(Sampling())
     try:
         token = sampler.sample()

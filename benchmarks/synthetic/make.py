@@ -99,7 +99,7 @@ def write_graphs(folder: Path, model: Model) -> dict[str, Component]:
         "projector": _write_graph(
             folder / "projector.onnx",
             model.projector,
-            (model.vision.rows, model.projector.in_features),
+            (model.vision.features[0], model.projector.in_features),
         ),
     }
 

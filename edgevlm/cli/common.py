@@ -57,6 +57,8 @@ _LOADING_OPTIONS = (
                  help="Type of the KV cache; q8_0 halves it  [default: f16]"),
     click.option("--max-tiles", type=click.IntRange(min=1), metavar="N",
                  help="Most tiles of a picture, for models that cut it up; 1 cuts none."),
+    click.option("--max-pixels", type=click.IntRange(min=1), metavar="N",
+                 help="Most pixels of a picture, for models that take it in its own size."),
     click.option("--max-memory", type=ByteSize(), metavar="SIZE",
                  help="Most memory to hold, such as 2GB; encoder and decoder take turns in it "
                  "where it has no room for both."),
@@ -95,7 +97,10 @@ _LOGPROBS = click.option(
     help="Log-probability of each token and the N likeliest; with --json.",
 )  # fmt: skip
 _SAMPLING = tuple(SamplingOptions.__annotations__)
-_LOADING = ("device", "vision_device", "decoder_device", "threads", "kv", "max_tiles", "max_memory")
+_LOADING = (
+    *("device", "vision_device", "decoder_device", "threads", "kv"),
+    *("max_tiles", "max_pixels", "max_memory"),
+)
 
 
 def answering(command: Command) -> Command:

@@ -223,7 +223,10 @@ def _question(asked: Asked, run: Run) -> tuple[Record, Run]:
         check_system(manifest, asked.system)
     sampling: SamplingOptions = {**asked.options(manifest), **run.sampling}
     files = sorted(file.sha256 for part in manifest.all_components for file in part.files)
-    options = (sorted(sampling.items()), run.loading.get("max_tiles"))
+    options: tuple[object, ...] = (sorted(sampling.items()), run.loading.get("max_tiles"))
+    if pixels := run.loading.get("max_pixels"):
+        # A run from before there was the option goes on.
+        options = (*options, pixels)
     kind = (asked.kind, asked.system) if asked.system else asked.kind
     facts = repr((kind, prompt, manifest.name, files, options))
     digest = hashlib.sha256(facts.encode(errors="surrogatepass")).hexdigest()[:16]

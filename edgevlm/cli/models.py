@@ -17,7 +17,7 @@ from edgevlm.cli.tables import out_console, table
 from edgevlm.errors import BundleError
 from edgevlm.image.plan import limited, plan
 from edgevlm.models import BUILT_IN, directory, installed, resolve
-from edgevlm.specs import DecoderSpec, ImageSpec, TextSpec
+from edgevlm.specs import DecoderSpec, ImageSpec, NativeSpec, TextSpec
 
 # A photograph of 12 megapixels, as telephones take them.
 _PHOTO = (4000, 3000)
@@ -205,6 +205,8 @@ def languages_text(decoder: DecoderSpec) -> str:
 
 def picture_text(spec: ImageSpec) -> str:
     """The size of a picture to the model, and its cost in tokens; of tiles, a photo's."""
+    if spec.native:
+        return _native_text(spec, spec.native)
     if spec.tiles is None:
         return f"{spec.size} px ({spec.fit}), {spec.tokens} token{'s' if spec.tokens > 1 else ''}"
     costs = []
@@ -216,6 +218,17 @@ def picture_text(spec: ImageSpec) -> str:
         costs.append(f"{planned.n_tiles} tile{plural}, {planned.rows} tokens{named}")
     width, height = _PHOTO
     return f"tiles of {spec.size} px; a photo of {width} x {height}: {'; '.join(costs)}"
+
+
+def _native_text(spec: ImageSpec, native: NativeSpec) -> str:
+    planned = plan(*_PHOTO, spec)
+    (w, h), (width, height) = planned.canvas, _PHOTO
+    usual = native.max_pixels or native.most
+    more = f" (--max-pixels up to {native.most})" if usual < native.most else ""
+    return (
+        f"its own size in squares of {spec.size} px, {usual} px in all at most{more}; "
+        f"a photo of {width} x {height}: {w} x {h} px, {planned.rows} tokens"
+    )
 
 
 def weight_files_text(

@@ -25,7 +25,7 @@ _RESAMPLE = {
 
 
 def preprocess(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
-    """The whole picture as one square, float32 [3, size, size]; see `cut`."""
+    """The whole picture as one square, float32 [3, size, size], or in its own shape; see `cut`."""
     square: Pixels = cut(picture, limited(spec, 1))[0]
     return square
 
@@ -34,8 +34,9 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     """A picture, or its RGB uint8 [h, w, 3] -> pixels float32 [tiles, 3, size, size], bit for bit
     as transformers' slow processors (4.57: SiglipImageProcessor, CLIPImageProcessor,
     LlavaImageProcessor, Idefics3ImageProcessor, GotOcr2ImageProcessor, LlavaNextImageProcessor,
-    LlavaOnevisionImageProcessor, DeepseekVLImageProcessor, Gemma3ImageProcessor): resized as 8-bit,
-    then scaled in float64, normalised in float32.
+    LlavaOnevisionImageProcessor, DeepseekVLImageProcessor, Gemma3ImageProcessor,
+    Qwen2VLImageProcessor, whose patches these are in rows and columns): resized as 8-bit, then
+    scaled in float64, normalised in float32.
 
     Raises ImageError for a picture that cannot be planned.
     """
@@ -49,7 +50,7 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
         drawn.putalpha(Image.fromarray(given.alpha))
     canvas = _canvas(drawn, planned, spec, resample)
     parts = [canvas.crop(tile) for tile in planned.tiles]
-    side = (spec.size, spec.size)
+    side = planned.canvas if spec.native else (spec.size, spec.size)
     squares = [p if p.size == side else p.resize(side, resample) for p in parts]
     if planned.overview != "none":
         assert spec.tiles

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from edgevlm.errors import ImageError
-from edgevlm.specs import ImageSpec, MapSpec, Overview, TileRule, TileSpec
+from edgevlm.specs import ImageSpec, MapSpec, NativeSpec, Overview, TileRule, TileSpec
 
 # What a long and narrow picture may become on the way to a square: half a gigabyte, enough for one
 # of 1 x 1000 pixels whose short side becomes 336.
@@ -24,6 +24,10 @@ _IDEFICS3_SIDE = 4096
 _PAN_RATIO, _PAN_SIDE = 1.2, 256
 # A map is resized where its sides are longer than this times what it may have.
 _SHRINK_ABOVE = 1.1
+# Qwen2-VL's processor refuses pictures of a longer shape.
+_LONGEST_SHAPE = 200
+# Pixels of a square that pictures of any size are measured with.
+_MEASURED_SIDE = 448
 
 Box = tuple[int, int, int, int]
 
@@ -39,7 +43,8 @@ class Plan:
     among them as one more square. `at` is where the resized picture lies on the canvas, left and
     top of it; None where it is stretched to the canvas. `kept` is the box of the map of the grid's
     image embeddings (TileSpec.map) that is not padding, `shrunk` the width and height that it is
-    resized to, if at all. `rows` are the image embeddings of the picture.
+    resized to, if at all. `rows` are the image embeddings of the picture, `cells` their lines and
+    columns where it keeps its shape.
     """
 
     canvas: tuple[int, int]
@@ -51,6 +56,7 @@ class Plan:
     at: tuple[int, int] | None = None
     kept: Box | None = None
     shrunk: tuple[int, int] | None = None
+    cells: tuple[int, int] = (0, 0)
 
     @property
     def n_tiles(self) -> int:
@@ -61,19 +67,36 @@ class Plan:
 def plan(width: int, height: int, spec: ImageSpec) -> Plan:
     """Plans a picture of this size in pixels.
 
-    Raises ImageError for a picture so long and narrow that "pad" or "crop" would swell it.
+    Raises ImageError for a picture so long and narrow that "pad" or "crop" would swell it, or that
+    a model which keeps its shape does not take.
     """
+    if spec.native:
+        return _native(width, height, spec, spec.native)
     if spec.tiles is None:
         return _single(width, height, spec)
     plans = _RULES[spec.tiles.rule](width, height, spec, spec.tiles)
     return next(p for p in plans if p.n_tiles <= (spec.tiles.max_tiles or p.n_tiles))
 
 
-def limited(spec: ImageSpec, max_tiles: int | None) -> ImageSpec:
-    """The spec with no more tiles than that of a picture; None leaves it as it is."""
+def limited(
+    spec: ImageSpec, max_tiles: int | None = None, max_pixels: int | None = None
+) -> ImageSpec:
+    """The spec with no more tiles than that of a picture, or pixels of one that keeps its shape;
+    None leaves it as it is.
+    """
+    if max_pixels and spec.native:
+        bound = min(max_pixels, spec.native.most)
+        return replace(spec, native=replace(spec.native, max_pixels=bound))
     if max_tiles is None or spec.tiles is None:
         return spec
     return replace(spec, tiles=replace(spec.tiles, max_tiles=max_tiles))
+
+
+def measured_side(spec: ImageSpec) -> int:
+    """The side of the square that an encoder's time and exactness are measured with, in pixels."""
+    if spec.native is None:
+        return spec.size
+    return plan(_MEASURED_SIDE, _MEASURED_SIDE, spec).canvas[0]
 
 
 def among(spec: ImageSpec, n: int) -> ImageSpec:
@@ -122,6 +145,27 @@ def _letterbox(width: int, height: int, spec: ImageSpec) -> Plan:
     w, h = resized(width), resized(height)
     at = (size - w) // 2, (size - h) // 2
     return Plan((size, size), ((0, 0, size, size),), spec.tokens, (w, h), at=at)
+
+
+def _native(width: int, height: int, spec: ImageSpec, native: NativeSpec) -> Plan:
+    """Qwen2-VL's rule (transformers 4.57, qwen2_vl, smart_resize)."""
+    if max(width, height) > _LONGEST_SHAPE * min(width, height):
+        raise ImageError(
+            f"the picture of {width} x {height} pixels",
+            f"is too long and narrow for this model, whose pictures have no side of more than "
+            f"{_LONGEST_SHAPE} times the other; cut out a part of it",
+        )
+    size, most = spec.size, min(native.max_pixels or native.most, native.most)
+    # Python's round: halves go to the even number.
+    w, h = round(width / size) * size, round(height / size) * size
+    if w * h > most:
+        times = math.sqrt(height * width / most)
+        w, h = (max(size, math.floor(side / times / size) * size) for side in (width, height))
+    elif w * h < native.least:
+        times = math.sqrt(native.least / (height * width))
+        w, h = (math.ceil(side * times / size) * size for side in (width, height))
+    cells = h // size, w // size
+    return Plan((w, h), ((0, 0, w, h),), math.prod(cells) * spec.tokens, cells=cells)
 
 
 def _longest_edge(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> Iterator[Plan]:

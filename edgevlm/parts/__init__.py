@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from edgevlm.specs import Positions
+
 Shapes = dict[str, tuple[int, ...]]
 
 EMBED = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 # Activations of vision towers, by transformers' names.
-ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,11 @@ class VisionTower(Part):
         return self.grid**2
 
     @property
+    def features(self) -> tuple[int, int]:
+        """The shape of what it makes of one picture."""
+        return (self.rows, self.hidden_size)
+
+    @property
     def unread(self) -> tuple[str, ...]:
         """Beginnings of the names of tensors that the checkpoint has and the tower never reads."""
         layers = range(self.num_hidden_layers, self.depth or self.num_hidden_layers)
@@ -109,6 +116,7 @@ class Decoder(Part):
     """A language decoder; `architecture` is llama.cpp's name of its graph."""
 
     architecture: ClassVar[str]
+    positions: ClassVar[Positions] = "sequential"
 
     hidden_size: int
     intermediate_size: int

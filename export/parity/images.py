@@ -31,11 +31,14 @@ def scene() -> RGB:
 
 def calibration(spec: ImageSpec, folder: Path | None = None) -> NDArray[np.float32]:
     """Pixels float32 [pictures, 3, size, size] on which a precision is calibrated and judged: drawn
-    ones, and those of a folder.
+    ones, and those of a folder; all of one size where the model keeps a picture's.
 
     Raises ImageError for a folder without pictures or a picture that cannot be read.
     """
-    return np.stack([preprocess(picture, spec) for picture in all_pictures(folder)])
+    found = all_pictures(folder)
+    if spec.native:
+        found = [np.asarray(Image.fromarray(p).resize((_WIDTH, _HEIGHT))) for p in found]
+    return np.stack([preprocess(picture, spec) for picture in found])
 
 
 def all_pictures(folder: Path | None) -> list[RGB]:

@@ -6,18 +6,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edgevlm.runtimes.engines import Block, Float
+from edgevlm.runtimes.engines import Block, Float, Int32, following
 
 Embed = Callable[[Sequence[int]], Float]
 
 
 class CachedRows:
     """Positions of all rows of a KV cache; the blocks that it begins with and the tokens read one
-    by one after them.
+    by one after them. Of M-RoPE's positions `positions` are the times.
     """
 
     def __init__(self) -> None:
         self.positions: list[int] = []
+        self._following: list[int] = []
         self._blocks: list[Block] = []
         self._tokens: list[int] = []
         self._n_leading = 0
@@ -31,9 +32,23 @@ class CachedRows:
         """
         return self._blocks[: min(self._n_leading, self._n_pure)]
 
-    def read(self, rows: Sequence[int]) -> None:
+    @property
+    def following(self) -> int:
+        """The first position behind all rows."""
+        return self._following[-1] if self._following else 0
+
+    def read(self, positions: Int32) -> None:
         """Notes rows at these positions, of a block that may not be whole yet."""
-        self.positions += rows
+        axes = positions.reshape(len(positions), -1)
+        self.positions += axes[:, 0].tolist()
+        reached = np.maximum.accumulate(axes.max(1) + 1)
+        self._following += np.maximum(reached, self.following).tolist()
+
+    def divides(self, n: int) -> bool:
+        """True if the first n rows can stay without the rest: of rows at one time, as those of a
+        picture with M-RoPE, all stay or none.
+        """
+        return n >= len(self.positions) or self.positions[n] != self.positions[n - 1]
 
     def whole(self, blocks: Sequence[Block]) -> None:
         """Notes that these blocks were read, and nothing else."""
@@ -51,19 +66,20 @@ class CachedRows:
     def of(cls, blocks: Sequence[Block]) -> CachedRows:
         """The rows of these leading blocks, and nothing else, as anybody would read them."""
         made = cls()
-        made.positions += [p for block in blocks for p in block.positions.tolist()]
+        for block in blocks:
+            made.read(block.positions)
         made.whole(blocks)
         made._n_pure = len(blocks)
         return made
 
-    def drew(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
+    def drew(self, tokens: Sequence[int], positions: Int32) -> None:
         """Notes tokens read after the blocks."""
         self._tokens += tokens
-        self.positions += positions
+        self.read(positions)
 
     def cut(self, n: int) -> None:
         """Notes that all but the first n rows are gone."""
-        del self.positions[n:]
+        del self.positions[n:], self._following[n:]
         del self._tokens[max(0, n - _count(self._blocks)) :]
         while self._blocks and _count(self._blocks) > n:
             last = self._blocks.pop()
@@ -76,7 +92,7 @@ class CachedRows:
     def copy(self) -> CachedRows:
         """Another one that says the same."""
         made = CachedRows()
-        made.positions = list(self.positions)
+        made.positions, made._following = list(self.positions), list(self._following)
         made._n_leading, made._n_pure = self._n_leading, self._n_pure
         made._blocks, made._tokens = list(self._blocks), list(self._tokens)
         return made
@@ -99,19 +115,22 @@ class CachedRows:
                 rows = _same_rows(block, _longer(known, embed(self._tokens)))
                 n += rows if rows > len(known.rows) else 0
             break
-        return min(n, len(self.positions), _count(blocks) - 1)
+        n = min(n, len(self.positions), _count(blocks) - 1)
+        while n and not self.divides(n):
+            n -= 1
+        return n
 
 
 def _same_rows(block: Block, other: Block) -> int:
     """Rows of a causal block that are the first ones of another, too."""
     n = min(len(block.rows), len(other.rows))
-    same = (block.rows[:n] == other.rows[:n]).all(1) & (block.positions[:n] == other.positions[:n])
+    places = (x.positions[:n].reshape(n, -1) for x in (block, other))
+    same = (block.rows[:n] == other.rows[:n]).all(1) & np.equal(*places).all(1)
     return n if same.all() else int(same.argmin())
 
 
 def _longer(block: Block, rows: Float) -> Block:
-    after = int(block.positions[-1]) + 1
-    positions = np.arange(after, after + len(rows), dtype=np.int32)
+    positions = following(int(block.positions.max()) + 1, len(rows), mrope=block.positions.ndim > 1)
     return Block(
         np.concatenate([block.rows, rows]),
         block.attention,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgevlm.errors import EngineError
-from edgevlm.runtimes.engines import Block, Cancelled, Float
+from edgevlm.runtimes.engines import Block, Cancelled, Float, Int32, following
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.bindings import llama
@@ -45,7 +45,7 @@ class ContextSettings:
 
     threads: draw tokens, prefill_threads: read the input. kv: type of the KV cache, "f32", "f16" or
     "q8_0". flash_attention: "auto" leaves it to llama.cpp. n_embd: width of an input row.
-    n_outputs: logits per row.
+    n_outputs: logits per row. mrope: whether a position is a time, a row and a column.
     """
 
     threads: int
@@ -54,6 +54,7 @@ class ContextSettings:
     flash_attention: FlashAttention
     n_embd: int
     n_outputs: int
+    mrope: bool = False
 
 
 class Context:
@@ -135,7 +136,7 @@ class Context:
         yield max(kept, 0)
         llama.llama_set_causal_attn(self.pointer, block.attention == "causal")
         for start in range(max(kept, 0), len(block.rows), at_once):
-            positions = block.positions[start : start + at_once].tolist()
+            positions = block.positions[start : start + at_once]
             self._decode_rows(block.rows[start : start + at_once], positions, len(positions) - 1)
             self.cached.read(positions)
             yield min(start + at_once, len(block.rows))
@@ -144,18 +145,19 @@ class Context:
         """Reads tokens after all that was read, with logits for each: by their rows of the output
         matrix, or by their embeddings. Raises Cancelled or EngineError.
         """
-        following = self.cached.positions[-1] + 1
-        positions = range(following, following + len(tokens))
+        start, mrope = self.cached.following, self._settings.mrope
+        positions = following(start, len(tokens), mrope=mrope)
         if isinstance(entries, np.ndarray):
             self._decode_rows(entries, positions, 0)
         else:
             batch = self._tokens.pointer
             for i, entry in enumerate(entries):
                 batch.token[i] = entry
-            self._decode(batch, positions, 0)
+            # llama.cpp makes all of M-RoPE's of a token's one.
+            self._decode(batch, positions[:, 0] if mrope else positions, 0)
         self.cached.drew(tokens, positions)
 
-    def _decode_rows(self, rows: Float, positions: Sequence[int], first_logits: int) -> None:
+    def _decode_rows(self, rows: Float, positions: Int32, first_logits: int) -> None:
         data = np.ascontiguousarray(rows, np.float32)
         batch = llama.llama_batch_init(len(data), self._settings.n_embd, 1)
         try:
@@ -164,11 +166,21 @@ class Context:
         finally:
             llama.llama_batch_free(batch)
 
-    def _decode(self, batch: Any, positions: Sequence[int], first_logits: int) -> None:
+    def _decode(self, batch: Any, positions: Int32, first_logits: int) -> None:
         """Decodes filled entries at these positions, with logits from `first_logits` on."""
         batch.n_tokens = len(positions)
-        for i, position in enumerate(positions):
-            batch.pos[i] = position
+        # A batch has room for one a row, M-RoPE has four, one axis after the other.
+        by_axis = np.ascontiguousarray(positions.T, np.int32)
+        # A copy: the pointer that ctypes gives is the batch's field itself.
+        own = type(batch.pos).from_buffer_copy(batch.pos)
+        batch.pos = by_axis.ctypes.data_as(type(own))
+        try:
+            self._decode_placed(batch, first_logits)
+        finally:
+            batch.pos = own
+
+    def _decode_placed(self, batch: Any, first_logits: int) -> None:
+        for i in range(batch.n_tokens):
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
             batch.logits[i] = i >= first_logits
@@ -197,7 +209,7 @@ class Context:
     def cut(self, n: int) -> None:
         """Forgets all but the first n rows; raises EngineError where they are not there."""
         memory, past = llama.llama_get_memory(self.pointer), len(self.cached.positions)
-        if not 0 < n <= past or n < self.least:
+        if not 0 < n <= past or n < self.least or not self.cached.divides(n):
             raise EngineError(f"cannot go back to {n} of {past} rows")
         # Also what a batch that was cancelled may have left behind the last row.
         first = self.cached.positions[n - 1] + 1

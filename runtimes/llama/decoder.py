@@ -108,6 +108,7 @@ class LlamaDecoder:
             flash_attention=_FLASH_ATTENTION.get(self._kv, flash_attention),
             n_embd=self._spec.n_embd,
             n_outputs=self._spec.outputs,
+            mrope=self._spec.positions == "mrope",
         )
 
     def listen(self) -> Importance:
@@ -186,7 +187,7 @@ class LlamaDecoder:
         told: Told | None = None,
     ) -> int:
         """See TextDecoder. A bidirectional block is one batch: every row sees every other."""
-        n = count_rows(blocks, self._spec.n_embd)
+        n = count_rows(blocks, self._spec)
         if n + room > self._spec.context_length:
             raise ContextOverflow(0, n, room, self._spec.context_length)
         # Before weights may be loaded: whoever cancels meanwhile means this prefill.

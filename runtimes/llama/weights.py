@@ -14,6 +14,8 @@ from edgevlm.runtimes.llama.tokenizer import LlamaTokenizer
 from edgevlm.runtimes.native import Handle
 from edgevlm.specs import DecoderSpec
 
+_MROPE = (llama.LLAMA_ROPE_TYPE_MROPE, llama.LLAMA_ROPE_TYPE_IMROPE)
+
 
 def load(
     path: Path, spec: DecoderSpec, offload: Offload, *, repack: bool
@@ -49,4 +51,7 @@ def load(
     found = (llama.llama_model_n_embd(model), llama.llama_model_n_layer(model), vocabulary)
     if found != (spec.n_embd, spec.n_layer, spec.outputs):
         raise BundleCorrupt(path, f"is another decoder (width, layers, vocabulary {found})")
+    # llama.cpp reads four positions a row of such a decoder, whatever it is given.
+    if (llama.llama_model_rope_type(model) in _MROPE) != (spec.positions == "mrope"):
+        raise BundleCorrupt(path, f"its positions are not {spec.positions!r}")
     return loaded, ggml.offloaded()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from edgevlm import cleanup, machine
 from edgevlm.bundle import Bundle, Component
 from edgevlm.errors import EngineError
+from edgevlm.image.plan import measured_side
 from edgevlm.models import cache_directory
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.vision import first_use
@@ -218,7 +219,7 @@ class _Opener:
         return encoder, sum(placed, Counts(0, 0))
 
     def _first_use(self, offer: Offer, precision: str, encoder: OrtEncoder) -> Verdict:
-        size = self._bundle.manifest.image.size
+        size = measured_side(self._bundle.manifest.image)
         best = pick(self._wish.cpu_precisions, self._bundle.vision_precisions)
         same, _ = self._encoder(_FALLBACK, precision, Path())
         fastest = same if best == precision else self._encoder(_FALLBACK, best, Path())[0]
