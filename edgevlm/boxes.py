@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from edgevlm.types import Box
@@ -47,3 +48,45 @@ def parse_percent(text: str, width: int, height: int) -> list[Box]:
                 x, y = width / 100, height / 100
                 boxes.append(Box(x0 * x, y0 * y, x1 * x, y1 * y, label))
     return boxes
+
+
+# After Qwen2-VL: the label, then two corners in thousandths; the tokens around them are no text.
+_CORNERS = re.compile(r"([^()\[\]{}\n]*)\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)", re.ASCII)
+# After Qwen2.5-VL: an object of its own for every box, wherever the list around them ends.
+_OBJECT = re.compile(r"\{[^{}]*\"bbox_2d\"[^{}]*\}")
+
+
+def parse_qwen(text: str, width: int, height: int) -> list[Box]:
+    """Reads Qwen2.5-VL's `{"bbox_2d": [x0, y0, x1, y1], "label": label}`, in pixels of a
+    width x height picture as the model saw it, and Qwen2-VL's `label(x0,y0),(x1,y1)`, thousandths
+    of its sides, into boxes in such pixels, cut off where the picture ends. Text that is not a box,
+    and a box that ends before it begins, is passed over.
+    """
+    sides = (width, height) * 2
+    found = [_object(match[0]) for match in _OBJECT.finditer(text)]
+    if not found:
+        found = [
+            (m[1].strip(), [int(n) * s / 1000 for n, s in zip(m.groups()[1:], sides, strict=True)])
+            for m in _CORNERS.finditer(text)
+        ]
+    boxes = []
+    for label, corners in (f for f in found if f):
+        x0, y0, x1, y1 = (
+            min(max(n, 0.0), float(most)) for n, most in zip(corners, sides, strict=True)
+        )
+        if x0 <= x1 and y0 <= y1:
+            boxes.append(Box(x0, y0, x1, y1, label))
+    return boxes
+
+
+def _object(text: str) -> tuple[str, list[float]] | None:
+    """The label and the corners of an object in JSON; None for another."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    corners, label = found["bbox_2d"], found.get("label", "")
+    numbers = isinstance(corners, list) and len(corners) == 4
+    if not numbers or not all(type(n) in (int, float) for n in corners):
+        return None
+    return str(label), [float(n) for n in corners]

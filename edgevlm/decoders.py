@@ -14,6 +14,7 @@ from edgevlm.family import Config, read_config, rope_parameters, setting
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.phi3 import Phi3
 from edgevlm.parts.qwen2 import Qwen2
+from edgevlm.parts.qwen2vl import Qwen2Vl
 
 # Defaults, which a config.json omits; 0 where the class derives one number from others.
 _DERIVED = ("num_key_value_heads", "head_dim")
@@ -56,6 +57,18 @@ _QWEN2 = Qwen2(
     rms_norm_eps=1e-6,
     rope_theta=10000.0,
 )
+_QWEN2_VL = Qwen2Vl(
+    hidden_size=8192,
+    intermediate_size=29568,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=0,
+    vocab_size=152064,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-5,
+    rope_theta=1000000.0,
+)
 # The decoder by `model_type`, of config.json itself or of its text_config.
 _DECODERS = {
     "palo": _LLAMA,
@@ -70,6 +83,10 @@ _DECODERS = {
     "llava_phi3": _PHI3,
     "phi3": _PHI3,
     "qwen2": _QWEN2,
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
+        _QWEN2_VL,
+    ),
 }
 _WINDOWS = {"llava_mistral": 4096, "mistral": 4096}
 # Each class's end token, where neither a config nor generation_config.json states one; of Qwen2,
@@ -99,6 +116,8 @@ def read(config: Config, model_type: str) -> Llama:
     given = {k: v for k, v in config.items() if v is not None or k not in _DERIVED}
     text = read_config(_DECODERS[name], given)
     rope = rope_parameters(config)
+    if isinstance(text, Qwen2Vl):
+        text, rope = _with_sections(text, rope)
     if rope["rope_type"] not in _ROPES:
         raise ValueError(
             f"the decoder scales its positions ({rope['rope_type']!r}); only "
@@ -128,6 +147,24 @@ def read(config: Config, model_type: str) -> Llama:
         rope_factors=factors,
         max_position_embeddings=min(window, longest) if window else longest,
     )
+
+
+def _with_sections(text: Qwen2Vl, rope: dict[str, Any]) -> tuple[Qwen2Vl, dict[str, Any]]:
+    """A decoder with M-RoPE, and its positions under the name that they have in newer files."""
+    sections = rope.get("mrope_section") or []
+    heads = text.num_attention_heads
+    half, odd = divmod(text.hidden_size, 2 * heads)
+    known = isinstance(sections, list) and len(sections) == 3
+    if not known or not all(type(s) is int and s > 0 for s in sections) or sum(sections) != half:
+        raise ValueError(
+            f"mrope_section is {sections!r}; only three numbers that add up to half of a head's "
+            f"width, {half}, are known"
+        )
+    if odd or text.head_dim not in (0, 2 * half):
+        raise ValueError(f"head_dim is {text.head_dim}; only hidden_size by heads is known")
+    kind = rope["rope_type"]
+    renamed = rope | {"rope_type": "default" if kind == "mrope" else kind}
+    return replace(text, mrope_section=tuple(sections)), renamed
 
 
 def _llama3(rope: Config, head_dim: int, theta: float) -> tuple[float, ...]:

@@ -26,6 +26,7 @@ from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.llava_next import write_next
 from tests.checkpoints.llava_onevision import OWN, write_onevision
 from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.qwen2_vl import write_qwen2_vl
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
 
@@ -48,6 +49,8 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "llava-next": ("llava_next", partial(write_next, layout="own")),
     "llava-onevision-hf": ("llava_onevision", write_onevision),
     "llava-onevision": ("llava_onevision", partial(write_onevision, **OWN)),
+    "qwen2-vl": ("qwen2_vl", write_qwen2_vl),
+    "qwen2.5-vl": ("qwen2_vl", partial(write_qwen2_vl, new=True, nested=True)),
     "smolvlm": ("smolvlm", write_smolvlm),
     "smolvlm-2.2b-v1": ("smolvlm", partial(write_smolvlm, places=False, factor=2)),
     "tinygptv": ("tinygptv", lambda folder: write_tinygptv(folder, stage=4)),
@@ -109,15 +112,18 @@ def test_the_manifest_survives_writing_and_reading(bundle: Bundle) -> None:
 def test_pixels_are_the_encoders_and_repeatable(vlm: VLM) -> None:
     spec = vlm.manifest.image
     pixels = preprocess(PICTURE, spec)
-    assert pixels.shape == (3, spec.size, spec.size) and pixels.dtype == np.float32
+    width, height = plan(PICTURE.shape[1], PICTURE.shape[0], spec).canvas
+    sides = (height, width) if spec.native else (spec.size, spec.size)
+    assert pixels.shape == (3, *sides) and pixels.dtype == np.float32
     np.testing.assert_array_equal(pixels, preprocess(PICTURE.copy(), spec))
 
 
 def test_a_picture_takes_the_rows_that_the_manifest_says(vlm: VLM) -> None:
     rows = vlm.image_embeddings(PICTURE)
     planned = plan(PICTURE.shape[1], PICTURE.shape[0], vlm.manifest.image)
-    tiles, each = vlm.manifest.image.tiles, vlm.manifest.image.tokens
-    assert (planned.rows == planned.n_tiles * each) == (tiles is None or tiles.map is None)
+    spec = vlm.manifest.image
+    mapped = spec.native or (spec.tiles and spec.tiles.map)
+    assert (planned.rows == planned.n_tiles * spec.tokens) == (not mapped)
     assert rows.shape == (planned.rows, vlm.manifest.decoder.n_embd)
     assert rows.dtype == np.float32 and np.isfinite(rows).all()
     assert vlm.ask("x", PICTURE, max_tokens=1).tokens.image == len(rows)

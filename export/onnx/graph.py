@@ -1,7 +1,8 @@
 """A builder of ONNX graphs: one input, nodes, one output, and a part's tensors by name.
 
 The batch is the first axis and dynamic, every other axis is known, but for the number of a text's
-tokens, the second axis of a text tower: no graph computes a shape.
+tokens, the second axis of a text tower, and no graph computes a shape, but for parts that see
+pictures of any size: those work on rows as on a batch (free.py).
 Weights stay in their files until the graph is written, and then pass through memory one at a time.
 Knows operators; layers.py makes layers of them, and the rooms of export/parts/ whole parts.
 """
@@ -25,6 +26,9 @@ from edgevlm.export.onnx import storage
 # The first opset with LayerNormalization is 17; every onnxruntime that edgevlm accepts has all of
 # 18. Its files are of version 8.
 OPSET = 18
+# onnxruntime's own operators, which know no versions.
+MICROSOFT = "com.microsoft"
+_OPSETS = {"": OPSET, MICROSOFT: 1}
 _IR_VERSION = 8
 # The batch's name; the runtime sets it to one for devices that plan for known shapes.
 _BATCH = "n"
@@ -38,7 +42,9 @@ Change = Callable[..., Array]
 
 @dataclass(frozen=True)
 class Value:
-    """A float32 tensor [n, *shape] of a graph; n is 1 where it does not depend on the input."""
+    """A float32 tensor [n, *shape] of a graph; n is 1 where it does not depend on the input. Of an
+    input or an output, axes that are the picture's to say are -1.
+    """
 
     name: str
     shape: Shape
@@ -82,6 +88,7 @@ class Builder:
         self._read = read
         self._unused = set(tensors)
         self._nodes: list[Any] = []
+        self._told: list[Any] = []
         self._names: Counter[str] = Counter()
         self._weights: dict[str, Callable[[], Array]] = {}
 
@@ -92,18 +99,22 @@ class Builder:
         assert not self._unused, f"not in the graph: {sorted(self._unused)}"
         (last,) = (node for node in self._nodes if node.output[0] == output.name)
         last.output[0] = name
-        given, made = self._given(), _described(Value(name, output.shape))
+        given, made = self._given(), _described(Value(name, output.shape), name)
         model = helper.make_model(
-            helper.make_graph(self._nodes, path.stem, [given], [made]),
+            helper.make_graph(self._nodes, path.stem, [given], [made], value_info=self._told),
             producer_name="edgevlm",
             ir_version=_IR_VERSION,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[
+                helper.make_opsetid(domain, version)
+                for domain, version in _OPSETS.items()
+                if domain in {"", *(node.domain for node in self._nodes)}
+            ],
         )
         storage.write(model, path, self._values())
 
     def _given(self) -> Any:
         if not self._ids:
-            return _described(self.input)
+            return _described(self.input, self.input.name)
         return helper.make_tensor_value_info(self.input.name, TensorProto.INT64, [_BATCH, _TOKENS])
 
     def _values(self) -> Iterator[tuple[str, Array]]:
@@ -158,7 +169,11 @@ class Builder:
         if (times := self._names[stem]) > 1:
             stem = f"{stem}_{times}"
         self._nodes.append(helper.make_node(operator, [*given], [stem], stem, **attributes))
-        return Value(stem, shape)
+        made = Value(stem, shape)
+        if attributes.get("domain"):
+            # What onnx knows no types of it would not know behind this node either.
+            self._told.append(_described(made, stem))
+        return made
 
     def apply(self, operator: str, name: str, *given: Operand, **attributes: Any) -> Value:
         """An operator on each element: Add, Mul, Erf, Softmax, ...; operands are broadcast."""
@@ -261,5 +276,6 @@ class Builder:
         )
 
 
-def _described(value: Value) -> Any:
-    return helper.make_tensor_value_info(value.name, TensorProto.FLOAT, [_BATCH, *value.shape])
+def _described(value: Value, where: str) -> Any:
+    sides = (side if side >= 0 else f"{where}.{i}" for i, side in enumerate(value.shape))
+    return helper.make_tensor_value_info(value.name, TensorProto.FLOAT, [_BATCH, *sides])

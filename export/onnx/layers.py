@@ -57,6 +57,10 @@ def _tanh_gelu(b: Builder, name: str, x: Value) -> Value:
     return b.apply("Mul", name, b.apply("Mul", name, x, b.number(0.5)), y)
 
 
+def _silu(b: Builder, name: str, x: Value) -> Value:
+    return b.apply("Mul", name, x, b.apply("Sigmoid", name, x))
+
+
 def _quick_gelu(b: Builder, name: str, x: Value) -> Value:
     gate = b.apply("Sigmoid", name, b.apply("Mul", name, x, b.number(1.702)))
     return b.apply("Mul", name, x, gate)
@@ -66,6 +70,7 @@ _ACTIVATIONS = {
     "gelu": _erf_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
     "quick_gelu": _quick_gelu,
+    "silu": _silu,
 }
 
 

@@ -32,6 +32,12 @@ def processor_settings(folder: Path) -> dict[str, Any]:
     return _json(folder / "processor_config.json")
 
 
+def picture_settings(folder: Path) -> dict[str, Any]:
+    """Settings of a folder's picture processor, in whichever file."""
+    stated: dict[str, Any] = processor_settings(folder).get("image_processor") or {}
+    return _json(folder / "preprocessor_config.json") or stated
+
+
 def chat_template(folder: Path) -> str | None:
     """The chat template of a folder's processor, None where it states none."""
     path = folder / "chat_template.jinja"
