@@ -104,8 +104,23 @@ def gemma3() -> Source:
     return replace(real, files=files, tokenizer=replace(real.tokenizer, added=tokens))
 
 
+def qwen2_vl() -> Source:
+    """A small Qwen2.5-VL's config."""
+    real = MODELS["qwen2.5-vl-3b"]
+    config: dict[str, Any] = {**real.files["config.json"], **LLAMA}
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": [8, 12, 12]}
+    vision = {"depth": 2, "fullatt_block_indexes": [1], "hidden_size": 64, "num_heads": 4}
+    config["vision_config"] = {**config["vision_config"], **vision, "out_hidden_size": 256}
+    tokens = {t: replace(a, id=900 + i) for i, (t, a) in enumerate(real.tokenizer.added.items())}
+    config |= {"image_token_id": tokens["<|image_pad|>"].id}
+    config |= {"vision_start_token_id": tokens["<|vision_start|>"].id}
+    files = {**real.files, "config.json": config}
+    return replace(real, files=files, tokenizer=replace(real.tokenizer, added=tokens))
+
+
 SMALL = {
     "gemma3": gemma3(),
+    "qwen2_vl": qwen2_vl(),
     "internvl": internvl(),
     "tinygptv": tinygptv(),
     "gemma": paligemma("gemma"),
@@ -218,7 +233,8 @@ def test_graphs_do_what_exported_ones_do(name: str, tmp_path: Path) -> None:
 def test_every_name_has_a_family_that_reads_its_config(name: str) -> None:
     _, model = synthetic.describe(MODELS[name], name)
     side = model.vision.image_size
-    assert f"-{side}" in name or side in (336, 384, 448) or model.image.tiles
+    free = model.image.tiles or model.image.native
+    assert f"-{side}" in name or side in (336, 384, 448) or free
     assert 1e8 < decoder_bytes(model, "f16") < 2e10
     assert len(vocabulary(model, {}).tokens) == model.decoder.n_vocab
 

@@ -61,7 +61,7 @@ class Original:
         self.processor.chat_template = CHAT_TEMPLATE
         self.token: int = self.model.config.image_token_id
 
-    def inputs(self, turns: Turns, pictures: Sequence[Picture]) -> Any:
+    def inputs(self, turns: Turns, pictures: Sequence[Picture], system: str | None = None) -> Any:
         """A conversation: of each question the number of pictures and the words, answers between
         them.
         """
@@ -72,6 +72,8 @@ class Original:
             }
             for i, (n, said) in enumerate(turns)
         ]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         with quiet():
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
             return self.processor(text=text, images=list(pictures) or None, return_tensors="pt")
@@ -147,6 +149,17 @@ def test_it_answers_like_the_original(vlm: VLM, original: Original, case: str) -
     theirs = original.logits(inputs, tokens)
     assert theirs[:-1].argmax(1).tolist() == tokens
     assert theirs.std() > 3 and np.abs(ours - theirs).max() < 5e-3
+
+
+@pytest.mark.parametrize("case", ["two", "none", "turns"])
+def test_a_system_message_stands_where_the_chat_template_writes_it(
+    vlm: VLM, original: Original, case: str
+) -> None:
+    turns, pictures = CASES[case]
+    words = "You are terse. {prompt} 你好"
+    request = prepare(vlm.engines, exchanges(turns), pictures, Sampling(), words)
+    ids = original.inputs(turns, pictures, words)["input_ids"][0].tolist()
+    assert sequence(request, original.token) == ids
 
 
 @pytest.mark.parametrize("case", ["wide", "small", "large"])

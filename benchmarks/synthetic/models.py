@@ -27,6 +27,10 @@ from edgevlm.benchmarks.synthetic.configs import (
     LLAVA_ONEVISION_TOKENS,
     MOBILEPALO,
     PALIGEMMA,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN2_VL_PICTURES,
+    QWEN2_VL_TOKENS,
     SMOLVLM,
     SMOLVLM_PICTURES,
     SMOLVLM_TOKENS,
@@ -215,6 +219,23 @@ _QWEN2_7B = {
     "num_hidden_layers": 28, "num_key_value_heads": 4, "max_window_layers": 28,
     "tie_word_embeddings": False, "vocab_size": 152064,
 }  # fmt: skip
+
+
+def _qwen2_vl(**config: Any) -> Source:
+    """Qwen2-VL; `config` is what differs from 2B, whose rows the vision tower is told of, too."""
+    vision = {**QWEN2_VL["vision_config"], **config.get("vision_config", {})}
+    key = "out_hidden_size" if "out_hidden_size" in vision else "hidden_size"
+    vision[key] = config.get("hidden_size", QWEN2_VL["hidden_size"])
+    added = {text: AddedToken(i, special=True) for text, i in QWEN2_VL_TOKENS.items()}
+    return Source(
+        {
+            "config.json": QWEN2_VL | config | {"vision_config": vision},
+            PREPROCESSOR: QWEN2_VL_PICTURES,
+        },
+        tokenizer=Tokenizer(bytes=True, add_bos=False, added=added),
+    )
+
+
 _SMOLLM2_360M = {
     "hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15,
     "num_hidden_layers": 32, "num_key_value_heads": 5,
@@ -239,6 +260,10 @@ MODELS: Mapping[str, Source] = {
     "internvl2.5-4b": _internvl(**_QWEN2_5_3B),
     "internvl3-1b": _internvl(),
     "internvl3-2b": _internvl(**_QWEN2_5_1_5B),
+    "qwen2-vl-2b": _qwen2_vl(),
+    "qwen2-vl-7b": _qwen2_vl(**_QWEN2_7B),
+    "qwen2.5-vl-3b": _qwen2_vl(**QWEN2_5_VL),
+    "qwen2.5-vl-7b": _qwen2_vl(**QWEN2_5_VL | _QWEN2_7B),
     "smolvlm-256m": _smolvlm(),
     "smolvlm-500m": _smolvlm(**_SMOLLM2_360M),
     "llava-next-mistral-7b": Source({"config.json": LLAVA_NEXT}),

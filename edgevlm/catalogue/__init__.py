@@ -25,7 +25,7 @@ class CatalogueEntry:
     """A published model: where it is, what it costs and what it can do.
 
     `languages` are ISO codes as its card names them, `tasks` edgevlm's commands that it was trained
-    for, `context` tokens, `tiles` the most that a picture is cut into.
+    for, `context` tokens, `tiles` the most that a picture is cut into, 0 where it keeps its size.
     """
 
     name: str

@@ -144,7 +144,7 @@ def text_text(spec: TextSpec) -> str:
 
 def _show_entry(entry: catalogue.CatalogueEntry) -> None:
     rows = table("", "")
-    tiles = f"up to {entry.tiles} tiles" if entry.tiles > 1 else "one square"
+    tiles = {0: "its own size", 1: "one square"}.get(entry.tiles, f"up to {entry.tiles} tiles")
     for key, value in (
         ("name", entry.name),
         ("family", entry.family),

@@ -32,7 +32,7 @@ from edgevlm.parts.patch_merger import PatchMerger
 from edgevlm.parts.qwen2_vit import Qwen2Vit
 from edgevlm.processors import PREPROCESSOR, QWEN2_VL, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec
-from edgevlm.templates import Cutter, chat_template
+from edgevlm.templates import SYSTEM, Cutter, chat_template
 
 _OLD, _NEW = "qwen2_vl", "qwen2_5_vl"
 # Defaults of Qwen2VLVisionConfig and Qwen2_5_VLVisionConfig.
@@ -222,12 +222,13 @@ _DEFAULT_IDS = {_PAD: 151655, _START: 151652}
 def _prompt(source: Source, ids: Mapping[str, int], tasks: Mapping[str, str]) -> PromptSpec:
     cutter = Cutter(source.tokenizer, "none", ids[_TURN_END])
     end = f"{_TURN_END}\n"
-    words = _system(source)
-    system = f"{_TURN}system\n{words}{end}" if words else ""
+    words, turned = _system(source), f"{_TURN}system\n{{}}{end}"
+    system = turned.format(words) if words else ""
     turn = f"{_TURN}user\n<image>{{prompt}}{end}{_TURN}assistant\n"
     begin = ("{bos}",) if source.tokenizer.add_bos else ()
     return PromptSpec(
         template=(*begin, *cutter.cut(f"{system}{turn}", goes_on=True)),
+        system_template=(*begin, *cutter.cut(turned.format(SYSTEM) + turn, goes_on=True)),
         turn=cutter.cut(f"{end}{turn}", goes_on=True),
         tasks=tasks,
         joined=True,
