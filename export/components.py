@@ -31,6 +31,7 @@ from edgevlm.export.parity import images
 from edgevlm.export.parts import net
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.family import Family, Model
+from edgevlm.image.plan import checked_side
 from edgevlm.parts import Part
 from edgevlm.progress import Report, Stage
 from edgevlm.specs import SelfCheck
@@ -153,7 +154,7 @@ def write(job: Job, options: WriteOptions, folder: Path) -> Written:
 
 def _self_check(job: Job, options: WriteOptions, folder: Path, work: Path) -> SelfCheck:
     """Numbers of the float32 graphs, which lie in `work`, but a projector that stays float32."""
-    projector, size = folder / "projector.onnx", job.model.image.size
+    projector, size = folder / "projector.onnx", checked_side(job.model.image)
     stage = Stage(job.report, "self-check", 1 + len(options.vision), "encoders")
     whole = work / projector.name
     right = self_check.numbers(work / "vision.onnx", whole if whole.exists() else projector, size)

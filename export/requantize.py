@@ -31,6 +31,7 @@ from edgevlm.export.gguf.trim import join
 from edgevlm.export.options import Location, WriteOptions
 from edgevlm.export.parity import compare, images
 from edgevlm.export.precisions import Quant, VisionPrecision
+from edgevlm.image.plan import checked_side
 from edgevlm.progress import Report, Stage
 from edgevlm.specs import SelfCheck
 
@@ -182,7 +183,7 @@ def _convert(
     """Makes encoders from the one that is whole; returns what machines check themselves with."""
     from edgevlm.export.onnx import quantize, storage
 
-    check, size = plan.source.manifest.self_check, plan.source.manifest.image.size
+    check, size = plan.source.manifest.self_check, checked_side(plan.source.manifest.image)
     if not new:
         return check
     assert plan.whole

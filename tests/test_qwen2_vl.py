@@ -261,7 +261,14 @@ def test_where_a_picture_is_too_long(vlm: VLM) -> None:
         vlm.ask("x", np.zeros((3, 601, 3), np.uint8))
 
 
-@pytest.mark.parametrize("vision", ["int8", "qdq8", "fp16", "int4"])
+@pytest.mark.parametrize("new", [False, True])
+def test_in_4_bits_it_stays_within_its_bounds(new: bool, tmp_path: Path) -> None:
+    source = write_qwen2_vl(tmp_path / "source", new=new)
+    made = export_bundle(source, tmp_path / "out", quant="q8_0", vision_precision="int4")
+    assert all(0 <= s.worst <= s.tolerance for s in made.manifest.parity)
+
+
+@pytest.mark.parametrize("vision", ["int8", "qdq8", "fp16"])
 def test_quantized_it_stays_within_its_bounds(
     checkpoint: Path, vision: str, tmp_path: Path
 ) -> None:

@@ -26,8 +26,9 @@ _PAN_RATIO, _PAN_SIDE = 1.2, 256
 _SHRINK_ABOVE = 1.1
 # Qwen2-VL's processor refuses pictures of a longer shape.
 _LONGEST_SHAPE = 200
-# Pixels of a square that pictures of any size are measured with.
-_MEASURED_SIDE = 448
+# Pixels of a square that encoders for pictures of any size are measured with; squares along a side
+# of one that their numbers are checked with, which is quick and has windows that are not whole.
+_MEASURED_SIDE, _CHECKED_SQUARES = 448, 5
 
 Box = tuple[int, int, int, int]
 
@@ -92,8 +93,13 @@ def limited(
     return replace(spec, tiles=replace(spec.tiles, max_tiles=max_tiles))
 
 
+def checked_side(spec: ImageSpec) -> int:
+    """The side of the square that an encoder's numbers are checked with, in pixels."""
+    return spec.size * _CHECKED_SQUARES if spec.native else spec.size
+
+
 def measured_side(spec: ImageSpec) -> int:
-    """The side of the square that an encoder's time and exactness are measured with, in pixels."""
+    """The side of the square that an encoder's time is measured with, in pixels."""
     if spec.native is None:
         return spec.size
     return plan(_MEASURED_SIDE, _MEASURED_SIDE, spec).canvas[0]
