@@ -239,9 +239,12 @@ def test_a_pretrained_one_goes_on_from_the_words(plain: Path) -> None:
         assert np.abs(ours - theirs.logits(inputs, tokens)).max() < 5e-3
 
 
-def test_a_template_can_be_chosen(plain: Path) -> None:
+def test_a_template_can_be_chosen(plain: Path, tmp_path: Path) -> None:
     chat = inspect_source(plain, ReadOptions(template="chat"))
     assert chat.prompt.turn and not chat.notes
+    made = export_bundle(plain, tmp_path / "out", quant="f32", vision_precision="fp32",
+                         template="chat")  # fmt: skip
+    assert all(stage.ok for stage in made.manifest.parity) and made.manifest.prompt == chat.prompt
     with pytest.raises(SourceError, match="the template 'hf' is not one of chat, plain"):
         inspect_source(plain, ReadOptions(template="hf"))
 

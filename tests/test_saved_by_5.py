@@ -14,6 +14,7 @@ from edgevlm.errors import SourceError
 from edgevlm.export import export_bundle
 from edgevlm.export.components import Job
 from edgevlm.export.pipeline import read
+from tests.checkpoints.gemma3 import write_gemma3
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.saved_by_5 import as_saved_by_5
@@ -30,6 +31,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "paligemma-rope": partial(
         write_paligemma, tokenizer="json", layout="c", text_config={"rope_theta": 3e4}
     ),
+    "gemma3": partial(write_gemma3, layout="5", tokenizer="json"),
     "llava": partial(write_llava, layout="hf"),
     "llava-not-legacy": partial(write_llava, layout="hf-4.52", legacy=False),
     "llava-llama3": partial(write_llava, layout="hf", **LLAMA3),

@@ -18,8 +18,8 @@ _GONE = (
 
 
 def as_saved_by_5(folder: Path, **image_processor: Any) -> Path:
-    """Rewrites the folder of a PaliGemma or of a model of LLaVA's kind that has a tokenizer.json;
-    returns it.
+    """Rewrites the folder of a PaliGemma, of a Gemma 3 in the layout "5" or of a model of LLaVA's
+    kind that has a tokenizer.json; returns it.
 
     `image_processor` are settings of its picture processor other than the folder's.
     """
@@ -63,7 +63,7 @@ def _processor(folder: Path, config: dict[str, Any], changes: dict[str, Any]) ->
     pictures |= {"do_rescale": True, "rescale_factor": 1 / 255} | changes
     if config["model_type"] == "paligemma":
         return {"image_processor": pictures, "processor_class": "PaliGemmaProcessor"}
-    if config["model_type"] == "deepseek_vl":
+    if config["model_type"] in ("deepseek_vl", "gemma3"):
         return {**_read(folder / "processor_config.json"), "image_processor": pictures}
     return {
         "image_processor": pictures,
@@ -82,7 +82,9 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     for key, value in found.items():
         if key.endswith("_token") and isinstance(value, dict):
             found[key] = value["content"]
-    if config["model_type"] == "paligemma":
+    if config["model_type"] == "gemma3":
+        found["model_specific_special_tokens"] = found.pop("extra_special_tokens")
+    elif config["model_type"] == "paligemma":
         found |= {"extra_special_tokens": ["<image>"], "mask_token": "<mask>"}
     else:
         found["tokenizer_class"] = "TokenizersBackend"

@@ -64,17 +64,15 @@ class Reference:
         }
 
     def _inputs(self, request: ParityRequest) -> Any:
-        """The question in the checkpoint's chat template, in the published one's words where it has
-        none and a chat was asked for, or as it is.
+        """The question as the chosen template has it, or else in the checkpoint's chat template,
+        which writes the begin token itself, or as it is.
         """
-        written = self._processor.chat_template
         text = f"<start_of_image>{request.prompt}"
-        begins = False
-        if self._template != "plain" and written:
+        begins = not self._template and bool(self._processor.chat_template)
+        if begins:
             content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
             turn = [{"role": "user", "content": content}]
             text = self._processor.apply_chat_template(turn, add_generation_prompt=True)
-            begins = True
         elif self._template == "chat":
             text = f"<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n"
         return self._processor(
