@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgevlm.benchmarks.synthetic.tensors import random_part
-from edgevlm.export.onnx import storage
+from edgevlm.export.onnx import layers, storage
 from edgevlm.export.onnx.write import write
 from edgevlm.export.parts import eva
 from edgevlm.parts import Connector, VisionTower
@@ -24,6 +24,7 @@ from edgevlm.parts.ldpv2 import LdpV2
 from edgevlm.parts.linear import Linear
 from edgevlm.parts.merged_mlp import MergedMlp
 from edgevlm.parts.mlp import Mlp
+from edgevlm.parts.pooled import Pooled
 from edgevlm.parts.qformer import QFormer
 from edgevlm.parts.shuffle import Shuffle
 from edgevlm.parts.siglip import SiglipTower
@@ -51,6 +52,7 @@ PARTS: dict[str, VisionTower | Connector] = {
     "linear": Linear(**ENDS, scale=0.5),
     "shuffle": Shuffle(**ENDS, factor=2),
     "merged_mlp": MergedMlp(**ENDS, factor=2),
+    "pooled": Pooled(**ENDS, factor=2, norm_eps=1e-6),
     "ldp": Ldp(**ENDS),
     "ldpv2": LdpV2(**ENDS),
     "qformer": QFormer(**QUERIES),
@@ -104,6 +106,25 @@ def test_onnxruntime_joins_the_operators_of_an_activation(act: str, tmp_path: Pa
     fused = {"gelu": "BiasGelu", "gelu_pytorch_tanh": "FastGelu", "quick_gelu": "QuickGelu"}[act]
     assert joined.count(fused) == 2 and "LayerNormalization" in joined and "FusedMatMul" in joined
     assert not {"Tanh", "Erf", "Pow", "Sigmoid"} & set(joined)
+
+
+def test_scores_that_are_computed_in_parts_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = SiglipTower(**SIZES, hidden_act="gelu_pytorch_tanh")
+    pixels = np.random.default_rng(0).normal(size=(2, *part.pixels)).astype(np.float32)
+    found, parts = [], []
+    # Of 3 heads and 16 rows: all at once, five queries at a time, and one.
+    for limit in (3 * 16 * 16, 250, 1):
+        monkeypatch.setattr(layers, "SCORES", limit)
+        path = tmp_path / f"{limit}.onnx"
+        write(part, part.pixels, random_part(part), path, stage())
+        found.append(storage.run(path, "pixels", pixels))
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        parts.append(sum(n.op_type == "Softmax" for n in nodes) // part.num_hidden_layers)
+    assert parts == [1, 4, 16]
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5 * found[0].std())
 
 
 def test_every_tensor_has_to_be_in_the_graph(tmp_path: Path) -> None:

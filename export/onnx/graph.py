@@ -236,6 +236,15 @@ class Builder:
         given = [x.name, self._integers(*(axis + 1 for axis in axes))]
         return self.node("ReduceMean", name, given, shape, keepdims=1)
 
+    def joined(self, name: str, values: Sequence[Value], axis: int) -> Value:
+        """Values one behind the other along an axis behind the batch, 0 the first of them."""
+        if len(values) == 1:
+            return values[0]
+        first = values[0].shape
+        total = sum(value.shape[axis] for value in values)
+        shape = (*first[:axis], total, *first[axis + 1 :])
+        return self.node("Concat", name, [v.name for v in values], shape, axis=axis + 1)
+
     def above(self, name: str, x: Value) -> Value:
         """[n, rows, width] with a row of zeros above them."""
         rows, width = x.shape

@@ -74,6 +74,12 @@ _ACTIVATIONS = {
 }
 
 
+# Scores of an attention that are in memory at once, where it has more than twice as many: a quarter
+# of a gigabyte with what is made of them, and a tower of 4096 patches and 16 heads has 16 times so
+# many.
+SCORES = 1 << 24
+
+
 def attention(
     b: Builder, name: str, q: Value, k: Value, v: Value, heads: int, mask: Value | None = None
 ) -> Value:
@@ -83,12 +89,20 @@ def attention(
     (rows, width), head = q.shape, q.shape[1] // heads
     q, k, v = (b.reshape(name, x, x.shape[0], heads, head) for x in (q, k, v))
     q, v = b.transpose(name, q, 1, 0, 2), b.transpose(name, v, 1, 0, 2)
-    scores = b.matmul(name, q, b.transpose(name, k, 1, 2, 0))
-    scores = b.apply("Mul", name, scores, b.number(head**-0.5))
-    if mask:
-        scores = b.apply("Add", name, scores, mask)
-    read = b.matmul(name, b.apply("Softmax", name, scores, axis=-1), v)
-    return b.reshape(name, b.transpose(name, read, 1, 0, 2), rows, width)
+    k = b.transpose(name, k, 1, 2, 0)
+
+    def read(some: Value) -> Value:
+        scores = b.apply("Mul", name, b.matmul(name, some, k), b.number(head**-0.5))
+        if mask:
+            scores = b.apply("Add", name, scores, mask)
+        return b.matmul(name, b.apply("Softmax", name, scores, axis=-1), v)
+
+    all_scores = heads * rows * k.shape[-1]
+    step = rows if mask or all_scores <= 2 * SCORES else max(1, SCORES * rows // all_scores)
+    starts = range(0, rows, step)
+    some = [b.part(name, q, 1, i, min(step, rows - i)) if step < rows else q for i in starts]
+    y = b.joined(name, [read(queries) for queries in some], 1)
+    return b.reshape(name, b.transpose(name, y, 1, 0, 2), rows, width)
 
 
 def encoder_layer(
