@@ -26,6 +26,8 @@ _TOKEN = 220
 _WORK_FACTOR = 2.5
 # Published towers have patches of 14 pixels and more, and 16 heads at most.
 _PATCH, _HEADS = 14, 16
+# Graphs that would have more scores of attention compute them in parts (export/onnx/layers.py).
+_SCORES = 2 << 24
 _PATCH_BYTES = 100_000
 # With what turns rows and windows move beside it: 110 kB a patch in the largest picture.
 _NATIVE_PATCH_BYTES = 130_000
@@ -121,7 +123,8 @@ def _encoder_work(image: ImageSpec) -> float:
     if image.native:
         return math.prod(plan(*PHOTO, image).canvas) / _PATCH**2 * _NATIVE_PATCH_BYTES
     patches = (image.size / _PATCH) ** 2
-    return _HEADS * patches**2 * 4 * _WORK_FACTOR + patches * _PATCH_BYTES
+    scores = min(_HEADS * patches**2, _SCORES)
+    return scores * 4 * _WORK_FACTOR + patches * _PATCH_BYTES
 
 
 def fitted(needs: Needs, repacking: Repacking, limit: int | None, machine: int) -> Budget:
