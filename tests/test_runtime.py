@@ -302,7 +302,7 @@ def test_a_decoder_that_is_none_or_another(paligemma_bundle: Bundle, tmp_path: P
     manifest = paligemma_bundle.manifest
     path = tmp_path / "decoder.gguf"
     path.write_bytes(b"GGUF" + b"\0" * 100)
-    with pytest.raises(BundleCorrupt, match="llama.cpp cannot load it"):
+    with pytest.raises(BundleCorrupt, match="not a GGUF file that can be read"):
         LlamaDecoder(path, manifest.decoder, manifest.token_embedding, threads=1)
     other = dataclasses.replace(manifest.decoder, n_embd=99)
     with pytest.raises(BundleCorrupt, match="another decoder"):
