@@ -52,6 +52,10 @@ Float = npt.NDArray[np.float32]
 _TILES_AT_ONCE = 1
 
 
+# Characters from which on a text is counted in blocks before it is tokenized whole: SentencePiece's
+# merging in llama.cpp takes the square of a text's length, 13 s for 200,000 emoji.
+_LONG_TEXT, _TEXT_BLOCK = 32_000, 4_000
+
 # Makes a call of an engine; the second call ends it.
 Run = Callable[[Callable[[], Float], Callable[[], None]], Float]
 
@@ -90,8 +94,20 @@ class Engines:
         return self.cache.get(picture.key(spec), shape)
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text as the model's own tokenizer gives them."""
-        return self.decoder.tokenize(normalized(text, self.manifest.prompt))
+        """Ids of a text as the model's own tokenizer gives them; raises ContextOverflow for one
+        that is far longer than the context.
+        """
+        text = normalized(text, self.manifest.prompt)
+        self._check_length(text)
+        return self.decoder.tokenize(text)
+
+    def _check_length(self, text: str) -> None:
+        n, context = 0, self.manifest.decoder.context_length
+        for start in range(0, len(text) if len(text) > _LONG_TEXT else 0, _TEXT_BLOCK):
+            n += len(self.decoder.tokenize(text[start : start + _TEXT_BLOCK]))
+            # What a cut through a word adds is far less than that.
+            if n > 2 * context:
+                raise ContextOverflow(0, n, 1, context)
 
     def stop(self) -> None:
         """Ends the engines' running calls, from another thread; those raise Cancelled."""
@@ -214,11 +230,14 @@ def prepare(
     image = among(spec.image, len(pictures))
     plans = [picture.plan(image) for picture in pictures]
     written = laid_out(filled, plans, spec.prompt.picture)
-    tokenized = [_tokenized(model, segment) for segment in written]
-    segments = [segment for segment in tokenized if segment != Tokens(())]
     n_image, n_tiles = sum(p.rows for p in plans), sum(p.n_tiles for p in plans)
-    n_text = sum(len(s.ids) for s in segments if isinstance(s, Tokens))
     context = spec.decoder.context_length
+    try:
+        tokenized = [_tokenized(model, segment) for segment in written]
+    except ContextOverflow as e:
+        raise ContextOverflow(n_image, e.text, 1, context, n_tiles) from None
+    segments = [segment for segment in tokenized if segment != Tokens(())]
+    n_text = sum(len(s.ids) for s in segments if isinstance(s, Tokens))
     if n_image + n_text + 1 > context:
         native = image.native is not None
         raise ContextOverflow(n_image, n_text, 1, context, n_tiles, native=native)

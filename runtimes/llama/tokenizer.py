@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgevlm.errors import BundleCorrupt
+from edgevlm.errors import BundleCorrupt, PromptError
+from edgevlm.gguf_decoder import check_decoder
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.native import Handle
+
+# What llama.cpp cuts by std::regex, which goes a level deeper with every character of a run, 350
+# bytes of the stack each; on a stack of 1 MiB it ends the process at 3000.
+_RECURSIVE = ("deepseek-llm",)
+_LONGEST_RUN = 2000
+_RUNS = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
 
 
 class LlamaTokenizer:
@@ -34,8 +43,17 @@ class LlamaTokenizer:
         """See TextDecoder."""
         return int(llama.llama_vocab_bos(self.vocabulary))
 
+    @cached_property
+    def _pre(self) -> str:
+        """llama.cpp's name of what cuts a text before any merge."""
+        buffer, key = ctypes.create_string_buffer(64), b"tokenizer.ggml.pre"
+        llama.llama_model_meta_val_str(self._model.pointer, key, buffer, len(buffer))
+        return buffer.value.decode(errors="replace")
+
     def tokenize(self, text: str) -> list[int]:
         """See TextDecoder."""
+        if len(text) > _LONGEST_RUN and self._pre in _RECURSIVE:
+            _check_runs(text)
         data = text.encode()
         if not data:
             return []
@@ -66,8 +84,18 @@ class LlamaTokenizer:
         self._model.close()
 
 
+def _check_runs(text: str) -> None:
+    for run in _RUNS.finditer(text):
+        if run.end() - run.start() > _LONGEST_RUN:
+            raise PromptError(
+                f"the text has {run.end() - run.start()} characters of one kind in a row, from "
+                f"{run[0][:10]!r} on; this model's tokenizer takes {_LONGEST_RUN}, break them up"
+            )
+
+
 def load(path: Path) -> LlamaTokenizer:
     """The tokenizer of a GGUF file alone; raises BundleCorrupt."""
+    check_decoder(path)
     params = llama.llama_model_default_params()
     params.vocab_only = True
 
