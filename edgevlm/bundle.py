@@ -187,6 +187,11 @@ class Bundle:
         return self.folder / INPUT if INPUT in names else self.path("decoder")
 
     @property
+    def names(self) -> frozenset[str]:
+        """The names of all files of the components."""
+        return frozenset(r.file for c in self.manifest.all_components for r in c.files)
+
+    @property
     def vision_precisions(self) -> tuple[str, ...]:
         """The precisions at which the vision encoder is there, the main one first."""
         main = self.manifest.components.get("vision")
@@ -269,7 +274,7 @@ def read_manifest(root: Path) -> Manifest:
             "`edgevlm export` makes one from a checkpoint"
         )
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        data: Any = schema.parsed(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as e:
         raise BundleCorrupt(path, f"cannot be read as JSON ({e})") from None
     found = data.get("format") if isinstance(data, dict) else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -10,9 +12,19 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_SHOWN = 200  # characters of a wrong value that a message repeats
+
 
 class SchemaError(ValueError):
     """The data does not have the shape of the dataclass; the message names the key."""
+
+
+def parsed(text: str | bytes) -> Any:
+    """The value of a JSON text; raises ValueError, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read(cls: type[T], data: Any, where: str = "") -> T:
@@ -25,7 +37,7 @@ def read(cls: type[T], data: Any, where: str = "") -> T:
     fields = {_key(f): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields))
     if unknown:
-        raise SchemaError(f"unknown key {_join(where, unknown[0])!r}")
+        raise SchemaError(f"unknown key {_shown(_join(where, unknown[0]))}")
     hints = typing.get_type_hints(cls)
     values = {}
     for name, spec in fields.items():
@@ -73,10 +85,21 @@ def typed(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, dict):
             return {k: typed(args[1], v, _join(where, k)) for k, v in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        # Neither infinity nor NaN, which only Python's JSON has, nor a whole number beyond.
+        if abs(value) <= sys.float_info.max:
+            return float(value)
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise SchemaError(f"{where!r} has the wrong value {value!r}")
+    raise SchemaError(f"{_shown(where)} has the wrong value {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """One short line of a value that may be anything."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "that is nested too deeply"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

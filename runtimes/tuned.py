@@ -75,7 +75,7 @@ def recall(bundle: Bundle, features: Sequence[str]) -> Tuning | None:
     """The tuning of this bundle on this machine, or None; a damaged file counts as none."""
     here, of = facts(features), files(bundle)
     try:
-        data = json.loads(_path(here, of).read_text(encoding="utf-8"))
+        data = schema.parsed(_path(here, of).read_text(encoding="utf-8"))
         found = schema.read(Tuning, data)
     except (OSError, ValueError, schema.SchemaError):
         return None

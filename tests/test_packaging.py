@@ -40,8 +40,11 @@ LAYERS = (
         "edgevlm.notebook",
         "edgevlm.self_check",
         "edgevlm.bundle",
+        "edgevlm.gguf_decoder",
         "edgevlm.gguf_file",
         "edgevlm.texts",
+        "edgevlm.gguf_header",
+        "edgevlm.onnx_file",
     ),
     (
         "edgevlm.family",

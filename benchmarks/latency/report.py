@@ -290,7 +290,7 @@ def to_json(report: Report) -> str:
 def read_report(path: Path) -> Report:
     """Reads a report back. Raises BenchError if it is none, or of another version."""
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        data: Any = schema.parsed(path.read_text(encoding="utf-8"))
         version = data.get("version") if isinstance(data, dict) else None
         if isinstance(version, int) and version > VERSION:
             raise BenchError(f"{path}: report version {version} is too new; upgrade edgevlm")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from edgevlm.errors import PromptError
+from edgevlm.schema import parsed
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _OPTIONS = (
@@ -45,11 +45,9 @@ def _listed(choices: str) -> list[str]:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(_text(file))
+        return parsed(_text(file))
     except ValueError as e:
         raise PromptError(f"{file}: not JSON ({e})") from None
-    except RecursionError:
-        raise PromptError(f"{file}: nested too deeply") from None
 
 
 def _text(file: Path) -> str:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import click
 
-from edgevlm import cleanup
+from edgevlm import cleanup, schema
 
 Record = dict[str, Any]
 
@@ -145,7 +145,7 @@ def _line(record: Record) -> bytes:
 def _parsed(line: bytes) -> Record | None:
     """A line's record; None for a line that is not one."""
     try:
-        record = json.loads(line)
+        record = schema.parsed(line)
     except ValueError:
         return None
     if not isinstance(record, dict):

@@ -88,7 +88,7 @@ class Verdicts:
     def recall(self, key: str) -> Verdict | None:
         """The verdict for this key, or None; a damaged file counts as none."""
         try:
-            data: Any = json.loads(self._path(key).read_text(encoding="utf-8"))
+            data: Any = schema.parsed(self._path(key).read_text(encoding="utf-8"))
             return schema.read(Verdict, data)
         except (OSError, ValueError, schema.SchemaError):
             return None
