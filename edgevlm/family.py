@@ -211,6 +211,10 @@ def locate_by_patterns(
     return None
 
 
+# More layers than any model has, and the largest size that engines hold.
+_MOST_LAYERS, _LARGEST = 1000, 2**31 - 1
+
+
 def read_config(defaults: T, config: Config, where: str = "") -> T:
     """`defaults` with what a config states for any of its fields.
 
@@ -223,6 +227,9 @@ def read_config(defaults: T, config: Config, where: str = "") -> T:
         found[key] = schema.typed(hints[key], config[key], where + key)
         if hints[key] is int and found[key] < 1:
             raise ValueError(f"{where}{key} is {found[key]}; it must be at least 1")
+        most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+        if isinstance(found[key], int) and found[key] > most:
+            raise ValueError(f"{where}{key} is {found[key]:.3g}; no model has more than {most}")
     return replace(defaults, **found)  # type: ignore[type-var]
 
 

@@ -283,7 +283,7 @@ class _Converter:
 
     def _string(self, schema: Mapping[str, Any], where: str) -> str:
         low, high = sizes(schema, "Length", where)
-        kind = schema.get("format")
+        kind = _format(schema, where)
         if kind is None and low == 0 and high is None:
             return self._common("string")
         if kind is None:
@@ -301,7 +301,7 @@ class _Converter:
         low, high, above, below = bounds(schema, where)
         least = None if low is None else math.floor(low) + 1 if above else math.ceil(low)
         most = None if high is None else math.ceil(high) - 1 if below else math.floor(high)
-        kind = schema.get("format")
+        kind = _format(schema, where)
         if kind in _WIDTHS:
             least = max(-(2 ** _WIDTHS[kind]) if least is None else least, -(2 ** _WIDTHS[kind]))
             most = min(2 ** _WIDTHS[kind] - 1 if most is None else most, 2 ** _WIDTHS[kind] - 1)
@@ -313,7 +313,7 @@ class _Converter:
 
     def _number(self, schema: Mapping[str, Any], where: str) -> str:
         low, high, above, below = bounds(schema, where)
-        if schema.get("format") not in (None, "float", "double"):
+        if _format(schema, where) not in (None, "float", "double"):
             raise PromptError(f"the schema's {where}/format {schema['format']!r} cannot be held to")
         if low is None and high is None:
             return self._common("number")
@@ -352,3 +352,10 @@ class _Converter:
         for _ in range(n // _AT_ONCE):
             most = self._add("upto", f"{large} {most} | {unit}{{0,{_AT_ONCE - 1}}}")
         return f"{exact} {most}"
+
+
+def _format(schema: Mapping[str, Any], where: str) -> str | None:
+    kind = schema.get("format")
+    if kind is not None and not isinstance(kind, str):
+        raise PromptError(f"the schema's {where}/format must be a string")
+    return kind

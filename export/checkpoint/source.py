@@ -6,7 +6,6 @@ know which tensor means what.
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Collection, Iterable, Mapping
@@ -14,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgevlm import schema
 from edgevlm.errors import SourceError
+from edgevlm.export.checkpoint import json_shapes
 from edgevlm.export.checkpoint.tensors import DTYPES, SourceTensor
 from edgevlm.family import Config
 
@@ -32,6 +33,7 @@ TOKENIZERS = ("tokenizer.model", FAST, "vocab.json")
 
 # No header of a real checkpoint comes near; a larger one is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
+_MOST_DIMENSIONS = 32  # as many as numpy has
 _OTHERS = re.compile(r".*\.(bin|pt|pth|ckpt|msgpack|h5|npz)")
 
 
@@ -158,11 +160,15 @@ def read_tensors(path: Path) -> list[SourceTensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; raises SourceError."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = schema.parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise SourceError(f"{path}: cannot be read as JSON ({e}); download it again") from None
     if not isinstance(data, dict):
         raise SourceError(f"{path}: must hold a JSON object; download it again")
+    try:
+        json_shapes.check(path.name, data)
+    except ValueError as e:
+        raise SourceError(f"{path}: {e}; download it again") from None
     return data
 
 
@@ -251,7 +257,7 @@ def read_header(path: Path) -> list[SourceTensor]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
                 raise SourceError(f"{path}: is truncated or no safetensors file; download it again")
-            header = json.loads(f.read(length))
+            header = schema.parsed(f.read(length))
         entries = {k: v for k, v in header.items() if k != "__metadata__"}
         tensors = [_entry(path, k, v, 8 + length) for k, v in entries.items()]
         end = 8 + length + max((v["data_offsets"][1] for v in entries.values()), default=0)
@@ -266,8 +272,13 @@ def read_header(path: Path) -> list[SourceTensor]:
 
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any], data: int) -> SourceTensor:
-    begin, end = entry["data_offsets"]
-    tensor = SourceTensor(name, path, entry["dtype"], tuple(entry["shape"]), data + begin)
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    numbers = (begin, end, *shape)
+    if not isinstance(entry["dtype"], str) or not all(type(n) is int for n in numbers):
+        raise ValueError(name)
+    if min(numbers) < 0 or end < begin or len(shape) > _MOST_DIMENSIONS or max(numbers) > 2**62:
+        raise ValueError(name)
+    tensor = SourceTensor(name, path, entry["dtype"], tuple(shape), data + begin)
     dtype = DTYPES.get(tensor.dtype)
     if dtype and end - begin != tensor.elements * dtype.itemsize:
         raise ValueError(name)

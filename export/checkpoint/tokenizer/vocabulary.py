@@ -6,6 +6,7 @@ byte-level BPE is byte_pairs.py's business. Does not know what any token is for.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -200,6 +201,8 @@ def _sentencepiece(path: Path, model: Model) -> list[Token]:
         raise SourceError(
             f"{path}: is not a SentencePiece model ({e}); download it again"
         ) from None
+    if not all(isinstance(p.piece, str) and math.isfinite(p.score) for p in proto.pieces):
+        raise SourceError(f"{path}: has pieces that are not text; download it again")
     if not proto.pieces:
         raise SourceError(f"{path}: is not a SentencePiece model (it is empty); download it again")
     if proto.trainer_spec.model_type != 2:
