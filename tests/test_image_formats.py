@@ -51,7 +51,7 @@ KINDS: dict[str, tuple[bytes, Unpack[tuple[str, ...]]]] = {
     "XML": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
     "a data URL as bytes": (b"data:image/png;base64,iVBORw0KGgo=", "data URL", "as a str"),
     "a web page with a mark before it": (b"\xef\xbb\xbf <html>", "web page"),
-    "words": (b"hello", "not a picture in a format that Pillow reads"),
+    "words": (b"hello", "not a picture in a format that is read here"),
 }  # fmt: skip
 
 
@@ -120,5 +120,5 @@ def test_avif_is_read_where_pillow_has_it(monkeypatch: pytest.MonkeyPatch) -> No
         read_image(ftyp(b"mif1", b"avifmiaf"))
 
 
-def unreadable(_: object) -> Image.Image:
+def unreadable(_: object, formats: object = None) -> Image.Image:
     raise UnidentifiedImageError("cannot identify image file")

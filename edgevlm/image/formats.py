@@ -6,7 +6,14 @@ import io
 import re
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+# Pillow's readers that are on: formats that people keep pictures in. It has others that start a
+# program (EPS), that only tell a format, or that nobody has looked at for decades.
+FORMATS = (
+    *("PNG", "JPEG", "GIF", "BMP", "DIB", "PPM"),
+    *("AVIF", "DDS", "ICNS", "ICO", "JPEG2000", "PCX", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+)
 
 _AVIF = rb"....ftyp.{0,40}avi[fs]"
 _HEIF = re.compile(rb"(?!%b)....ftyp(?:hei[cxms]|hev[cxms]|mif[12]|msf1)" % _AVIF, re.DOTALL)
@@ -24,6 +31,10 @@ _KINDS = (
     (rb"(?:\s|%b)*<(?:!doctype html|html|head|body)\b" % _COMMENT,
      "a web page; name the picture itself (a login or a preview may lie before it)"),
     (rb".{0,1024}%PDF-", "a PDF document; render its page to PNG"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript; render it to PNG"),
+    (rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", "a drawing of Windows; render it to PNG"),
+    (rb"/\* XPM \*/|#define\s+\S+_width\s", "a picture of X11; convert it to PNG"),
+    (rb"SIMPLE  =|\x89HDF\r\n|GRIB|BUFR", "scientific data; convert it to PNG or TIFF"),
     (rb"version https://git-lfs", "a pointer of Git LFS; fetch the file with git lfs pull"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ", "an archive; unpack it"),
     (rb"data:image/", "the text of a data URL; pass it as a str"),
@@ -49,6 +60,19 @@ def is_base64(text: str) -> bool:
     """True if a text is a picture in base64 rather than a name."""
     text = text.strip()
     return bool(_BASE64.fullmatch(text)) and (len(text) > 1024 or bool(_BASE64_PICTURE.match(text)))
+
+
+def open_known(data: bytes) -> Image.Image:
+    """A picture in one of FORMATS; raises UnidentifiedImageError for others, and whatever Pillow's
+    readers do where it is damaged.
+    """
+    try:
+        # Those that Pillow has without importing all of its readers.
+        return Image.open(io.BytesIO(data), formats=FORMATS[:6])
+    except UnidentifiedImageError:
+        Image.init()
+        known = [form for form in FORMATS if form in Image.OPEN]
+        return Image.open(io.BytesIO(data), formats=known)
 
 
 def open_heif(data: bytes) -> Image.Image | None:

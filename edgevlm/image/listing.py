@@ -12,12 +12,11 @@ from typing import NoReturn
 from PIL import Image
 
 from edgevlm.errors import ImageError
+from edgevlm.image.formats import FORMATS
 from edgevlm.image.names import each_located, located
 from edgevlm.image.urls import one_line, shortened
 
 _WILD = re.compile(r"[*?[]")
-# Formats that Pillow tells apart and does not decode, or only with a program beside it.
-_NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 # Pictures that take a package or a later Pillow, which their error says, and JPEGs of two pictures.
 _FURTHER = frozenset((".avif", ".heic", ".heif", ".hif", ".mpo"))
 
@@ -26,7 +25,7 @@ _FURTHER = frozenset((".avif", ".heic", ".heif", ".hif", ".mpo"))
 def extensions() -> frozenset[str]:
     """Extensions of pictures' names, in lower case, each with its dot."""
     known = Image.registered_extensions().items()
-    read = {e for e, kind in known if kind in Image.OPEN and kind not in _NOT_DECODED}
+    read = {e for e, kind in known if kind in Image.OPEN and kind in FORMATS}
     return _FURTHER | read
 
 

@@ -6,7 +6,6 @@ read.
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from edgevlm.errors import ImageError
 from edgevlm.image.bare import without_metadata
 from edgevlm.image.depth import eight_bit
 from edgevlm.image.fetch import download, read_file, read_stream
-from edgevlm.image.formats import is_base64, looks_like, open_heif
+from edgevlm.image.formats import is_base64, looks_like, open_heif, open_known
 from edgevlm.image.names import located
 from edgevlm.image.urls import data_url_bytes, one_line, shortened
 
@@ -187,7 +186,7 @@ def _decode(data: bytes, name: str, use: Callable[[Image.Image, str], T]) -> T:
             pass
     if isinstance(refused, UnidentifiedImageError):
         kind = looks_like(data)
-        unknown = "is not a picture in a format that Pillow reads"
+        unknown = "is not a picture in a format that is read here; PNG and JPEG are"
         raise ImageError(name, f"looks like {kind}" if kind else unknown)
     raise ImageError(name, f"is damaged or truncated ({one_line(refused)})")
 
@@ -195,7 +194,7 @@ def _decode(data: bytes, name: str, use: Callable[[Image.Image, str], T]) -> T:
 def _opened(data: bytes, name: str, use: Callable[[Image.Image, str], T]) -> T:
     with _quiet():
         try:
-            picture: Image.Image = Image.open(io.BytesIO(data))
+            picture: Image.Image = open_known(data)
         except UnidentifiedImageError:
             heif = open_heif(data)
             if heif is None:
