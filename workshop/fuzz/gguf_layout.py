@@ -5,7 +5,6 @@ Written from the format's description, apart from what edgevlm reads files with.
 
 from __future__ import annotations
 
-import builtins
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +52,7 @@ class Layout:
     data: bytes
     alignment: int = 32
 
-    def bytes(self) -> bytes:
+    def packed(self) -> bytes:
         """The file."""
         out = bytearray(self.magic)
         out += struct.pack("<IQQ", self.version, self.n_tensors, self.n_entries)
@@ -71,7 +70,7 @@ class Layout:
                 out += struct.pack("<Q", size % 2**64)
             out += struct.pack("<IQ", info.type, info.offset % 2**64)
         out += bytes(-len(out) % self.alignment)
-        return builtins.bytes(out) + self.data
+        return bytes(out) + self.data
 
 
 def _string(data: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import selectors
@@ -37,26 +38,27 @@ class Loop:
         self.tally = Tally(name, seed)
         self._findings = findings
         self._first = 0
+        # When the first input began; to make a target may take a while.
+        self._start = math.inf
 
     def run(self, minutes: float) -> Tally:
-        """All outcomes of so many minutes."""
-        start = time.monotonic()
-        end = start + 60 * minutes
+        """All outcomes of so many minutes, from the first input on."""
         with tempfile.TemporaryDirectory() as folder:
-            while time.monotonic() < end:
+            while time.monotonic() < self._start + 60 * minutes:
                 with _worker(
                     self.tally.target, Path(folder), self.tally.seed, self._first
                 ) as child:
-                    self._follow(child, end)
-        self.tally.minutes = round((time.monotonic() - start) / 60, 2)
+                    self._follow(child, minutes)
+        self.tally.minutes = round((time.monotonic() - self._start) / 60, 2)
         return self.tally
 
-    def _follow(self, child: _Child, end: float) -> None:
+    def _follow(self, child: _Child, minutes: float) -> None:
         """Reads what a child says until it dies, hangs or the time is over."""
         begun = False
-        while time.monotonic() < end:
+        while time.monotonic() < self._start + 60 * minutes:
             said = child.next()
             if isinstance(said, dict):
+                self._start = min(self._start, time.monotonic())
                 begun, self._first = True, said["begins"] + 1
                 continue
             if not begun:
@@ -117,7 +119,7 @@ class _Child:
         return float(times.user + times.system)
 
     def log(self) -> str:
-        """What it wrote to stdout and stderr since its last input began."""
+        """The end of what it wrote to stdout and stderr since its last input began."""
         return (self.folder / "log").read_text(encoding="utf-8", errors="replace")[-5000:]
 
 

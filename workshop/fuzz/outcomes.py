@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from edgevlm.errors import EdgeVLMError, EngineError
+from edgevlm.errors import EdgeVLMError
 
 Kind = Literal["answer", "refusal", "exception", "message", "memory", "abort", "hang"]
 # A refusal is for people: one line, and no longer than a terminal shows without scrolling.
@@ -44,7 +44,7 @@ def of_error(error: BaseException) -> Outcome:
     text = str(error)
     if isinstance(error, MemoryError) or any(word in text for word in _MEMORY):
         return Outcome("memory", _short(text), _place(error))
-    if not isinstance(error, EdgeVLMError) or type(error) is EngineError:
+    if not isinstance(error, EdgeVLMError):
         return Outcome("exception", f"{type(error).__name__}: {_short(text)}", _place(error))
     one_line = text.strip() and len(text.splitlines()) == 1 and len(text) <= _LONGEST
     return Outcome("refusal" if one_line else "message", _short(text), _place(error))

@@ -71,7 +71,7 @@ class Fuzzed:
         layout = copy.deepcopy(Reader(data).layout)
         for _ in range(rng.choice((1, 1, 2, 3))):
             rng.choice((_number, _number, _entry, _entry, _array, _tensor, _head))(layout, rng)
-        return bytes([which]) + layout.bytes()
+        return bytes([which]) + layout.packed()
 
     def check(self, data: bytes) -> None:
         """See Target."""
