@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 from edgevlm import cleanup, schema
 from edgevlm.errors import BundleCorrupt, BundleError, BundleNotFound, BundleTooNew
+from edgevlm.spec_bounds import out_of_bounds
 from edgevlm.specs import (
     AnswerSpec,
     DecoderSpec,
@@ -284,6 +285,9 @@ def read_manifest(root: Path) -> Manifest:
         manifest = schema.read(Manifest, data)
         if "decoder" in manifest.components and (missing := {*_DECODING} - {*data}):
             raise schema.SchemaError(f"missing key {min(missing)!r}")
+        decoder = manifest.decoder if "decoder" in manifest.components else None
+        if problem := out_of_bounds(manifest.image, decoder):
+            raise schema.SchemaError(problem)
     except schema.SchemaError as e:
         raise BundleCorrupt(path, str(e)) from None
     if manifest.format < 1:

@@ -229,7 +229,9 @@ def read_config(defaults: T, config: Config, where: str = "") -> T:
             raise ValueError(f"{where}{key} is {found[key]}; it must be at least 1")
         most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
         if isinstance(found[key], int) and found[key] > most:
-            raise ValueError(f"{where}{key} is {found[key]:.3g}; no model has more than {most}")
+            raise ValueError(
+                f"{where}{key} is {str(found[key])[:20]}; no model has more than {most}"
+            )
     return replace(defaults, **found)  # type: ignore[type-var]
 
 

@@ -50,9 +50,9 @@ def cosine(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """The smallest cosine of any group of two sketches; -1 where one is not finite or they are of
     different shapes.
     """
-    x, y = (np.asarray(v, np.float64).reshape(-1, PATTERNS) for v in (a, b))
-    if x.shape != y.shape:
+    if np.size(a) != np.size(b) or not np.size(a) or np.size(a) % PATTERNS:
         return -1.0
+    x, y = (np.asarray(v, np.float64).reshape(-1, PATTERNS) for v in (a, b))
     with np.errstate(all="ignore"):
         cosines = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
     cosines[(x == y).all(1)] = 1  # Sums of zeros have no angle.
