@@ -39,6 +39,7 @@ LAYERS = (
         "edgevlm.masks",
         "edgevlm.notebook",
         "edgevlm.self_check",
+        "edgevlm.spec_bounds",
         "edgevlm.bundle",
         "edgevlm.gguf_decoder",
         "edgevlm.gguf_file",
