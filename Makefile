@@ -1,8 +1,8 @@
-# Seven words: setup, test, check, bench, soak, docs, arm64. VENV may name another environment.
+# Eight words: setup, test, check, bench, soak, docs, audit, arm64. VENV may name another environment.
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup test check bench soak docs arm64
+.PHONY: setup test check bench soak docs audit arm64
 setup:
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[test]"
@@ -22,6 +22,16 @@ bench:
 soak:
 	$(BIN)/python -m workshop.soak --minutes 10
 	$(BIN)/python -m workshop.interrupts --times 100
+
+# The core alone, as users have it: what is in it, and whether anything of it is known to be unsafe.
+audit:
+	python3 -m venv build/audit/core
+	build/audit/core/bin/python -m pip install -q .
+	python3 -m venv build/audit/tools
+	build/audit/tools/bin/python -m pip install -q cyclonedx-bom pip-audit
+	build/audit/core/bin/python -m pip freeze --exclude edgevlm > build/audit/core.txt
+	build/audit/tools/bin/cyclonedx-py environment build/audit/core/bin/python -o build/audit/sbom.json
+	build/audit/tools/bin/pip-audit --no-deps --disable-pip -r build/audit/core.txt
 
 # The extra alone is enough for it, and a checkout that has it asks nothing of the network.
 docs: $(BIN)/zensical

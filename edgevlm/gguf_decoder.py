@@ -201,8 +201,9 @@ def _check_vocabulary(values: Mapping[str, KeyValue], tokenizer: bool) -> None:
     if types is None or types.value.min() < 1 or types.value.max() > _LAST_TYPE:
         raise Damaged(f"{_TOKENIZER}token_type is not of the types 1 to {_LAST_TYPE}")
     bytes_there = {texts[i] for i in np.flatnonzero(types.value == _BYTE)}
-    if pieces and tokenizer and not bytes_there >= {b"<0x%02X>" % b for b in range(256)}:
-        raise Damaged("the vocabulary lacks pieces for bytes")
+    every = {b"<0x%02X>" % b for b in range(256)} if pieces else set[bytes]()
+    if not bytes_there <= every or (tokenizer and bytes_there != every):
+        raise Damaged("the vocabulary lacks pieces for bytes, or has others")
 
 
 def _shown(value: KeyValue) -> str:

@@ -115,6 +115,8 @@ GGUF: dict[str, tuple[Callable[[Layout], None], str]] = {
     "scores that are none": (
         array("scores", lambda t: [float("nan"), *t[1:]]), "scores' is an array"),
     "no pieces for bytes": (array("token_type", lambda t: [1] * len(t)), "pieces for bytes"),
+    "a piece for a byte that is none": (
+        array("token_type", lambda t: [6, *t[1:]]), "pieces for bytes"),
     "another way to cut": (put("tokenizer.ggml.pre", 8, b"deepseek-coder"), "ggml.pre' is"),
     "another tokenizer": (put("tokenizer.ggml.model", 8, b"bert"), "ggml.model' is b'bert'"),
     "a split file": (put("split.count", 2, 7), "'split.count' is not known"),

@@ -15,8 +15,8 @@ from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.native import Handle
 
-# What llama.cpp cuts by std::regex, which goes a level deeper with every character of a run, 350
-# bytes of the stack each; on a stack of 1 MiB it ends the process at 3000.
+# What llama.cpp cuts by std::regex, which goes a level deeper with every character of a run: where
+# the stack is 1 MiB it takes 2000, and the process ends at 4000.
 _RECURSIVE = ("deepseek-llm",)
 _LONGEST_RUN = 2000
 _RUNS = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
