@@ -45,6 +45,7 @@ from workshop.fuzz.__main__ import main
 from workshop.fuzz.gguf_layout import Entry, Layout, Reader
 from workshop.fuzz.loop import replay
 from workshop.fuzz.mutate import changed, damaged
+from workshop.fuzz.report import table
 from workshop.fuzz.samples import replaced
 
 PICTURE = Image.new("RGB", (8, 8))
@@ -315,7 +316,7 @@ def test_a_self_check_of_other_numbers(n: int) -> None:
     [
         {"type": kind, "format": value}
         for kind in ("string", "integer", "number")
-        for value in ([], 1)
+        for value in (["x"], 1)
     ],
 )
 def test_schemas(vlm: VLM, schema: Any) -> None:
@@ -473,3 +474,10 @@ def test_unknown_targets_are_named() -> None:
     done = CliRunner().invoke(main, ["nothing"])
     assert done.exit_code == 2 and "unknown target 'nothing'" in done.output
     assert subprocess.run([sys.executable, "-c", "import workshop.fuzz"]).returncode == 0
+
+
+def test_the_table_in_the_docs_is_the_reports() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    made = table(docs / "fuzzing.jsonl")
+    assert made in (docs / "fuzzing.md").read_text(encoding="utf-8")
+    assert {row.split()[1] for row in made.splitlines()[2:]} == {*targets.names()}

@@ -85,7 +85,9 @@ def _value(kind: int, value: Any) -> bytes:
     if kind in (6, 12):
         return struct.pack(NUMBERS[kind], float(value))
     size = struct.calcsize(NUMBERS[kind])
-    return (int(value) % 2 ** (8 * size)).to_bytes(size, "little")
+    # By the modulus a negative number has the bits that it has in C.
+    modulus: int = 1 << 8 * size
+    return (int(value) % modulus).to_bytes(size, "little")
 
 
 class Reader:
