@@ -16,10 +16,12 @@ from typing import Any
 from edgevlm.errors import BundleCorrupt
 
 _DOMAINS = ("", "ai.onnx")
-# What exports take of another domain: weights in four bits, and quantizers' fusions of ONNX's own.
+# What exports take of another domain: weights in four bits, attention without scores in memory, and
+# quantizers' fusions of ONNX's own.
 _MICROSOFT = "com.microsoft"
 _FUSED = (
-    *("MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm", "FusedMatMul"),
+    *("MatMulNBits", "MultiHeadAttention", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
+    *("QGemm", "FusedMatMul"),
     *("Gelu", "FastGelu", "BiasGelu", "QuickGelu", "QLinearAdd", "QLinearMul", "QLinearConcat"),
 )
 # Bits of a value by ONNX's number of its type; texts and what is not listed have none.
