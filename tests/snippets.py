@@ -14,6 +14,7 @@ A block with a `title` is also a file of that name.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -88,8 +89,11 @@ def commands(block: Block) -> Iterator[tuple[str, str | None]]:
 
 
 def words(command: str) -> list[str]:
-    """Words of a command without its comment, and without the folder of an environment."""
-    return [word.removeprefix(".venv/bin/") for word in shlex.split(command, comments=True)]
+    """Words of a command without its comment and the folder of an environment, and with a home's
+    sign as a shell opens it.
+    """
+    given = shlex.split(command, comments=True)
+    return [os.path.expanduser(word.removeprefix(".venv/bin/")) for word in given]
 
 
 def has_placeholder(given: list[str]) -> bool:

@@ -27,9 +27,11 @@ from edgevlm import catalogue
 from edgevlm.bundle import read_manifest, write_manifest
 from edgevlm.cli import cli, main
 from edgevlm.errors import EngineMissing
+from edgevlm.export import export_bundle
 from edgevlm.hub.repository import RemoteFile, Repository
 from edgevlm.models import built_in
 from tests import snippets
+from tests.checkpoints.dual import write_siglip
 from tests.serving import Served, serving
 from tests.snippets import DOCUMENTED, ROOT, Block
 
@@ -43,6 +45,10 @@ NOT_RUN = {
     "requantize": "needs a bundle that is not built in",
     "push": "uploads",
 }
+# The commit of a repository whose catalogue entry names none.
+COMMIT = "0" * 40
+# The model that pages embed with.
+EMBEDS = "siglip2-base-224"
 # Devices that a page may name and this machine lack; a command or a block that does may fail so.
 DEVICE = re.compile(r"device(=\"| )(?!cpu|auto)")
 
@@ -53,26 +59,40 @@ def served() -> Iterator[Served]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def dual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that embeds."""
+    folder = tmp_path_factory.mktemp("dual")
+    source = write_siglip(folder / "checkpoint")
+    return export_bundle(source, folder / "bundle", vision_precision="int8", verify=False).folder
+
+
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that pages name, as the working directory, and pico under the names
-    of all models.
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dual: Path) -> Path:
+    """A folder with the files that pages name, as the working directory and home, and pico under
+    the names of all models that answer, another bundle under that of a model that embeds.
     """
     desk = tmp_path / "desk"
     desk.mkdir()
     monkeypatch.chdir(desk)
+    monkeypatch.setenv("HOME", str(desk))
     (desk / "examples").symlink_to(EXAMPLES)
-    (desk / "photos").mkdir()
     shapes = Image.open(EXAMPLES / "shapes.png").convert("RGB")
-    for name in ("photo.png", "photo.jpg", "receipt.jpg", "photos/a.png", "photos/b.jpg"):
-        shapes.save(desk / name, quality=95)
+    for folder in ("photos", "Photos"):
+        (desk / folder).mkdir(exist_ok=True)
+        for name in ("photo.png", "photo.jpg", "receipt.jpg", f"{folder}/a.png", f"{folder}/b.jpg"):
+            shapes.save(desk / name, quality=95)
     home = tmp_path / "home"
     monkeypatch.setenv("EDGEVLM_HOME", str(home))
     monkeypatch.delenv("EDGEVLM_MODEL", raising=False)
     for entry in catalogue.entries().values():
+        if "embed" in entry.tasks and entry.name != EMBEDS:
+            continue  # with one alone, commands need not be told
         folder = home / "models" / entry.name
-        shutil.copytree(built_in(), folder, copy_function=os.symlink)
-        manifest = replace(read_manifest(folder), origin=entry.source)
+        bundle = dual if "embed" in entry.tasks else built_in()
+        shutil.copytree(bundle, folder, copy_function=os.symlink)
+        origin = f"{entry.repo}@{entry.revision or COMMIT}"
+        manifest = replace(read_manifest(folder), origin=origin)
         (folder / "edgevlm.json").unlink()
         write_manifest(folder, manifest)
     monkeypatch.setattr("edgevlm.pulling.look_up", found_on_the_hub)
@@ -82,7 +102,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def found_on_the_hub(repo: str, *_: object) -> Repository:
     """A repository whose files are those of its catalogue entry."""
     (entry,) = (entry for entry in catalogue.entries().values() if entry.repo == repo)
-    return Repository(entry.repo, str(entry.revision), (RemoteFile("model.safetensors", 1),))
+    return Repository(entry.repo, entry.revision or COMMIT, (RemoteFile("model.safetensors", 1),))
 
 
 class Page:

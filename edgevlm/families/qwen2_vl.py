@@ -90,7 +90,8 @@ _TASKS: Mapping[str, str] = {
     "caption": "Describe this image.",
     "ocr": "Read all the text in the image.",
 }
-# After the notebooks that are published with Qwen2.5-VL (cookbooks/spatial_understanding, ocr).
+# After the notebooks published with Qwen2.5-VL (cookbooks/spatial_understanding, ocr), from memory:
+# they could not be had.
 _NEW_TASKS: Mapping[str, str] = {
     "caption": "Describe this image.",
     "ocr": "Please output only the text content from the image without any additional "
