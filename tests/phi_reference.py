@@ -144,7 +144,12 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(tiny.rotary)
     writer.add_vocab_size(tiny.n_vocab)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("llama")
+    others = tiny.n_vocab - 256
+    pieces = [f"<0x{i:02X}>" for i in range(256)]
+    writer.add_token_list([*pieces, *(f"<{i}>" for i in range(others))])
+    writer.add_token_scores([0.0] * tiny.n_vocab)
+    writer.add_token_types([gguf.TokenType.BYTE] * 256 + [gguf.TokenType.NORMAL] * others)
     for key, name in NORMS.items():
         if key not in without:
             writer.add_array(key, w[name].ravel().tolist())

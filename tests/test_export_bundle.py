@@ -250,7 +250,8 @@ def test_progress_of_every_stage_reaches_its_end(
     steps: list[Progress] = []
     quick(paligemma_checkpoint, tmp_path / "out", quant="q4_k_m", progress=steps.append)
     last = {step.stage: step for step in steps}
-    assert list(last) == ["decoder", "quantize", "vision", "projector", "hash", "hash source"]
+    stages = ["decoder", "quantize", "vision", "projector", "self-check", "hash", "hash source"]
+    assert list(last) == stages
     assert all(step.done == step.total for step in last.values())
     assert all(0 <= s.done <= s.total and s.unit for s in steps)
 
