@@ -78,10 +78,10 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dual: Path) -> Path:
     monkeypatch.setenv("HOME", str(desk))
     (desk / "examples").symlink_to(EXAMPLES)
     shapes = Image.open(EXAMPLES / "shapes.png").convert("RGB")
-    for folder in ("photos", "Photos"):
-        (desk / folder).mkdir(exist_ok=True)
-        for name in ("photo.png", "photo.jpg", "receipt.jpg", f"{folder}/a.png", f"{folder}/b.jpg"):
-            shapes.save(desk / name, quality=95)
+    for pictures in (desk, desk / "photos", desk / "Photos"):
+        pictures.mkdir(exist_ok=True)
+        for name in ("photo.png", "photo.jpg", "receipt.jpg", "a.png", "b.jpg"):
+            shapes.save(pictures / name, quality=95)
     home = tmp_path / "home"
     monkeypatch.setenv("EDGEVLM_HOME", str(home))
     monkeypatch.delenv("EDGEVLM_MODEL", raising=False)
