@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -199,16 +199,20 @@ class Family:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def locate_by_patterns(
-    name: str, parts: Iterable[tuple[re.Pattern[str], str]], unused: re.Pattern[str]
-) -> str | None:
-    """`locate` by patterns: what follows a pattern's prefix stands behind its part's."""
-    if unused.fullmatch(name):
-        return IGNORED
-    for pattern, part in parts:
-        if match := pattern.fullmatch(name):
-            return part + match[1]
-    return None
+def locating(
+    parts: Sequence[tuple[re.Pattern[str], str]], unused: re.Pattern[str]
+) -> Callable[[str], str | None]:
+    """A `Family.locate` by patterns: what follows a pattern's prefix stands behind its part's."""
+
+    def locate(name: str) -> str | None:
+        if unused.fullmatch(name):
+            return IGNORED
+        for pattern, part in parts:
+            if match := pattern.fullmatch(name):
+                return part + match[1]
+        return None
+
+    return locate
 
 
 # More layers than any model has, and the largest size that engines hold.

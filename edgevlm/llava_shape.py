@@ -19,7 +19,7 @@ from edgevlm.family import (
     Source,
     Tokenizer,
     decoder_spec,
-    locate_by_patterns,
+    locating,
     read_config,
     section,
     setting,
@@ -27,7 +27,7 @@ from edgevlm.family import (
 )
 from edgevlm.parts import Connector, VisionTower
 from edgevlm.parts.anyres import Anyres
-from edgevlm.parts.clip import ClipTower
+from edgevlm.parts.clip import CLIP_TOWER, ClipTower
 from edgevlm.parts.ldp import Ldp
 from edgevlm.parts.ldpv2 import LdpV2
 from edgevlm.parts.linear import Linear
@@ -39,18 +39,6 @@ from edgevlm.templates import BEGIN_3, IMAGE, TEMPLATES, Cutter, Spaces, Templat
 
 Tower = TypeVar("Tower", bound=VisionTower)
 
-# transformers' defaults for CLIPVisionConfig, which a config.json omits.
-_VISION = ClipTower(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=32,
-    hidden_act="quick_gelu",
-    layer_norm_eps=1e-5,
-)
 OWN_LAYOUT = ("palo", "mobilevlm", "llava_llama", "llava_mistral", "llava_phi", "llava_phi3")
 # LLaVA-NeXT's code with a Qwen2: its type, or LLaVA's first one with its class.
 OWN_QWEN, _QWEN_CLASS = "llava_qwen", "LlavaQwenForCausalLM"
@@ -128,7 +116,7 @@ def _vision(source: Source, config: Config) -> ClipTower:
     kind = found.get("model_type", "clip_vision_model")
     if kind not in ("clip_vision_model", "clip"):
         raise ValueError(f"the vision tower is a {kind!r}; only clip_vision_model is known")
-    vision = read_config(_VISION, found) if found else _from_shapes(source)
+    vision = read_config(CLIP_TOWER, found) if found else _from_shapes(source)
     layer = config.get("mm_vision_select_layer", config.get("vision_feature_layer", -2))
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer is {layer!r}; only one layer can be read")
@@ -148,7 +136,7 @@ _SELECT = {"patch": False, "default": False, "cls_patch": True, "full": True}
 
 
 def _from_shapes(source: Source) -> ClipTower:
-    vision, positions = inside(source, _VISION)
+    vision, positions = inside(source, CLIP_TOWER)
     return replace(
         vision,
         num_attention_heads=vision.hidden_size // _CLIP_HEAD,
@@ -356,9 +344,7 @@ _UNUSED = re.compile(
 )
 
 
-def locate(name: str) -> str | None:
-    """See Family.locate."""
-    return locate_by_patterns(name, _PARTS, _UNUSED)
+locate = locating(_PARTS, _UNUSED)
 
 
 def tower(source: Source) -> str | None:

@@ -1,4 +1,4 @@
-"""What `make arm64` finds wrong, and what it says; nothing is emulated here."""
+"""The faults that `make arm64` finds, and its words for them; nothing is emulated here."""
 
 from __future__ import annotations
 

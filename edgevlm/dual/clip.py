@@ -13,31 +13,20 @@ from edgevlm.family import (
     Config,
     Source,
     T,
-    locate_by_patterns,
+    locating,
     read_config,
     section,
     setting,
 )
 from edgevlm.image_specs import image_spec
 from edgevlm.parts.class_row import ClassRow
-from edgevlm.parts.clip import ClipTower
+from edgevlm.parts.clip import CLIP_TOWER
 from edgevlm.parts.picture_encoder import PictureEncoder
 from edgevlm.parts.text_tower import TextTower
 from edgevlm.processors import CLIP, SIGLIP, default_settings, find_settings
 from edgevlm.specs import ImageSpec, TextSpec
 
-# Defaults of CLIPVisionConfig and CLIPTextConfig, which a config.json omits.
-_VISION = ClipTower(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=32,
-    hidden_act="quick_gelu",
-    layer_norm_eps=1e-5,
-)
+# Defaults of CLIPTextConfig, which a config.json omits.
 _TEXT = TextTower(
     hidden_size=512,
     intermediate_size=2048,
@@ -56,7 +45,7 @@ TEMPLATE = "a photo of a {}."
 
 def _describe(source: Source) -> DualModel:
     config = source.files[CONFIG]
-    vision = replace(_part(config, "vision_config", _VISION), class_token=True)
+    vision = replace(_part(config, "vision_config", CLIP_TOWER), class_token=True)
     width = setting(config, "projection_dim", _WIDTH)
     text, end = _part(config, "text_config", _TEXT), _end(config)
     tokens = most_tokens(source.files, text.max_position_embeddings)
@@ -114,14 +103,10 @@ _PARTS = (
 _UNUSED = re.compile(r"(?:vision|text)_model\.embeddings\.position_ids")
 
 
-def _locate(name: str) -> str | None:
-    return locate_by_patterns(name, _PARTS, _UNUSED)
-
-
 FAMILY = DualFamily(
     name="clip",
     license="unknown; see the model's page",
     model_types=("clip",),
     describe=_describe,
-    locate=_locate,
+    locate=locating(_PARTS, _UNUSED),
 )

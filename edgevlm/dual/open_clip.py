@@ -18,7 +18,7 @@ from edgevlm.family import (
     Config,
     FileError,
     Source,
-    locate_by_patterns,
+    locating,
     section,
     setting,
 )
@@ -294,14 +294,10 @@ _UNUSED = re.compile(
 )
 
 
-def _locate(name: str) -> str | None:
-    return locate_by_patterns(name, _PARTS, _UNUSED)
-
-
 FAMILY = DualFamily(
     name="open_clip",
     license="unknown; see the model's page",
     model_types=(),
     describe=_describe,
-    locate=_locate,
+    locate=locating(_PARTS, _UNUSED),
 )

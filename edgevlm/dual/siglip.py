@@ -14,30 +14,19 @@ from edgevlm.dual.clip import picture
 from edgevlm.family import (
     Config,
     Source,
-    locate_by_patterns,
+    locating,
     read_config,
     section,
     setting,
 )
 from edgevlm.parts.map_head import MapHead
 from edgevlm.parts.picture_encoder import PictureEncoder
-from edgevlm.parts.siglip import SiglipTower
+from edgevlm.parts.siglip import SIGLIP_TOWER, SiglipTower
 from edgevlm.parts.text_tower import TextTower
 from edgevlm.processors import SIGLIP
 from edgevlm.specs import Clean, TextSpec
 
-# Defaults of SiglipVisionConfig and SiglipTextConfig, which a config.json omits.
-_VISION = SiglipTower(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=16,
-    hidden_act="gelu_pytorch_tanh",
-    layer_norm_eps=1e-6,
-)
+# Defaults of SiglipTextConfig, which a config.json omits.
 _TEXT = TextTower(
     hidden_size=768,
     intermediate_size=3072,
@@ -61,7 +50,7 @@ def _describe(source: Source) -> DualModel:
     stated = section(config, "vision_config")
     if not setting(stated, "vision_use_head", True):
         raise ValueError("vision_config.vision_use_head is false; only models with it are known")
-    vision = read_config(_VISION, stated, "vision_config.")
+    vision = read_config(SIGLIP_TOWER, stated, "vision_config.")
     said = section(config, "text_config")
     text = read_config(_TEXT, said, "text_config.")
     width = _projection(said, text.hidden_size)
@@ -116,14 +105,10 @@ _PARTS = (
 _UNUSED = re.compile(r"(?:vision|text)_model\.embeddings\.position_ids")
 
 
-def _locate(name: str) -> str | None:
-    return locate_by_patterns(name, _PARTS, _UNUSED)
-
-
 FAMILY = DualFamily(
     name="siglip",
     license="Apache-2.0",
     model_types=("siglip",),
     describe=_describe,
-    locate=_locate,
+    locate=locating(_PARTS, _UNUSED),
 )

@@ -17,7 +17,7 @@ from edgevlm.family import (
     Model,
     Source,
     decoder_spec,
-    locate_by_patterns,
+    locating,
     read_config,
     section,
     setting,
@@ -26,7 +26,7 @@ from edgevlm.family import (
 from edgevlm.image_specs import image_spec
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.mlp import Mlp
-from edgevlm.parts.siglip import SiglipTower
+from edgevlm.parts.siglip import SIGLIP_TOWER, SiglipTower
 from edgevlm.processors import DEEPSEEK_VL, PREPROCESSOR, PROCESSOR, VLM, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec
 from edgevlm.templates import EOS, IMAGE, SEEING, SYSTEM, Cutter, Template
@@ -38,18 +38,6 @@ _TEMPLATE = Template(
 )
 # transformers' chat template writes a system message as one more turn behind its own words.
 _HF_SYSTEM = f"{SEEING}\n\nSystem: {SYSTEM}{EOS}User: "
-# Defaults of SiglipVisionConfig, which a config.json omits.
-_SIGLIP = SiglipTower(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=16,
-    hidden_act="gelu_pytorch_tanh",
-    layer_norm_eps=1e-6,
-)
 # What the original's code has of the one tower that it is published with (siglip_vit.py,
 # SigLIP_MODEL_CONFIG); the tensors say the rest.
 _TOWER, _HEADS = "siglip_large_patch16_384", 16
@@ -144,7 +132,7 @@ def _vision(config: Config) -> SiglipTower:
     kind = stated.get("model_type", "siglip_vision_model")
     if kind != "siglip_vision_model":
         raise ValueError(f"the vision tower is a {kind!r}; only siglip_vision_model is known")
-    return _checked(read_config(_SIGLIP, stated, "vision_config."))
+    return _checked(read_config(SIGLIP_TOWER, stated, "vision_config."))
 
 
 def _checked(vision: SiglipTower) -> SiglipTower:
@@ -269,10 +257,7 @@ _UNUSED = re.compile(
     r"|(?:model\.)?vision_model\.(?:vision_model\.)?(?:head\..+|embeddings\.position_ids)"
     r"|.+\.rotary_emb\.inv_freq"
 )
-
-
-def _locate(name: str) -> str | None:
-    return locate_by_patterns(name, _PARTS, _UNUSED)
+_locate = locating(_PARTS, _UNUSED)
 
 
 FAMILY = Family(

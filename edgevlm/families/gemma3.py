@@ -19,7 +19,7 @@ from edgevlm.family import (
     Model,
     Source,
     decoder_spec,
-    locate_by_patterns,
+    locating,
     read_config,
     section,
     setting,
@@ -28,24 +28,13 @@ from edgevlm.family import (
 from edgevlm.image_specs import check_rows, image_spec
 from edgevlm.parts.gemma3 import Gemma3
 from edgevlm.parts.pooled import Pooled
-from edgevlm.parts.siglip import SiglipTower
+from edgevlm.parts.siglip import SIGLIP_TOWER, SiglipTower
 from edgevlm.processors import GEMMA3, default_settings, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec
 from edgevlm.templates import IMAGE, SYSTEM, Cutter, chat_template
 
 _GELU = "gelu_pytorch_tanh"
-# Defaults of SiglipVisionConfig and Gemma3TextConfig, which config.json omits.
-_VISION = SiglipTower(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=16,
-    hidden_act=_GELU,
-    layer_norm_eps=1e-6,
-)
+# Defaults of Gemma3TextConfig, which config.json omits.
 _TEXT = Gemma3(
     hidden_size=2304,
     intermediate_size=9216,
@@ -122,7 +111,7 @@ def _vision(config: Config) -> SiglipTower:
         raise ValueError(
             "vision_config is not there: without its vision tower a Gemma 3 sees no pictures"
         )
-    vision = read_config(_VISION, stated, "vision_config.")
+    vision = read_config(SIGLIP_TOWER, stated, "vision_config.")
     if vision.num_channels != 3 or vision.image_size % vision.patch_size:
         raise ValueError(
             f"vision_config has {vision.num_channels} channels and {vision.image_size} pixels in "
@@ -301,16 +290,12 @@ _UNUSED = re.compile(
 )
 
 
-def _locate(name: str) -> str | None:
-    return locate_by_patterns(name, _PARTS, _UNUSED)
-
-
 FAMILY = Family(
     name="gemma3",
     license="gemma",
     model_types=("gemma3",),
     describe=_describe,
-    locate=_locate,
+    locate=locating(_PARTS, _UNUSED),
     refused={
         "gemma3_text": "a Gemma 3 that reads text alone (270M, 1B); name one that sees pictures, "
         "such as google/gemma-3-4b-it",

@@ -18,7 +18,7 @@ from edgevlm.family import (
     Model,
     Source,
     decoder_spec,
-    locate_by_patterns,
+    locating,
     read_config,
     section,
     setting,
@@ -370,14 +370,10 @@ _PARTS = (
 _UNUSED = re.compile(r".+\.rotary_emb\.inv_freq")
 
 
-def _locate(name: str) -> str | None:
-    return locate_by_patterns(name, _PARTS, _UNUSED)
-
-
 FAMILY = Family(
     name="internvl",
     license="mit",
     model_types=("internvl", _OWN),
     describe=_describe,
-    locate=_locate,
+    locate=locating(_PARTS, _UNUSED),
 )

@@ -27,25 +27,14 @@ from edgevlm.family import (
 )
 from edgevlm.image_specs import image_spec
 from edgevlm.parts.qwen2 import Qwen2
-from edgevlm.parts.siglip import SiglipTower
+from edgevlm.parts.siglip import SIGLIP_TOWER, SiglipTower
 from edgevlm.processors import LLAVA_ONEVISION, PROCESSOR, default_settings, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, MapSpec, PictureLayout, PromptSpec
 from edgevlm.templates import IMAGE, TEMPLATES, Cutter, chat_template
 
-# Defaults of SiglipVisionConfig, which a config.json omits; LlavaOnevisionConfig's where it has no
-# vision_config, and but for the layers those of LLaVA-NeXT's SigLipVisionConfig.
-_SIGLIP = SiglipTower(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=16,
-    hidden_act="gelu_pytorch_tanh",
-    layer_norm_eps=1e-6,
-    final_norm=False,
-)
+# LlavaOnevisionConfig's defaults where it has no vision_config are those of So400m, and but for the
+# layers those of LLaVA-NeXT's SigLipVisionConfig.
+_SIGLIP = replace(SIGLIP_TOWER, final_norm=False)
 _SO400M = replace(
     _SIGLIP,
     hidden_size=1152,

@@ -16,7 +16,7 @@ from edgevlm.family import (
     Model,
     Source,
     decoder_spec,
-    locate_by_patterns,
+    locating,
     read_config,
     rope_parameters,
     section,
@@ -27,24 +27,13 @@ from edgevlm.image_specs import check_rows, image_spec
 from edgevlm.parts.gemma import Gemma
 from edgevlm.parts.gemma2 import Gemma2
 from edgevlm.parts.linear import Linear
-from edgevlm.parts.siglip import SiglipTower
+from edgevlm.parts.siglip import SIGLIP_TOWER, SiglipTower
 from edgevlm.processors import SIGLIP, default_settings, find_settings
 from edgevlm.specs import AnswerSpec, ImageSpec, PromptSpec
 
 _GELU = "gelu_pytorch_tanh"
-# config.json omits what equals transformers' defaults for SiglipVisionConfig, GemmaConfig and
-# Gemma2Config; these are those defaults (4.57), for the keys that an exporter needs.
-_VISION = SiglipTower(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_channels=3,
-    image_size=224,
-    patch_size=16,
-    hidden_act=_GELU,
-    layer_norm_eps=1e-6,
-)
+# config.json omits what equals transformers' defaults for GemmaConfig and Gemma2Config; these are
+# those defaults (4.57), for the keys that an exporter needs.
 _TEXT: dict[str, Gemma | Gemma2] = {
     "gemma": Gemma(
         hidden_size=3072,
@@ -85,7 +74,7 @@ def _describe(source: Source) -> Model:
     if source.template or source.fit:
         raise ValueError("PaliGemma has one prompt template and one fit of pictures to choose from")
     files, config = source.files, source.files["config.json"]
-    vision = read_config(_VISION, section(config, "vision_config"), "vision_config.")
+    vision = read_config(SIGLIP_TOWER, section(config, "vision_config"), "vision_config.")
     if vision.num_channels != 3:
         raise ValueError(f"vision_config.num_channels is {vision.num_channels}; only 3 is known")
     if vision.image_size % vision.patch_size:
@@ -179,15 +168,11 @@ _UNUSED = re.compile(
 )
 
 
-def _locate(name: str) -> str | None:
-    return locate_by_patterns(name, _PARTS, _UNUSED)
-
-
 FAMILY = Family(
     name="paligemma",
     license="gemma",
     model_types=("paligemma",),
     describe=_describe,
-    locate=_locate,
+    locate=locating(_PARTS, _UNUSED),
     boxes=parse_loc,
 )

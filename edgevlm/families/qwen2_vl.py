@@ -19,7 +19,7 @@ from edgevlm.family import (
     Model,
     Source,
     decoder_spec,
-    locate_by_patterns,
+    locating,
     read_config,
     section,
     setting,
@@ -262,15 +262,11 @@ _PARTS = (
 _UNUSED = re.compile(r".+\.(?:rotary_emb|rotary_pos_emb)\.inv_freq")
 
 
-def _locate(name: str) -> str | None:
-    return locate_by_patterns(name, _PARTS, _UNUSED)
-
-
 FAMILY = Family(
     name="qwen2_vl",
     license="apache-2.0",
     model_types=(_OLD, _NEW),
     describe=_describe,
-    locate=_locate,
+    locate=locating(_PARTS, _UNUSED),
     boxes=parse_qwen,
 )

@@ -17,7 +17,7 @@ from edgevlm.family import (
     Model,
     Source,
     decoder_spec,
-    locate_by_patterns,
+    locating,
     read_config,
     section,
     setting,
@@ -156,14 +156,10 @@ _PARTS = (
 _UNUSED = re.compile(r".+\.(?:rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 
-def _locate(name: str) -> str | None:
-    return locate_by_patterns(name, _PARTS, _UNUSED)
-
-
 FAMILY = Family(
     name="smolvlm",
     license="apache-2.0",
     model_types=("idefics3", "smolvlm"),
     describe=_describe,
-    locate=_locate,
+    locate=locating(_PARTS, _UNUSED),
 )

@@ -33,3 +33,17 @@ class ClipTower(VisionTower):
         for i in range(self.num_hidden_layers):
             shapes |= encoder_layer(f"encoder.layers.{i}.", d, self.intermediate_size)
         return shapes
+
+
+# Defaults of transformers' CLIPVisionConfig (4.57), which a config.json omits.
+CLIP_TOWER = ClipTower(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_channels=3,
+    image_size=224,
+    patch_size=32,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+)

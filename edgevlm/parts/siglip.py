@@ -26,3 +26,17 @@ class SiglipTower(VisionTower):
         for i in range(self.num_hidden_layers):
             shapes |= encoder_layer(f"encoder.layers.{i}.", d, self.intermediate_size)
         return shapes | layer_norm("post_layernorm", d) if self.final_norm else shapes
+
+
+# Defaults of transformers' SiglipVisionConfig (4.57), which a config.json omits.
+SIGLIP_TOWER = SiglipTower(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_channels=3,
+    image_size=224,
+    patch_size=16,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+)
