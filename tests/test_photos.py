@@ -142,6 +142,31 @@ def test_a_broken_picture_is_named_and_not_tried_again(index: PhotoIndex, folder
     assert index.update().failures == {}
 
 
+@pytest.mark.fault(
+    "Pictures", "a folder within an indexed one that cannot be read", "named; its pictures stay"
+)
+def test_a_folder_that_cannot_be_read_is_named_and_its_pictures_stay(
+    index: PhotoIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(folder / "inside" / "deep" / "1.png", 30)
+    paint(folder / "inside.png", 31)
+    before = index.update().total
+    scandir = os.scandir
+
+    def refused(path: bytes) -> Any:
+        if os.path.basename(path) == b"inside":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    (folder / "inside.png").unlink()
+    update = index.update()
+    assert (update.total, update.removed) == (before - 1, 1)
+    assert update.failures == {folder / "inside": "cannot be read (Permission denied)"}
+    monkeypatch.undo()
+    assert not index.update().failures
+
+
 def test_a_picture_is_upright_as_its_exif_says(index: PhotoIndex, folder: Path) -> None:
     with Image.open(folder / "a.png") as upright:
         exif = upright.getexif()

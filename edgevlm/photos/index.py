@@ -35,7 +35,9 @@ _TOGETHER = 64
 
 @dataclass(frozen=True)
 class IndexUpdate:
-    """Counts of an update; `failures` are the reasons of pictures that cannot be read, by file."""
+    """Counts of an update; `failures` are the reasons of pictures and folders in it that cannot be
+    read, by their paths.
+    """
 
     total: int
     added: int
@@ -129,7 +131,8 @@ class PhotoIndex:
             self._store.add(fresh, failed)
         self._store.tidy()
         self._rows = None
-        reasons = {self._file(p): reason for p, (*_, reason) in self._store.failures().items()}
+        broken = {path: reason for path, (*_, reason) in self._store.failures().items()}
+        reasons = {self._file(path): reason for path, reason in (changes.unread | broken).items()}
         return IndexUpdate(len(self), added, changes.moved, len(changes.gone), reasons)
 
     def _todo(

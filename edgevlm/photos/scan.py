@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,20 +26,22 @@ class FolderChanges:
     """The difference of a folder and its index.
 
     todo: pictures to be read, with size and mtime. known: those whose row is there, under their new
-    facts. gone: paths that are not there any more. unchanged, moved: their numbers.
+    facts. gone: paths that are not there any more. unread: folders that cannot be read, and why;
+    what is known of pictures in them stays. unchanged, moved: their numbers.
     """
 
     todo: dict[bytes, Facts] = field(default_factory=dict)
     known: dict[bytes, PhotoEntry] = field(default_factory=dict)
     gone: list[bytes] = field(default_factory=list)
+    unread: dict[bytes, str] = field(default_factory=dict)
     unchanged: int = 0
     moved: int = 0
 
 
-def listed(folder: Path) -> Iterator[tuple[bytes, Facts]]:
+def listed(folder: Path, unread: dict[bytes, str]) -> Iterator[tuple[bytes, Facts]]:
     """The pictures of a folder and of those in it, by their names: path relative to it, size and
-    mtime. Hidden ones are passed over, links to folders not followed. Raises ImageError for a
-    folder that cannot be read.
+    mtime. Hidden ones are passed over, links to folders not followed; `unread` gets the folders in
+    it that cannot be read, with the reason. Raises ImageError where that is the folder itself.
     """
     root = os.fsencode(folder)
     if not os.path.isdir(root):
@@ -50,27 +53,39 @@ def listed(folder: Path) -> Iterator[tuple[bytes, Facts]]:
         try:
             entries = sorted(os.scandir(os.path.join(root, inside)), key=lambda e: e.name)
         except OSError as e:
-            if inside:
-                continue  # somebody else's, inside one's own
-            raise ImageError(str(folder), f"cannot be read ({e.strerror})") from None
+            reason = f"cannot be read ({e.strerror})"
+            if not inside:
+                raise ImageError(str(folder), reason) from None
+            unread[inside] = reason
+            continue
         for entry in entries:
             path = os.path.join(inside, entry.name)
             if entry.name.startswith(b"."):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(path)
-            elif os.path.splitext(entry.name)[1].lower() in known and entry.is_file():
-                about = entry.stat()
-                yield path, (about.st_size, about.st_mtime_ns)
+            elif os.path.splitext(entry.name)[1].lower() in known and (facts := _facts(entry)):
+                yield path, facts
+
+
+def _facts(entry: os.DirEntry[bytes]) -> Facts | None:
+    """A file's size and mtime; None for what is none, or is gone since it was listed."""
+    try:
+        about = entry.stat()
+    except OSError:
+        return None
+    return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else None
 
 
 def compare(folder: Path, entries: Mapping[bytes, PhotoEntry], failures: Failures) -> FolderChanges:
     """Looks through a folder; only files that are new or changed, and as large as one that is
     known, are opened.
     """
-    found, changes = dict(listed(folder)), FolderChanges()
-    known = {*entries, *failures}
-    changes.gone = [path for path in known if path not in found]
+    changes = FolderChanges()
+    found = dict(listed(folder, changes.unread))
+    hidden = tuple(os.path.join(inside, b"") for inside in changes.unread)
+    gone = ({*entries, *failures}) - found.keys()
+    changes.gone = [path for path in gone if not path.startswith(hidden)]
     sizes = defaultdict[int, list[tuple[bytes, PhotoEntry]]](list)
     for path, entry in entries.items():
         sizes[entry.size].append((path, entry))
