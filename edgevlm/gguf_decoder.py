@@ -7,7 +7,6 @@ may stand in a file, each of its type and within its bounds.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,18 +65,8 @@ Fits = Callable[[KeyValue], bool]
 def check_decoder(path: Path, *, tokenizer: bool = True) -> None:
     """Raises BundleCorrupt for a file on which llama.cpp could end the process.
 
-    Without `tokenizer` it may have the vocabulary of a trimmed decoder, which spells no texts. A
-    file that was found well is not read again until it changes.
+    Without `tokenizer` it may have the vocabulary of a trimmed decoder, which spells no texts.
     """
-    try:
-        stamp = path.stat()
-    except OSError as e:
-        raise BundleCorrupt(path, f"cannot be read ({e.strerror})") from None
-    _check(path, tokenizer, (stamp.st_ino, stamp.st_mtime_ns, stamp.st_size))
-
-
-@functools.lru_cache(maxsize=64)
-def _check(path: Path, tokenizer: bool, stamp: tuple[int, ...]) -> None:
     header = read_header(path)
     try:
         _check_sizes(header)

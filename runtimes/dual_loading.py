@@ -8,8 +8,7 @@ from pathlib import Path
 
 from edgevlm.bundle import Bundle, check_path, open_bundle
 from edgevlm.errors import PromptError
-from edgevlm.onnx_file import check_graph
-from edgevlm.runtimes import devices, rules
+from edgevlm.runtimes import checks, devices, rules
 from edgevlm.runtimes.dual import DualEncoder, RowEncoder, Sides
 from edgevlm.runtimes.loading import LoadOptions
 from edgevlm.runtimes.vision import providers
@@ -68,7 +67,7 @@ class _Opening:
         manifest = self.bundle.manifest
         assert manifest.text
         graph, offer = self.bundle.path("text"), Offer(CPU, self.ort.version)
-        check_graph(graph, self.bundle.names)
+        checks.graph(graph, self.bundle.names)
 
         def sessions() -> dict[str, object]:
             return {"ids": self.ort.session(graph, offer, self.wish.threads, False, graph.parent)}

@@ -14,8 +14,7 @@ from edgevlm.errors import BundleCorrupt, EngineError, PromptError
 from edgevlm.image import ImageSource
 from edgevlm.image.plan import limited
 from edgevlm.machine import memory
-from edgevlm.onnx_file import check_graph
-from edgevlm.runtimes import budget, devices, rules, shelves, tuned
+from edgevlm.runtimes import budget, checks, devices, rules, shelves, tuned
 from edgevlm.runtimes.ahead import Ahead
 from edgevlm.runtimes.budget import Budget
 from edgevlm.runtimes.cache import EmbeddingCache
@@ -186,7 +185,7 @@ def _masks(bundle: Bundle, ort: Ort, threads: int) -> OrtMasks | None:
     if "masks" not in bundle.manifest.components:
         return None
     path = bundle.path("masks")
-    check_graph(path, bundle.names)
+    checks.graph(path, bundle.names)
     return OrtMasks(
         ort.session(path, Offer(providers.CPU, ort.version), threads, False, path.parent)
     )

@@ -37,6 +37,7 @@ from edgevlm.gguf_header import read_header
 from edgevlm.image import read_image
 from edgevlm.models import built_in
 from edgevlm.onnx_file import check_graph
+from edgevlm.runtimes import checks
 from edgevlm.runtimes.llama import tokenizer
 from edgevlm.runtimes.session import VLM
 from edgevlm.self_check import cosine
@@ -158,14 +159,49 @@ def test_a_decoder_is_put_together_as_it_was(tmp_path: Path) -> None:
     ]
 
 
-def test_a_decoder_that_changes_is_looked_at_again(tmp_path: Path) -> None:
+def test_a_decoder_is_looked_at_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
+    looked: list[Path] = []
+
+    def counted(path: Path, *, tokenizer: bool) -> None:
+        looked.append(path)
+        check_decoder(path, tokenizer=tokenizer)
+
+    monkeypatch.setattr(checks, "check_decoder", counted)
     path = tmp_path / "decoder.gguf"
     path.write_bytes(DECODER)
-    check_decoder(path)
-    path.write_bytes(DECODER[:5000])
-    refused(lambda: check_decoder(path), BundleCorrupt, "truncated|a text|texts")
+    for _ in range(3):
+        checks.decoder(path)
+    assert len(looked) == 1
+    checks.decoder(path, tokenizer=False)
+    assert len(looked) == 2
+    before = path.stat()
+    path.write_bytes(DECODER[:5000].ljust(len(DECODER), b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        refused(lambda: checks.decoder(path), BundleCorrupt, "truncated|a text|texts|load")
     path.unlink()
-    refused(lambda: check_decoder(path), BundleCorrupt, "cannot be read")
+    refused(lambda: checks.decoder(path), BundleCorrupt, "cannot be read")
+
+
+def test_a_graph_is_looked_at_again_where_its_weights_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
+    path, looked = tmp_path / "x.onnx", list[Path]()
+    path.write_bytes(b"graph")
+    (tmp_path / "x.data").write_bytes(b"weights")
+    monkeypatch.setattr(checks, "check_graph", lambda path, beside: looked.append(path))
+    for _ in range(2):
+        checks.graph(path, {"x.onnx", "x.data", "gone"})
+    assert len(looked) == 1
+    (tmp_path / "x.data").write_bytes(b"weight")
+    checks.graph(path, {"x.onnx", "x.data", "gone"})
+    checks.graph(path, {"x.onnx", "x.data"})
+    checks.graph(path, {"x.onnx"})
+    assert len(looked) == 3
 
 
 Graph = Callable[[Any], None]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import BundleCorrupt, PromptError
-from edgevlm.gguf_decoder import check_decoder
+from edgevlm.runtimes import checks
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.bindings import llama
@@ -95,7 +95,7 @@ def _check_runs(text: str) -> None:
 
 def load(path: Path) -> LlamaTokenizer:
     """The tokenizer of a GGUF file alone; raises BundleCorrupt."""
-    check_decoder(path)
+    checks.decoder(path)
     params = llama.llama_model_default_params()
     params.vocab_only = True
 

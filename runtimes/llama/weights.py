@@ -6,7 +6,7 @@ import ctypes
 from pathlib import Path
 
 from edgevlm.errors import BundleCorrupt, EngineError, OutOfMemory
-from edgevlm.gguf_decoder import check_decoder
+from edgevlm.runtimes import checks
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.llama.backends import Offload
@@ -28,7 +28,7 @@ def load(
     """
     ggml.quiet()
     # The vocabulary of a trimmed decoder spells no texts.
-    check_decoder(path, tokenizer=spec.outputs == spec.n_vocab)
+    checks.decoder(path, tokenizer=spec.outputs == spec.n_vocab)
     params = llama.llama_model_default_params()
     params.n_gpu_layers = offload.layers
     # An empty list is the CPU alone; without one llama.cpp takes every device it finds.

@@ -21,7 +21,7 @@ from edgevlm.bundle import Bundle, Component
 from edgevlm.errors import EngineError
 from edgevlm.image.plan import checked_side, measured_side
 from edgevlm.models import cache_directory
-from edgevlm.onnx_file import check_graph
+from edgevlm.runtimes import checks
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.vision import first_use
 from edgevlm.runtimes.vision.encoder import OrtEncoder
@@ -204,7 +204,7 @@ class _Opener:
         if self._projects:
             graphs["features"] = self._bundle.path("projector"), True
         for graph, _ in graphs.values():
-            check_graph(graph, self._bundle.names)
+            checks.graph(graph, self._bundle.names)
 
         def sessions() -> dict[str, Any]:
             return {
