@@ -181,6 +181,8 @@ def test_a_system_message_is_read_by_models_that_know_such(
     alone = ask(client, question("what?"), model="talker").usage.prompt_tokens
     found = ask(client, system, question("what?"), model="talker")
     assert found.usage.prompt_tokens == alone + len("be brief|")
+    empty = ask(client, {"role": role, "content": " "}, question("what?"), model="talker")
+    assert empty.usage.prompt_tokens == alone
     with pytest.raises(openai.BadRequestError, match="only the first message may have"):
         ask(client, question("what?"), system, model="talker")
 

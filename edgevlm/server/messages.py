@@ -21,7 +21,15 @@ def read_messages(value: Any, read_picture: ReadPicture) -> list[Message]:
     """Checked messages, their pictures as the bytes of files. Raises Problem."""
     if not isinstance(value, list) or not value:
         raise invalid("messages must be a list with at least one message", "messages")
-    return [_message(item, i, read_picture) for i, item in enumerate(value)]
+    messages = [_message(item, i, read_picture) for i, item in enumerate(value)]
+    first, *others = messages
+    return others if others and _says_nothing(first) else messages
+
+
+def _says_nothing(message: Message) -> bool:
+    """True for a system message without words: clients send their empty field as one."""
+    content = message["content"]
+    return message["role"] == "system" and isinstance(content, str) and not content.strip()
 
 
 def _message(item: Any, i: int, read_picture: ReadPicture) -> Message:
