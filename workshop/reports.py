@@ -1,9 +1,12 @@
 """The reports in docs/benchmarks, and the page that shows their tables.
 
-    python -m workshop.reports docs/benchmarks [NAME...] [--peer-python PEER=PYTHON]
+    python -m workshop.reports docs/benchmarks [NAME...] [--checkpoints FOLDER]
+        [--peer-environment PEER=FOLDER]...
 
 Each is a run of `edgevlm bench`, whose command line it states; without names all are made again,
-which takes half an hour on two cores. Nothing else should run meanwhile.
+which takes an hour and a half on two cores. Nothing else should run meanwhile. Peers that read no
+bundle get a checkpoint of the same shapes, 24 GB of disk for all, which `--checkpoints` keeps for
+the next run.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -31,26 +34,17 @@ from workshop import published
 _PICO = Path(__file__).parent / "pico" / "checkpoint"
 # pico at further precisions, beside the built-in one: name -> decoder, encoder.
 _PICOS = {"pico-f32": ("f32", "fp32"), "pico-f16": ("f16", "fp16"), "pico-q4_0": ("q4_0", "int8")}
-# Of the same shapes, for peers that convert one themselves.
-_CHECKPOINT = "checkpoint"
-# Name -> arguments of `edgevlm bench`; two rounds where one takes minutes.
-REPORTS: Mapping[str, tuple[str, ...]] = {
-    "pico": ("pico", *_PICOS, "--runs", "3", "--quality", "pico-f32"),
-    "paligemma-3b-224": (
-        *("--synthetic", "paligemma-3b-224", "--runs", "2"),
-        *("--peers", "--peer-rounds", "1"),
-    ),
-    "paligemma2-3b-224": ("--synthetic", "paligemma2-3b-224", "--runs", "2"),
-    "mobilepalo-1.7b": (
-        *("--synthetic", "mobilepalo-1.7b", "--runs", "2"),
-        *("--peers", "--peer-rounds", "1"),
-    ),
-    "tinygptv-stage4": ("--synthetic", "tinygptv-stage4", "--runs", "2"),
-    "tiny-llava-v1": (
-        *("--synthetic", "tiny-llava-v1", "--runs", "2"),
-        *("--peers", "--peer-rounds", "1", "--checkpoint", _CHECKPOINT),
-    ),
+# Names of bench's models -> names of checkpoints of the same shapes.
+_BESIDE_PEERS = {
+    "paligemma-3b-224": "paligemma-3b-224",
+    "mobilepalo-1.7b": "mobilepalo-1.7b",
+    "smolvlm-256m": "smolvlm-256m",
+    "tiny-llava-v1": "tiny-llava-v1",
+    "tinygptv-stage4": "tinygptv",
 }
+# Turns of ours and of every peer.
+_TURNS = "3"
+NAMES = ("pico", *_BESIDE_PEERS)
 _KEPT = ("report.json", "report.md", "report.html")
 _HEAD = """\
 # Measured reports
@@ -67,26 +61,59 @@ in [Latency reports](../benchmarks.md).
 
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.argument("names", nargs=-1, type=click.Choice(list(REPORTS)))
-@click.option("--peer-python", "pythons", multiple=True, metavar="PEER=PYTHON")
+@click.argument("names", nargs=-1, type=click.Choice(NAMES))
+@click.option("--checkpoints", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--peer-environment", "environments", multiple=True, metavar="PEER=FOLDER")
 @click.option("--page-only", is_flag=True, help="Measure nothing; write README.md again.")
-def main(folder: Path, names: tuple[str, ...], pythons: tuple[str, ...], page_only: bool) -> None:
+def main(
+    folder: Path,
+    names: tuple[str, ...],
+    checkpoints: Path | None,
+    environments: tuple[str, ...],
+    page_only: bool,
+) -> None:
     """Makes the reports NAMES (all without any) in FOLDER, then FOLDER/README.md."""
-    for name in () if page_only else names or REPORTS:
-        own = [f"--peer-python={text}" for text in pythons if "--peers" in REPORTS[name]]
+    for name in () if page_only else names or NAMES:
         with tempfile.TemporaryDirectory() as work:
-            _make(name, own, Path(work), folder / name)
+            arguments = _arguments(name, Path(work), checkpoints or Path(work))
+            if name in _BESIDE_PEERS:
+                arguments += _pythons(environments, Path(work))
+            _make(name, arguments, Path(work), folder / name)
     (folder / "README.md").write_text(page(folder), encoding="utf-8")
 
 
-def _make(name: str, more: list[str], work: Path, folder: Path) -> None:
-    """Runs bench in `work`, so that its command line holds no path of this machine."""
+def _arguments(name: str, work: Path, checkpoints: Path) -> list[str]:
+    """Those of bench, run in `work`; the files that they name are there then."""
     if name == "pico":
         _export_picos(work)
-    if _CHECKPOINT in REPORTS[name]:
-        published.write(name, work / _CHECKPOINT)
-    arguments = ["bench", *REPORTS[name], *more, "--out", "report"]
-    start = child.command("edgevlm", *arguments)
+        return ["pico", *_PICOS, "--runs", _TURNS, "--quality", "pico-f32"]
+    origin = checkpoints / _BESIDE_PEERS[name]
+    beside = published.write(origin.name, origin)
+    _link(work / "checkpoint", origin)
+    if beside:
+        _link(work / "tower", Path(beside[-1]))
+    return [
+        *("--synthetic", name, "--runs", _TURNS, "--peers", "--peer-rounds", _TURNS),
+        *("--checkpoint", "checkpoint"),
+        *(("--vision-tower", "tower") if beside else ()),
+    ]
+
+
+def _pythons(environments: Sequence[str], work: Path) -> list[str]:
+    """Options of bench for peers that have an environment to themselves."""
+    pairs = dict(text.partition("=")[::2] for text in environments)
+    for peer, environment in pairs.items():
+        _link(work / peer, Path(environment))
+    return [f"--peer-python={peer}={peer}/bin/python" for peer in pairs]
+
+
+def _link(link: Path, target: Path) -> None:
+    """The command line of a report names the link, and no path of this machine."""
+    link.symlink_to(target.absolute())
+
+
+def _make(name: str, arguments: list[str], work: Path, folder: Path) -> None:
+    start = child.command("edgevlm", "bench", *arguments, "--out", "report")
     done = subprocess.run(start, check=False, env=child.environment(), cwd=work)
     if done.returncode:
         raise click.ClickException(f"edgevlm bench of {name} ended with {done.returncode}")
@@ -113,7 +140,7 @@ def page(folder: Path) -> str:
     """README.md: the tables of all reports that are there."""
     found = {
         name: read_report(path)
-        for name in REPORTS
+        for name in NAMES
         if (path := folder / name / "report.json").is_file()
     }
     sections = (section_markdown(s) for s in _sections(found))
