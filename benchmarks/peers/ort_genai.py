@@ -11,7 +11,7 @@ from typing import Any
 
 TITLE = "onnxruntime-genai"
 PACKAGE = "onnxruntime-genai"
-INSTALL = 'pip install onnxruntime-genai torch "transformers<5" onnx-ir sentencepiece'
+INSTALL = "pip install onnxruntime-genai torch transformers onnx-ir sentencepiece"
 NEEDS = ("config",)
 
 
@@ -39,7 +39,8 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
 def _error(said: str, last: str) -> type[Exception]:
     """The kind of error that the builder's process ended with."""
-    if last.startswith("ModuleNotFoundError") or "need to have sentencepiece" in said:
+    missing = ("ModuleNotFoundError", "ImportError", "RuntimeError: ImportError")
+    if last.startswith(missing) or "need to have sentencepiece" in said:
         return ImportError
     unknown = last.startswith("NotImplementedError") or "does not recognize this arch" in said
     return NotImplementedError if unknown else RuntimeError
