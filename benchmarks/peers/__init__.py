@@ -14,7 +14,7 @@ and nothing of edgevlm (but `ours`, and `tinygptv_torch`, a model that no other 
 it raises says why it cannot run the model: ImportError for what is not installed,
 NotImplementedError for a model that the project does not have, any other error for what failed.
 
-The task is a dict: `name`, `bundle` (folder), `decoder` (GGUF), `mmproj` (llama.cpp's projector
+The task is a dict: `name`, `family`, `bundle` (folder), `decoder` (GGUF), `mmproj` (llama.cpp's projector
 file), `config` (config.json as a dict), `checkpoint` (folder), each of them None where there is
 none, `work` (a folder that stays from turn to turn), `image`, `words` (the user's), `prompt` (the
 whole, with PICTURE and BEGIN), `before` and `after` (token ids around the picture's

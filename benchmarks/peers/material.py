@@ -34,6 +34,7 @@ def material(
         mmproj, missing["mmproj"] = _mmproj(model, parts, work)
     task = {
         "name": bundle.manifest.name,
+        "family": bundle.manifest.family,
         "bundle": str(bundle.folder.absolute()),
         "decoder": str(bundle.path("decoder").absolute()),
         "mmproj": mmproj,

@@ -15,6 +15,8 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     """Everything is in memory, as it is where the original answers; asks once to warm up and once
     to measure.
     """
+    if task["family"] != "tinygptv":
+        raise NotImplementedError(f"knows TinyGPT-V and no {task['family']}")
     import torch
 
     from edgevlm.export import pipeline
@@ -24,8 +26,6 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(task["threads"])
     job = pipeline.read(task["checkpoint"])
-    if job.family.name != "tinygptv":
-        raise NotImplementedError(f"knows TinyGPT-V and no {job.family.name}")
     with quiet(), torch.inference_mode():
         tower = weights(job.parts["vision"])
         former = original.queries(job.model.projector, weights(job.parts["projector"]))
