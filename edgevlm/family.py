@@ -264,6 +264,7 @@ def decoder_spec(text: Decoder, attention: Attention, *, extra_norms: bool = Fal
         context_length=text.max_position_embeddings,
         extra_norms=extra_norms,
         positions=text.positions,
+        short_context=text.short_context,
     )
 
 

@@ -115,7 +115,9 @@ _SIZES: Mapping[str, Fits] = {
     "rope.dimension_sections": lambda v: v.array and v.type == INT32 and len(v.value) == 4,
     "rope.freq_base": _positive(1e12),
     "rope.freq_base_swa": _positive(1e12),
+    "rope.scaling.attn_factor": _positive(1e6),
     "rope.scaling.factor": _positive(1e6),
+    "rope.scaling.original_context_length": _whole(1, _MOST_CONTEXT),
     "rope.scaling.type": _text(b"none", b"linear", b"yarn"),
     "vocab_size": _whole(1, 1 << 24),
 }

@@ -167,6 +167,8 @@ def _picture(index: int, plan: Plan, layout: PictureLayout) -> Iterator[Segment]
 
 
 def _item(item: str, layout: PictureLayout) -> Segment:
+    if item == "{bos}":
+        return Begin()
     return Tokens((layout.tokens[item],)) if item in layout.tokens else Text(item)
 
 

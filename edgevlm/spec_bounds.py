@@ -28,6 +28,7 @@ _DECODER = {
     "n_layer": (1, 512),
     "n_vocab": (1, _LARGEST),
     "context_length": (1, _LARGEST),
+    "short_context": (0, _LARGEST),
 }
 
 
@@ -46,6 +47,8 @@ def _problems(image: ImageSpec, decoder: DecoderSpec | None) -> Iterator[str]:
         yield from _outside("image.tiles", image.tiles, _TILES)
         if not all(1 <= side <= 1 << 16 for canvas in image.tiles.canvases for side in canvas):
             yield "'image.tiles.canvases' has a side that is none"
+        if not all(0 <= c <= 255 for c in image.tiles.fill):
+            yield "'image.tiles.fill' is not a colour"
     if decoder:
         yield from _outside("decoder", decoder, _DECODER)
 

@@ -13,7 +13,7 @@ from typing import Literal
 Attention = Literal["causal", "prefix", "blocks"]
 Fit = Literal["stretch", "pad", "crop", "letterbox"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-TileRule = Literal["longest-edge", "ratio", "pinpoints", "pan-and-scan"]
+TileRule = Literal["longest-edge", "ratio", "pinpoints", "pan-and-scan", "hd"]
 Overview = Literal["none", "first", "last"]
 # How a text is changed before it is tokenized, beside what its tokenizer does itself.
 Clean = Literal["", "lower", "siglip", "canonicalize"]
@@ -27,11 +27,13 @@ class MapSpec:
     Lines and columns that hold padding alone are left out; what stays is a whole number, cut off
     after `digits` decimals where that is not None. A map of more than `most` tiles, by a tenth of
     its sides, is resized to as many; 0 is no bound. The newline, a row that the bundle holds, ends
-    every line, and a picture that is not cut.
+    every line, and a picture that is not cut. With `separated` it ends those of the overview, too,
+    which stands last, behind a second such row.
     """
 
     most: int = 0
     digits: int | None = None
+    separated: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,13 @@ class TileSpec:
     `pinpoints`: the picture is resized in its own shape to that of the `canvases`, widths and
     heights, on which most of it is left and least is empty, the first of equals, and lies in the
     middle of it on black. `pan-and-scan`: a long picture is cut along its long side into 2 to
-    `most` parts, each of which is stretched to a tile. A picture of one tile is not cut, and with
-    `split` off none is. `overview` is where the whole picture stands among the tiles, as one more,
-    squeezed from what `overview_of` says: the canvas that they are cut from, or the picture itself.
+    `most` parts, each of which is stretched to a tile. `hd`: the picture is resized in its own
+    shape, its long side to as many tiles as leave no more than `most` of them, and lies in the
+    middle of whole tiles on `fill`; one that is higher than wide is laid down for that and set up
+    again. A picture of one tile is not cut, and with `split` off none is. `overview` is where the
+    whole picture stands among the tiles, as one more, squeezed from what `overview_of` says: the
+    canvas that they are cut from, the picture itself, or the pixels that the canvas became, bicubic
+    and without a filter for what is left out.
     `max_tiles` bounds the tiles of a picture, its overview among them, by a coarser grid; 0 is no
     bound, 1 no cutting. With `alone` only a picture that is the only one of a request is cut, and
     several become a square as the fit "pad" has it. `map` joins the tiles' image embeddings;
@@ -61,7 +67,8 @@ class TileSpec:
     least: int = 1
     most: int = 0
     canvases: tuple[tuple[int, int], ...] = ()
-    overview_of: Literal["canvas", "picture"] = "canvas"
+    overview_of: Literal["canvas", "picture", "pixels"] = "canvas"
+    fill: tuple[int, int, int] = (0, 0, 0)
     alone: bool = False
     map: MapSpec | None = None
 
@@ -135,7 +142,8 @@ class ImageSpec:
 class PictureLayout:
     """Texts and tokens around the image embeddings of a picture.
 
-    Each is a list of items: `{image}`, the embeddings of the whole picture or of one tile, or text.
+    Each is a list of items: `{image}`, the embeddings of the whole picture or of one tile, `{bos}`,
+    the begin token, or text.
     `whole` is a picture that was not cut. Of one that was, every tile is written as `tile`, in
     which `{row}` and `{column}` count from 1, every line of tiles ends in `line`, and the overview
     is `overview`; without `tile` it is written as `whole`, too. Before each picture of a request
@@ -204,6 +212,8 @@ class DecoderSpec:
     `n_vocab` tokens an answer can have, those that texts in `languages` need; 0 is all of them.
     `positions` are one after the other or, with M-RoPE, a time, a row and a column each: those of a
     picture's embeddings are their places in it, and what follows stands behind all of them.
+    `short_context` is how many positions are turned by the GGUF's short factors; where there are
+    more, all are turned by its long ones. 0 is a decoder that has one kind.
     """
 
     architecture: str
@@ -216,6 +226,7 @@ class DecoderSpec:
     n_output: int = 0
     languages: tuple[str, ...] = ()
     positions: Positions = "sequential"
+    short_context: int = 0
 
     @property
     def outputs(self) -> int:

@@ -14,7 +14,8 @@ from edgevlm.runtimes.engines import Float
 
 
 def read_newline(bundle: Bundle) -> Float | None:
-    """The bundle's newline float32 [n_embd], None for a model that has none.
+    """The bundle's newline float32 [n_embd] or, with the row between a picture's tiles and its
+    overview behind it, [2, n_embd]; None for a model that has none.
 
     Raises BundleCorrupt where the file is missing or holds anything else.
     """
@@ -28,8 +29,10 @@ def read_newline(bundle: Bundle) -> Float | None:
     except (OSError, ValueError) as e:
         raise BundleCorrupt(path, f"cannot be read ({e})") from None
     n_embd = bundle.manifest.decoder.n_embd
-    if not isinstance(found, np.ndarray) or (found.dtype, found.shape) != (np.float32, (n_embd,)):
-        raise BundleCorrupt(path, f"does not hold {n_embd} numbers in float32")
+    shape = (2, n_embd) if tiles.map.separated else (n_embd,)
+    if not isinstance(found, np.ndarray) or (found.dtype, found.shape) != (np.float32, shape):
+        numbers = " times ".join(map(str, shape))
+        raise BundleCorrupt(path, f"does not hold {numbers} numbers in float32")
     if not np.isfinite(found).all():
         raise BundleCorrupt(path, "holds what is not a number")
     newline: Float = found
@@ -43,6 +46,8 @@ def join(tiles: Float, plan: Plan, newline: Float | None) -> Float:
     """
     if newline is None:
         return np.concatenate(tiles)
+    if newline.ndim > 1:
+        return _separated(tiles, plan, newline)
     if plan.kept is None:
         return np.concatenate([*tiles, newline[None]])
     parts = list(tiles)
@@ -52,9 +57,24 @@ def join(tiles: Float, plan: Plan, newline: Float | None) -> Float:
     grid = _stitched(np.stack(parts), plan.grid)[top:bottom, left:right]
     if plan.shrunk:
         grid = _resized(grid, plan.shrunk)
-    ends = np.broadcast_to(newline, (len(grid), 1, len(newline)))
-    lines = np.concatenate([grid, ends], 1).reshape(-1, len(newline))
+    lines = _lines(grid, newline)
     return np.concatenate([*overview, lines] if plan.overview == "first" else [lines, *overview])
+
+
+def _separated(tiles: Float, plan: Plan, ends: Float) -> Float:
+    """The lines of the grid, a row of its own, and the lines of the overview, which the one tile of
+    a grid is itself.
+    """
+    newline, separator = ends
+    parts = tiles if plan.overview == "none" else tiles[1:]
+    grid, overview = _stitched(parts, plan.grid), _stitched(tiles[:1], (1, 1))
+    return np.concatenate([_lines(grid, newline), separator[None], _lines(overview, newline)])
+
+
+def _lines(grid: Float, newline: Float) -> Float:
+    """A map [h, w, n] -> its lines [h * (w + 1), n], the newline behind each."""
+    ends = np.broadcast_to(newline, (len(grid), 1, len(newline)))
+    return np.concatenate([grid, ends], 1).reshape(-1, len(newline))
 
 
 def _stitched(tiles: Float, grid: tuple[int, int]) -> Float:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from edgevlm.image.plan import Plan, limited, plan
 from edgevlm.image.read import RGB, Picture
+from edgevlm.image.squeeze import squeezed
 from edgevlm.specs import ImageSpec
 
 Pixels = npt.NDArray[np.float32]
@@ -35,8 +36,8 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     as transformers' slow processors (4.57: SiglipImageProcessor, CLIPImageProcessor,
     LlavaImageProcessor, Idefics3ImageProcessor, GotOcr2ImageProcessor, LlavaNextImageProcessor,
     LlavaOnevisionImageProcessor, DeepseekVLImageProcessor, Gemma3ImageProcessor,
-    Qwen2VLImageProcessor, whose patches these are in rows and columns): resized as 8-bit, then
-    scaled in float64, normalised in float32.
+    Qwen2VLImageProcessor, whose patches these are in rows and columns) and Phi-3-Vision's own:
+    resized as 8-bit, then scaled in float64, normalised in float32.
 
     Raises ImageError for a picture that cannot be planned.
     """
@@ -49,16 +50,26 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     elif spec.rgb == "last" and given.alpha is not None:
         drawn.putalpha(Image.fromarray(given.alpha))
     canvas = _canvas(drawn, planned, spec, resample)
+    if spec.tiles and spec.tiles.overview_of == "pixels":
+        return _cut_pixels(_normalised(canvas, spec), planned, spec.size)
     parts = [canvas.crop(tile) for tile in planned.tiles]
     side = planned.canvas if spec.native else (spec.size, spec.size)
     squares = [p if p.size == side else p.resize(side, resample) for p in parts]
     if planned.overview != "none":
         assert spec.tiles
-        squeezed = canvas if spec.tiles.overview_of == "canvas" else drawn
-        whole = squeezed.resize(side, resample)
+        source = canvas if spec.tiles.overview_of == "canvas" else drawn
+        whole = source.resize(side, resample)
         squares.insert(0 if planned.overview == "first" else len(squares), whole)
     pixels: Pixels = np.stack([_normalised(square, spec) for square in squares])
     return pixels
+
+
+def _cut_pixels(canvas: Pixels, planned: Plan, side: int) -> Pixels:
+    """The tiles of a canvas of pixels [3, height, width], its overview first where it has one."""
+    parts = [canvas[:, y : y + side, x : x + side] for x, y, _, _ in planned.tiles]
+    if planned.overview != "none":
+        parts.insert(0, squeezed(canvas, *planned.grid))
+    return np.stack(parts)
 
 
 def _canvas(
@@ -66,14 +77,18 @@ def _canvas(
 ) -> Image.Image:
     if spec.fit == "pad":
         return _pad(picture, spec, planned.canvas[0])
+    # Pillow rounds between the columns and the rows: which come first makes a difference.
+    if planned.turned:
+        picture = picture.transpose(Image.Transpose.TRANSPOSE)
     if planned.resized:
         picture = picture.resize(planned.resized, resample)
+    if planned.turned:
+        picture = picture.transpose(Image.Transpose.TRANSPOSE)
     if planned.at is None:
         # Resizing only the tile of a crop (Pillow's `box`) rounds its weights otherwise: not the
         # same pixels.
         return picture.resize(planned.canvas, resample)
-    # Grids lie on black.
-    colour = _background(spec) if spec.fit == "letterbox" else (0, 0, 0)
+    colour = _background(spec) if spec.fit == "letterbox" or not spec.tiles else spec.tiles.fill
     canvas = Image.new("RGB", planned.canvas, colour)
     canvas.paste(picture, planned.at)
     return canvas

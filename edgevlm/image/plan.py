@@ -42,7 +42,8 @@ class Plan:
     of the canvas, each as a square, as left, top, right and bottom, row by row, `grid` their rows
     and columns, (0, 0) for a picture that is not cut. `overview` is where the whole picture stands
     among them as one more square. `at` is where the resized picture lies on the canvas, left and
-    top of it; None where it is stretched to the canvas. `kept` is the box of the map of the grid's
+    top of it; None where it is stretched to the canvas; it is `turned`, rows for columns, while it
+    is resized. `kept` is the box of the map of the grid's
     image embeddings (TileSpec.map) that is not padding, `shrunk` the width and height that it is
     resized to, if at all. `rows` are the image embeddings of the picture, `cells` their lines and
     columns where it keeps its shape.
@@ -58,6 +59,7 @@ class Plan:
     kept: Box | None = None
     shrunk: tuple[int, int] | None = None
     cells: tuple[int, int] = (0, 0)
+    turned: bool = False
 
     @property
     def n_tiles(self) -> int:
@@ -358,6 +360,36 @@ def _mapped(made: Plan, width: int, height: int, tokens: int, joined: MapSpec) -
     return replace(made, rows=overview + h * (w + 1), kept=kept, shrunk=shrunk)
 
 
+def _hd(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> Iterator[Plan]:
+    """Phi-3-Vision's rule (processing_phi3_v.py, HD_transform). What is one tile is its own
+    overview to the last bit, and the encoder sees it once.
+    """
+    size, turned = spec.size, width < height
+    ratio = max(width, height) / min(width, height)
+    most = min(tiles.most, max(tiles.max_tiles - 1, 1)) if tiles.max_tiles else tiles.most
+    columns = 1
+    while (columns + 1) * math.ceil((columns + 1) / ratio) <= most:
+        columns += 1
+    wide = columns * size
+    high = int(wide / ratio)
+    if not high:
+        raise ImageError(
+            f"the picture of {width} x {height} pixels",
+            "is too long and narrow for this model; cut out a part of it",
+        )
+    rows = math.ceil(high / size)
+    at, grid, canvas = (0, (rows * size - high) // 2), (rows, columns), (wide, rows * size)
+    if turned:
+        at, grid, canvas = at[::-1], grid[::-1], canvas[::-1]
+    whole = tiles if rows * columns > 1 else replace(tiles, overview="none")
+    made = _cut(canvas, *grid, spec, whole, (wide, high))
+    side = math.isqrt(spec.tokens)
+    kept = (0, 0, grid[1] * side, grid[0] * side)
+    # Every line of the grid and of the overview has its newline, and between them is one row more.
+    n_rows = (rows * columns + 1) * spec.tokens + (grid[0] + 1) * side + 1
+    yield replace(made, rows=n_rows, kept=kept, at=at, turned=turned)
+
+
 def _whole(length: float, digits: int | None) -> int:
     return int(length if digits is None else round(length, digits))
 
@@ -368,4 +400,5 @@ _RULES: Mapping[TileRule, Callable[[int, int, ImageSpec, TileSpec], Iterator[Pla
     "ratio": _ratio,
     "pinpoints": _pinpoints,
     "pan-and-scan": _pan_and_scan,
+    "hd": _hd,
 }

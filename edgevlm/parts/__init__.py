@@ -129,6 +129,11 @@ class Decoder(Part):
     rms_norm_eps: float
     rope_theta: float
 
+    @property
+    def short_context(self) -> int:
+        """Positions that are turned otherwise than where there are more; 0 where none are."""
+        return 0
+
     def gated(self, *norms: str) -> Shapes:
         """The tensors of a decoder with a gated feed-forward net, no biases, and these norms in a
         layer; its output table is its input table.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from edgevlm.runtimes.engines import Block, Float, Int32, following
+from edgevlm.runtimes.engines import Block, Float, Int32, following, sequential
 
 Embed = Callable[[Sequence[int]], Float]
 
@@ -88,6 +88,14 @@ class CachedRows:
                 self._blocks.append(_first(last, left))
                 break
         self._n_leading = min(self._n_leading, len(self._blocks))
+
+    def everything(self, embed: Embed) -> list[Block]:
+        """All rows as blocks, the tokens that were read one by one as the last."""
+        if not self._tokens:
+            return list(self._blocks)
+        mrope = self._blocks[0].positions.ndim > 1
+        start = int(self._blocks[-1].positions.max()) + 1
+        return [*self._blocks, sequential(embed(self._tokens), "causal", start, mrope=mrope)]
 
     def copy(self) -> CachedRows:
         """Another one that says the same."""

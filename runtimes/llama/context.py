@@ -141,6 +141,22 @@ class Context:
             self.cached.read(positions)
             yield min(start + at_once, len(block.rows))
 
+    def read_again(
+        self, blocks: Sequence[Block], at_once: Sequence[int], cached: CachedRows
+    ) -> None:
+        """Reads blocks, each `at_once` rows in a batch, that are the rows of `cached`. Raises
+        Cancelled or EngineError, and nothing is there then.
+        """
+        try:
+            with self.abortable():
+                for block, n in zip(blocks, at_once, strict=True):
+                    for _ in self.read(block, 0, n):
+                        pass
+        except BaseException:
+            self.clear()
+            raise
+        self.cached = cached
+
     def extend(self, tokens: Sequence[int], entries: Sequence[int] | Float) -> None:
         """Reads tokens after all that was read, with logits for each: by their rows of the output
         matrix, or by their embeddings. Raises Cancelled or EngineError.

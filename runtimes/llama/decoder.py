@@ -83,6 +83,8 @@ class LlamaDecoder:
         self._output = OutputRows(path, spec)
         self._kv = kv or ("f32" if exact else "f16")
         self._context: Context | None = None
+        # Positions that the last prefill asked for.
+        self._wanted = 0
         self.adjust(threads, prefill_threads or threads, batch, flash_attention)
         self._hook = graph_hook(path, spec, exact=exact)
         self._rows = EmbeddingRows(input or path, location, spec)
@@ -192,10 +194,11 @@ class LlamaDecoder:
             raise ContextOverflow(0, n, room, self._spec.context_length)
         # Before weights may be loaded: whoever cancels meanwhile means this prefill.
         self._cancelled.clear()
+        self._wanted = n + room
         # The same for every causal prompt: a longer one does not cost the cache of the last.
         kept = self.common(blocks)
-        context = self._reserve(n + room, max(map(self._at_once, blocks)), kept)
-        kept = self._recall(context, blocks, kept, recall)
+        context = self._reserve(*self._sizes(n, blocks), kept)
+        kept = self._recall(context, blocks, kept, None if self._is_long(n) else recall)
         with context.abortable():
             read = 0
             for i, block in enumerate(blocks):
@@ -214,8 +217,40 @@ class LlamaDecoder:
 
     def common(self, blocks: Sequence[Block]) -> int:
         """The number of leading rows of a prompt that the KV cache holds and can be cut to."""
-        n = self._cached.common(blocks, self.embed)
-        return n if self._context and n >= self._context.least else 0
+        made, total = self._context, sum(len(block.rows) for block in blocks)
+        if made is None or self._is_long(made.n_ctx) != self._is_long(total):
+            return 0
+        n = made.cached.common(blocks, self.embed)
+        return n if n >= made.least else 0
+
+    def _is_long(self, n: int) -> bool:
+        """True for so many rows, or a context of so many, whose positions are turned by factors for
+        long texts. llama.cpp goes by the context, the original by the rows that there are.
+        """
+        return 0 < self._spec.short_context < n
+
+    def _sizes(self, n: int, blocks: Sequence[Block]) -> tuple[int, int]:
+        """The positions of a context that reads blocks up to `n` rows in all, and the rows in one
+        batch; no more than are turned alike.
+        """
+        short = self._spec.short_context
+        positions, at_once = max(self._wanted, n), max(map(self._at_once, blocks))
+        if not short or self._is_long(n):
+            return positions, at_once
+        return min(positions, short), min(at_once, short)
+
+    def _enter(self, n: int) -> Context:
+        """The context, for `n` rows in all; those that are there are read again where they were
+        turned otherwise. Raises Cancelled, and nothing is there then.
+        """
+        context = self._made
+        if self._is_long(n) == self._is_long(context.n_ctx):
+            return context
+        cached = context.cached
+        blocks = cached.everything(self.embed)
+        context = self._reserve(*self._sizes(n, blocks), 0)
+        context.read_again(blocks, list(map(self._at_once, blocks)), cached)
+        return context
 
     @staticmethod
     def _recall(context: Context, blocks: Sequence[Block], kept: int, recall: Recall | None) -> int:
@@ -242,13 +277,16 @@ class LlamaDecoder:
 
     def state(self) -> memoryview:
         """See TextDecoder."""
-        return self._context.leading_state() if self._context else memoryview(b"")
+        made = self._context
+        if made is None or self._is_long(made.n_ctx):
+            return memoryview(b"")
+        return made.leading_state()
 
     def hand_over(self, other: LlamaDecoder) -> None:
         """Gives all rows to a decoder of the same file, which goes on from there; this one keeps
         them.
         """
-        context = self._made
+        context, other._wanted = self._made, self._wanted
         state, to = context.state(), other._reserve(context.n_ctx, 0, 0)
         if not to.take(state, context.cached.copy()):
             raise EngineError(f"llama.cpp could not hand over a KV cache of {len(state)} bytes")
@@ -262,15 +300,22 @@ class LlamaDecoder:
     def extend(self, tokens: Sequence[int]) -> Float:
         """See TextDecoder."""
         out = np.empty((len(tokens), self._spec.n_vocab), np.float32)
-        for start in range(0, len(tokens), SCORE_ROWS):
-            part = tokens[start : start + SCORE_ROWS]
+        start = 0
+        while start < len(tokens):
+            n = len(self._made.cached.positions)
+            left = self._spec.short_context - n
+            # Those that still are turned as what is there, as if they were read one by one.
+            part = tokens[start : start + (min(SCORE_ROWS, left) if left > 0 else SCORE_ROWS)]
+            self._enter(n + len(part))
             self._decode_tokens(part)
             for i in range(len(part)):
                 out[start + i] = self._logits(i)
+            start += len(part)
         return out
 
     def step(self, token: int) -> None:
         """See TextDecoder."""
+        self._enter(len(self._made.cached.positions) + 1)
         self._decode_tokens([token])
 
     def _decode_tokens(self, tokens: Sequence[int]) -> None:
@@ -329,7 +374,8 @@ class LlamaDecoder:
             made.cut(kept)
         elif made:
             made.clear()
-        if made and n_ctx <= made.n_ctx and n_batch <= made.n_batch:
+        enough = made and n_ctx <= made.n_ctx and n_batch <= made.n_batch
+        if made and enough and self._is_long(n_ctx) == self._is_long(made.n_ctx):
             return made
         # A state is of the last row's view: one of more rows might lack what these see.
         cached = self._cached
