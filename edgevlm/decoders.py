@@ -7,6 +7,7 @@ own code (configuration_internlm2.py), which is a LLaMA under other names.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,11 @@ EOS = {"llama": 2, "phi3": 32000, "qwen2": 151645}
 # "dynamic" stretches positions beyond max_position_embeddings only, where a bundle's context ends
 # (transformers 4.57, modeling_rope_utils; InternLM2's own code).
 _ROPES = ("default", "dynamic", "llama3")
+# Phi-3's, by its later name and by its first.
+_LONG = ("longrope", "su")
+_LONG_KEYS = ("type", "rope_type", "rope_theta", "short_factor", "long_factor", "factor")
+# llama.cpp's contexts are multiples of this.
+_CONTEXT_STEP = 256
 # What a decoder's config may say of no other value.
 _ONLY = {
     "hidden_act": "silu",
@@ -118,7 +124,8 @@ def read(config: Config, model_type: str) -> Llama:
     rope = rope_parameters(config)
     if isinstance(text, Qwen2Vl):
         text, rope = _with_sections(text, rope)
-    if rope["rope_type"] not in _ROPES:
+    long = isinstance(text, Phi3) and rope["rope_type"] in _LONG
+    if rope["rope_type"] not in _ROPES and not long:
         raise ValueError(
             f"the decoder scales its positions ({rope['rope_type']!r}); only "
             f"{', '.join(_ROPES)} are known"
@@ -130,6 +137,8 @@ def read(config: Config, model_type: str) -> Llama:
     head_dim = text.head_dim or text.hidden_size // heads
     if isinstance(text, Phi3) and head_dim * heads != text.hidden_size:
         raise ValueError(f"head_dim is {head_dim}; Phi-3 divides hidden_size by its heads")
+    if isinstance(text, Phi3) and long:
+        text = _with_longrope(text, {**config, **rope}, rope, head_dim)
     theta = setting(rope, "rope_theta", text.rope_theta)
     factors: tuple[float, ...] = ()
     if rope["rope_type"] == "llama3":
@@ -147,6 +156,39 @@ def read(config: Config, model_type: str) -> Llama:
         rope_factors=factors,
         max_position_embeddings=min(window, longest) if window else longest,
     )
+
+
+def _with_longrope(text: Phi3, config: Config, rope: Mapping[str, Any], head_dim: int) -> Phi3:
+    """A decoder with factors for short texts and for long ones (modeling_phi3_v.py,
+    Phi3SuScaledRotaryEmbedding; transformers 4.57, _compute_longrope_parameters).
+    """
+    known = (*_LONG_KEYS, "original_max_position_embeddings")
+    if odd := [key for key, value in rope.items() if key not in known and value is not None]:
+        raise ValueError(f"rope_scaling has {odd[0]}; Phi-3's has a short_factor and a long_factor")
+    short, long = (_factors(rope, key, head_dim // 2) for key in ("short_factor", "long_factor"))
+    original = setting(config, "original_max_position_embeddings", 0)
+    if original < 1 or original % _CONTEXT_STEP:
+        raise ValueError(
+            f"original_max_position_embeddings is {original}; only multiples of {_CONTEXT_STEP} "
+            "are known"
+        )
+    scale = text.max_position_embeddings / original
+    gain = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    return replace(
+        text, short_factors=short, long_factors=long, original_positions=original, rope_gain=gain
+    )
+
+
+def _factors(rope: Mapping[str, Any], key: str, n: int) -> tuple[float, ...]:
+    found = rope.get(key)
+    if not isinstance(found, list) or len(found) != n or not all(map(_is_factor, found)):
+        raise ValueError(f"rope_scaling.{key} is not a list of {n} numbers above 0")
+    return tuple(map(float, found))
+
+
+def _is_factor(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
 
 
 def _with_sections(text: Qwen2Vl, rope: dict[str, Any]) -> tuple[Qwen2Vl, dict[str, Any]]:

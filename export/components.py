@@ -248,7 +248,7 @@ def _write_projector(
 
 def write_newline(config: Part, tensors: Weights, folder: Path) -> list[Path]:
     """Writes a connector's newline beside its graph; the file, if it has one."""
-    if not (name := net(config).newline):
+    if not (rows := net(config).rows):
         return []
-    np.save(folder / NEWLINE, tensors[name].float32())
+    np.save(folder / NEWLINE, rows(config, tensors))
     return [folder / NEWLINE]

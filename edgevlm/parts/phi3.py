@@ -11,9 +11,24 @@ from edgevlm.parts.llama import Llama
 
 @dataclass(frozen=True, kw_only=True)
 class Phi3(Llama):
-    """A Phi-3: LLaMA's with queries, keys and values in one matrix, gate and up in one."""
+    """A Phi-3: LLaMA's with queries, keys and values in one matrix, gate and up in one.
+
+    With `long_factors` the frequencies of the rotary positions are divided by them where a text has
+    more than `original_positions` tokens, and by the `short_factors` where it has not; the angles'
+    sines and cosines are multiplied by `rope_gain`.
+    """
 
     architecture: ClassVar[str] = "phi3"
+
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    original_positions: int = 0
+    rope_gain: float = 1.0
+
+    @property
+    def short_context(self) -> int:
+        """See Decoder."""
+        return self.original_positions
 
     def tensors(self) -> Shapes:
         """See Part."""

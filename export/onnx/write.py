@@ -28,7 +28,7 @@ def write(
     """
     found = net(config)
     given, output = _ends(config)
-    inside = {name: tensor for name, tensor in tensors.items() if name != found.newline}
+    inside = {name: tensor for name, tensor in tensors.items() if name not in found.newline}
     builder = Builder(given, shape, inside, stage.advance, ids=isinstance(config, TextTower))
     builder.write(found.build(builder, config, builder.input), output, path)
 

@@ -72,12 +72,15 @@ class Net:
         and returns the output.
     quantized: whether bundles have it at the vision precision, which pays from a hundred million
         weights on; otherwise it stays in float32.
-    newline: the tensor that ends the lines of a picture and lies beside the graph; "" in most.
+    newline: the tensors that the rows between the lines of a picture are made of, which lie beside
+        the graph; none in most.
+    rows: config, tensors -> those rows, float32 [n_embd] or, with several, [rows, n_embd].
     """
 
     build: Callable[[Builder, Any, Value], Value]
     quantized: bool = False
-    newline: str = ""
+    newline: tuple[str, ...] = ()
+    rows: Callable[[Any, Weights], NDArray[np.float32]] | None = None
 
 
 def net(config: Part) -> Net:

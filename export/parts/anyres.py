@@ -7,4 +7,6 @@ from __future__ import annotations
 from edgevlm.export.parts import Net
 from edgevlm.export.parts.mlp import build
 
-NET = Net(build, newline="image_newline")
+_NEWLINE = "image_newline"
+
+NET = Net(build, newline=(_NEWLINE,), rows=lambda _, tensors: tensors[_NEWLINE].float32())

@@ -42,6 +42,8 @@ from edgevlm.templates import IMAGE
 _hf: Any = transformers
 
 
+Names = tuple[tuple[str, str], ...]
+
 # Names of an adapter's modules in LLaVA's own layout and in transformers', by the part here.
 _OWN_NAMES = (
     (r"^model\.vision_tower\.vision_tower\.", "vision."),
@@ -112,8 +114,11 @@ class Reference:
         """The adapter, and the parts as they are without it."""
         if not self._job.adapter:
             return None, self._job.parts
-        names = _OWN_NAMES if self._alone else _NAMES
-        return Added(self._job.adapter.folder, names), self._job.tensors.plain
+        return Added(self._job.adapter.folder, self._names()), self._job.tensors.plain
+
+    def _names(self) -> Names:
+        """Patterns of an adapter's modules, and the parts' names for them."""
+        return _OWN_NAMES if self._alone else _NAMES
 
     def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
         """The checkpoint's own processor on a picture, padded first where LLaVA's own code does."""
@@ -206,6 +211,13 @@ def _decoder(config: Decoder, part: Weights, added: Added | None, stated: Config
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     name = {Llama: "Llama", Phi3: "Phi3", Qwen2: "Qwen2"}[type(config)]
     scaled = {"rope_scaling": scaling} if scaling.get("rope_type") == "llama3" else {}
+    if "long_factor" in scaling:
+        factors = {key: scaling[key] for key in ("short_factor", "long_factor")}
+        original = "original_max_position_embeddings"
+        scaled = {
+            "rope_scaling": {"type": "longrope", **factors},
+            original: text.get(original, scaling.get(original)),
+        }
     made = getattr(_hf, f"{name}Config")(
         **asdict(config), **scaled, pad_token_id=None, attn_implementation="eager"
     )
