@@ -20,6 +20,7 @@ from edgevlm.processors import (
     LLAVA_NEXT,
     LLAVA_ONEVISION,
     PAN_AND_SCAN,
+    PHI3_V,
     PREPROCESSOR,
     PROCESSOR,
     QWEN2_VL,
@@ -28,7 +29,7 @@ from edgevlm.processors import (
     VLM,
     ProcessorSettings,
 )
-from edgevlm.specs import Fit, ImageSpec, NativeSpec, Resample, TileSpec
+from edgevlm.specs import Fit, ImageSpec, MapSpec, NativeSpec, Resample, TileSpec
 
 # Idefics3's classes, which cut pictures into tiles and make them RGB at last.
 _IDEFICS = (IDEFICS3, SMOLVLM)
@@ -175,9 +176,24 @@ def _parts(found: ProcessorSettings) -> TileSpec:
     return TileSpec("pan-and-scan", most=most, overview="first", overview_of="picture", max_tiles=1)
 
 
+def _crops(found: ProcessorSettings) -> TileSpec:
+    """Phi-3-Vision's tiles; the picture stands before them, squeezed from their pixels, and its
+    embeddings last.
+    """
+    return TileSpec(
+        "hd",
+        most=_count(found, "num_crops"),
+        overview="first",
+        overview_of="pixels",
+        fill=(255, 255, 255),
+        map=MapSpec(separated=True),
+    )
+
+
 _CUTTERS: Mapping[str, Callable[[ProcessorSettings], TileSpec]] = {
     GOT_OCR2: _patches,
     GEMMA3: _parts,
+    PHI3_V: _crops,
 }
 
 
@@ -234,7 +250,7 @@ def _fit(found: ProcessorSettings, side: int, pad: bool) -> tuple[Fit, int]:
     """The way a picture becomes a square, and the side that it is resized to."""
     if not found.values["do_resize"]:
         raise found.refusal("do_resize", "only true is known")
-    if found.kind in (*_IDEFICS, QWEN2_VL):
+    if found.kind in (*_IDEFICS, QWEN2_VL, PHI3_V):
         return "stretch", side
     if found.kind in _BOXED:
         key = "image_size" if found.kind == VLM else "size"

@@ -21,6 +21,8 @@ GEMMA3 = "Gemma3ImageProcessor"
 # transformers' class, and the one of the original's code.
 DEEPSEEK_VL, VLM = "DeepseekVLImageProcessor", "VLMImageProcessor"
 QWEN2_VL = "Qwen2VLImageProcessor"
+# A class that every checkpoint brings with it; it is known here and not run.
+PHI3_V = "Phi3VImageProcessor"
 PINPOINTS = "image_grid_pinpoints"
 
 # openai/CLIP's normalisation, and the one that transformers calls IMAGENET_STANDARD.
@@ -121,6 +123,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "temporal_patch_size": 2,
         "merge_size": 2,
     },
+    PHI3_V: {
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "num_crops": 1,
+        # Of a picture that is not cut, which its processor never makes.
+        "num_img_tokens": None,
+    },
     VLM: {
         "image_mean": CLIP_MEAN,
         "image_std": CLIP_STD,
@@ -134,6 +143,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 # What a class does and its file cannot say.
 _FIXED: dict[str, dict[str, Any]] = {
     VLM: {"do_resize": True, "resample": 3, "do_rescale": True, "do_pad": True},
+    PHI3_V: {
+        "do_resize": True,
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+    },
 }
 # Keys that change no pixel: names, and what a call may be given. Pictures are RGB here already, and
 # `do_pad` of a class that is not LLaVA's brings pictures of one batch to one size.
@@ -185,7 +201,7 @@ def default_settings(
     """A class's settings for a tower of `side` pixels where no file states any, and a note of it
     for the manifest, with what is known `beside`.
     """
-    values = dict(_DEFAULTS[kind])
+    values = _FIXED.get(kind, {}) | _DEFAULTS[kind]
     if "crop_size" in values:
         values |= {"size": {"shortest_edge": side}, "crop_size": side}
     else:
@@ -243,7 +259,7 @@ def _settings(file: str, stated: Config, default: str, known: Collection[str]) -
     named = stated.get("image_processor_type") or stated.get("feature_extractor_type") or default
     kind = str(named).removesuffix("Fast").removesuffix("Pil")
     kind = kind.replace("FeatureExtractor", "ImageProcessor")
-    if stated.get("auto_map"):
+    if stated.get("auto_map") and kind != PHI3_V:
         raise FileError(
             file, f"auto_map is {stated['auto_map']!r}; code of a checkpoint is not run"
         )
@@ -259,7 +275,8 @@ def _settings(file: str, stated: Config, default: str, known: Collection[str]) -
             raise FileError(file, f"{key} is null, which transformers 4 and 5 read differently")
     found = ProcessorSettings(file, kind, values, stated)
     for key in stated:
-        if key not in _DEFAULTS[kind] and key not in _INERT and _means_something(key, stated[key]):
+        inert = key in _INERT or (key == "auto_map" and kind == PHI3_V)
+        if key not in _DEFAULTS[kind] and not inert and _means_something(key, stated[key]):
             raise found.refusal(key, f"a {kind} ignores it; remove it if the model was trained so")
     return found
 

@@ -26,6 +26,7 @@ from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.llava_next import write_next
 from tests.checkpoints.llava_onevision import OWN, write_onevision
 from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.phi3_v import write_phi3_v
 from tests.checkpoints.qwen2_vl import write_qwen2_vl
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
@@ -49,6 +50,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "llava-next": ("llava_next", partial(write_next, layout="own")),
     "llava-onevision-hf": ("llava_onevision", write_onevision),
     "llava-onevision": ("llava_onevision", partial(write_onevision, **OWN)),
+    "phi-3.5-vision": ("phi3_v", write_phi3_v),
     "qwen2-vl": ("qwen2_vl", write_qwen2_vl),
     "qwen2.5-vl": ("qwen2_vl", partial(write_qwen2_vl, new=True, nested=True)),
     "smolvlm": ("smolvlm", write_smolvlm),
@@ -87,7 +89,11 @@ def test_it_answers_like_the_original(bundle: Bundle) -> None:
     parity = {s.stage: s for s in bundle.manifest.parity}
     assert [*parity] == [*STAGES, "greedy"]
     assert all(s.ok for s in parity.values())
-    assert parity["tokens"].worst == parity["prompt"].worst == parity["pixels"].worst == 0
+    assert parity["tokens"].worst == parity["prompt"].worst == 0
+    # torch sums an overview's pixels with or without fused multiply-add, as the processor has it.
+    tiles = bundle.manifest.image.tiles
+    squeezed = tiles is not None and tiles.overview_of == "pixels"
+    assert parity["pixels"].worst <= (1e-6 if squeezed else 0)
     # 5e-3 on logits of standard deviation 5, and the same tokens.
     assert parity["answer"].worst < 1e-3
     assert parity["greedy"].worst == 0

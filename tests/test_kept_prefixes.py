@@ -25,6 +25,7 @@ from tests.checkpoints.llava import write_llava
 from tests.checkpoints.llava_next import write_next
 from tests.checkpoints.llava_onevision import write_onevision
 from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.phi3_v import write_phi3_v
 from tests.checkpoints.qwen2_vl import write_qwen2_vl
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
@@ -41,6 +42,7 @@ CAUSAL: dict[str, tuple[Callable[[Path], Path], str]] = {
     "deepseek-vl": (write_deepseek_vl, "q8_0"),
     "llava-next": (write_next, "q8_0"),
     "onevision": (write_onevision, "q8_0"),
+    "phi3-v": (write_phi3_v, "f16"),
     "qwen2-vl": (write_qwen2_vl, "q8_0"),
     "tinygptv": (partial(write_tinygptv, stage=4), "f16"),
 }
