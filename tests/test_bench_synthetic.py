@@ -118,7 +118,28 @@ def qwen2_vl() -> Source:
     return replace(real, files=files, tokenizer=replace(real.tokenizer, added=tokens))
 
 
+def phi3_v() -> Source:
+    """A small Phi-3.5-Vision's config, and what says how small its tower is."""
+    real = MODELS["phi-3.5-vision"]
+    factors = [1.0] * (256 // LLAMA["num_attention_heads"] // 2)
+    config: dict[str, Any] = {**real.files["config.json"], **LLAMA}
+    config["rope_scaling"] = {"long_factor": factors, "short_factor": factors, "type": "su"}
+    config["img_processor"] = {**config["img_processor"], "image_dim_out": 64}
+    tokens = {t: replace(a, id=900 + i) for i, (t, a) in enumerate(real.tokenizer.added.items())}
+    files = {**real.files, "config.json": config, PREPROCESSOR: {"num_crops": 2}}
+    tower = "model.vision_embed_tokens.img_processor.vision_model."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{tower}embeddings.patch_embedding.weight": (64, 3, 14, 14),
+        f"{tower}embeddings.position_embedding.weight": (17, 64),
+        **{f"{tower}encoder.layers.{i}.mlp.fc1.weight": (128, 64) for i in range(2)},
+    }
+    return replace(
+        real, files=files, shapes=shapes, tokenizer=replace(real.tokenizer, added=tokens)
+    )
+
+
 SMALL = {
+    "phi3_v": phi3_v(),
     "gemma3": gemma3(),
     "qwen2_vl": qwen2_vl(),
     "internvl": internvl(),

@@ -27,6 +27,9 @@ from edgevlm.benchmarks.synthetic.configs import (
     LLAVA_ONEVISION_TOKENS,
     MOBILEPALO,
     PALIGEMMA,
+    PHI3_V,
+    PHI3_V_PICTURES,
+    PHI3_V_TOKENS,
     QWEN2_5_VL,
     QWEN2_VL,
     QWEN2_VL_PICTURES,
@@ -236,6 +239,16 @@ def _qwen2_vl(**config: Any) -> Source:
     )
 
 
+def _phi3_v(num_crops: int) -> Source:
+    """Phi-3-Vision with so many tiles of a picture."""
+    added = {
+        text: AddedToken(i, special=True, rstrip=text not in ("<|endoftext|>", "<|image|>"))
+        for text, i in PHI3_V_TOKENS.items()
+    }
+    files = {"config.json": PHI3_V, PREPROCESSOR: PHI3_V_PICTURES | {"num_crops": num_crops}}
+    return Source(files, tokenizer=Tokenizer(added=added, prepends="every", slow=False))
+
+
 _SMOLLM2_360M = {
     "hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15,
     "num_hidden_layers": 32, "num_key_value_heads": 5,
@@ -260,6 +273,8 @@ MODELS: Mapping[str, Source] = {
     "internvl2.5-4b": _internvl(**_QWEN2_5_3B),
     "internvl3-1b": _internvl(),
     "internvl3-2b": _internvl(**_QWEN2_5_1_5B),
+    "phi-3-vision": _phi3_v(16),
+    "phi-3.5-vision": _phi3_v(4),
     "qwen2-vl-2b": _qwen2_vl(),
     "qwen2-vl-7b": _qwen2_vl(**_QWEN2_7B),
     "qwen2.5-vl-3b": _qwen2_vl(**QWEN2_5_VL),
