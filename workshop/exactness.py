@@ -26,6 +26,7 @@ from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.llava_next import write_next
 from tests.checkpoints.llava_onevision import OWN, write_onevision
 from tests.checkpoints.paligemma import write_paligemma
+from tests.checkpoints.phi3_v import write_phi3_v
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
 
@@ -78,6 +79,7 @@ _MODELS: Models = {
     "LLaVA-NeXT": write_next,
     "LLaVA-OneVision": write_onevision,
     "DeepSeek-VL": write_deepseek_vl,
+    "Phi-3.5-Vision": write_phi3_v,
 }
 _LAYOUTS: Models = {
     **{name: partial(write_llava, **options) for name, options in ORIGINALS.items()},
