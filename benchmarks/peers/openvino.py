@@ -62,7 +62,8 @@ def _export(task: dict[str, Any], folder: Path) -> None:
             raise NotImplementedError(f"exports no model of the kind {kind}") from e
         raise
     names = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
-    tokenizer = AutoTokenizer.from_pretrained(part)
+    untyped: Any = AutoTokenizer
+    tokenizer = untyped.from_pretrained(part)
     for model, name in zip(convert_tokenizer(tokenizer, with_detokenizer=True), names, strict=True):
         openvino.save_model(model, part / name)
     part.rename(folder)
