@@ -4,9 +4,12 @@
     vision.onnx      pixels float32 [n, 3, size, size] -> features float32 [n, patches, width]
     projector.onnx   features -> embeddings float32 [n, tokens, n_embd]
     decoder.gguf     the language decoder with its tokenizer
+    decoder.tokenizer.json  its tokenizer, where llama.cpp does not cut texts as it does
     decoder.input.gguf      the tokenizer and token embeddings of all tokens, where the decoder was
                      trimmed to those of some languages
     projector.newline.npy   float32 [n_embd], a row that ends lines, where tiles are joined to a map
+    regions.onnx     rows of the decoder's last layer float32 [n, n_embd] -> bins [n, bins], and
+    regions.rows.onnx       places and sizes [n, 3] -> rows [n, 2, n_embd] that it reads
     text.onnx        a dual encoder's, ids int64 [n, tokens] -> unit rows float32 [n, width]
     text.tokenizer.json or text.spiece.model        its tokenizer
 
@@ -39,6 +42,7 @@ from edgevlm.specs import (
     DecoderSpec,
     ImageSpec,
     PromptSpec,
+    RegionSpec,
     SelfCheck,
     TensorLocation,
     TextSpec,
@@ -49,12 +53,14 @@ FORMAT = 4
 MANIFEST = "edgevlm.json"
 NEWLINE = "projector.newline.npy"
 INPUT = "decoder.input.gguf"
+DECODER_TOKENIZER = "decoder.tokenizer.json"
+REGIONS, REGION_ROWS = "regions.onnx", "regions.rows.onnx"
 # The tokenizer of a dual encoder: one for the package tokenizers, or SentencePiece's.
 TOKENIZER, SPIECE = "text.tokenizer.json", "text.spiece.model"
-ROLES = ("vision", "projector", "decoder", "text", "masks")
+ROLES = ("vision", "projector", "decoder", "text", "masks", "regions")
 # The first format in which a component could have that role; others are as old as format 2.
-_SINCE = {"masks": 3, "text": 4}
-_SINCE_KEYS = {"self_check": 4, "text": 4}
+_SINCE = {"masks": 3, "text": 4, "regions": 4}
+_SINCE_KEYS = {"self_check": 4, "text": 4, "regions": 4}
 # What a manifest states beside a decoder.
 _DECODING = ("prompt", "decoder", "answer", "token_embedding")
 
@@ -122,7 +128,7 @@ class Manifest:
 
     `components` go by their role. `alternatives` are further vision encoders by precision; the main
     one is in `components`. Without a decoder `prompt`, `decoder`, `answer` and `token_embedding`
-    are empty; `text` is a dual encoder's, None of other models.
+    are empty; `text` is a dual encoder's, None of other models, `regions` the region model's.
     `weight_files` say what came from where in a model of several weight files, `notes` what
     those left open and how it was settled. `origin` is the source's repository and commit on the
     hub, `org/name@COMMIT`, empty for a source of another kind. `self_check` is what machines
@@ -148,6 +154,7 @@ class Manifest:
     origin: str = ""
     self_check: SelfCheck | None = None
     text: TextSpec | None = None
+    regions: RegionSpec | None = None
 
     def __repr__(self) -> str:
         precisions = ", ".join(f"{role} {c.precision}" for role, c in self.components.items())
@@ -186,6 +193,12 @@ class Bundle:
         """
         names = [record.file for record in self.manifest.components["decoder"].files]
         return self.folder / INPUT if INPUT in names else self.path("decoder")
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The file that makes ids of texts beside the decoder; None where llama.cpp does."""
+        names = [record.file for record in self.manifest.components["decoder"].files]
+        return self.folder / DECODER_TOKENIZER if DECODER_TOKENIZER in names else None
 
     @property
     def names(self) -> frozenset[str]:
@@ -286,7 +299,7 @@ def read_manifest(root: Path) -> Manifest:
         if "decoder" in manifest.components and (missing := {*_DECODING} - {*data}):
             raise schema.SchemaError(f"missing key {min(missing)!r}")
         decoder = manifest.decoder if "decoder" in manifest.components else None
-        if problem := out_of_bounds(manifest.image, decoder):
+        if problem := out_of_bounds(manifest.image, decoder, manifest.regions):
             raise schema.SchemaError(problem)
     except schema.SchemaError as e:
         raise BundleCorrupt(path, str(e)) from None
@@ -306,6 +319,8 @@ def _check_components(path: Path, manifest: Manifest) -> None:
         raise BundleCorrupt(
             path, "'text' must stand beside a component 'text' and a vision encoder"
         )
+    if ("regions" in roles) != (manifest.regions is not None):
+        raise BundleCorrupt(path, "'regions' must stand beside a component 'regions'")
     if not known or apart or not all(c.files for c in manifest.components.values()):
         raise BundleCorrupt(
             path,
@@ -359,7 +374,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 # Files that a bundle is made of; whatever else lies in its folder stays there.
-_OURS = (MANIFEST, "*.onnx", "*.onnx.data", "*.gguf", NEWLINE, TOKENIZER, SPIECE)
+_OURS = (MANIFEST, "*.onnx", "*.onnx.data", "*.gguf", NEWLINE, TOKENIZER, SPIECE, DECODER_TOKENIZER)
 # mkfs makes this in the root of a file system, which may be mounted to take a bundle.
 _NOBODYS = "lost+found"
 

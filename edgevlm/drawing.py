@@ -1,4 +1,4 @@
-"""Boxes, labels and masks drawn into a picture."""
+"""Boxes, points, labels and masks drawn into a picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgevlm.image import RGB
-from edgevlm.types import Box
+from edgevlm.types import Box, Point
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,13 +34,14 @@ _OPACITY = 0.5
 Colour = tuple[int, int, int]
 
 
-def draw(rgb: RGB, boxes: Sequence[Box]) -> Image:
-    """A copy of the picture with every box, its mask and its label drawn into it, one colour a
-    label.
+def draw(rgb: RGB, things: Sequence[Box | Point]) -> Image:
+    """A copy of the picture with every box, its mask, every point and their labels drawn into it,
+    one colour a label.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    labels = list(dict.fromkeys(box.label for box in boxes))
+    boxes = [thing for thing in things if isinstance(thing, Box)]
+    labels = list(dict.fromkeys(thing.label for thing in things))
     colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(labels)}
     seen = rgb.copy()
     for box in boxes:
@@ -57,10 +58,28 @@ def draw(rgb: RGB, boxes: Sequence[Box]) -> Image:
         # A dark edge on both sides, so that the line is seen on a ground of its own colour.
         canvas.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_BLACK, width=line + 2)
         canvas.rectangle((x0, y0, x1, y1), outline=colours[box.label], width=line)
-    for box in boxes:
-        if box.label:
-            _write(canvas, font, box, colours[box.label], picture.size)
+    for thing in things:
+        if isinstance(thing, Point):
+            _mark(canvas, thing, colours[thing.label], 3 * line)
+    for thing in things:
+        if thing.label:
+            around = thing if isinstance(thing, Box) else _around(thing, 3 * line)
+            _write(canvas, font, around, colours[thing.label], picture.size)
     return picture
+
+
+def _around(point: Point, radius: int) -> Box:
+    """The box of a point's mark, which its label stands above."""
+    x, y = point.x, point.y
+    return Box(x - radius, y - radius, x + radius, y + radius, point.label)
+
+
+def _mark(canvas: ImageDraw, point: Point, colour: Colour, radius: int) -> None:
+    """A disc with a dark edge and a white ring, and a dark middle."""
+    for r, ink in ((radius, _BLACK), (radius - 1, _WHITE), (radius * 0.8, colour)):
+        canvas.ellipse((point.x - r, point.y - r, point.x + r, point.y + r), fill=ink)
+    r = max(1.0, radius / 4)
+    canvas.ellipse((point.x - r, point.y - r, point.x + r, point.y + r), fill=_BLACK)
 
 
 def _write(

@@ -18,7 +18,16 @@ from typing import Any, Literal, TypeVar
 from edgevlm import schema
 from edgevlm.errors import SourceError, UnknownFamily
 from edgevlm.parts import Connector, Decoder, VisionTower
-from edgevlm.specs import AnswerSpec, Attention, DecoderSpec, Fit, ImageSpec, PromptSpec
+from edgevlm.parts.regions import Regions
+from edgevlm.specs import (
+    AnswerSpec,
+    Attention,
+    DecoderSpec,
+    Fit,
+    ImageSpec,
+    PromptSpec,
+    RegionSpec,
+)
 from edgevlm.types import Box
 
 T = TypeVar("T")
@@ -118,15 +127,17 @@ class Source:
 class Model:
     """A checkpoint's config in edgevlm's words.
 
-    `vision`, `projector` and `text` are its parts. `markers` are tokens, by id, that user text can
+    `vision`, `projector` and `text` are its parts, `region_model` is another in models that find
+    objects by one, with its spec in `regions`. `markers` are tokens, by id, that user text can
     never become; `whole_tokens` are texts that are always one token. `prefix` is what the
     tokenizer puts before every text, " " for LLaMA's; the template holds it. With `prefix_once` it
     does so only before a whole prompt that has none of its own.
     `original` is the prompt as the original's code writes it: one text, `<image>` and `{prompt}` in
     it.
     `stop_pieces` are texts that end an answer, `penalized_pieces` such that count as part of it for
-    the repetition penalty, where the vocabulary has them as one token. `notes` say, a line each,
-    what the checkpoint left open and how it was settled.
+    the repetition penalty, where the vocabulary has them as one token. With `own_tokenizer` the
+    bundle has the checkpoint's tokenizer.json, which cuts texts as llama.cpp may not. `notes` say,
+    a line each, what the checkpoint left open and how it was settled.
     """
 
     image: ImageSpec
@@ -143,6 +154,9 @@ class Model:
     original: str = ""
     stop_pieces: tuple[str, ...] = ()
     penalized_pieces: tuple[str, ...] = ()
+    own_tokenizer: bool = False
+    region_model: Regions | None = None
+    regions: RegionSpec | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -168,7 +182,8 @@ class Family:
         None if its model types say enough.
     describe: Source -> Model. Raises ValueError with one line that names the key if the config is
         not one of this family, or the choice if the user's is not; FileError for another file.
-    locate: name of a source tensor -> "vision.…", "projector.…" or "decoder.…" in the canonical
+    locate: name of a source tensor -> "vision.…", "projector.…", "decoder.…" or, of a region model,
+        "regions.…" in the canonical
         names of the builders, IGNORED if the model never uses it, None if it is not known.
     boxes: answer text, width and height in pixels of the picture, or of what the encoder saw of
         one that keeps its shape -> boxes in such pixels; None if the family has none.
@@ -176,6 +191,8 @@ class Family:
         where it is whole; None if no checkpoint of the family leaves it out.
     processor: Source -> folder that the original reads the picture processor from, where that is
         another one and the tower is inside; None if there is none.
+    tokenizer: Source -> folder or hub name of the tokenizer that the original reads, where that is
+        another repository's, None where it is the checkpoint's; None if it always is.
     weight_files: the files beside the checkpoint that `model_types` name, in the
         order in which the original project loads them: of two tensors with one canonical name the
         later wins. Empty where a checkpoint is whole.
@@ -192,6 +209,7 @@ class Family:
     boxes: BoxReader | None = None
     tower: Callable[[Source], str | None] | None = None
     processor: Callable[[Source], str | None] | None = None
+    tokenizer: Callable[[Source], str | None] | None = None
     weight_files: tuple[WeightFile, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ("vision", "projector", "decoder")

@@ -14,7 +14,7 @@ from PIL import Image
 from edgevlm.drawing import draw
 from edgevlm.errors import EdgeVLMError
 from edgevlm.image import RGB, read_image
-from edgevlm.types import Box, Reply, TokenLogprob
+from edgevlm.types import Box, Point, Reply, TokenLogprob
 
 _LONGEST_SIDE = 640
 # The shade of a token that the model was not sure of at all.
@@ -22,18 +22,20 @@ _UNSURE = "230, 159, 0"
 
 
 def html(reply: Reply) -> str:
-    """The reply's text, and the picture with its boxes where there are some and it can be read
-    without the network. With log-probabilities each token is shaded by how unsure the model was of
-    it, and names the likeliest others.
+    """The reply's text, and the picture with its boxes and points where there are some and it can
+    be read without the network. With log-probabilities each token is shaded by how unsure the model
+    was of it, and names the likeliest others.
     """
     words = "".join(_shaded(reply.logprobs)) if reply.logprobs else escape(reply.text)
     return f'{_boxes(reply)}<pre style="white-space: pre-wrap">{words}</pre>'
 
 
-def found(box: Box) -> str:
-    """A box in words, and its mask where it has one, white on black, of the picture's shape."""
+def found(box: Box | Point) -> str:
+    """A box or a point in words, and the mask of a box that has one, white on black, of the
+    picture's shape.
+    """
     words = f"<pre>{escape(repr(box))}</pre>"
-    if box.mask is None:
+    if isinstance(box, Point) or box.mask is None:
         return words
     return words + _image(Image.fromarray(box.mask.astype(np.uint8) * 255), "mask")
 
@@ -69,13 +71,14 @@ def _shaded(tokens: Sequence[TokenLogprob]) -> Iterator[str]:
 
 def _boxes(reply: Reply) -> str:
     source = reply.picture
-    if not reply.boxes or source is None or (isinstance(source, str) and "://" in source):
+    things: list[Box | Point] = [*reply.boxes, *reply.points]
+    if not things or source is None or (isinstance(source, str) and "://" in source):
         return ""
     try:
-        picture = draw(read_image(source), reply.boxes)
+        picture = draw(read_image(source), things)
     except EdgeVLMError:
         return ""  # It is gone, and the text says where the boxes are.
-    return _image(picture, ", ".join(dict.fromkeys(box.label for box in reply.boxes)))
+    return _image(picture, ", ".join(dict.fromkeys(thing.label for thing in things)))
 
 
 def _image(picture: Image.Image, description: str) -> str:

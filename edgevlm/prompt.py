@@ -53,6 +53,26 @@ _ID = re.compile(r"\{id:(\d+)\}")
 _WORDS = re.compile(r"\{(prompt|system)\}")
 
 
+class TaskPrompt(str):
+    """A task's prompt in a model that writes its tasks otherwise than questions.
+
+    It reads as a text; `task` is the task, whose template the model is given, and `words` are what
+    it is about, each by itself.
+    """
+
+    task: str
+    words: tuple[str, ...]
+
+    def __new__(cls, text: str, task: str, words: tuple[str, ...]) -> TaskPrompt:
+        """The prompt that reads as `text`."""
+        prompt = super().__new__(cls, text)
+        prompt.task, prompt.words = task, words
+        return prompt
+
+    def __getnewargs__(self) -> tuple[str, str, tuple[str, ...]]:  # type: ignore[override]
+        return str(self), self.task, self.words
+
+
 @dataclass(frozen=True)
 class Exchange:
     """A question, how many pictures come with it, and its answer: a reply of the model's, a text,
@@ -80,8 +100,14 @@ def conversation(
         words = words.strip()
     for i, exchange in enumerate(exchanges):
         template, text_template = spec.template, spec.text_template
+        question: str = exchange.question
         if i:
             template, text_template = spec.turn, spec.text_turn
+        elif isinstance(question, TaskPrompt) and question.task in spec.task_templates:
+            if not exchange.n_pictures:
+                raise PromptError(f"the task {question.task!r} is about a picture; give one")
+            template = spec.task_templates[question.task]
+            question = " ".join(question.words)
         elif system is not None:
             template, text_template = spec.system_template, spec.system_text_template
         if not exchange.n_pictures and text_template:
@@ -99,7 +125,7 @@ def conversation(
         if exchange.answer is not None and spec.answered:
             template = (*template[:-1], spec.answered)
         pictures = [Image(seen + j) for j in range(exchange.n_pictures)]
-        question = check_text(exchange.question)
+        question = check_text(question)
         if spec.strip:
             question = question.rstrip() if pictures else question.strip()
         elif spec.trim:
@@ -208,10 +234,15 @@ def _filled(
     return segments
 
 
-def task_prompt(spec: PromptSpec, task: str, prompt: str = "", language: str = "en") -> str:
-    """The model's own prompt for a task; raises PromptError if it has no such task. A question to a
-    model without a prompt for questions is that question.
+def task_prompt(
+    spec: PromptSpec, task: str, about: str | Sequence[str] = "", language: str = "en"
+) -> str:
+    """The model's own prompt for a task about a question, or about objects by name; raises
+    PromptError if it has no such task. A question to a model without a prompt for questions is that
+    question.
     """
+    words = (about,) if isinstance(about, str) else tuple(about)
+    prompt = joined_objects(words)
     if task == "answer" and task not in spec.tasks and language == "en":
         return prompt
     if task not in spec.tasks:
@@ -223,7 +254,13 @@ def task_prompt(spec: PromptSpec, task: str, prompt: str = "", language: str = "
             f"this model has no {task} in {language!r}; ask in that language in your own words"
         )
     head, *tail = spec.tasks[task].replace("{language}", language).split("{prompt}")
-    return prompt.join([head, *tail])
+    text = prompt.join([head, *tail])
+    return TaskPrompt(text, task, words) if task in spec.task_templates else text
+
+
+def caption_task(length: str) -> str:
+    """The name of the task of captions of a length, "short", "normal" or "long"."""
+    return "caption" if length == "normal" else f"caption_{length}"
 
 
 def joined_objects(objects: Sequence[str]) -> str:

@@ -4,10 +4,11 @@ take more memory than there is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from edgevlm.specs import DecoderSpec, ImageSpec
+from edgevlm.specs import DecoderSpec, ImageSpec, RegionSpec, TileSpec
 
 _SIDE, _MANY, _LARGEST = 1 << 13, 1 << 12, 1 << 24
 _IMAGE = {
@@ -22,6 +23,13 @@ _TILES = {
     "max_tiles": (0, _MANY),
     "least": (0, _MANY),
     "most": (0, _MANY),
+    "margin": (0, _MANY),
+}
+_REGIONS = {
+    "coord_bins": (1, 1 << 16),
+    "size_bins": (2, 1 << 16),
+    "end": (0, _LARGEST),
+    "most": (1, _MANY),
 }
 _DECODER = {
     "n_embd": (1, 1 << 20),
@@ -32,12 +40,16 @@ _DECODER = {
 }
 
 
-def out_of_bounds(image: ImageSpec, decoder: DecoderSpec | None) -> str:
+def out_of_bounds(
+    image: ImageSpec, decoder: DecoderSpec | None, regions: RegionSpec | None = None
+) -> str:
     """The first number that no bundle has, as one line for a message; "" where all are well."""
-    return next(_problems(image, decoder), "")
+    return next(_problems(image, decoder, regions), "")
 
 
-def _problems(image: ImageSpec, decoder: DecoderSpec | None) -> Iterator[str]:
+def _problems(
+    image: ImageSpec, decoder: DecoderSpec | None, regions: RegionSpec | None
+) -> Iterator[str]:
     yield from _outside("image", image, _IMAGE)
     if not all(image.std):
         yield "'image.std' has a zero"
@@ -49,8 +61,22 @@ def _problems(image: ImageSpec, decoder: DecoderSpec | None) -> Iterator[str]:
             yield "'image.tiles.canvases' has a side that is none"
         if not all(0 <= c <= 255 for c in image.tiles.fill):
             yield "'image.tiles.fill' is not a colour"
+        if image.tiles.rule == "overlap" and (problem := overlap_problem(image, image.tiles)):
+            yield f"'image.tiles.margin' is {image.tiles.margin}: {problem}"
     if decoder:
         yield from _outside("decoder", decoder, _DECODER)
+    if regions:
+        yield from _outside("regions", regions, _REGIONS)
+
+
+def overlap_problem(image: ImageSpec, tiles: TileSpec) -> str:
+    """The reason why tiles cannot overlap as they should, "" where they can."""
+    side = math.isqrt(image.tokens)
+    if side**2 != image.tokens or image.size % side:
+        return f"a tile of {image.size} pixels is not {image.tokens} patches in a square"
+    if 2 * tiles.margin >= side or tiles.most < 1:
+        return f"a tile of {side} patches a side has none of its own"
+    return ""
 
 
 def _outside(where: str, spec: Any, bounds: dict[str, tuple[int, int]]) -> Iterator[str]:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Attention = Literal["causal", "prefix", "blocks"]
+Attention = Literal["causal", "prefix", "blocks", "opening"]
 Fit = Literal["stretch", "pad", "crop", "letterbox"]
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-TileRule = Literal["longest-edge", "ratio", "pinpoints", "pan-and-scan", "hd"]
+TileRule = Literal["longest-edge", "ratio", "pinpoints", "pan-and-scan", "hd", "overlap"]
 Overview = Literal["none", "first", "last"]
 # How a text is changed before it is tokenized, beside what its tokenizer does itself.
 Clean = Literal["", "lower", "siglip", "canonicalize"]
@@ -49,14 +49,16 @@ class TileSpec:
     `most` parts, each of which is stretched to a tile. `hd`: the picture is resized in its own
     shape, its long side to as many tiles as leave no more than `most` of them, and lies in the
     middle of whole tiles on `fill`; one that is higher than wide is laid down for that and set up
-    again. A picture of one tile is not cut, and with `split` off none is. `overview` is where the
-    whole picture stands among the tiles, as one more, squeezed from what `overview_of` says: the
-    canvas that they are cut from, the picture itself, or the pixels that the canvas became, bicubic
-    and without a filter for what is left out.
-    `max_tiles` bounds the tiles of a picture, its overview among them, by a coarser grid; 0 is no
-    bound, 1 no cutting. With `alone` only a picture that is the only one of a request is cut, and
-    several become a square as the fit "pad" has it. `map` joins the tiles' image embeddings;
-    without it they stand one tile after the other.
+    again. `overlap`: of at most `most` tiles, which share `margin` patches on each side with their
+    neighbours; the picture is stretched to them, and the projector reads one map of all tiles,
+    without what two of them share, squeezed to the overview's size and beside it. A picture of one
+    tile is not cut, and with `split` off none is. `overview` is where the whole picture stands
+    among the tiles, as one more, squeezed from what `overview_of` says: the canvas that they are
+    cut from, the picture itself, or the pixels that the canvas became, bicubic and without a filter
+    for what is left out. `max_tiles` bounds the tiles of a picture, its overview among them, by a
+    coarser grid; 0 is no bound, 1 no cutting. With `alone` only a picture that is the only one of a
+    request is cut, and several become a square as the fit "pad" has it. `map` joins the tiles'
+    image embeddings; without it they stand one tile after the other.
     """
 
     rule: TileRule
@@ -71,6 +73,7 @@ class TileSpec:
     fill: tuple[int, int, int] = (0, 0, 0)
     alone: bool = False
     map: MapSpec | None = None
+    margin: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class ImageSpec:
     With `letterbox` the short side becomes at least `shortest`, and is the integer below what the
     `rounding` gives in floating point: its `share` of the long side, times `size`, or the side
     times the `scale` of the picture.
+    `exact` is the type that pixels are computed in, "bfloat16" where the original rounds them so.
     `rgb` says when a picture becomes RGB: `first`, which drops its transparency, or `last`, after
     it was resized as its file has it: transparent pixels then lie on white, and palettes and greys
     are resized by their nearest pixels.
@@ -136,6 +140,7 @@ class ImageSpec:
     tiles: TileSpec | None = None
     rgb: Literal["first", "last"] = "first"
     native: NativeSpec | None = None
+    exact: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,8 @@ class PromptSpec:
     answer that is given, where the original writes another there than before one that is to come.
     `system_template` and `system_text_template` are `template` and `text_template` of a
     conversation with a system message, in which `{system}` stands for its words; the first is empty
-    where the original's template knows none.
+    where the original's template knows none. `task_templates` are the templates of tasks that the
+    original writes otherwise than questions, by task; `{prompt}` in them is what the task is about.
     """
 
     template: tuple[str, ...]
@@ -198,6 +204,7 @@ class PromptSpec:
     answered: str = ""
     system_template: tuple[str, ...] = ()
     system_text_template: tuple[str, ...] = ()
+    task_templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,8 @@ class DecoderSpec:
 
     `attention` is `prefix` where picture and prompt attend to each other both ways and only the
     answer is causal, `blocks` where the image embeddings of a tile attend to each other both ways
-    and all else is causal, `causal` otherwise. `context_length` is the largest number of positions.
+    and all else is causal, `opening` where the prompt begins with a picture and all up to its end
+    does so, `causal` otherwise. `context_length` is the largest number of positions.
     `extra_norms` says that the GGUF's metadata holds norms which llama.cpp's graph lacks; edgevlm's
     runtime adds them, and without it the file would answer nonsense. `n_output` is how many of the
     `n_vocab` tokens an answer can have, those that texts in `languages` need; 0 is all of them.
@@ -240,6 +248,7 @@ class AnswerSpec:
 
     With `strip`, blanks around it are no part of it, nor is a `role` ("Assistant:") that a model
     says before it. The repetition penalty counts `penalized` tokens as if the answer had them.
+    After its first token no answer has one of `never`.
     """
 
     stop_tokens: tuple[int, ...]
@@ -248,6 +257,28 @@ class AnswerSpec:
     strip: bool = False
     role: str = ""
     penalized: tuple[int, ...] = ()
+    never: tuple[int, ...] = ()
+
+
+Finding = Literal["boxes", "points"]
+
+
+@dataclass(frozen=True)
+class RegionSpec:
+    """The region model of a bundle, which finds objects by the decoder's last layer, not by words.
+
+    `tasks` are those that it answers, with what it finds. After the prompt the decoder's row says
+    the first object's place in `coord_bins` bins of the picture's width, the row after that the one
+    along its height, and for a box the next one its width and height in `size_bins` bins of powers
+    of two, 2 ** -10 to 1 of the sides; each is read as a row of its own. So it goes on until the
+    likeliest token is `end`, or there are `most` objects.
+    """
+
+    tasks: Mapping[str, Finding]
+    coord_bins: int
+    size_bins: int
+    end: int
+    most: int = 50
 
 
 @dataclass(frozen=True)

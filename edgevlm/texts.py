@@ -1,4 +1,5 @@
-"""A dual encoder's texts -> token ids, by the tokenizer that lies in its bundle.
+"""Texts -> token ids, by the tokenizer that lies in the bundle of a dual encoder, or of a model
+whose way to cut texts llama.cpp does not have.
 
 The packages tokenizers and sentencepiece do the work; each is loaded with the first tokenizer of
 its kind.
@@ -36,7 +37,7 @@ class TextTokens:
 
     def __init__(self, path: Path, spec: TextSpec) -> None:
         self.spec = spec
-        self._ids = (_json if path.suffix == ".json" else _spiece)(path, spec.clean)
+        self._ids = json_ids(path) if path.suffix == ".json" else _spiece(path, spec.clean)
 
     def __call__(self, texts: Sequence[str]) -> Ids:
         """The ids of texts; those of a tower that reads as far as there is text are as long as the
@@ -84,7 +85,8 @@ def cleaned(text: str, how: Clean) -> str:
     return text
 
 
-def _json(path: Path, _: Clean) -> Callable[[str], list[int]]:
+def json_ids(path: Path) -> Callable[[str], list[int]]:
+    """A tokenizer.json as a function, text -> ids without any around them; raises BundleCorrupt."""
     from tokenizers import Tokenizer
 
     try:

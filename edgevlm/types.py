@@ -99,6 +99,30 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A found object's middle: a place in pixels of the picture as it was given (EXIF-rotated), x
+    to the right, y down, and its label.
+
+    >>> edgevlm.Point(30, 40, "star").normalized(120, 80)
+    (0.25, 0.5)
+    """
+
+    x: float
+    y: float
+    label: str
+
+    def __repr__(self) -> str:
+        return f"<Point {shortened(self.label)!r} {self.x:.0f} {self.y:.0f}>"
+
+    def _repr_html_(self) -> str:
+        return str(import_module("edgevlm.notebook").found(self))  # as Box does it
+
+    def normalized(self, width: int, height: int) -> tuple[float, float]:
+        """x, y as shares, 0 to 1, of a picture's sides in pixels."""
+        return (self.x / width, self.y / height)
+
+
+@dataclass(frozen=True)
 class LabelScore:
     """A label, what a dual encoder says of it for a picture (0 to 1), and the cosine of the two."""
 
@@ -179,10 +203,12 @@ class Reply:
     circle stop 64
 
     `token_ids` lack the end token. `boxes` are the objects that the text locates, where the family
-    has a notation for them and there was one picture. `logprobs` has an entry for each of
-    `token_ids` where those were asked for, and none otherwise. `constraint` is the form that it was
-    held to, None for free text. Where there was one picture, `size` is its width and height in
-    pixels, and `picture` its source as it was given, where there are `boxes`, for notebooks.
+    has a notation for them and there was one picture, or that a model finds by other means than
+    words; `points` are those that it points at. The text then has a line for each, and no tokens.
+    `logprobs` has an entry for each of `token_ids` where those were asked for, and none otherwise.
+    `constraint` is the form that it was held to, None for free text. Where there was one picture,
+    `size` is its width and height in pixels, and `picture` its source as it was given, where there
+    are `boxes` or `points`, for notebooks.
     """
 
     text: str
@@ -195,12 +221,14 @@ class Reply:
     constraint: Constraint | None = None
     picture: Any = field(default=None, compare=False)
     size: tuple[int, int] | None = None
+    points: tuple[Point, ...] = ()
 
     def __str__(self) -> str:
         return self.text
 
     def __repr__(self) -> str:
         boxes = f", {len(self.boxes)} boxes" if self.boxes else ""
+        boxes += f", {len(self.points)} points" if self.points else ""
         return (
             f"<Reply {shortened(self.text)!r}, {self.finish_reason}, "
             f"{self.tokens.generated} tokens{boxes}>"

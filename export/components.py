@@ -22,16 +22,16 @@ from edgevlm.export.checkpoint.adapters import Adapter
 from edgevlm.export.checkpoint.source import Checkpoint
 from edgevlm.export.checkpoint.tensor_map import TensorMap
 from edgevlm.export.checkpoint.tensors import DTYPES, Weights
+from edgevlm.export.checkpoint.tokenizer.own import write_own
 from edgevlm.export.checkpoint.tokenizer.vocabulary import Vocabulary
 from edgevlm.export.gguf import decoder, ready
 from edgevlm.export.gguf.decoder import DecoderSource
 from edgevlm.export.gguf.ready import ReadyDecoder
 from edgevlm.export.options import ReadOptions, WriteOptions
 from edgevlm.export.parity import images
-from edgevlm.export.parts import net
+from edgevlm.export.parts import net, regions
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.family import Family, Model
-from edgevlm.image.plan import checked_side
 from edgevlm.parts import Part
 from edgevlm.progress import Report, Stage
 from edgevlm.specs import SelfCheck
@@ -100,6 +100,7 @@ def check_room(out: Path, folder: Path, need: int) -> None:
 
 def _disk_bytes(job: Job, options: WriteOptions) -> int:
     vision = elements(job.parts["vision"]) + elements(job.parts["projector"])
+    vision += elements(job.parts.get("regions", {}))
     language = elements(job.parts["decoder"])
     # The float32 graph and, beside it, what quantizers make of it on their way.
     making_vision = vision * 12
@@ -145,7 +146,11 @@ def write(job: Job, options: WriteOptions, folder: Path) -> Written:
     precision, projector = _write_projector(job, options, folder, work)
     check = _self_check(job, options, folder, work)
     shutil.rmtree(work)
-    parts = {"projector": (precision, projector), "decoder": (stored, [gguf])}
+    own = [write_own(job.checkpoint.tokenizer, folder)] if job.model.own_tokenizer else []
+    parts = {"projector": (precision, projector), "decoder": (stored, [gguf, *own])}
+    if job.model.region_model:
+        found = regions.write(job.model.region_model, job.parts["regions"], folder, job.report)
+        parts["regions"] = ("fp32", found)
     if options.segment_decoder:
         tensors = masks.read(options.segment_decoder)
         parts["masks"] = ("fp32", [masks.write(tensors, folder, job.report)])
@@ -154,14 +159,14 @@ def write(job: Job, options: WriteOptions, folder: Path) -> Written:
 
 def _self_check(job: Job, options: WriteOptions, folder: Path, work: Path) -> SelfCheck:
     """Numbers of the float32 graphs, which lie in `work`, but a projector that stays float32."""
-    projector, size = folder / "projector.onnx", checked_side(job.model.image)
+    projector, image = folder / "projector.onnx", job.model.image
     stage = Stage(job.report, "self-check", 1 + len(options.vision), "encoders")
     whole = work / projector.name
-    right = self_check.numbers(work / "vision.onnx", whole if whole.exists() else projector, size)
+    right = self_check.numbers(work / "vision.onnx", whole if whole.exists() else projector, image)
     stage.advance(1)
     for i, precision in enumerate(options.vision):
         made = [(precision, folder / vision_file(i, precision))]
-        right = self_check.with_tolerances(right, made, projector, size, right.tolerances)
+        right = self_check.with_tolerances(right, made, projector, image, right.tolerances)
         stage.advance(1)
     return right
 

@@ -71,6 +71,13 @@ def checked(names: str | Sequence[str]) -> tuple[str, ...]:
     return codes
 
 
+# Why a model cannot be trimmed whose tokenizer llama.cpp does not run.
+OWN_TOKENIZER = (
+    "{}: texts are counted by llama.cpp's tokenizer, and this model has its own; leave out "
+    "--languages"
+)
+
+
 def kept(
     gguf: Path, languages: Sequence[str], needed: Iterable[int], report: Report | None = None
 ) -> Ids:

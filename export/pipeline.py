@@ -24,6 +24,7 @@ from edgevlm.export.checkpoint.published import ANY, Choice, Published
 from edgevlm.export.checkpoint.source import (
     CONFIG,
     FAST,
+    TOKENIZER,
     TOKENIZERS,
     Checkpoint,
     read_checkpoint,
@@ -84,6 +85,8 @@ def run(
                 f"{write.segment_decoder}: {job.name} has no task 'segment', so that it says no "
                 "masks that this file decodes; leave it out"
             )
+        if write.languages and job.model.own_tokenizer:
+            raise SourceError(languages.OWN_TOKENIZER.format(job.name))
         if job.ready:
             verified, write = False, _as_published(job.ready, write)
         components.check_disk(job, write, out, folder)
@@ -140,13 +143,14 @@ def read(
     folder, adapter = adapters.find(folder, options.adapter, report)
     given = {part: Path(path) for part, path in options.parts.items()}
     checkpoint = with_tower(read_source(folder, given, adapter), options, report)
+    checkpoint = with_tokenizer(checkpoint, options, report)
     family, model = describe(checkpoint, options)
     if not family.weight_files:
         adapter = adapter or adapters.projector_beside(checkpoint, family.locate)
         used = (*checkpoint.files, *(adapter.files if adapter else ()))
         model = replace(model, notes=(*model.notes, *adapters.left_over(checkpoint.folder, used)))
     tensors = assign(checkpoint, family, model, adapter)
-    vocabulary = read_vocabulary(checkpoint, model)
+    vocabulary = read_vocabulary(checkpoint.tokenizer, model)
     if adapter and adapter.folder != checkpoint.folder:
         _check_beside(adapter, checkpoint, model, vocabulary, options)
     model = replace(model, answer=_resolved(model, vocabulary))
@@ -171,6 +175,11 @@ def _read_published(
     if family.weight_files or (family.tower and family.tower(_source(checkpoint, options))):
         raise SourceError(
             f"{settings}: does not say all of its vision tower; name the original checkpoint"
+        )
+    if family.tokenizer:
+        raise SourceError(
+            f"{folder}: published GGUF files of a {family.name} are not read; name the original "
+            "checkpoint"
         )
     family, model = describe(with_tower(checkpoint, options, report), options)
     parts = mmproj.read(paths[1], model)
@@ -265,6 +274,24 @@ def with_tower(checkpoint: Checkpoint, options: ReadOptions, report: Report | No
     return replace(checkpoint, extra={_TOWER: settings}) if settings else checkpoint
 
 
+def with_tokenizer(
+    checkpoint: Checkpoint, options: ReadOptions, report: Report | None
+) -> Checkpoint:
+    """The checkpoint, with the tokenizer of another folder where its original reads that."""
+    family = family_of(checkpoint)
+    wanted = family.tokenizer(_source(checkpoint, options)) if family.tokenizer else None
+    if not wanted:
+        return checkpoint
+    try:
+        folder, _ = hub.locate(wanted, report)
+    except SourceError as e:
+        raise SourceError(f"{e} (the tokenizer; --set tokenizer=FOLDER names another)") from None
+    found = read_settings(folder, (FAST, side_files.CONFIG))
+    if not found or FAST not in found.configs:
+        raise SourceError(f"{folder}: has no {FAST}; name the tokenizer's folder (--set tokenizer)")
+    return replace(checkpoint, extra={**checkpoint.extra, TOKENIZER: found})
+
+
 def _source(checkpoint: Checkpoint, options: ReadOptions) -> Source:
     files = dict(checkpoint.configs)
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
@@ -280,7 +307,7 @@ def _source(checkpoint: Checkpoint, options: ReadOptions) -> Source:
         shapes,
         options.template,
         options.image_fit,
-        side_files.describe(checkpoint),
+        side_files.describe(checkpoint.tokenizer),
         options.settings,
         origins,
     )
@@ -334,6 +361,7 @@ def _manifest(job: Job, written: Written, folder: Path) -> Manifest:
         notes=(*job.model.notes, *job.tensors.notes),
         origin=hub.origin(folders[0].resolve()),
         self_check=written.self_check,
+        regions=job.model.regions,
     )
 
 

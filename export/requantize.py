@@ -28,20 +28,22 @@ from edgevlm.export.components import check_room, hashed, vision_file
 from edgevlm.export.gguf import decoder, importance
 from edgevlm.export.gguf.tools import Matrix
 from edgevlm.export.gguf.trim import join
+from edgevlm.export.languages import OWN_TOKENIZER
 from edgevlm.export.options import Location, WriteOptions
 from edgevlm.export.parity import compare, images
 from edgevlm.export.precisions import Quant, VisionPrecision
-from edgevlm.image.plan import checked_side
 from edgevlm.progress import Report, Stage
 from edgevlm.specs import SelfCheck
 
 # What can still be quantized, and how such a decoder may be rounded without quantizing it.
 _WHOLE = {"f32": ("f16", "bf16"), "f16": (), "bf16": ()}
+# Components that stay as they are.
+_KEPT = ("projector", "masks", "regions")
 _WHOLE_VISION = ("fp32", "fp16")
 # Begins the names of the input bundle's files among the manifest's sources.
 _INPUT = "bundle/"
 # Stages that no precision changes: tokenizer, template and preprocessing are taken over.
-_UNTOUCHED = ("tokens", "prompt", "pixels")
+_UNTOUCHED = ("tokens", "prompt", "pixels", "regions")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def plan(
             f"{source.folder}: is trimmed to {', '.join(trimmed)} already; name the bundle or the "
             "checkpoint that it was made from"
         )
+    if options.languages and source.tokenizer:
+        raise ExportError(OWN_TOKENIZER.format(source.folder))
     images.check_folder(options.calibration)
     if requantized:
         _check_decoder(source, options.quant)
@@ -166,7 +170,7 @@ def _vision_at(plan: Requantization, folder: Path, report: Report | None) -> Man
         precision.name: storage.files(folder / vision_file(i, precision))
         for i, precision in enumerate(plan.options.vision)
     }
-    for role in {"projector", "masks"} & {*manifest.components}:
+    for role in {*_KEPT} & {*manifest.components}:
         _copy(source, manifest.components[role], folder)
     written = hashed({}, made, report)
     return replace(
@@ -183,7 +187,7 @@ def _convert(
     """Makes encoders from the one that is whole; returns what machines check themselves with."""
     from edgevlm.export.onnx import quantize, storage
 
-    check, size = plan.source.manifest.self_check, checked_side(plan.source.manifest.image)
+    check, image = plan.source.manifest.self_check, plan.source.manifest.image
     if not new:
         return check
     assert plan.whole
@@ -194,7 +198,7 @@ def _convert(
         quantize.widen(model)
     storage.save(model, work / "vision.onnx")
     del model
-    pixels = images.calibration(plan.source.manifest.image, plan.options.calibration)
+    pixels = images.calibration(image, plan.options.calibration)
     for precision, target in new:
         quantize.convert(work / "vision.onnx", target, precision, pixels)
         stage.advance(1)
@@ -202,9 +206,9 @@ def _convert(
     known = check.tolerances if check else {}
     if check is None:
         # A bundle of an older format: all of its encoders are measured.
-        check = self_check.numbers(work / "vision.onnx", projector, size)
+        check = self_check.numbers(work / "vision.onnx", projector, image)
         new = [(v, folder / vision_file(i, v)) for i, v in enumerate(plan.options.vision)]
-    check = self_check.with_tolerances(check, new, projector, size, known)
+    check = self_check.with_tolerances(check, new, projector, image, known)
     shutil.rmtree(work)
     return check
 
@@ -236,7 +240,7 @@ def decoder_at(
     made, target = folder / "quantized.gguf", folder / decoder.FILE
     decoder.quantize(whole, made, quant, report, matrix)
     made.replace(target)
-    part = Component(quant.name, (record(target),))
+    part = Component(quant.name, (record(target), *_tokenizer(source, folder)))
     manifest = replace(
         source.manifest,
         components={**source.manifest.components, "decoder": part},
@@ -248,6 +252,15 @@ def decoder_at(
     return languages.cut(manifest, folder, kept, report)
 
 
+def _tokenizer(source: Bundle, folder: Path) -> list[FileRecord]:
+    """The record of the tokenizer that lies beside a decoder, copied into the folder."""
+    if source.tokenizer is None:
+        return []
+    if source.tokenizer.parent != folder:
+        shutil.copyfile(source.tokenizer, folder / source.tokenizer.name)
+    return [record(folder / source.tokenizer.name)]
+
+
 def _copy(source: Bundle, component: Component, folder: Path) -> None:
     for entry in component.files:
         shutil.copyfile(source.folder / entry.file, folder / entry.file)
@@ -256,7 +269,7 @@ def _copy(source: Bundle, component: Component, folder: Path) -> None:
 def _sources(plan: Requantization) -> tuple[FileRecord, ...]:
     """The checkpoint's files, and the bundle's that went through this."""
     manifest = plan.source.manifest
-    kept = [manifest.components.get(role) for role in ("projector", "masks")]
+    kept = [manifest.components.get(role) for role in _KEPT]
     used = [c for c in manifest.all_components if c not in kept]
     files = [replace(entry, file=_INPUT + entry.file) for c in used for entry in c.files]
     return (*manifest.source, *files)
@@ -276,7 +289,9 @@ def _compare(plan: Requantization, folder: Path) -> list[StageParity]:
     quant = precisions.quant(made.manifest.components["decoder"].precision)
     stages = compare.answered(quant, plan.options.vision[0], ours, theirs)
     for v in plan.options.vision[1:]:
-        rows = compare.rows(made.vision(v.name), made.path("projector"), ours["pixels"])
+        rows = compare.rows(
+            made.vision(v.name), made.path("projector"), ours["pixels"], made.manifest.image
+        )
         stages += compare.encoded(rows, theirs, v.cosine, f" {v.name}")
     parts = source.manifest.components
     against = f"to {parts['vision'].precision} + {parts['decoder'].precision}"

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from edgevlm.export.precisions import VisionPrecision
+from edgevlm.image.overlap import for_projector
+from edgevlm.image.plan import checked_side
 from edgevlm.self_check import cosine, picture, sketch
-from edgevlm.specs import SelfCheck
+from edgevlm.specs import ImageSpec, SelfCheck
 
 # Kernels of another processor may round this much more than those that a precision was tried on.
 _SPARE = 3
@@ -21,14 +23,15 @@ _LEAST = 0.01
 _MOST = 0.2
 
 
-def numbers(vision: Path, projector: Path, size: int) -> SelfCheck:
-    """Sketches of the features and embeddings that these graphs make of the fixed picture, of
-    `size` pixels a side, without tolerances.
+def numbers(vision: Path, projector: Path, image: ImageSpec) -> SelfCheck:
+    """Sketches of the features and embeddings that these graphs make of the fixed picture, without
+    tolerances.
     """
     from edgevlm.export.onnx import storage
 
-    features = storage.run(vision, "pixels", picture(size))
-    rows = storage.run(projector, "features", features)
+    side = checked_side(image)
+    features = storage.run(vision, "pixels", picture(side))
+    rows = storage.run(projector, "features", for_projector(features, (side, side), image))
     return SelfCheck(_plain(sketch(features)), _plain(sketch(rows)), {})
 
 
@@ -36,7 +39,7 @@ def with_tolerances(
     right: SelfCheck,
     encoders: Iterable[tuple[VisionPrecision, Path]],
     projector: Path,
-    size: int,
+    image: ImageSpec,
     known: Mapping[str, float] | None = None,
 ) -> SelfCheck:
     """The numbers with what each of these encoders may be off by, beside those that are `known`:
@@ -44,7 +47,7 @@ def with_tolerances(
     """
     found = dict(known or {})
     for precision, path in encoders:
-        mine = numbers(path, projector, size)
+        mine = numbers(path, projector, image)
         worst = min(
             cosine(mine.features, right.features), cosine(mine.embeddings, right.embeddings)
         )

@@ -10,13 +10,15 @@ from edgevlm.family import BoxReader
 from edgevlm.image.plan import plan
 from edgevlm.runtimes.engines import Cancelled, TextDecoder
 from edgevlm.runtimes.logprobs import token_logprob
-from edgevlm.runtimes.request import Engines, Request, input_blocks, prefill
+from edgevlm.runtimes.regions import found, line, rows
+from edgevlm.runtimes.request import Engines, Request, embedded, input_blocks, joined, prefill
 from edgevlm.runtimes.text import TextStream
 from edgevlm.runtimes.turns import Turn, Turns
 from edgevlm.types import (
     Box,
     FinishReason,
     Piece,
+    Point,
     Reply,
     Timings,
     TokenCounts,
@@ -131,6 +133,7 @@ class _Draft:
             strip = spec.strip and form.kind != "grammar"
             self._text = TextStream(request.sampling.stop, strip=strip)
         self._tokens: list[int] = []
+        self._found: list[Box | Point] = []
         self._logprobs: list[TokenLogprob] = []
         self._reason: FinishReason = "cancelled"
         self._timings = Timings(load_ms=load_ms)
@@ -143,7 +146,9 @@ class _Draft:
     @property
     def reply(self) -> Reply:
         """See Answer."""
-        request, boxes = self._request, []
+        request = self._request
+        boxes = [thing for thing in self._found if isinstance(thing, Box)]
+        points = tuple(thing for thing in self._found if isinstance(thing, Point))
         size = request.sizes[0] if len(request.sizes) == 1 else None
         if self._family.boxes and size:
             boxes = self._boxes(self._family.boxes, size)
@@ -151,7 +156,7 @@ class _Draft:
             image=request.n_image,
             text=request.n_text,
             cached=request.n_cached,
-            generated=len(self._tokens),
+            generated=len(self._tokens) + sum(map(rows, self._found)),
             kept=request.n_kept,
             tiles=request.n_tiles,
         )
@@ -164,8 +169,9 @@ class _Draft:
             tuple(boxes),
             tuple(self._logprobs),
             self._constraint,
-            request.sources[0] if boxes else None,
+            request.sources[0] if boxes or points else None,
             size,
+            points,
         )
 
     def _boxes(self, read: BoxReader, size: tuple[int, int]) -> list[Box]:
@@ -189,8 +195,11 @@ class _Draft:
         """The pieces of the answer, from the first stage on."""
         watch = self._request.watch
         try:
-            self._prefill(model)
-            yield from self._draw(model)
+            if self._request.searches:
+                yield from self._search(model)
+            else:
+                self._prefill(model)
+                yield from self._draw(model)
         except Cancelled:
             pass
         finally:
@@ -207,6 +216,34 @@ class _Draft:
         self._stop_if_cancelled()
         with request.watch.timed("prefill_ms"):
             prefill(model, request, blocks, request.max_tokens)
+
+    def _search(self, model: Engines) -> Generator[Piece, None, None]:
+        """A piece for each object that the region model finds."""
+        request, decoder, watch = self._request, model.decoder, self._request.watch
+        spec, regions = model.manifest.regions, model.regions
+        assert spec and regions  # the request has searches
+        decoder.watch()
+        embeddings, reasons = embedded(model, request), list[FinishReason]()
+        for i, (search, segments) in enumerate(request.searches, 1):
+            self._stop_if_cancelled()
+            blocks = joined(model, replace(request, segments=segments), embeddings)
+            with watch.timed("prefill_ms"):
+                prefill(model, request, blocks, request.max_tokens)
+            if not reasons:
+                watch.ms["first_token_ms"] = watch.elapsed_ms
+            things = found(search, spec, decoder, regions, request.max_tokens)
+            while len(reasons) < i:
+                self._stop_if_cancelled()
+                try:
+                    with watch.timed("decode_ms"):
+                        thing = next(things)
+                except StopIteration as end:
+                    reasons.append(end.value)
+                    continue
+                self._found.append(thing)
+                text = self._text.push(f"{line(thing)}\n".encode())
+                yield Piece(text, (), watch.elapsed_ms)
+        self._reason = "length" if "length" in reasons else "stop"
 
     def _draw(self, model: Engines) -> Generator[Piece, None, None]:
         request, decoder, watch = self._request, model.decoder, self._request.watch
@@ -234,6 +271,8 @@ class _Draft:
                 self._stop_if_cancelled()
                 with watch.timed("decode_ms"):
                     decoder.step(token)
+                    if spec.never:
+                        decoder.rule_out(spec.never)
                     token = sampler.sample()
             self._reason = "stop"
         finally:

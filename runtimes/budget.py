@@ -102,14 +102,14 @@ def needs(bundle: Bundle, precision: str, kv: str) -> Needs:
         vision = int(weights * 1.1 + _encoder_work(manifest.image))
     if "decoder" not in manifest.components:
         return Needs(vision, 0, 0, 0, 0, 0)
-    # A mask decoder stays as the vocabulary does, whichever engine is there.
-    staying = manifest.components.get("masks")
-    masks = sum(record.bytes for record in staying.files) if staying else 0
+    # A mask decoder or region model stays as the vocabulary does, whichever engine is there.
+    staying = [c for role in ("masks", "regions") if (c := manifest.components.get(role))]
+    heads = sum(record.bytes for component in staying for record in component.files)
     found = ggml.layer_bytes(bundle.path("decoder"), spec, exact=False)
     rows = plan(*PHOTO, manifest.image).rows if vision else 0
     return Needs(
         vision,
-        spec.n_vocab * _TOKEN + masks,
+        spec.n_vocab * _TOKEN + heads,
         sum(record.bytes for record in manifest.components["decoder"].files),
         found.position / 2 * _KV_BYTES[kv] * spec.n_layer,
         # Its rows are 512; a picture in a prefix-LM is one batch.

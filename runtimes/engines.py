@@ -114,6 +114,25 @@ class MaskDecoder(Protocol):
         """Frees the engine."""
 
 
+class RegionModel(Protocol):
+    """Turns rows of the decoder's last layer into bins of places and sizes, and those into rows
+    that it reads.
+    """
+
+    def bins(self, hidden: Float) -> Float:
+        """A row float32 [n_embd] -> logits [coord_bins + 2 * size_bins]: of places along a side, of
+        widths, of heights.
+        """
+
+    def rows(self, x: float, width: float, height: float) -> Float:
+        """A place and a size in shares of the picture's sides -> rows float32 [2, n_embd], one for
+        each.
+        """
+
+    def close(self) -> None:
+        """Frees the engine."""
+
+
 class TokenSampler(Protocol):
     """Draws tokens from the decoder's last logits."""
 
@@ -190,8 +209,20 @@ class TextDecoder(Protocol):
     def step(self, token: int) -> None:
         """Reads one token."""
 
+    def watch(self) -> None:
+        """Makes `hidden` known from the next prefill on, which costs a little of every token."""
+
+    def hidden(self) -> Float:
+        """The last layer's output at the last position read, before its norm, float32 [n_embd]."""
+
+    def step_row(self, row: Float) -> None:
+        """Reads an embedding float32 [n_embd] like a token's; no prompt goes on from it."""
+
     def logits(self) -> Float:
         """Logits after the last position read, float32 [n_vocab]."""
+
+    def rule_out(self, tokens: Sequence[int]) -> None:
+        """Makes the last logits of these tokens -inf, so that the next one drawn is another."""
 
     def rollback(self, n: int) -> None:
         """Forgets all but the first n rows."""

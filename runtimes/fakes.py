@@ -136,6 +136,20 @@ class FakeDecoder:
         logits[self._script[min(self._past - self._start, len(self._script) - 1)]] = 10
         return logits
 
+    def watch(self) -> None:
+        """There is no last layer."""
+
+    def hidden(self) -> Float:
+        """Zeros."""
+        return np.zeros(_N_EMBD, np.float32)
+
+    def step_row(self, row: Float) -> None:
+        """Moves on by one position."""
+        self._past += 1
+
+    def rule_out(self, tokens: Sequence[int]) -> None:
+        """Nothing: the given answers are said."""
+
     def rollback(self, n: int) -> None:
         """Goes back to n positions."""
         self._past = n

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from edgevlm import family
-from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle
+from edgevlm.bundle import MANIFEST, REGION_ROWS, Bundle, check_path, open_bundle
 from edgevlm.errors import BundleCorrupt, EngineError, PromptError
 from edgevlm.image import ImageSource
 from edgevlm.image.plan import limited
@@ -33,6 +33,7 @@ from edgevlm.runtimes.vision.choose import Wish, open_encoder
 from edgevlm.runtimes.vision.masks import OrtMasks
 from edgevlm.runtimes.vision.ort import Ort
 from edgevlm.runtimes.vision.providers import Offer, pick
+from edgevlm.runtimes.vision.regions import OrtRegions
 from edgevlm.specs import DecoderSpec
 from edgevlm.types import REPACKINGS, Devices, Placement, Progress, Repacking
 
@@ -136,6 +137,7 @@ def load_bundle(
             None,
             newline,
             masks=_masks(bundle, ort, settings.vision_threads),
+            regions=_regions(bundle, ort, settings.vision_threads),
             cache=cache,
             read=ahead.read,
             budget=fit,
@@ -189,6 +191,17 @@ def _masks(bundle: Bundle, ort: Ort, threads: int) -> OrtMasks | None:
     return OrtMasks(
         ort.session(path, Offer(providers.CPU, ort.version), threads, False, path.parent)
     )
+
+
+def _regions(bundle: Bundle, ort: Ort, threads: int) -> OrtRegions | None:
+    """The region model on the CPU, where the bundle has one."""
+    if "regions" not in bundle.manifest.components:
+        return None
+    paths = (bundle.path("regions"), bundle.folder / REGION_ROWS)
+    for path in paths:
+        checks.graph(path, bundle.names)
+    offer = Offer(providers.CPU, ort.version)
+    return OrtRegions(*(ort.session(path, offer, threads, False, path.parent) for path in paths))
 
 
 def choose(
@@ -331,6 +344,7 @@ def single(
         offload=offload,
         input=bundle.input,
         whole=whole,
+        tokenizer=bundle.tokenizer,
     )
 
 

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -22,6 +22,7 @@ from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource, cut
+from edgevlm.image.overlap import for_projector
 from edgevlm.image.plan import among, plan
 from edgevlm.prompt import (
     Begin,
@@ -33,14 +34,16 @@ from edgevlm.prompt import (
     laid_out,
     normalized,
 )
+from edgevlm.runtimes import regions
 from edgevlm.runtimes.bitmaps import Bitmap, read
 from edgevlm.runtimes.budget import Budget
 from edgevlm.runtimes.cache import EmbeddingCache
-from edgevlm.runtimes.engines import Block, MaskDecoder, TextDecoder, VisionEncoder
+from edgevlm.runtimes.engines import Block, MaskDecoder, RegionModel, TextDecoder, VisionEncoder
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.joining import join
 from edgevlm.runtimes.places import placed
 from edgevlm.runtimes.prefixes import PrefixCache
+from edgevlm.runtimes.regions import Search
 from edgevlm.sampling import Sampling
 from edgevlm.specs import Attention, ImageSpec
 from edgevlm.types import Progress
@@ -67,7 +70,8 @@ class Engines:
 
     `text` is the decoder, None in a bundle that has none. `newline` is the row float32 [n_embd]
     that ends the lines of a picture, where the model has one, `masks` the mask decoder, where the
-    bundle has one. `read` reads pictures. `budget` says whether both engines are there at a time.
+    bundle has one, `regions` the region model. `read` reads pictures. `budget` says whether both
+    engines are there at a time.
     """
 
     manifest: Manifest
@@ -76,6 +80,7 @@ class Engines:
     text: TextDecoder | None
     newline: Float | None = None
     masks: MaskDecoder | None = None
+    regions: RegionModel | None = None
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
     prefixes: PrefixCache | None = None
     read: Callable[[Sequence[ImageSource | Bitmap]], list[Bitmap]] = read
@@ -144,8 +149,9 @@ class Engines:
         """Frees the engines."""
         self.cache.clear()
         self.encoder.close()
-        if self.masks:
-            self.masks.close()
+        for head in (self.masks, self.regions):
+            if head:
+                head.close()
         if self.text:
             self.text.close()
 
@@ -181,7 +187,8 @@ class Request:
     the spec that they are planned by, `n_tiles` the squares that the encoder sees of them.
     `n_image` and `n_text` count rows; `max_tokens` is the room for the answer that the context
     leaves, or less; `n_cached` and `n_kept` are counted when the input is made and read. `progress`
-    is told of every tile.
+    is told of every tile. `searches` are those for objects, with the segments of each, where a
+    region model answers; `segments` are then the first one's, and `n_text` is the longest's.
     """
 
     pictures: list[Bitmap]
@@ -196,6 +203,7 @@ class Request:
     n_cached: int = 0
     n_kept: int = 0
     progress: Callable[[Progress], None] | None = None
+    searches: tuple[tuple[Search, list[Image | Tokens]], ...] = ()
     sizes: tuple[tuple[int, int], ...] = field(init=False)
     sources: tuple[ImageSource | None, ...] = field(init=False)
 
@@ -220,7 +228,9 @@ def prepare(
     spec = model.manifest
     _ = model.decoder  # says so where there is none, before anything else does
     check_system(spec, system)
-    filled = conversation(spec.prompt, exchanges, system)
+    prompts = regions.prompts(spec.regions, exchanges[-1].question, sampling)
+    asked = [[*exchanges[:-1], replace(exchanges[-1], question=prompt)] for prompt in prompts]
+    filled = [conversation(spec.prompt, each, system) for each in asked]
     if len(images) > spec.image.max_pictures:
         raise PromptError(
             f"{len(images)} pictures in one request; this model takes {spec.image.max_pictures}"
@@ -229,23 +239,26 @@ def prepare(
         pictures = model.read(images)
     image = among(spec.image, len(pictures))
     plans = [picture.plan(image) for picture in pictures]
-    written = laid_out(filled, plans, spec.prompt.picture)
+    written = [laid_out(segments, plans, spec.prompt.picture) for segments in filled]
     n_image, n_tiles = sum(p.rows for p in plans), sum(p.n_tiles for p in plans)
     context = spec.decoder.context_length
     try:
-        tokenized = [_tokenized(model, segment) for segment in written]
+        tokenized = [[_tokenized(model, s) for s in segments] for segments in written]
     except ContextOverflow as e:
         raise ContextOverflow(n_image, e.text, 1, context, n_tiles) from None
-    segments = [segment for segment in tokenized if segment != Tokens(())]
-    n_text = sum(len(s.ids) for s in segments if isinstance(s, Tokens))
+    read = [[s for s in segments if s != Tokens(())] for segments in tokenized]
+    # Of several searches the longest has to fit; each begins where the last one did.
+    n_text = max(sum(len(s.ids) for s in p if isinstance(s, Tokens)) for p in read)
     if n_image + n_text + 1 > context:
         native = image.native is not None
         raise ContextOverflow(n_image, n_text, 1, context, n_tiles, native=native)
-    wanted = sampling.longest(spec.answer)
+    found = regions.searches(spec.regions, prompts, [picture.size for picture in pictures])
+    wanted = regions.longest(spec.regions, found, sampling) or sampling.longest(spec.answer)
     room = min(wanted, context - n_image - n_text)
     if model.budget:
         model.budget.check(n_image + n_text + room)
-    return Request(pictures, segments, sampling, watch, image, n_tiles, n_image, n_text, room)
+    made = Request(pictures, read[0], sampling, watch, image, n_tiles, n_image, n_text, room)
+    return replace(made, searches=tuple(zip(found, read, strict=False)))
 
 
 def check_system(spec: Manifest, system: str | None) -> None:
@@ -284,9 +297,14 @@ def prefill(model: Engines, request: Request, blocks: Sequence[Block], room: int
 
 def input_blocks(model: Engines, request: Request) -> list[Block]:
     """The decoder's input. Runs the encoder where needed, and lets the pictures go."""
-    embeddings = [_embedded(model, request, picture) for picture in request.pictures]
+    return joined(model, request, embedded(model, request))
+
+
+def embedded(model: Engines, request: Request) -> list[Float]:
+    """The embeddings of each picture, which are let go. Runs the encoder where needed."""
+    found = [_embedded(model, request, picture) for picture in request.pictures]
     request.pictures.clear()
-    return joined(model, request, embeddings)
+    return found
 
 
 def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> list[Block]:
@@ -294,7 +312,8 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
 
     All of it is one bidirectional block in a prefix-LM. Elsewhere it is causal and cut around the
     pictures: other questions begin with the same words, and with the same pictures after them. With
-    the attention "blocks" every tile is a bidirectional block of its own.
+    the attention "blocks" every tile is a bidirectional block of its own, with "opening" all up to
+    the end of the pictures is one.
     """
     with request.watch.timed("prefill_ms"):
         rows = [
@@ -311,8 +330,8 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
     blocks: list[Block] = []
     for begin, end in pairwise([0, *_cuts(segments, spec.attention), len(rows)]):
         if begin < end:
-            tile = spec.attention == "blocks" and isinstance(segments[begin], Image)
-            both = tile or spec.attention == "prefix"
+            picture = any(isinstance(segment, Image) for segment in segments[begin:end])
+            both = spec.attention == "prefix" or (spec.attention != "causal" and picture)
             together, places = np.concatenate(rows[begin:end]), np.concatenate(positions[begin:end])
             blocks.append(Block(together, "bidirectional" if both else "causal", places))
     return blocks
@@ -323,6 +342,8 @@ def _cuts(segments: Sequence[Image | Tokens], attention: Attention) -> list[int]
     if attention == "blocks":
         tiles = [i for i, segment in enumerate(segments) if isinstance(segment, Image)]
         return [cut for i in tiles for cut in (i, i + 1)]
+    if attention == "opening":
+        return [i + 1 for i, segment in enumerate(segments) if isinstance(segment, Image)][-1:]
     return [] if attention == "prefix" else _around_pictures(segments)
 
 
@@ -385,6 +406,16 @@ def encode(
         names = [hashlib.sha256(tile).digest() for tile in pixels]
         first = {name: names.index(name) for name in names}
     encoder, made = model.encoder, list[Float]()
+    apart = image.tiles is None or image.tiles.rule != "overlap"
+    order = {name: i for i, name in enumerate(first)}
+
+    def project(features: Float) -> list[Float]:
+        with watch.timed("projector_ms"):
+            return list(run(partial(encoder.project, features), encoder.cancel))
+
+    def in_order() -> Float:
+        return np.stack([made[order[name]] for name in names])
+
     model.turn_to(encoder)
     if progress:
         progress(Progress("vision", 0, len(first), "tiles"))
@@ -392,9 +423,9 @@ def encode(
         tiles = pixels[list(first.values())[at : at + _TILES_AT_ONCE]]
         with watch.timed("vision_ms"):
             features = run(partial(encoder.features, tiles), encoder.cancel)
-        with watch.timed("projector_ms"):
-            made += list(run(partial(encoder.project, features), encoder.cancel))
+        made += project(features) if apart else list(features)
         if progress:
             progress(Progress("vision", len(made), len(first), "tiles"))
-    order = {name: i for i, name in enumerate(first)}
-    return join(np.stack([made[order[name]] for name in names]), picture.plan(image), model.newline)
+    if not apart:
+        return project(for_projector(in_order(), picture.size, image))[0]
+    return join(in_order(), picture.plan(image), model.newline)

@@ -15,7 +15,7 @@ from edgevlm.errors import PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource
 from edgevlm.masks import in_picture
-from edgevlm.prompt import Exchange, joined_objects, task_prompt
+from edgevlm.prompt import Exchange, caption_task, task_prompt
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.asynchronous import AsyncAnswer
 from edgevlm.runtimes.chat import Chat
@@ -33,7 +33,7 @@ from edgevlm.runtimes.request import (
 )
 from edgevlm.runtimes.turns import Turns
 from edgevlm.sampling import Sampling, SamplingOptions, task_options
-from edgevlm.types import Box, Devices, Placement, Progress, Reply, RunSettings
+from edgevlm.types import Box, Devices, Placement, Point, Progress, Reply, RunSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -194,15 +194,18 @@ class VLM:
         return Chat(self, image, system)
 
     def caption(
-        self, image: Images, language: str = "en", **options: Unpack[SamplingOptions]
-    ) -> Reply:
-        """Describes the picture in a language given by its code. PromptError if it cannot.
+        self, image: Images, language: str = "en", *, length: str = "normal",
+        **options: Unpack[SamplingOptions],
+    ) -> Reply:  # fmt: skip
+        """Describes the picture in a language given by its code; `length` is "short" or "long" for
+        models that were trained on such. PromptError if it cannot.
 
         >>> with edgevlm.load() as vlm:
         ...     print(vlm.caption("photo.png"))
         a red circle, a blue square, a yellow triangle and a green star
         """
-        return self.ask(self.task("caption", language=language), image, **options)
+        prompt = self.task(caption_task(length), language=language)
+        return self.ask(prompt, image, **options)
 
     def ocr(self, image: Images, **options: Unpack[SamplingOptions]) -> Reply:
         """Reads the text in the picture. PromptError if the model cannot.
@@ -225,6 +228,14 @@ class VLM:
         ['circle', 'star']
         """
         return list(self.ask(self.task("detect", objects), image, **options).boxes)
+
+    def point(
+        self, objects: str | Sequence[str], image: Images, **options: Unpack[SamplingOptions]
+    ) -> list[Point]:
+        """Points at objects by name; places in pixels of the upright picture. PromptError if the
+        model cannot.
+        """
+        return list(self.ask(self.task("point", objects), image, **options).points)
 
     def answer(
         self, question: str, image: Images = None, language: str = "en",
@@ -273,8 +284,7 @@ class VLM:
 
     def task(self, task: str, prompt: str | Sequence[str] = "", language: str = "en") -> str:
         """The model's own prompt for a task; several objects are joined as the models expect."""
-        text = prompt if isinstance(prompt, str) else joined_objects(prompt)
-        return task_prompt(self.manifest.prompt, task, text, language)
+        return task_prompt(self.manifest.prompt, task, prompt, language)
 
     def score(
         self,

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from edgevlm.errors import EdgeVLMError
 from edgevlm.image import ImageSource, cut
+from edgevlm.image.overlap import for_projector
 from edgevlm.prompt import Exchange, Tokens
 from edgevlm.runtimes.engines import Float
 from edgevlm.runtimes.joining import join
@@ -34,8 +35,9 @@ class Stages:
     """Every stage of an answer about one picture.
 
     pixels: float32 [tiles, 3, size, size]. features: float32 [tiles, patches, width]. embeddings:
-    float32 [tiles, tokens, n_embd]. prompt_ids: int32 [n]. logits: float32 [1 + n, n_vocab], after
-    the prefix and after each token. tokens: int32 [n], the likeliest ones or those that were given.
+    float32 [tiles, tokens, n_embd], of tiles that overlap [1, tokens, n_embd]. prompt_ids: int32
+    [n]. logits: float32 [1 + n, n_vocab], after the prefix and after each token. tokens: int32 [n],
+    the likeliest ones or those that were given.
     """
 
     pixels: Float
@@ -63,8 +65,9 @@ def stages(
     request = prepare(model, [Exchange(prompt, 1)], [image], options)
     pixels = cut(request.pictures[0].picture, request.image)
     features = model.encoder.features(pixels)
-    embeddings = model.encoder.project(features)
-    rows = join(embeddings, request.pictures[0].plan(request.image), model.newline)
+    picture = request.pictures[0]
+    embeddings = model.encoder.project(for_projector(features, picture.size, request.image))
+    rows = join(embeddings, picture.plan(request.image), model.newline)
     prefill(model, request, joined(model, request, [rows]), n_tokens)
     logits, tokens = [model.decoder.logits()], list[int]()
     while len(tokens) < (n_tokens if follow is None else len(follow)):

@@ -20,6 +20,7 @@ import numpy as np
 
 from edgevlm.bundle import Bundle, check_path, open_bundle
 from edgevlm.errors import PromptError
+from edgevlm.image.overlap import for_projector
 from edgevlm.image.plan import measured_side, plan
 from edgevlm.machine import physical_cores, usable_cpus
 from edgevlm.runtimes import tuned
@@ -35,6 +36,7 @@ from edgevlm.runtimes.vision.choose import Wish, open_encoder
 from edgevlm.runtimes.vision.encoder import OrtEncoder
 from edgevlm.runtimes.vision.providers import pick
 from edgevlm.self_check import picture
+from edgevlm.specs import ImageSpec
 from edgevlm.types import FlashAttention, Progress, Repacking
 
 W = TypeVar("W", bound=str)
@@ -141,7 +143,7 @@ class _Measuring:
             runs = {}
             for word, settings in choices.items():
                 encoder = stack.enter_context(closing(self._encoder(settings)))
-                runs[word] = partial(_encode_ms, encoder, pixels)
+                runs[word] = partial(_encode_ms, encoder, pixels, self._bundle.manifest.image)
             return choices[self._compare(name, "vision", runs)[0]]
 
     def _encoder(self, settings: EngineSettings) -> OrtEncoder:
@@ -214,11 +216,12 @@ class _Measuring:
 
     def _spinning(self, decoder: LlamaDecoder) -> None:
         """Compares waits of onnxruntime's workers on tokens drawn right after a picture."""
-        pixels = picture(measured_side(self._bundle.manifest.image))
+        image = self._bundle.manifest.image
+        pixels = picture(measured_side(image))
         with ExitStack() as stack:
 
             def run(encoder: OrtEncoder) -> float:
-                return _encode_ms(encoder, pixels) + _TOKENS * self._decode_ms(decoder)
+                return _encode_ms(encoder, pixels, image) + _TOKENS * self._decode_ms(decoder)
 
             choices = {
                 word: replace(self.best, spinning=word == "on")
@@ -306,8 +309,12 @@ def _adjust(decoder: LlamaDecoder, settings: EngineSettings) -> None:
     decoder.adjust(s.decode_threads, s.prefill_threads, s.batch, s.flash_attention)
 
 
-def _encode_ms(encoder: OrtEncoder, pixels: Float) -> float:
-    return _ms(lambda: encoder.project(encoder.features(pixels)), encoder.cancel)
+def _encode_ms(encoder: OrtEncoder, pixels: Float, image: ImageSpec) -> float:
+    def encode() -> Float:
+        features = encoder.features(pixels)
+        return encoder.project(for_projector(features, pixels.shape[:1:-1], image))
+
+    return _ms(encode, encoder.cancel)
 
 
 def _ms(call: Callable[[], object], stop: Callable[[], None]) -> float:

@@ -25,6 +25,7 @@ from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.llava_next import write_next
 from tests.checkpoints.llava_onevision import OWN, write_onevision
+from tests.checkpoints.moondream2 import write_moondream2
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.phi3_v import write_phi3_v
 from tests.checkpoints.qwen2_vl import write_qwen2_vl
@@ -50,6 +51,7 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "llava-next": ("llava_next", partial(write_next, layout="own")),
     "llava-onevision-hf": ("llava_onevision", write_onevision),
     "llava-onevision": ("llava_onevision", partial(write_onevision, **OWN)),
+    "moondream2": ("moondream2", write_moondream2),
     "phi-3.5-vision": ("phi3_v", write_phi3_v),
     "qwen2-vl": ("qwen2_vl", write_qwen2_vl),
     "qwen2.5-vl": ("qwen2_vl", partial(write_qwen2_vl, new=True, nested=True)),
@@ -87,7 +89,8 @@ def test_every_family_is_here() -> None:
 
 def test_it_answers_like_the_original(bundle: Bundle) -> None:
     parity = {s.stage: s for s in bundle.manifest.parity}
-    assert [*parity] == [*STAGES, "greedy"]
+    regions = ["regions"] * (bundle.manifest.regions is not None)
+    assert [*parity] == [*STAGES, "greedy", *regions]
     assert all(s.ok for s in parity.values())
     assert parity["tokens"].worst == parity["prompt"].worst == 0
     # torch sums an overview's pixels with or without fused multiply-add, as the processor has it.
@@ -103,7 +106,7 @@ def test_it_answers_like_the_original(bundle: Bundle) -> None:
 def test_quantized_it_stays_within_its_bounds(checkpoint: Path, quant: str, tmp_path: Path) -> None:
     bundle = export_bundle(checkpoint, tmp_path / quant, quant=quant, vision_precision="int8")
     parity = {s.stage: s for s in bundle.manifest.parity}
-    assert [*parity] == STAGES
+    assert [*parity] == [*STAGES, *["regions"] * (bundle.manifest.regions is not None)]
     assert all(0 <= s.worst <= s.tolerance for s in parity.values())
     assert parity["divergence"].worst > 1e-6  # something was rounded
 

@@ -34,6 +34,7 @@ _COMMANDS = {
     "ground": "edgevlm.cli.tasks",
     "models": "edgevlm.cli.models",
     "ocr": "edgevlm.cli.tasks",
+    "point": "edgevlm.cli.find",
     "pull": "edgevlm.cli.pull",
     "push": "edgevlm.cli.push",
     "requantize": "edgevlm.cli.requantize",

@@ -287,8 +287,8 @@ def print_notes(reply: Reply, vlm: VLM, *, stats: bool) -> None:
 
 
 def as_dict(reply: Reply) -> dict[str, Any]:
-    """A reply as JSON has it, the bytes of tokens as numbers; boxes and log-probabilities only
-    where there are some, `parsed` where it fits a schema.
+    """A reply as JSON has it, the bytes of tokens as numbers; boxes, points and log-probabilities
+    only where there are some, `parsed` where it fits a schema.
     """
     data = dataclasses.asdict(dataclasses.replace(reply, constraint=None, picture=None))
     del data["constraint"], data["picture"], data["size"]
@@ -303,7 +303,7 @@ def as_dict(reply: Reply) -> dict[str, Any]:
             del one["top"]
     for box in data["boxes"]:
         del box["mask"]
-    for key in ("boxes", "logprobs"):
+    for key in ("boxes", "points", "logprobs"):
         if not data[key]:
             del data[key]
     return data

@@ -1,4 +1,4 @@
-"""edgevlm detect, segment: objects in a picture by name"""
+"""edgevlm detect, point, segment: objects in a picture by name"""
 
 from __future__ import annotations
 
@@ -38,11 +38,9 @@ _REFUSALS = (OSError, ValueError, OverflowError, RuntimeError, struct.error)
 
 
 def _finding(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds what both commands take."""
+    """Adds what all commands take."""
     for option in (
         json_option,
-        click.option("--coco", "as_coco", is_flag=True,
-                     help="A data set in COCO's format (JSON), of many pictures one for all."),
         many_options,
         answering,
         click.option("-o", "--output", "--out", type=click.Path(path_type=Path), metavar="PICTURE",
@@ -53,8 +51,17 @@ def _finding(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+_COCO = click.option(
+    "--coco",
+    "as_coco",
+    is_flag=True,
+    help="A data set in COCO's format (JSON), of many pictures one for all.",
+)
+
+
 @click.command(cls=Aside)
 @_finding
+@_COCO
 def detect(**given: Any) -> None:
     """Find OBJECTS in a picture, or in each of many: `edgevlm ask --help` says how they are named.
 
@@ -65,6 +72,18 @@ def detect(**given: Any) -> None:
 
 @click.command(cls=Aside)
 @_finding
+def point(**given: Any) -> None:
+    """Point at OBJECTS in a picture, or in each of many: `edgevlm ask --help` says how they are
+    named.
+
+    One line a point: its label, a tab, then x y in pixels of the upright picture. Moondream2 can.
+    """
+    _find("point", as_coco=False, **given)
+
+
+@click.command(cls=Aside)
+@_finding
+@_COCO
 def segment(**given: Any) -> None:
     """Find OBJECTS, with their masks, in a picture, or in each of many: `edgevlm ask --help` says
     how they are named.
@@ -89,7 +108,8 @@ def _find(
         raise click.UsageError("--json and --coco are two forms of one output; choose one")
     if (sources_of_many := each_source(images, many)) is not None:
         if output:
-            raise click.UsageError("-o draws one picture; --coco has the boxes of many")
+            other = "--json has the points" if task == "point" else "--coco has the boxes"
+            raise click.UsageError(f"-o draws one picture; {other} of many")
         asked = _each_asked(task, objects, as_coco)
         ask_each(asked, sources_of_many, many, run, as_json=as_json)
         return
@@ -120,24 +140,22 @@ def _find_in_one(
     with run.load([picture]) as vlm:
         reply = vlm.ask(vlm.task(task, objects), picture, **run.sampling)
         reply = _masked(task, vlm, reply)
-    record = _as_dict(reply)
+    record = _as_dict(task, reply)
     if as_json:
         click.echo(json.dumps(record))
     elif as_coco:
         _print_coco([{"file": _name(source), **record}])
     else:
         click.echo("".join(f"{line}\n" for line in _lines(record)), nl=False)
-        if not reply.boxes:
+        if not (reply.boxes or reply.points):
             click.echo("Nothing was found.", err=True)
     print_notes(reply, vlm, stats=run.stats)
     _note_masks(task, [record])
     if output:
-        save(draw(picture, reply.boxes), output)
+        save(draw(picture, (*reply.boxes, *reply.points)), output)
 
 
 def _each_asked(task: str, objects: tuple[str, ...], as_coco: bool) -> Asked:
-    from edgevlm.prompt import joined_objects
-
     def end(records: list[Record]) -> None:
         if as_coco:
             _print_coco(records)
@@ -145,9 +163,9 @@ def _each_asked(task: str, objects: tuple[str, ...], as_coco: bool) -> Asked:
 
     return asked_task(
         task,
-        joined_objects(objects),
+        objects,
         kind=task,
-        record=lambda vlm, reply: _as_dict(_masked(task, vlm, reply)),
+        record=lambda vlm, reply: _as_dict(task, _masked(task, vlm, reply)),
         lines=lambda record: [] if as_coco else _lines(record),
         # Records are kept for the end where it needs them.
         end=end if as_coco or task == "segment" else None,
@@ -162,14 +180,19 @@ def _masked(task: str, vlm: VLM, reply: Reply) -> Reply:
     return replace(reply, boxes=tuple(vlm.masked(reply.boxes, *reply.size)))
 
 
-def _as_dict(reply: Reply) -> Record:
-    """The reply, whose boxes also stand in shares of the picture's sides; masks as run lengths."""
+def _as_dict(task: str, reply: Reply) -> Record:
+    """The reply, whose boxes or points also stand in shares of the picture's sides; masks as run
+    lengths.
+    """
     from edgevlm.coco import encoded
 
     assert reply.size is not None  # there was one picture
     width, height = reply.size
-    data = {"width": width, "height": height, "boxes": [], **as_dict(reply)}
-    for found, box in zip(data["boxes"], reply.boxes, strict=True):
+    key = "points" if task == "point" else "boxes"
+    data = {"width": width, "height": height, key: [], **as_dict(reply)}
+    for found, at in zip(data.get("points", ()), reply.points, strict=True):
+        found["normalized"] = [round(share, 6) for share in at.normalized(width, height)]
+    for found, box in zip(data.get("boxes", ()), reply.boxes, strict=True):
         found["normalized"] = [round(share, 6) for share in box.normalized(width, height)]
         if box.mask is not None:
             found["mask"] = encoded(box.mask)
@@ -204,14 +227,15 @@ def _print_coco(records: Sequence[Record]) -> None:
 
 
 def _lines(record: Record) -> list[str]:
-    return [
+    points = [f"{at['label']}\t{at['x']:.0f} {at['y']:.0f}" for at in record.get("points", ())]
+    return points or [
         f"{box['label']}\t{box['x0']:.0f} {box['y0']:.0f} {box['x1']:.0f} {box['y1']:.0f}"
-        for box in record["boxes"]
+        for box in record.get("boxes", ())
     ]
 
 
 def _note_masks(task: str, records: Sequence[Record]) -> None:
-    boxes = (box for record in records for box in record["boxes"])
+    boxes = (box for record in records for box in record.get("boxes", ()))
     if task == "segment" and any(box["segment"] and "mask" not in box for box in boxes):
         click.echo(
             "Boxes without masks: this bundle has no mask decoder; `edgevlm export "

@@ -168,8 +168,12 @@ class Asked:
     end: Callable[[list[Record]], None] | None = None
 
 
-def asked_task(task: str, text: str = "", language: str = "en", **forms: Any) -> Asked:
-    """A model's own task about every picture; `forms` as those of Asked."""
+def asked_task(
+    task: str, text: str | Sequence[str] = "", language: str = "en", **forms: Any
+) -> Asked:
+    """A model's own task, about a question or objects by name, for every picture; `forms` as those
+    of Asked.
+    """
     from edgevlm.prompt import task_prompt
 
     return Asked(

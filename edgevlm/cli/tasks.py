@@ -25,13 +25,24 @@ _LANGUAGE = click.option("-l", "--language", default="en", show_default=True, he
 
 @click.command(cls=Aside)
 @_LANGUAGE
+@click.option(
+    "--length",
+    type=click.Choice(["short", "normal", "long"]),
+    default="normal",
+    show_default=True,
+    help="Length, where the model was trained on several, as Moondream2.",
+)
 @answering
 @forms
 @many_options
 @json_option
-def caption(language: str, images: tuple[str, ...], as_json: bool, run: Run, many: Many) -> None:
+def caption(
+    language: str, length: str, images: tuple[str, ...], as_json: bool, run: Run, many: Many
+) -> None:
     """Describe a picture, or each of many: `edgevlm ask --help` says how they are named."""
-    _run_task("caption", "", language, images, as_json, run, many)
+    from edgevlm.prompt import caption_task
+
+    _run_task(caption_task(length), "", language, images, as_json, run, many)
 
 
 @click.command(cls=Aside)

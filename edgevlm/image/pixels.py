@@ -36,8 +36,9 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     as transformers' slow processors (4.57: SiglipImageProcessor, CLIPImageProcessor,
     LlavaImageProcessor, Idefics3ImageProcessor, GotOcr2ImageProcessor, LlavaNextImageProcessor,
     LlavaOnevisionImageProcessor, DeepseekVLImageProcessor, Gemma3ImageProcessor,
-    Qwen2VLImageProcessor, whose patches these are in rows and columns) and Phi-3-Vision's own:
-    resized as 8-bit, then scaled in float64, normalised in float32.
+    Qwen2VLImageProcessor, whose patches these are in rows and columns), Phi-3-Vision's own and
+    moondream's prepare_crops: resized as 8-bit, then scaled in float64, normalised in float32, or
+    both in bfloat16.
 
     Raises ImageError for a picture that cannot be planned.
     """
@@ -98,9 +99,28 @@ def _normalised(square: Image.Image, spec: ImageSpec) -> Pixels:
     if square.mode == "RGBA":
         white = Image.new("RGBA", square.size, (255, 255, 255))
         square = Image.alpha_composite(white, square).convert("RGB")
+    if spec.exact == "bfloat16":
+        return np.ascontiguousarray(_bfloat16_levels(spec)[np.asarray(square)].transpose(2, 0, 1))
     scaled = (np.asarray(square).astype(np.float64) * spec.rescale).astype(np.float32)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
+
+
+def _bfloat16_levels(spec: ImageSpec) -> Pixels:
+    """The value of every byte, float32 [256]; each step is rounded to bfloat16. Mean and deviation
+    are those of the first channel.
+    """
+    scaled = _bfloat16(np.arange(256, dtype=np.float32) / np.float32(round(1 / spec.rescale)))
+    return _bfloat16(_bfloat16(scaled - np.float32(spec.mean[0])) / np.float32(spec.std[0]))
+
+
+def _bfloat16(values: Pixels) -> Pixels:
+    """Float32 rounded to the nearest bfloat16, halves to the even one."""
+    bits = values.view(np.uint32)
+    rounded: Pixels = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(
+        np.float32
+    )
+    return rounded
 
 
 def _background(spec: ImageSpec) -> tuple[int, ...]:

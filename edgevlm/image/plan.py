@@ -272,6 +272,48 @@ def _pan_and_scan(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> 
     yield Plan((spec.size, spec.size), ((0, 0, spec.size, spec.size),), spec.tokens)
 
 
+def _overlap(width: int, height: int, spec: ImageSpec, tiles: TileSpec) -> Iterator[Plan]:
+    """Moondream2's rule (moondream/torch/image_crops.py, overlap_crop_image), of ever fewer tiles,
+    whole at last.
+    """
+    size, margin = spec.size, tiles.margin * patch_side(spec)
+    window = size - 2 * margin
+    for most in range(tiles.most, 0, -1) if tiles.split else ():
+        rows, columns = _covering(height - 2 * margin, width - 2 * margin, window, most)
+        if rows * columns == 1:
+            break
+        boxes = tuple(
+            (x * window, y * window, x * window + size, y * window + size)
+            for y in range(rows)
+            for x in range(columns)
+        )
+        canvas = (columns * window + 2 * margin, rows * window + 2 * margin)
+        yield Plan(canvas, boxes, spec.tokens, grid=(rows, columns), overview=tiles.overview)
+    yield Plan((size, size), ((0, 0, size, size),), spec.tokens)
+
+
+def _covering(height: int, width: int, window: int, most: int) -> tuple[int, int]:
+    """Rows and columns of windows that cover an area (select_tiling)."""
+    if min(height, width) <= window:
+        return 1, 1
+    rows, columns = math.ceil(height / window), math.ceil(width / window)
+    if rows * columns > most:
+        share = math.sqrt(most / (rows * columns))
+        return max(1, math.floor(rows * share)), max(1, math.floor(columns * share))
+    rows = max(math.floor(math.sqrt(most * height / width)), rows)
+    columns = max(math.floor(math.sqrt(most * width / height)), columns)
+    if rows * columns > most and columns > rows:
+        columns = math.floor(most / rows)
+    elif rows * columns > most:
+        rows = math.floor(most / columns)
+    return max(1, rows), max(1, columns)
+
+
+def patch_side(spec: ImageSpec) -> int:
+    """The side in pixels of a patch, of which each makes one image embedding."""
+    return spec.size // math.isqrt(spec.tokens)
+
+
 def _up(side: int, size: int) -> int:
     """The next multiple of a tile."""
     return math.ceil(side / size) * size
@@ -401,4 +443,5 @@ _RULES: Mapping[TileRule, Callable[[int, int, ImageSpec, TileSpec], Iterator[Pla
     "pinpoints": _pinpoints,
     "pan-and-scan": _pan_and_scan,
     "hd": _hd,
+    "overlap": _overlap,
 }

@@ -68,13 +68,15 @@ class _Views:
             created = int(os.stat(folder / MANIFEST).st_mtime)
         except (EdgeVLMError, OSError):
             return None
+        tasks, templates = manifest.prompt.tasks, manifest.prompt.task_templates
         extras = {
             "family": manifest.family,
             "loaded": name in self._pool.loaded,
             "pictures": manifest.image.max_pictures,
             "conversations": bool(manifest.prompt.turn),
             "system": bool(manifest.prompt.system_template),
-            "tasks": dict(manifest.prompt.tasks),
+            # What a message can ask for; some models write a task as no message can.
+            "tasks": {t: text for t, text in tasks.items() if t not in templates},
         }
         return {
             "id": name,

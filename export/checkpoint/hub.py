@@ -25,6 +25,7 @@ PATTERNS = [
     "merges.txt",
     "chat_template.jinja",
     "conversation.py",
+    "moondream.py",
     "README.md",
     "non_lora_trainables.bin",
     "mm_projector.bin",

@@ -31,6 +31,9 @@ CARD = "README.md"
 FAST = "tokenizer.json"
 TOKENIZERS = ("tokenizer.model", FAST, "vocab.json")
 
+# The name of a tokenizer of its own folder among the checkpoints beside one.
+TOKENIZER = "tokenizer"
+
 # No header of a real checkpoint comes near; a larger one is not a safetensors file.
 _MAX_HEADER_BYTES = 100_000_000
 _MOST_DIMENSIONS = 32  # as many as numpy has
@@ -56,6 +59,11 @@ class Checkpoint:
     config: Path | None = None
 
     @property
+    def tokenizer(self) -> Checkpoint:
+        """Its files of the tokenizer: its own, or those of the folder that it reads that from."""
+        return self.extra.get(TOKENIZER, self)
+
+    @property
     def config_path(self) -> Path:
         """Its config.json, for messages."""
         return self.config or self.folder / CONFIG
@@ -63,7 +71,8 @@ class Checkpoint:
     @property
     def files(self) -> tuple[Path, ...]:
         """Every file of this folder that the export reads."""
-        beside = (*TOKENIZERS, "merges.txt") if CONFIG in self.configs else ()
+        own = {CONFIG, FAST} & self.configs.keys() and TOKENIZER not in self.extra
+        beside = (*TOKENIZERS, "merges.txt") if own else ()
         names = (*sorted(self.configs.keys() - {FAST}), *beside)
         return (*(p for n in names if (p := self.folder / n).is_file()), *self.weights)
 

@@ -28,9 +28,10 @@ from edgevlm.parts import EMBED, LM_HEAD, Part, Shapes
 
 @dataclass(frozen=True)
 class TensorMap:
-    """The tensors of "vision", "projector" and "decoder" by canonical name, and the records of the
-    weight files; none for a checkpoint that is whole. `plain` are the tensors that an adapter was
-    merged into, as they are without it; `notes` say what was done.
+    """The tensors of "vision", "projector" and "decoder", and of "regions" where there are some, by
+    canonical name, and the records of the weight files; none for a checkpoint that is whole.
+    `plain` are the tensors that an adapter was merged into, as they are without it; `notes` say
+    what was done.
     """
 
     parts: Mapping[str, Weights]
@@ -60,6 +61,7 @@ def assign(
         "vision": model.vision,
         "projector": model.projector,
         "decoder": model.text,
+        **({"regions": model.region_model} if model.region_model else {}),
     }
     origins = _origins(checkpoint, family, model)
     lenient = {file.name for file in family.weight_files if not file.strict}

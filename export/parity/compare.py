@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.bundle import INPUT, StageParity
+from edgevlm.bundle import DECODER_TOKENIZER, INPUT, REGION_ROWS, REGIONS, StageParity
 from edgevlm.errors import EdgeVLMError, EngineMissing, ExportError, ParityError
 from edgevlm.export import child
 from edgevlm.export.checkpoint.tokenizer import side_files
@@ -28,15 +28,20 @@ from edgevlm.export.parity import images, references
 from edgevlm.export.parity.corpus import around, corpus
 from edgevlm.export.parity.metrics import distance, divergence, shared
 from edgevlm.export.precisions import Quant, VisionPrecision
+from edgevlm.image.overlap import for_projector
 from edgevlm.machine import memory
 from edgevlm.progress import Stage
 from edgevlm.prompt import normalized
+from edgevlm.specs import ImageSpec
+from edgevlm.texts import json_ids
 
 PROMPT = "answer en what is in the picture?"
 N_TOKENS = 16
 # PIL resizes for both; what is left is the order of float32 operations on values in -1..1.
 _PIXELS = 1e-5
 _PACKAGES = ("torch", "transformers")
+# Both are in float32.
+_REGIONS = 1e-3
 # Float32 beside the language model itself: activations, logits, the processor.
 _MEMORY_BYTES = 1 << 30
 
@@ -89,7 +94,9 @@ def verify(job: Job, options: WriteOptions, folder: Path) -> tuple[StageParity, 
         source = reference.run(request, ours["tokens"])
     stage.advance(1)
     stages += compare(options, ours, source)
-    stages += _alternatives(options, folder, ours["pixels"], source)
+    if job.model.region_model:
+        stages.append(_regions(job, folder, reference))
+    stages += _alternatives(options, folder, (ours["pixels"], job.model.image), source)
     check(stages)
     stage.advance(1)
     return tuple(stages)
@@ -122,19 +129,38 @@ def _tokens(job: Job, gguf: Path, reference: references.SourceModel) -> StagePar
     that names the first text that differs.
     """
     typed = [t.text for t in job.vocabulary.tokens if t.type == USER_DEFINED]
-    special = around(sorted(side_files.control_texts(job.checkpoint)))
+    special = around(sorted(side_files.control_texts(job.checkpoint.tokenizer)))
     texts = [*corpus(), *around(typed), *special]
     with _explained(job):
         expected = reference.token_ids(texts[: -len(special)])
         # What is special to transformers no text of a user's can become here.
         expected += reference.token_ids(special, plain=True)
     given = [normalized(job.model.prefixed(text), job.model.prompt) for text in texts]
-    ours = tools.tokenize(gguf, given)
+    own = gguf.with_name(DECODER_TOKENIZER)
+    ours = [*map(json_ids(own), given)] if own.exists() else tools.tokenize(gguf, given)
     wrong = [text for text, a, b in zip(texts, ours, expected, strict=True) if a != b]
     stage = StageParity("tokens", "texts that differ", float(len(wrong)), 0.0)
     if wrong:
         raise ParityError(stage.stage, stage.worst, stage.tolerance, f"the first is {wrong[0]!r}")
     return stage
+
+
+def _regions(job: Job, folder: Path, reference: references.SourceModel) -> StageParity:
+    """The region model's two graphs, on rows and places that are drawn at random."""
+    from edgevlm.export.onnx import storage
+
+    assert isinstance(reference, references.RegionSource)
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((4, job.model.decoder.n_embd), np.float32)
+    places = rng.random((4, 3), np.float32)
+    with _explained(job):
+        theirs = reference.bins(hidden), reference.rows(places)
+    ours = (
+        storage.run(folder / REGIONS, "hidden", hidden),
+        storage.run(folder / REGION_ROWS, "places", places),
+    )
+    off = [np.abs(a - b).max() / b.std() for a, b in zip(ours, theirs, strict=True)]
+    return StageParity("regions", "max |d| / std", float(max(off)), _REGIONS)
 
 
 def compare(options: WriteOptions, ours: Arrays, source: Arrays) -> list[StageParity]:
@@ -183,24 +209,26 @@ def encoded(ours: Arrays, source: Arrays, cosine: float, of: str = "") -> list[S
 
 
 def _alternatives(
-    options: WriteOptions, folder: Path, pixels: Array, source: Arrays
+    options: WriteOptions, folder: Path, given: tuple[Array, ImageSpec], source: Arrays
 ) -> list[StageParity]:
-    """The further vision encoders, on the same picture."""
+    """The further vision encoders, on the same picture's pixels and spec."""
     stages = []
     for v in options.vision[1:]:
-        ours = rows(folder / f"vision.{v.name}.onnx", folder / "projector.onnx", pixels)
+        ours = rows(folder / f"vision.{v.name}.onnx", folder / "projector.onnx", *given)
         stages += encoded(ours, source, v.cosine, f" {v.name}")
     return stages
 
 
-def rows(vision: Path, projector: Path, pixels: Array) -> Arrays:
-    """Runs an encoder and a projector on pixels: "features" and "embeddings"."""
+def rows(vision: Path, projector: Path, pixels: Array, image: ImageSpec) -> Arrays:
+    """Runs an encoder and a projector on the scene's pixels: "features" and "embeddings"."""
     from edgevlm.export.onnx import storage
 
     features = storage.run(vision, "pixels", pixels)
+    height, width = images.scene().shape[:2]
+    size = (width, height)
     return {
         "features": features,
-        "embeddings": storage.run(projector, "features", features),
+        "embeddings": storage.run(projector, "features", for_projector(features, size, image)),
     }
 
 

@@ -61,10 +61,10 @@ class Context:
     """A KV cache of `n_ctx` positions at least, of one sequence, that takes up to `n_batch` rows at
     once.
 
-    cached: the rows that it holds. least: it can be cut to so many of them and no fewer.
-    n_ctx, n_batch: what it really has room for. flash_attention: whether the attention is fused.
-    Graphs are edited by `hook`; setting `cancelled` ends a decode inside `abortable`. Raises
-    EngineError without memory for it.
+    cached: the rows that it holds. least: it can be cut to so many of them and no fewer. n_ctx,
+    n_batch: what it really has room for. hook: what edits its graphs. flash_attention: whether the
+    attention is fused. Graphs are edited by `hook`; setting `cancelled` ends a decode inside
+    `abortable`. Raises EngineError without memory for it.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Context:
         self.cached, self.least = CachedRows(), 0
         # The positions that a layer sees in models where some see no more; 0 in all others.
         self._window = llama.llama_model_n_swa(model.pointer)
-        self._settings, self._hook, self._cancelled = settings, hook, cancelled
+        self._settings, self.hook, self._cancelled = settings, hook, cancelled
         self._abort = llama.ggml_abort_callback(lambda _: cancelled.is_set())
         ggml.log.clear()
         pointer = llama.llama_init_from_model(model.pointer, self._params())
@@ -106,8 +106,8 @@ class Context:
         params.n_threads_batch = self._settings.prefill_threads
         params.type_k = params.type_v = _KV_TYPES[self._settings.kv]
         params.flash_attn_type = _FLASH_ATTENTION_TYPES[self._settings.flash_attention]
-        if self._hook:
-            params.cb_eval = self._hook.callback
+        if self.hook:
+            params.cb_eval = self.hook.callback
         return params
 
     @property
@@ -173,6 +173,14 @@ class Context:
             self._decode(batch, positions[:, 0] if mrope else positions, 0)
         self.cached.drew(tokens, positions)
 
+    def push(self, row: Float) -> None:
+        """Reads a row [n_embd] after all that was read, with logits; no prompt goes on from it.
+        Raises Cancelled or EngineError.
+        """
+        positions = following(self.cached.following, 1, mrope=self._settings.mrope)
+        self._decode_rows(row[None], positions, 0)
+        self.cached.read(positions)
+
     def _decode_rows(self, rows: Float, positions: Int32, first_logits: int) -> None:
         data = np.ascontiguousarray(rows, np.float32)
         batch = llama.llama_batch_init(len(data), self._settings.n_embd, 1)
@@ -201,17 +209,17 @@ class Context:
             batch.seq_id[i][0] = 0
             batch.logits[i] = i >= first_logits
         ggml.log.clear()
-        if self._hook:
-            self._hook.start()
+        if self.hook:
+            self.hook.start()
         pointer = self.pointer
         status = interruptible(lambda: llama.llama_decode(pointer, batch), self._cancelled.set)
         if status == 2:
             raise Cancelled
         if status != 0:
             raise EngineError(f"llama.cpp could not decode, status {status} ({ggml.last_log()})")
-        if self._hook:
+        if self.hook:
             try:
-                self._hook.check()
+                self.hook.check()
             except EngineError:
                 # The cache of these rows is not what was asked for; nothing may build on it.
                 self.clear()

@@ -22,6 +22,7 @@ from edgevlm.runtimes.llama.backends import ON_THE_CPU, Offload
 from edgevlm.runtimes.llama.bindings import llama
 from edgevlm.runtimes.llama.cached_rows import CachedRows
 from edgevlm.runtimes.llama.context import SCORE_ROWS, Context, ContextSettings
+from edgevlm.runtimes.llama.edits import Hidden
 from edgevlm.runtimes.llama.embedding_rows import EmbeddingRows
 from edgevlm.runtimes.llama.grammar import GrammarVocabulary
 from edgevlm.runtimes.llama.hooks import Importance, graph_hook
@@ -30,6 +31,7 @@ from edgevlm.runtimes.llama.tokenizer import LlamaTokenizer
 from edgevlm.runtimes.native import Handle
 from edgevlm.sampling import Sampling
 from edgevlm.specs import DecoderSpec, TensorLocation
+from edgevlm.texts import json_ids
 from edgevlm.types import FlashAttention, RunSettings
 
 # Rows of a causal block that are read at once where nobody chose another number.
@@ -48,7 +50,8 @@ class LlamaDecoder:
     `repack` lets llama.cpp re-order quantized weights at load. `offload` says what runs on another
     device than the CPU; `layers` is how many layers of how many really do. `input` is the file with
     the token embeddings, at `location`, and the tokenizer, where the decoder's own has not all of
-    them. If it is not `whole` only the vocabulary is loaded, and the rest with the first prefill
+    them; `tokenizer` is the file that makes ids of texts, where not llama.cpp does. If it is not
+    `whole` only the vocabulary is loaded, and the rest with the first prefill
     after it or a `release`. Raises BundleCorrupt if the files do not hold the decoder of `spec`,
     EngineError if the device does not take its layers.
     """
@@ -69,6 +72,7 @@ class LlamaDecoder:
         offload: Offload = ON_THE_CPU,
         input: Path | None = None,
         whole: bool = True,
+        tokenizer: Path | None = None,
     ) -> None:
         ggml.start()
         self._path, self._offload = path, offload
@@ -76,7 +80,8 @@ class LlamaDecoder:
         self.layers = (0, spec.n_layer + 1)
         self._model: Handle | None = self._load() if whole else None
         own = self._model if input in (None, path) else None
-        self._tokenizer = LlamaTokenizer(own) if own else tokenizers.load(input or path)
+        ids = json_ids(tokenizer) if tokenizer else None
+        self._tokenizer = LlamaTokenizer(own, ids) if own else tokenizers.load(input or path, ids)
         if self._tokenizer.n_tokens != spec.n_vocab:
             raise BundleCorrupt(input or path, f"has {self._tokenizer.n_tokens} tokens")
         self._releases = not whole
@@ -86,6 +91,8 @@ class LlamaDecoder:
         # Positions that the last prefill asked for.
         self._wanted = 0
         self.adjust(threads, prefill_threads or threads, batch, flash_attention)
+        self._exact, self._watches = exact, False
+        self._watched = Hidden(spec.n_layer, spec.n_embd)
         self._hook = graph_hook(path, spec, exact=exact)
         self._rows = EmbeddingRows(input or path, location, spec)
         self._cancelled = threading.Event()
@@ -329,12 +336,36 @@ class LlamaDecoder:
         # Tokens that a trimmed decoder has no row of are read as a question is.
         context.extend(tokens, rows if len(rows) == len(tokens) else self._rows(tokens))
 
+    def watch(self) -> None:
+        """See TextDecoder."""
+        if not self._watches:
+            self._watches = True
+            more = [self._watched]
+            self._hook = graph_hook(self._path, self._spec, exact=self._exact, more=more)
+
+    def hidden(self) -> Float:
+        """See TextDecoder."""
+        if self._watched.row is None:
+            raise EngineError("the decoder's last layer was not watched while it read")
+        return self._watched.row
+
+    def step_row(self, row: Float) -> None:
+        """See TextDecoder."""
+        context = self._made
+        if len(context.cached.positions) + 1 > context.n_ctx:
+            raise EngineError(f"no room for a row after {len(context.cached.positions)}")
+        context.push(row)
+
     def logits(self) -> Float:
         """See TextDecoder."""
         return self._logits(-1)
 
     def _logits(self, row: int) -> Float:
         return self._output.logits(self._made.logits(row))
+
+    def rule_out(self, tokens: Sequence[int]) -> None:
+        """See TextDecoder."""
+        self._made.logits(-1)[self._output.rows(tokens)] = -np.inf
 
     def rollback(self, n: int) -> None:
         """See TextDecoder."""
@@ -375,7 +406,10 @@ class LlamaDecoder:
         elif made:
             made.clear()
         enough = made and n_ctx <= made.n_ctx and n_batch <= made.n_batch
-        if made and enough and self._is_long(n_ctx) == self._is_long(made.n_ctx):
+        same = (
+            made and made.hook is self._hook and self._is_long(n_ctx) == self._is_long(made.n_ctx)
+        )
+        if made and enough and same:
             return made
         # A state is of the last row's view: one of more rows might lack what these see.
         cached = self._cached

@@ -79,6 +79,21 @@ def _gelu(x: Float) -> Float:
     return gelu
 
 
+class Hidden:
+    """Not a change: the output of the last of `n_layer` layers, before the last norm, is kept."""
+
+    def __init__(self, n_layer: int, n_embd: int) -> None:
+        self._last, self._n_embd = n_layer - 1, n_embd
+        self.row: Float | None = None
+
+    def nodes(self, layer: int) -> Mapping[str, Visit]:
+        """See Edit."""
+        return {f"l_out-{layer}": self._keep} if layer == self._last else {}
+
+    def _keep(self, values: Float) -> None:
+        self.row = values[-self._n_embd :].copy()
+
+
 @dataclass(frozen=True)
 class ExtraNorms:
     """TinyGPT-V's norms, which no graph of llama.cpp has: a LayerNorm of every head's queries and

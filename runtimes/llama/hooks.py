@@ -218,13 +218,16 @@ def _multiplied(tensor: int) -> str | None:
     return name if name.startswith("blk.") and name.endswith(".weight") else None
 
 
-def graph_hook(path: Path, spec: DecoderSpec, *, exact: bool) -> GraphHook | None:
-    """The hook that makes a decoder's graph the original's; None where llama.cpp's own is.
+def graph_hook(
+    path: Path, spec: DecoderSpec, *, exact: bool, more: Sequence[Edit] = ()
+) -> GraphHook | None:
+    """The hook that makes a decoder's graph the original's, and `more`; None where there is nothing
+    to do.
 
     `exact` asks for float32 throughout. Raises BundleCorrupt where the GGUF at `path` lacks norms
     that the manifest states, or holds some that it does not.
     """
-    edits: list[Edit] = []
+    edits: list[Edit] = [*more]
     if exact and spec.architecture in ExactGelu.ARCHITECTURES:
         edits.append(ExactGelu(spec.architecture))
     if spec.extra_norms or spec.architecture == "phi2":

@@ -112,9 +112,26 @@ class PairedDecoder:
             self._last = self._writer
         return self._last
 
+    def watch(self) -> None:
+        """See TextDecoder."""
+        self._reader.watch()
+        self._writer.watch()
+
+    def hidden(self) -> Float:
+        """See TextDecoder."""
+        return self._last.hidden()
+
+    def step_row(self, row: Float) -> None:
+        """See TextDecoder."""
+        self._drawing().step_row(row)
+
     def logits(self) -> Float:
         """See TextDecoder."""
         return self._last.logits()
+
+    def rule_out(self, tokens: Sequence[int]) -> None:
+        """See TextDecoder."""
+        self._last.rule_out(tokens)
 
     def rollback(self, n: int) -> None:
         """See TextDecoder."""

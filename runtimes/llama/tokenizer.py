@@ -1,9 +1,10 @@
-"""llama.cpp's tokenizer: texts -> token ids -> bytes."""
+"""llama.cpp's tokenizer: texts -> token ids -> bytes; the way to ids may be another's."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ _RUNS = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
 
 
 class LlamaTokenizer:
-    """The vocabulary of a model that is loaded."""
+    """The vocabulary of a model that is loaded; `ids` makes ids of a text, where not llama.cpp
+    does.
+    """
 
-    def __init__(self, model: Handle) -> None:
-        self._model = model
+    def __init__(self, model: Handle, ids: Callable[[str], list[int]] | None = None) -> None:
+        self._model, self._ids = model, ids
 
     @property
     def vocabulary(self) -> Any:
@@ -52,6 +55,8 @@ class LlamaTokenizer:
 
     def tokenize(self, text: str) -> list[int]:
         """See TextDecoder."""
+        if self._ids:
+            return self._ids(text)
         if len(text) > _LONGEST_RUN and self._pre in _RECURSIVE:
             _check_runs(text)
         data = text.encode()
@@ -93,8 +98,8 @@ def _check_runs(text: str) -> None:
             )
 
 
-def load(path: Path) -> LlamaTokenizer:
-    """The tokenizer of a GGUF file alone; raises BundleCorrupt."""
+def load(path: Path, ids: Callable[[str], list[int]] | None = None) -> LlamaTokenizer:
+    """The tokenizer of a GGUF file alone, see the class; raises BundleCorrupt."""
     checks.decoder(path)
     params = llama.llama_model_default_params()
     params.vocab_only = True
@@ -107,4 +112,4 @@ def load(path: Path) -> LlamaTokenizer:
     loaded = interruptible(read, lambda: None)
     if not loaded:
         raise BundleCorrupt(path, f"llama.cpp cannot load its tokenizer ({ggml.last_log()})")
-    return LlamaTokenizer(loaded)
+    return LlamaTokenizer(loaded, ids)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from edgevlm import cleanup, machine
 from edgevlm.bundle import Bundle, Component
 from edgevlm.errors import EngineError
-from edgevlm.image.plan import checked_side, measured_side
+from edgevlm.image.plan import measured_side
 from edgevlm.models import cache_directory
 from edgevlm.runtimes import checks
 from edgevlm.runtimes.interrupt import interruptible
@@ -169,8 +169,8 @@ class _Opener:
         return 1 - allowed
 
     def _numbers(self, encoder: OrtEncoder) -> SelfCheck:
-        size = checked_side(self._bundle.manifest.image)
-        return first_use.numbers(encoder, size, projects=self._projects)
+        image = self._bundle.manifest.image
+        return first_use.numbers(encoder, image, projects=self._projects)
 
     def _told(self, work: Callable[[], Done], stop: Callable[[], None]) -> Done:
         """Runs a first use, which Ctrl-C ends by `stop`, and says that it runs."""

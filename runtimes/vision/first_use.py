@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm import schema
+from edgevlm.image.overlap import for_projector
+from edgevlm.image.plan import checked_side
 from edgevlm.runtimes.engines import VisionEncoder
 from edgevlm.self_check import cosine, picture, sketch
-from edgevlm.specs import SelfCheck
+from edgevlm.specs import ImageSpec, SelfCheck
 
 # For encoders that the bundle has no numbers for: what the exporter allows 8-bit quantization.
 TOLERANCE = 0.01
@@ -50,12 +52,12 @@ class Verdict:
         return self.cosine >= self.least
 
 
-def numbers(encoder: VisionEncoder, size: int, *, projects: bool = True) -> SelfCheck:
-    """An encoder's sketches of the fixed picture, `size` pixels a side, of features alone where
-    there is no projector.
-    """
-    features = encoder.features(picture(size))
-    rows = sketch(encoder.project(features)).ravel() if projects else ()
+def numbers(encoder: VisionEncoder, image: ImageSpec, *, projects: bool = True) -> SelfCheck:
+    """An encoder's sketches of the fixed picture, of features alone where there is no projector."""
+    side = checked_side(image)
+    features = encoder.features(picture(side))
+    read = for_projector(features, (side, side), image)
+    rows = sketch(encoder.project(read)).ravel() if projects else ()
     return SelfCheck(tuple(sketch(features).ravel()), tuple(rows), {})
 
 

@@ -93,15 +93,16 @@ def normalization(checkpoint: Checkpoint, kind: str) -> Literal["", "NFC"]:
     return "NFC" if kind.removesuffix("Fast") == "Qwen2Tokenizer" else ""
 
 
-def read_byte_pairs(checkpoint: Checkpoint, kind: str) -> BytePairs:
+def read_byte_pairs(checkpoint: Checkpoint, kind: str, *, own: bool = False) -> BytePairs:
     """Reads the tokenizer; `kind` is the `tokenizer_class` that its config states, "" for none.
+    With `own` its tokenizer.json goes into the bundle, and cuts texts as it likes.
 
     Raises SourceError.
     """
     folder, kind = checkpoint.folder, kind.removesuffix("Fast")
     if FAST in checkpoint.configs:
         path = folder / FAST
-        found = _from_json(path, checkpoint.configs[FAST], kind)
+        found = _from_json(path, checkpoint.configs[FAST], kind, own)
     else:
         path = folder / "vocab.json"
         found = _from_pair(path, folder / "merges.txt", kind or "GPT2Tokenizer")
@@ -116,16 +117,18 @@ def read_byte_pairs(checkpoint: Checkpoint, kind: str) -> BytePairs:
     return found
 
 
-def _from_json(path: Path, data: Config, kind: str) -> BytePairs:
+def _from_json(path: Path, data: Config, kind: str, own: bool) -> BytePairs:
     model = data.get("model", {})
     odd = [k for k in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
     if model.get("type") != "BPE" or odd:
         raise SourceError(
             f"{path}: is not a BPE tokenizer of bytes or of pieces with byte fallback"
         )
-    if data.get("normalizer") not in (*_NO_NORMALIZER, _NFC):
+    if not own and data.get("normalizer") not in (*_NO_NORMALIZER, _NFC):
         raise SourceError(f"{path}: has a normalizer that is not known; add tokenizer.model")
     pre = _PRE.get((_patterns(data.get("pre_tokenizer")), bool(model.get("ignore_merges"))))
+    if pre is None and own:
+        pre = "gpt-2"  # llama.cpp spells tokens by it, and is given no texts
     if pre is None:
         raise SourceError(
             f"{path}: has a pre-tokenizer that is none of {', '.join(dict.fromkeys(_PRE.values()))}"

@@ -92,12 +92,12 @@ def _from_json(path: Path, data: bytes, side: Config, spec: TextSpec) -> TextFil
     if _is_gemma(side):
         begin, end = _gemma(side, path, found.token_to_id)
     else:
-        begin, end = _around(found)
+        begin, end = around(found)
     spec = _padded(replace(spec, begin=begin, end=end), side, path, found.token_to_id)
     return TextFile(TOKENIZER, data, spec, found.get_vocab_size(), ())
 
 
-def _around(found: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def around(found: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens that a tokenizer puts before and behind a text."""
     plain = found.encode("a", add_special_tokens=False).ids
     whole = found.encode("a").ids

@@ -70,7 +70,8 @@ def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
     """The vocabulary in `model.decoder.n_vocab` rows; raises SourceError."""
     path = _file(checkpoint.folder)
     added = entries(checkpoint)
-    pairs = _byte_pairs(checkpoint, model.prefix) if is_byte_level(checkpoint) else None
+    own = model.own_tokenizer
+    pairs = _byte_pairs(checkpoint, model.prefix, own) if is_byte_level(checkpoint) else None
     if pairs:
         table = {i: Token(text, 0.0, NORMAL) for i, text in pairs.pieces.items()}
     else:
@@ -94,8 +95,9 @@ def read_vocabulary(checkpoint: Checkpoint, model: Model) -> Vocabulary:
     typed = {i: t.text for i, t in table.items() if t.type == USER_DEFINED}
     where = str(checkpoint.folder)
     spaces = "" if pairs else "again" if model.prefix and not model.prefix_once else "kept"
-    check_attributes(added, typed, where, spaces=spaces)
-    check_overlaps(added, typed, where)
+    if not own:
+        check_attributes(added, typed, where, spaces=spaces)
+        check_overlaps(added, typed, where)
     rows = model.decoder.n_vocab
     if max(table) >= rows:
         raise SourceError(f"{path}: has {max(table) + 1} tokens, config.json says {rows}")
@@ -121,9 +123,9 @@ def _file(folder: Path) -> Path:
     return next(folder / name for name in TOKENIZERS if (folder / name).is_file())
 
 
-def _byte_pairs(checkpoint: Checkpoint, prefix: str) -> BytePairs:
+def _byte_pairs(checkpoint: Checkpoint, prefix: str, own: bool) -> BytePairs:
     kind = str(checkpoint.configs.get(CONFIG, {}).get("tokenizer_class") or "")
-    pairs = read_byte_pairs(checkpoint, kind)
+    pairs = read_byte_pairs(checkpoint, kind, own=own)
     if prefix:
         raise SourceError(f"{checkpoint.folder}: its tokenizer has bytes where pieces are expected")
     return pairs

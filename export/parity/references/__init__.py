@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,19 @@ class SourceModel(Protocol):
 
         Returns pixels [1, 3, size, size], features [1, patches, width], embeddings
         [1, rows, n_embd], prompt_ids [text tokens] and logits [1 + len(tokens), n_vocab].
+        """
+
+
+@runtime_checkable
+class RegionSource(Protocol):
+    """A source model that finds objects out of its decoder's last layer."""
+
+    def bins(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Rows [n, n_embd] -> logits [n, bins] of places, widths and heights."""
+
+    def rows(self, places: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Places, widths and heights [n, 3] -> rows [n, 2, n_embd], of the place and of the
+        size.
         """
 
 
