@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -138,9 +138,25 @@ def phi3_v() -> Source:
     )
 
 
+def moondream2() -> Source:
+    """A small Moondream2's config, with the published templates."""
+    real = MODELS["moondream2"]
+    config: dict[str, Any] = {**real.files["config.json"]}
+    small = {
+        "region": {"dim": 256, "inner_dim": 128},
+        "text": {"dim": 256, "ff_dim": 512, "n_heads": 4, "n_kv_heads": 4, "n_layers": 2},
+        "vision": {"enc_dim": 64, "enc_ff_dim": 128, "enc_n_heads": 4, "enc_n_layers": 2,
+                   "proj_inner_dim": 128, "proj_out_dim": 256},
+    }  # fmt: skip
+    sections: Mapping[str, Any] = config["config"]
+    config["config"] = {name: {**found, **small[name]} for name, found in sections.items()}
+    return replace(real, files={"config.json": config})
+
+
 SMALL = {
     "phi3_v": phi3_v(),
     "gemma3": gemma3(),
+    "moondream2": moondream2(),
     "qwen2_vl": qwen2_vl(),
     "internvl": internvl(),
     "tinygptv": tinygptv(),

@@ -33,9 +33,9 @@ def _more(source: Source) -> Source:
     files: dict[str, Any] = {name: dict(found) for name, found in source.files.items()}
     config = files[CONFIG]
     inside = next((key for key in DECODERS if key in config), None)
-    if inside is None:
+    if inside is None and "config" not in config:  # Moondream2's, which states neither
         config |= {"eos_token_id": 2, "rope_theta": 10000.0}
-    else:
+    elif inside is not None:
         rope: dict[str, Any] = {"rope_type": "default"}
         rope["rope_theta"] = config[inside].get("rope_theta", 10000.0)
         if config["model_type"] == "gemma3":
@@ -96,7 +96,8 @@ def test_a_size_of_the_wrong_type_names_its_key(name: str) -> None:
     source = SOURCES[name]
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "head_dim", "vocab_size", "image_size", "patch_size",
-             "rope_theta", "lora_alpha", "mean", "text_config", "vision_config")  # fmt: skip
+             "rope_theta", "lora_alpha", "mean", "text_config", "vision_config",
+             "dim", "n_layers", "n_heads", "enc_dim", "enc_n_layers", "crop_size")  # fmt: skip
     found = [path for path in _paths(source.files) if path[-1] in sizes]
     if {*DECODERS} & {*source.files[CONFIG]}:  # then nobody reads the copies beside it
         found = [path for path in found if len(path) > 2 or path[-1].endswith("_config")]

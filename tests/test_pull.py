@@ -21,6 +21,7 @@ from edgevlm.errors import BundleError, EngineMissing
 from edgevlm.export.parts import net
 from edgevlm.hub.repository import RemoteFile, Repository
 from edgevlm.models import built_in, resolve
+from edgevlm.parts import Part
 from tests.hub import COMMIT, ROOT, TINY, WEIGHTS, Fault, Hub, serve
 
 PULL = ("pull", TINY, "--name", "tiny", "--no-verify")
@@ -257,7 +258,10 @@ def test_the_catalogue_names_families_that_there_are() -> None:
 @pytest.mark.parametrize("name", sorted({*catalogue.entries()} & {*MODELS}))
 def test_the_catalogue_knows_a_bundles_size(name: str) -> None:
     _, model = make.describe(MODELS[name], name)
-    parts = [(model.vision, 1), (model.projector, 1 if net(model.projector).quantized else 4)]
+    projector = model.projector
+    parts: list[tuple[Part, int]] = [(model.vision, 1)]
+    parts.append((projector, 1 if net(projector).quantized else 4))
+    parts += [(model.region_model, 4)] if model.region_model else []
     graphs = sum(size * sum(map(math.prod, p.tensors().values())) for p, size in parts)
     found = graphs + decoder_bytes(model, "q4_k_m")
     assert catalogue.entries()[name].bundle == pytest.approx(found, rel=0.01)

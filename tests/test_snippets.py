@@ -32,6 +32,7 @@ from edgevlm.hub.repository import RemoteFile, Repository
 from edgevlm.models import built_in
 from tests import snippets
 from tests.checkpoints.dual import write_siglip
+from tests.checkpoints.moondream2 import write_moondream2
 from tests.serving import Served, serving
 from tests.snippets import DOCUMENTED, ROOT, Block
 
@@ -67,10 +68,18 @@ def dual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_bundle(source, folder / "bundle", vision_precision="int8", verify=False).folder
 
 
+@pytest.fixture(scope="module")
+def pointing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that points."""
+    folder = tmp_path_factory.mktemp("pointing")
+    source = write_moondream2(folder / "checkpoint")
+    return export_bundle(source, folder / "bundle", vision_precision="int8", verify=False).folder
+
+
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dual: Path) -> Path:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dual: Path, pointing: Path) -> Path:
     """A folder with the files that pages name, as the working directory and home, and pico under
-    the names of all models that answer, another bundle under that of a model that embeds.
+    the names of all models that answer, other bundles under those of models that embed or point.
     """
     desk = tmp_path / "desk"
     desk.mkdir()
@@ -90,6 +99,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dual: Path) -> Path:
             continue  # with one alone, commands need not be told
         folder = home / "models" / entry.name
         bundle = dual if "embed" in entry.tasks else built_in()
+        bundle = pointing if "point" in entry.tasks else bundle
         shutil.copytree(bundle, folder, copy_function=os.symlink)
         origin = f"{entry.repo}@{entry.revision or COMMIT}"
         manifest = replace(read_manifest(folder), origin=origin)

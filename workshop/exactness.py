@@ -25,6 +25,7 @@ from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.llava_next import write_next
 from tests.checkpoints.llava_onevision import OWN, write_onevision
+from tests.checkpoints.moondream2 import write_moondream2
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.phi3_v import write_phi3_v
 from tests.checkpoints.smolvlm import write_smolvlm
@@ -76,6 +77,7 @@ _MODELS: Models = {
     "SmolVLM": write_smolvlm,
     "InternVL 3": write_internvl,
     "Gemma 3": write_gemma3,
+    "Moondream2": write_moondream2,
     "LLaVA-NeXT": write_next,
     "LLaVA-OneVision": write_onevision,
     "DeepSeek-VL": write_deepseek_vl,

@@ -80,12 +80,13 @@ def make(destination: Path, name: str, source: Source, quant: str) -> None:
             family=family.name,
             name=name,
             license="none: random weights",
-            components={**graphs, "decoder": decoder},
+            components={**graphs, "decoder": decoder, **write_regions(folder, model)},
             image=model.image,
             prompt=model.prompt,
             decoder=model.decoder,
             answer=model.answer,
             token_embedding=embedding_location(folder / FILE),
+            regions=model.regions,
         )
         write_manifest(folder, manifest)
 
@@ -102,6 +103,17 @@ def write_graphs(folder: Path, model: Model) -> dict[str, Component]:
             (model.vision.features[0], model.projector.in_features),
         ),
     }
+
+
+def write_regions(folder: Path, model: Model) -> dict[str, Component]:
+    """Writes the region model with random weights, where there is one."""
+    if model.region_model is None:
+        return {}
+    from edgevlm.export.parts import regions
+
+    tensors = random_part(model.region_model)
+    written = regions.write(model.region_model, tensors, folder, None)
+    return {"regions": Component("fp32", tuple(map(record, written)))}
 
 
 def _write_graph(path: Path, part: VisionTower | Connector, shape: tuple[int, ...]) -> Component:

@@ -26,6 +26,8 @@ from edgevlm.benchmarks.synthetic.configs import (
     LLAVA_ONEVISION_PICTURES,
     LLAVA_ONEVISION_TOKENS,
     MOBILEPALO,
+    MOONDREAM2,
+    MOONDREAM2_TOKENS,
     PALIGEMMA,
     PHI3_V,
     PHI3_V_PICTURES,
@@ -164,6 +166,11 @@ _GEMMA3_12B = {
 }  # fmt: skip
 
 
+def _moondream2() -> Source:
+    added = {text: AddedToken(i, special=True) for text, i in MOONDREAM2_TOKENS.items()}
+    return Source({"config.json": MOONDREAM2}, tokenizer=Tokenizer(bytes=True, added=added))
+
+
 def _smolvlm(**text: Any) -> Source:
     """SmolVLM; `text` is what differs from the decoder of 256M."""
     config = SMOLVLM | {"text_config": SMOLVLM["text_config"] | text}
@@ -273,6 +280,7 @@ MODELS: Mapping[str, Source] = {
     "internvl2.5-4b": _internvl(**_QWEN2_5_3B),
     "internvl3-1b": _internvl(),
     "internvl3-2b": _internvl(**_QWEN2_5_1_5B),
+    "moondream2": _moondream2(),
     "phi-3-vision": _phi3_v(16),
     "phi-3.5-vision": _phi3_v(4),
     "qwen2-vl-2b": _qwen2_vl(),
