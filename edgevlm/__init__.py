@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from edgevlm.runtimes.dual import DualEncoder
     from edgevlm.runtimes.messages import Message
     from edgevlm.runtimes.session import VLM
+    from edgevlm.video import Video
 
 __version__ = "0.1.0"
 
@@ -106,6 +107,7 @@ __all__ = [
     "TokenLogprob",
     "UnknownFamily",
     "VLM",
+    "Video",
     "__version__",
     "export_bundle",
     "load",
@@ -120,6 +122,7 @@ _LAZY = {
     "Message": "edgevlm.runtimes.messages",
     "PhotoIndex": "edgevlm.photos",
     "VLM": "edgevlm.runtimes.session",
+    "Video": "edgevlm.video",
     "export_bundle": "edgevlm.export",
     "pull": "edgevlm.pulling",
 }

@@ -299,7 +299,8 @@ def read_manifest(root: Path) -> Manifest:
         if "decoder" in manifest.components and (missing := {*_DECODING} - {*data}):
             raise schema.SchemaError(f"missing key {min(missing)!r}")
         decoder = manifest.decoder if "decoder" in manifest.components else None
-        if problem := out_of_bounds(manifest.image, decoder, manifest.regions):
+        problem = out_of_bounds(manifest.image, decoder, manifest.regions, manifest.prompt.video)
+        if problem:
             raise schema.SchemaError(problem)
     except schema.SchemaError as e:
         raise BundleCorrupt(path, str(e)) from None

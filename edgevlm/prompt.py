@@ -11,10 +11,11 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from edgevlm.errors import PromptError
 from edgevlm.image.plan import Plan
-from edgevlm.specs import PictureLayout, PromptSpec
+from edgevlm.specs import PictureLayout, PromptSpec, VideoSpec
 from edgevlm.types import Reply
 
 
@@ -74,14 +75,23 @@ class TaskPrompt(str):
 
 
 @dataclass(frozen=True)
+class Film:
+    """Pictures that are the frames of a video: their times and its duration in seconds."""
+
+    times: tuple[float, ...]
+    duration: float
+
+
+@dataclass(frozen=True)
 class Exchange:
     """A question, how many pictures come with it, and its answer: a reply of the model's, a text,
-    or None where it is to be answered.
+    or None where it is to be answered. With a `film` the pictures are its frames.
     """
 
     question: str
     n_pictures: int = 0
     answer: Reply | str | None = None
+    film: Film | None = None
 
 
 def conversation(
@@ -112,6 +122,8 @@ def conversation(
             template, text_template = spec.system_template, spec.system_text_template
         if not exchange.n_pictures and text_template:
             template = text_template
+        if exchange.film:
+            template = _with_film(spec, system is not None)
         if not template:
             raise PromptError(
                 "this model answers single questions, it was not trained on conversations; "
@@ -142,6 +154,57 @@ def conversation(
             bare = spec.strip or spec.trim
             segments.append(Text(spec.reply + (answer.strip() if bare else answer)))
     return _joined(segments) if spec.joined else segments
+
+
+def _with_film(spec: PromptSpec, system: bool) -> tuple[str, ...]:
+    if spec.video is None:
+        raise PromptError(
+            "this model was not trained on videos, or its bundle is older than those; ask about "
+            "frames of it as pictures"
+        )
+    return spec.video.system_template if system else spec.video.template
+
+
+def with_frames(segments: Sequence[Segment], film: Film, spec: VideoSpec) -> list[Segment]:
+    """The texts around the pictures of a video."""
+    words = {"{count}": in_words(len(film.times)), "{duration}": clock(film.duration)}
+    out: list[Segment] = []
+    for segment in segments:
+        if isinstance(segment, Image):
+            if segment.index == 0:
+                out.append(Text(_numbered(spec.opening, words)))
+            out.append(Text(_numbered(spec.frame, {"{time}": moment(film.times[segment.index])})))
+        out.append(segment)
+        if isinstance(segment, Image) and segment.index == len(film.times) - 1:
+            out.append(Text(spec.closing))
+    return out
+
+
+def in_words(n: int) -> str:
+    """A number from 0 to 99 in English, a larger one in digits."""
+    if n < len(_TEENS):
+        return _TEENS[n]
+    tens, ones = divmod(n, 10)
+    if tens > len(_TENS) + 1:
+        return str(n)
+    return _TENS[tens - 2] + (f"-{_TEENS[ones]}" if ones else "")
+
+
+_TEENS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def clock(seconds: float) -> str:
+    """A duration as H:MM:SS."""
+    return str(timedelta(seconds=int(seconds)))
+
+
+def moment(seconds: float) -> str:
+    """A time as MM:SS."""
+    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
 
 
 def laid_out(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from edgevlm.specs import DecoderSpec, ImageSpec, RegionSpec, TileSpec
+from edgevlm.specs import DecoderSpec, ImageSpec, RegionSpec, TileSpec, VideoSpec
 
 _SIDE, _MANY, _LARGEST = 1 << 13, 1 << 12, 1 << 24
 _IMAGE = {
@@ -40,15 +40,24 @@ _DECODER = {
 }
 
 
+_VIDEO = {"most": (1, _MANY), "longest_edge": (1, 1 << 16)}
+
+
 def out_of_bounds(
-    image: ImageSpec, decoder: DecoderSpec | None, regions: RegionSpec | None = None
+    image: ImageSpec,
+    decoder: DecoderSpec | None,
+    regions: RegionSpec | None = None,
+    video: VideoSpec | None = None,
 ) -> str:
     """The first number that no bundle has, as one line for a message; "" where all are well."""
-    return next(_problems(image, decoder, regions), "")
+    return next(_problems(image, decoder, regions, video), "")
 
 
 def _problems(
-    image: ImageSpec, decoder: DecoderSpec | None, regions: RegionSpec | None
+    image: ImageSpec,
+    decoder: DecoderSpec | None,
+    regions: RegionSpec | None,
+    video: VideoSpec | None,
 ) -> Iterator[str]:
     yield from _outside("image", image, _IMAGE)
     if not all(image.std):
@@ -67,6 +76,10 @@ def _problems(
         yield from _outside("decoder", decoder, _DECODER)
     if regions:
         yield from _outside("regions", regions, _REGIONS)
+    if video:
+        yield from _outside("prompt.video", video, _VIDEO)
+        if not 0 < video.fps <= _MANY or not 0 <= video.skip <= _MANY:
+            yield "'prompt.video' has times that no video has"
 
 
 def overlap_problem(image: ImageSpec, tiles: TileSpec) -> str:

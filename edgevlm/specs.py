@@ -7,7 +7,7 @@ None of them knows an engine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Attention = Literal["causal", "prefix", "blocks", "opening"]
@@ -165,6 +165,36 @@ class PictureLayout:
 
 
 @dataclass(frozen=True)
+class VideoSpec:
+    """Frames of a video that a model is shown, and the texts around them.
+
+    `fps` frames a second are taken, evenly and `most` at most; where that bound is far from what
+    there is, not from the first and the last `skip` seconds. Each is a picture that is not cut,
+    whose long side becomes `longest_edge` pixels on the way. `template` and `system_template` are
+    those of PromptSpec with all frames as `{image}`. `opening` stands before all, `frame` before
+    each and `closing` behind all of them, in which `{count}` is their number in words, `{duration}`
+    the video's in hours, minutes and seconds, and `{time}` a frame's in minutes and seconds.
+    """
+
+    fps: float
+    most: int
+    skip: float
+    longest_edge: int
+    template: tuple[str, ...]
+    system_template: tuple[str, ...] = ()
+    opening: str = ""
+    frame: str = ""
+    closing: str = ""
+
+    def image(self, spec: ImageSpec) -> ImageSpec:
+        """The spec of a frame where `spec` is that of a picture."""
+        tiles = spec.tiles
+        if tiles:
+            tiles = replace(tiles, longest_edge=self.longest_edge, max_tiles=1)
+        return replace(spec, max_pictures=self.most, tiles=tiles)
+
+
+@dataclass(frozen=True)
 class PromptSpec:
     """Layout of the decoder's input around a question.
 
@@ -188,6 +218,7 @@ class PromptSpec:
     conversation with a system message, in which `{system}` stands for its words; the first is empty
     where the original's template knows none. `task_templates` are the templates of tasks that the
     original writes otherwise than questions, by task; `{prompt}` in them is what the task is about.
+    `video` is None of models that were not trained on videos.
     """
 
     template: tuple[str, ...]
@@ -205,6 +236,7 @@ class PromptSpec:
     system_template: tuple[str, ...] = ()
     system_text_template: tuple[str, ...] = ()
     task_templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    video: VideoSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from typing import Any, Literal, TypedDict
 
 from edgevlm.errors import PromptError
 from edgevlm.image import ImageSource
-from edgevlm.prompt import Exchange
+from edgevlm.prompt import Exchange, Film
 from edgevlm.types import Reply
+from edgevlm.video import Video
 
-Images = ImageSource | Sequence[ImageSource] | None
+Images = ImageSource | Sequence[ImageSource] | Video | None
 
 
 class TextPart(TypedDict):
@@ -59,6 +60,9 @@ def parted(
     Raises PromptError unless the messages are the user's and the assistant's in turn, the user's
     first and last, after one of the system's at most.
     """
+    if isinstance(messages, str) and isinstance(image, Video):
+        film = Film(tuple(image.times), image.duration)
+        return system, [Exchange(messages, len(image.frames), film=film)], list(image.frames)
     if isinstance(messages, str):
         images = list(several(image))
         return system, [Exchange(messages, len(images))], images
@@ -142,7 +146,9 @@ def _check(given: object, where: str, keys: set[str]) -> None:
 
 
 def several(image: Images) -> Sequence[ImageSource]:
-    """The pictures as a list."""
+    """The pictures as a list; raises PromptError for a video."""
     if image is None:
         return []
+    if isinstance(image, Video):
+        raise PromptError("a video goes with a question alone (ask and stream)")
     return image if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]

@@ -33,6 +33,7 @@ from edgevlm.prompt import (
     conversation,
     laid_out,
     normalized,
+    with_frames,
 )
 from edgevlm.runtimes import regions
 from edgevlm.runtimes.bitmaps import Bitmap, read
@@ -231,13 +232,18 @@ def prepare(
     prompts = regions.prompts(spec.regions, exchanges[-1].question, sampling)
     asked = [[*exchanges[:-1], replace(exchanges[-1], question=prompt)] for prompt in prompts]
     filled = [conversation(spec.prompt, each, system) for each in asked]
-    if len(images) > spec.image.max_pictures:
+    film, allowed = exchanges[0].film, spec.image
+    if film and (video := spec.prompt.video):
+        allowed = video.image(spec.image)
+        filled = [with_frames(segments, film, video) for segments in filled]
+    if len(images) > allowed.max_pictures:
+        kind = "frames" if film else "pictures"
         raise PromptError(
-            f"{len(images)} pictures in one request; this model takes {spec.image.max_pictures}"
+            f"{len(images)} {kind} in one request; this model takes {allowed.max_pictures}"
         )
     with watch.timed("image_decode_ms"):
         pictures = model.read(images)
-    image = among(spec.image, len(pictures))
+    image = among(allowed, len(pictures))
     plans = [picture.plan(image) for picture in pictures]
     written = [laid_out(segments, plans, spec.prompt.picture) for segments in filled]
     n_image, n_tiles = sum(p.rows for p in plans), sum(p.n_tiles for p in plans)

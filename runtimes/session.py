@@ -34,8 +34,11 @@ from edgevlm.runtimes.request import (
 from edgevlm.runtimes.turns import Turns
 from edgevlm.sampling import Sampling, SamplingOptions, task_options
 from edgevlm.types import Box, Devices, Placement, Point, Progress, Reply, RunSettings
+from edgevlm.video import Video, read_video
 
 if TYPE_CHECKING:
+    import os
+
     from typing_extensions import Self, Unpack
 
 
@@ -192,6 +195,22 @@ class VLM:
         """
         self._turns.check()
         return Chat(self, image, system)
+
+    def read_video(self, source: str | os.PathLike[str], fps: float | None = None) -> Video:
+        """Reads a video's frames as the model was trained on them, to ask about; needs PyAV
+        (`pip install "edgevlm[video]"`).
+
+        `fps` frames a second are taken in place of the model's own number, no more in all than it
+        was trained on. Raises EngineMissing, ImageError, or PromptError where the model was not
+        trained on videos.
+        """
+        spec = self.manifest.prompt.video
+        if spec is None:
+            raise PromptError(
+                f"{self.manifest.name}: it was not trained on videos, or its bundle is older than "
+                "those; ask about frames of it as pictures"
+            )
+        return read_video(source, spec, spec.image(self.manifest.image), fps)
 
     def caption(
         self, image: Images, language: str = "en", *, length: str = "normal",

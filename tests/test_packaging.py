@@ -28,6 +28,7 @@ LAYERS = (
     (
         "edgevlm.image",
         "edgevlm.prompt",
+        "edgevlm.video",
         "edgevlm.gbnf",
         "edgevlm.json_keywords",
         "edgevlm.json_numbers",

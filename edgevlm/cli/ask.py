@@ -24,6 +24,12 @@ from edgevlm.cli.signals import Aside
 @forms
 @talking
 @many_options
+@click.option("--video", type=click.Path(), help="Video to ask about, in place of pictures.")
+@click.option(
+    "--fps",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Frames of the video that are taken a second.  [default: the model's own]",
+)
 @json_option
 def ask(
     prompt: str,
@@ -33,6 +39,8 @@ def ask(
     many: Many,
     system: str | None,
     plain: bool,
+    video: str | None,
+    fps: float | None,
 ) -> None:
     """Answer PROMPT about a picture, streamed, or about each of many.
 
@@ -42,12 +50,25 @@ def ask(
     Several -i are one request about all of them. An IMAGE that is a folder, or a pattern in
     quotes such as "photos/**/*.jpg", stands for its pictures, and then each picture is asked
     about by itself; so it is with --each or --jsonl OUT.
+
+    A --video is shown as frames with their times, to models that were trained so.
     """
-    if (sources_of_many := each_source(images, many)) is not None:
+    if video is not None or fps is not None:
+        _check(video, images, many)
+    elif (sources_of_many := each_source(images, many)) is not None:
         asked = Asked(lambda _: prompt, system=system)
         ask_each(asked, sources_of_many, many, run, as_json=as_json)
         return
     sources = read_sources(images)
     with run.load(sources) as vlm:
-        answer = vlm.stream(prompt, sources, system=system, progress=tile_progress, **run.sampling)
+        seen = sources if video is None else vlm.read_video(video, fps)
+        answer = vlm.stream(prompt, seen, system=system, progress=tile_progress, **run.sampling)
         show(answer, vlm, as_json=as_json, stats=run.stats, markdown=not plain)
+
+
+def _check(video: str | None, images: tuple[str, ...], many: Many) -> None:
+    """Raises UsageError for what does not go with a video."""
+    if video is None:
+        raise click.UsageError("--fps goes with --video")
+    if images or many != Many(each=False, recursive=False, jsonl=None, overwrite=False):
+        raise click.UsageError("--video is asked about alone, without pictures and their options")

@@ -7,7 +7,9 @@ models/smolvlm) and huggingface/smollm.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from edgevlm import decoders
 from edgevlm.family import (
@@ -27,8 +29,14 @@ from edgevlm.image_specs import image_spec
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.shuffle import Shuffle
 from edgevlm.parts.siglip import SiglipTower
-from edgevlm.processors import IDEFICS3, PREPROCESSOR, SMOLVLM, find_settings
-from edgevlm.specs import AnswerSpec, PictureLayout, PromptSpec
+from edgevlm.processors import (
+    IDEFICS3,
+    PREPROCESSOR,
+    SMOLVLM,
+    ProcessorSettings,
+    find_settings,
+)
+from edgevlm.specs import AnswerSpec, PictureLayout, PromptSpec, VideoSpec
 from edgevlm.templates import SYSTEM, Cutter
 
 # Defaults of Idefics3VisionConfig and SmolVLMVisionConfig, which config.json omits.
@@ -78,7 +86,7 @@ def _describe(source: Source) -> Model:
         image=image_spec(
             found, vision.image_size, projector.tokens(vision.rows), max_pictures=_MAX_PICTURES
         ),
-        prompt=_prompt(source),
+        prompt=replace(_prompt(source), video=_video(source, found)),
         decoder=decoder_spec(text, "causal"),
         answer=AnswerSpec(stop_tokens=tuple(stops), max_tokens=512),
         vision=vision,
@@ -143,6 +151,52 @@ def _prompt(source: Source) -> PromptSpec:
         reply=" ",
         system_template=(*begin, *cut(f"{system}User:{_IMAGE}{after}")),
         system_text_template=(*begin, *cut(f"{system}User: {after}")),
+    )
+
+
+# processing_smolvlm's texts around the frames of a video.
+_OPENING = (
+    "You are provided the following series of {count} frames from a {duration} [H:MM:SS] video.\n"
+)
+_FRAME, _CLOSING = "\nFrame from {time}:", "\n\n"
+_SAMPLING = "video_sampling"
+# Seconds at both ends of a long video, and the largest number that is written in words here.
+_SKIP, _MOST_FRAMES = 1.0, 99
+
+
+def _video(source: Source, found: ProcessorSettings) -> VideoSpec | None:
+    """Frames as SmolVLM2's processor takes them; None for models before it."""
+    stated = found.stated.get(_SAMPLING)
+    if source.files["config.json"]["model_type"] != "smolvlm" or stated is None:
+        return None
+    values: Mapping[str, Any] = stated if isinstance(stated, Mapping) else {}
+    fps, most, size = (values.get(key, 0) for key in ("fps", "max_frames", "video_size"))
+    edge = size.get("longest_edge", 0) if isinstance(size, Mapping) else 0
+    known = type(fps) in (int, float) and type(most) is int and type(edge) is int
+    if not known or not (0 < fps < 1000 and 1 <= most <= _MOST_FRAMES and 1 <= edge <= 4096):
+        raise FileError(
+            found.file,
+            f"{_SAMPLING} is {stated!r}; only fps, max_frames up to {_MOST_FRAMES} and "
+            "video_size.longest_edge are known",
+        )
+    prompt = _prompt(source)
+
+    def shown(template: tuple[str, ...]) -> tuple[str, ...]:
+        """A template of words alone, with the frames before the user's."""
+        place = next(i for i, item in enumerate(template) if "{prompt}" in item)
+        before, after = template[place].split("{prompt}")
+        return (*template[:place], before, "{image}", "{prompt}" + after, *template[place + 1 :])
+
+    return VideoSpec(
+        fps=float(fps),
+        most=most,
+        skip=_SKIP,
+        longest_edge=edge,
+        template=shown(prompt.text_template),
+        system_template=shown(prompt.system_text_template),
+        opening=_OPENING,
+        frame=_FRAME,
+        closing=_CLOSING,
     )
 
 
