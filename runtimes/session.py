@@ -46,7 +46,8 @@ class VLM:
     """A loaded vision-language model. `edgevlm.load` makes one; close it or use it in a `with`.
 
     `image` is a path, URL, bytes, PIL image or array uint8 [h, w, 3], a list of those where the
-    model takes several, or None. Options are those of `edgevlm.sampling.Sampling`; without any the
+    model takes several, or None; of a question alone also a Video, where the model was trained on
+    those. Options are those of `edgevlm.sampling.Sampling`; without any the
     answer is greedy. `devices` says where encoder and decoder run, `settings` how.
 
     >>> with edgevlm.load() as vlm:

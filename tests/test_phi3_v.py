@@ -21,6 +21,7 @@ from edgevlm.runtimes.request import Request, input_blocks, prefill, prepare
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 from tests.answers import greedy
+from tests.checkpoints.llava import ORIGINALS, write_llava
 from tests.checkpoints.phi3_v import ORIGINAL, SIZE, write_phi3_v
 from tests.phi3v_reference import Original
 
@@ -277,6 +278,19 @@ def test_a_prompt_beyond_the_context_is_refused(vlm: VLM) -> None:
     prefill(vlm.engines, request, input_blocks(vlm.engines, request), 1)
     with pytest.raises(ImageError, match="too long and narrow"):
         vlm.ask("x", np.zeros((1, 4000, 3), np.uint8))
+
+
+@pytest.mark.parametrize("layout", ["own", "hf"])
+def test_a_llava_on_a_phi3_for_long_texts(layout: str, tmp_path: Path) -> None:
+    text = {
+        "original_max_position_embeddings": ORIGINAL,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.5] * 32, "long_factor": [9.0] * 32},
+    }
+    options: dict[str, Any] = {**ORIGINALS["llava-phi3"], "layout": layout, "text_config": text}
+    source = write_llava(tmp_path / "source", **options)
+    made = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    assert all(s.ok for s in made.manifest.parity)
+    assert made.manifest.decoder.short_context == ORIGINAL
 
 
 @pytest.mark.parametrize("quant", ["q8_0", "q4_k_m", "iq4_xs"])

@@ -39,11 +39,15 @@ WORDS = "what happens?"
 OPENING = "You are provided the following series of {} frames from a {} [H:MM:SS] video.\n"
 
 
-def write_video(path: Path, n: int, rate: int = 10, size: tuple[int, int] = (96, 64)) -> Path:
-    """A film of a bright bar that moves down, compressed."""
+def write_video(
+    path: Path, n: int, rate: int = 10, size: tuple[int, int] = (96, 64), turned: int = 0
+) -> Path:
+    """A film of a bright bar that moves down, compressed; players turn it, in degrees."""
     with partial(av.open, mode="w")(str(path)) as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        if turned:
+            stream.set_display_rotation(turned)
         for i in range(n):
             rgb = np.full((size[1], size[0], 3), (30, 60, 120), np.uint8)
             rgb[(5 * i) % size[1] :][:8] = (250, 200, 10)
@@ -150,6 +154,18 @@ def test_frames_are_chosen_as_transformers_chooses_them(vlm: VLM) -> None:
             facts = Facts(duration=n / rate, fps=float(rate))
             expected = theirs(own, facts, fps=fps)
             assert chosen(int(n), float(rate), spec, fps).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("turned", [90, -90, 180])
+def test_a_phones_clip_is_upright(vlm: VLM, tmp_path: Path, turned: int) -> None:
+    if not hasattr(av.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV cannot write a clip that is to be turned")
+    lying = vlm.read_video(write_video(tmp_path / "lying.mp4", 5)).frames[0]
+    upright = vlm.read_video(write_video(tmp_path / "clip.mp4", 5, turned=turned)).frames[0]
+    # Players turn a frame so far against the clock.
+    expected = np.rot90(lying, turned // 90)
+    assert upright.shape == expected.shape
+    assert np.abs(upright.astype(int) - expected).mean() < 1
 
 
 def test_numbers_are_words() -> None:
