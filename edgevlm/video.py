@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from edgevlm.errors import EngineMissing, ImageError, PromptError
+from edgevlm.image.names import located
 from edgevlm.image.plan import plan
 from edgevlm.image.read import RGB
 from edgevlm.image.urls import one_line
@@ -25,6 +26,14 @@ from edgevlm.specs import ImageSpec, VideoSpec
 
 # Reading goes frame by frame from the begin: so long a video takes minutes.
 _MOST_FRAMES = 10_000_000
+# A frame of 8192 x 8192 is 200 MB while it is read.
+_MOST_PIXELS = 1 << 26
+# Playlists are among FFmpeg's formats: they name other files and addresses, which nobody asked for.
+_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,"
+    "asf,gif",
+    "protocol_whitelist": "file",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +81,11 @@ def read_video(
             "reading videos needs PyAV (av is not there)", 'pip install "edgevlm[video]"'
         ) from None
     name = os.fspath(source)
+    place = located(name)
+    if isinstance(place, str):
+        raise ImageError(name, "is not a file; videos are read from files alone")
     try:
-        with closing(av.open(name)) as container:
+        with place.open("rb") as file, closing(av.open(file, options=_OPTIONS)) as container:
             return _read(name, container, spec, image, fps)
     except (av.FFmpegError, OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or one_line(e)
@@ -85,6 +97,10 @@ def _read(name: str, container: Any, spec: VideoSpec, image: ImageSpec, fps: flo
         raise ImageError(name, "has no pictures that move; a video is wanted")
     stream = container.streams.video[0]
     n, rate = stream.frames or _counted(container), float(stream.average_rate or 0)
+    if stream.width * stream.height > _MOST_PIXELS:
+        raise ImageError(
+            name, f"has frames of {stream.width} x {stream.height} pixels; make it smaller"
+        )
     if not 0 < n <= _MOST_FRAMES or not 0 < rate < math.inf:
         raise ImageError(name, f"has {n} frames, {rate:g} a second; that is not a video")
     wanted = chosen(n, rate, spec, fps)

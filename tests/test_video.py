@@ -183,7 +183,12 @@ def test_what_is_not_a_video_is_refused_in_one_line(
     vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: Path
 ) -> None:
     (tmp_path / "text.mp4").write_bytes(b"no film" * 100)
+    # A playlist that names a film which is there.
+    listed = f"ffconcat version 1.0\nfile {clip}\n"
+    (tmp_path / "list.ffconcat").write_text(listed, encoding="utf-8")
     for source, says in (
+        (tmp_path / "list.ffconcat", "cannot be read as a video"),
+        ("https://127.0.0.1/clip.mp4", "videos are read from files alone"),
         (tmp_path / "none.mp4", "No such file"),
         (tmp_path / "text.mp4", "cannot be read as a video"),
         (tmp_path, "cannot be read as a video"),
