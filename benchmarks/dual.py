@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -188,8 +188,7 @@ def _rate(call: Callable[[], object]) -> float:
 def _edgevlm(folder: str, asked: Mapping[str, Any]) -> LoadedPeer:
     import edgevlm
 
-    loaded: Any = edgevlm.load(folder, device=asked["device"], threads=asked["threads"])
-    model = cast("edgevlm.DualEncoder", loaded)
+    model = edgevlm.load_dual(folder, device=asked["device"], threads=asked["threads"])
     return LoadedPeer(model.pixels, model.embed_pixels, model.embed_text)
 
 

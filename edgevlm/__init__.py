@@ -14,7 +14,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from edgevlm.api import load
+from edgevlm.api import load, load_dual
 from edgevlm.errors import (
     BenchError,
     BundleCorrupt,
@@ -111,6 +111,7 @@ __all__ = [
     "__version__",
     "export_bundle",
     "load",
+    "load_dual",
     "pull",
 ]
 

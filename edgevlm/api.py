@@ -1,10 +1,9 @@
-"""load: a name or a folder in, a VLM or a DualEncoder out."""
+"""load, load_dual: a name or a folder in, a VLM or a DualEncoder out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from edgevlm.bundle import read_manifest
 from edgevlm.byte_sizes import byte_size
 from edgevlm.errors import PromptError
 from edgevlm.models import resolve
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from edgevlm.image import ImageSource
+    from edgevlm.runtimes.dual import DualEncoder
     from edgevlm.runtimes.rules import Goal
     from edgevlm.runtimes.session import VLM
     from edgevlm.types import Progress, Repacking
@@ -64,25 +64,24 @@ def load(
       decoder take turns in it where it has no room for both (docs/caches.md); None is what the
       machine has.
 
-    `VLM.devices` says what runs where, and why, `VLM.settings` how. A model that embeds pictures
-    and texts (CLIP, SigLIP) loads into a `DualEncoder` instead, to which device, vision_device and
-    threads apply (docs/understanding.md).
+    `VLM.devices` says what runs where, and why, `VLM.settings` how. `load_dual` loads models that
+    embed pictures and texts (CLIP, SigLIP).
 
     >>> with edgevlm.load(device="cpu", threads=2) as vlm:
     ...     print(vlm.devices.vision.device, vlm.settings.threads)
     cpu 2
 
-    Raises BundleError for a folder without a sound bundle, EngineMissing for a device that is not
-    installed, EngineError for one that cannot run its part ("auto" falls back instead) or
-    where max_memory is too small, ImageError for a picture that cannot be read.
+    Raises BundleError for a folder without a sound bundle, PromptError for options that are not
+    known and for a dual encoder's bundle, EngineMissing for a device that is not installed,
+    EngineError for one that cannot run its part ("auto" falls back instead) or where max_memory is
+    too small, ImageError for a picture that cannot be read.
     """
     from edgevlm.runtimes.loading import LoadOptions, load_bundle
     from edgevlm.runtimes.messages import several
     from edgevlm.runtimes.rules import GOALS
     from edgevlm.types import REPACKINGS
 
-    if threads is not None and threads < 1:
-        raise PromptError("threads must be at least 1")
+    _check_threads(threads)
     if kv not in (None, "f16", "q8_0"):
         raise PromptError(f"kv {kv!r} is not known; choose f16 or q8_0")
     if max_tiles is not None and max_tiles < 1:
@@ -108,10 +107,27 @@ def load(
         progress=progress,
         max_memory=None if max_memory is None else byte_size(max_memory, "max_memory"),
     )
-    folder = resolve(model)
-    if read_manifest(folder).text:
-        from edgevlm.runtimes.dual_loading import load_dual
+    return load_bundle(resolve(model), options)
 
-        # Two kinds of model by one name; which one it is the folder says, not the type.
-        return cast("VLM", load_dual(folder, options))
-    return load_bundle(folder, options)
+
+def load_dual(
+    model: str | os.PathLike[str], *, device: str = "auto", threads: int | None = None
+) -> DualEncoder:
+    """Loads a model that embeds pictures and texts (CLIP, SigLIP): a bundle folder or the name of
+    an installed one. docs/understanding.md has an example.
+
+    * device: what the vision tower runs on, as in `load`; the text tower runs on the processor.
+    * threads: those of both towers; None follows what was measured on such processors.
+
+    Each tower is loaded with its first use. Raises BundleError for a folder without a sound bundle,
+    PromptError for one that answers questions, EngineMissing for a device that is not installed.
+    """
+    from edgevlm.runtimes.dual_loading import open_dual
+
+    _check_threads(threads)
+    return open_dual(resolve(model), device, threads)
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise PromptError("threads must be at least 1")

@@ -58,7 +58,7 @@ class Sides:
 
 
 class DualEncoder:
-    """A loaded CLIP or SigLIP. `edgevlm.load` makes one; close it or use it in a `with`.
+    """A loaded CLIP or SigLIP. `edgevlm.load_dual` makes one; close it or use it in a `with`.
 
     Rows have length 1, so that their product is the cosine. Each side is opened with its first
     use: who searches with words alone never loads the vision tower. Threads may share it. After

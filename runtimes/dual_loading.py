@@ -10,7 +10,6 @@ from edgevlm.bundle import Bundle, check_path, open_bundle
 from edgevlm.errors import PromptError
 from edgevlm.runtimes import checks, devices, rules
 from edgevlm.runtimes.dual import DualEncoder, RowEncoder, Sides
-from edgevlm.runtimes.loading import LoadOptions
 from edgevlm.runtimes.vision import providers
 from edgevlm.runtimes.vision.choose import Wish, open_encoder
 from edgevlm.runtimes.vision.encoder import OrtEncoder
@@ -20,36 +19,29 @@ from edgevlm.texts import Ids, TextTokens
 from edgevlm.types import Placement
 
 
-def load_dual(folder: Path, options: LoadOptions) -> DualEncoder:
+def open_dual(folder: Path, device: str, threads: int | None) -> DualEncoder:
     """Opens and checks a dual encoder's bundle; no graph is loaded yet.
 
-    Raises BundleError, PromptError for options of a decoder, EngineMissing for a device that is not
+    Raises BundleError, PromptError for another model's, EngineMissing for a device that is not
     installed. A device that cannot run the vision tower is told with its first use (EngineError).
     """
     check_path(folder)
     bundle = open_bundle(folder)
-    given = {
-        "decoder_device": options.decoder_device,
-        "repack": options.repack,
-        "kv": options.kv,
-        "max_tiles": options.max_tiles,
-        "max_memory": options.max_memory,
-    }
-    for name, value in given.items():
-        if value is not None:
-            model = bundle.manifest.name
-            raise PromptError(f"{model}: has no decoder and no tiles; leave out {name}")
+    if not bundle.manifest.text:
+        raise PromptError(
+            f"{bundle.manifest.name}: answers questions and embeds no texts; edgevlm.load loads it"
+        )
     ort = Ort()
     word, _ = devices.split(
-        options.device,
-        options.vision_device,
+        device,
+        None,
         None,
         vision_words={*providers.WORDS, *(o.provider.word for o in ort.offers())},
         decoder_words=(),
     )
     settings = rules.settings(rules.this_machine(""))
-    threads = options.threads or settings.vision_threads
-    opening = _Opening(bundle, ort, Wish(word, threads, cpu_precisions=settings.vision))
+    wish = Wish(word, threads or settings.vision_threads, cpu_precisions=settings.vision)
+    opening = _Opening(bundle, ort, wish)
     return DualEncoder(bundle.manifest, Sides(opening.vision, opening.text))
 
 

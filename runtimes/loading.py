@@ -98,7 +98,8 @@ def load_bundle(
     if bundle.manifest.text:
         raise PromptError(
             f"{bundle.manifest.name}: embeds pictures and texts and answers nothing; `edgevlm "
-            "classify`, `embed` and `search` use it, as does edgevlm.load"
+            "classify`, `embed` and `search` use it, in Python edgevlm.load_dual; `edgevlm "
+            "use` chooses another for answers"
         )
     manifest = bundle.manifest
     image = limited(manifest.image, options.max_tiles, options.max_pixels)

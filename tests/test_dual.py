@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(folder: Path, **options: Any) -> DualEncoder:
-    return cast("DualEncoder", edgevlm.load(folder, **options))
+    return edgevlm.load_dual(folder, **options)
 
 
 @pytest.fixture
@@ -118,10 +118,14 @@ def test_texts_are_cleaned_as_each_model_was_trained() -> None:
 
 
 def test_what_cannot_be_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="has no decoder and no tiles; leave out kv"):
-        edgevlm.load(folder / "clip", kv="f16")
+    with pytest.raises(PromptError, match=r"c: embeds pictures .* in Python edgevlm\.load_dual"):
+        edgevlm.load(folder / "clip")
+    with pytest.raises(PromptError, match=r"pico: answers questions .* edgevlm\.load loads it"):
+        edgevlm.load_dual("pico")
+    with pytest.raises(PromptError, match="threads must be at least 1"):
+        edgevlm.load_dual(folder / "clip", threads=0)
     with pytest.raises(EngineMissing, match="unknown device 'abacus'"):
-        edgevlm.load(folder / "clip", device="abacus")
+        edgevlm.load_dual(folder / "clip", device="abacus")
     model = loaded(folder / "clip", threads=1)
     for call, reason in (
         (lambda: model.classify(tmp_path, []), "at least one text"),

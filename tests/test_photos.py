@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(bundle: Path) -> Iterator[DualEncoder]:
-    with cast("DualEncoder", edgevlm.load(bundle)) as loaded:
+    with edgevlm.load_dual(bundle) as loaded:
         yield loaded
 
 
@@ -195,7 +195,7 @@ def test_another_model_or_file_and_another_process_are_refused(
     index: PhotoIndex, folder: Path, bundle: Path, tmp_path: Path
 ) -> None:
     index.update()
-    with cast("DualEncoder", edgevlm.load(bundle.with_name("narrow"))) as narrow:
+    with edgevlm.load_dual(bundle.with_name("narrow")) as narrow:
         with pytest.raises(EdgeVLMError, match="was made with another model"):
             PhotoIndex(folder, narrow, path=index.path)
         (tmp_path / "text").write_text("something else" * 99, encoding="utf-8")

@@ -186,15 +186,7 @@ class Run:
                 "`edgevlm pull smolvlm-256m`.",
                 err=True,
             )
-        loaded = edgevlm.load(
-            model, goal=goal, image=images, progress=tile_progress, **self.loading
-        )
-        if loaded.manifest.text:
-            raise PromptError(
-                f"{loaded.manifest.name}: embeds pictures and texts and answers nothing; `edgevlm "
-                "classify`, `embed` and `search` use it, `edgevlm use` chooses another for answers"
-            )
-        return loaded
+        return edgevlm.load(model, goal=goal, image=images, progress=tile_progress, **self.loading)
 
 
 def read_sources(images: tuple[str, ...]) -> list[str | bytes]:

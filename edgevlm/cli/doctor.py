@@ -16,9 +16,12 @@ import edgevlm
 from edgevlm import store
 from edgevlm.cli.common import model_option
 from edgevlm.cli.signals import Aside
+from edgevlm.models import is_dual, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from edgevlm.types import Placement
 
 _BY_THE_RULES = "those above; `edgevlm tune` measures them"
 
@@ -135,17 +138,25 @@ def _settings() -> list[tuple[str, str]]:
 
 
 def _used(model: str | None) -> list[tuple[str, str]]:
+    folder = resolve(model)
+    if is_dual(folder):
+        with edgevlm.load_dual(folder) as dual:
+            return [*_part("vision", dual.placement), ("text", "cpu")]
     rows = []
-    with edgevlm.load(model) as vlm:
+    with edgevlm.load(folder) as vlm:
         for part, placement in (("vision", vlm.devices.vision), ("decoder", vlm.devices.decoder)):
-            precision = f", {placement.precision}" if placement.precision else ""
-            rows.append((part, f"{placement}{precision}"))
-            rows += [("", f"skipped {note}") for note in placement.notes]
+            rows += _part(part, placement)
         measured = (
             "measured here" if vlm.settings.tuned else "by the rules; `edgevlm tune` measures"
         )
         rows.append(("settings", measured))
     return rows
+
+
+def _part(name: str, placement: Placement) -> list[tuple[str, str]]:
+    precision = f", {placement.precision}" if placement.precision else ""
+    skipped = [("", f"skipped {note}") for note in placement.notes]
+    return [(name, f"{placement}{precision}"), *skipped]
 
 
 def _packages() -> list[tuple[str, str]]:

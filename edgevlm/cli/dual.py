@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -71,8 +71,7 @@ class DualRun:
 
     def load(self) -> DualEncoder:
         """Loads the model."""
-        loaded: Any = edgevlm.load(self.folder, device=self.device, threads=self.threads)
-        return cast("DualEncoder", loaded)
+        return edgevlm.load_dual(self.folder, device=self.device, threads=self.threads)
 
 
 def dual(command: Command) -> Command:
