@@ -180,6 +180,14 @@ class DualEncoder:
             stage.advance(len(some))
         return np.concatenate(rows)
 
+    def count_tokens(self, texts: str | Sequence[str]) -> int:
+        """Number of positions that the text tower reads of these texts, padding that it sees among
+        them. Raises PromptError.
+        """
+        given = [texts] if isinstance(texts, str) else texts
+        _, tokens = self._reading()
+        return sum(tokens([text]).shape[1] for text in given)
+
     def embed_labels(self, labels: Labels, template: str | Labels | None = None) -> Float:
         """The labels' rows, float32 [n, d], each put into a template in place of `{}`; of several
         templates a label's row is the mean of its texts'. None is the model's own template.

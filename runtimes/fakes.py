@@ -4,6 +4,8 @@ For tests, and for programs that embed edgevlm and want to test themselves witho
 
     vlm = edgevlm.runtimes.fakes.vlm(answer="a red circle")
     assert vlm.ask("caption en", image=picture).text == "a red circle"
+
+`dual` is a dual encoder that knows colours.
 """
 
 from __future__ import annotations
@@ -14,13 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.boxes import parse_loc
-from edgevlm.bundle import FORMAT, Manifest
+from edgevlm.bundle import FORMAT, Component, FileRecord, Manifest
 from edgevlm.family import Family, Model
+from edgevlm.runtimes.dual import DualEncoder, Sides
 from edgevlm.runtimes.engines import Block, Recall, Told
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
-from edgevlm.specs import AnswerSpec, DecoderSpec, ImageSpec, PromptSpec, TensorLocation
-from edgevlm.types import RunSettings
+from edgevlm.specs import (
+    AnswerSpec,
+    DecoderSpec,
+    ImageSpec,
+    PromptSpec,
+    TensorLocation,
+    TextSpec,
+)
+from edgevlm.types import Placement, RunSettings
 
 Float = npt.NDArray[np.float32]
 
@@ -234,3 +244,62 @@ def vlm(
     )
     family = Family("fake", "Apache-2.0", (), _not_a_checkpoint, lambda _: None, parse_loc)
     return VLM(manifest, family, FakeEncoder(tokens), FakeDecoder(answers))
+
+
+COLOURS = ("red", "green", "blue")
+
+
+class FakeRows:
+    """RowEncoder of pixels [n, 3, size, size] or ids [n, tokens] -> unit rows [n, 3]: how much red,
+    green and blue there is; `calls` counts pictures and texts.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def embed(self, batch: npt.NDArray[np.generic]) -> Float:
+        """See RowEncoder."""
+        self.calls += len(batch)
+        if batch.ndim == 4:
+            seen = (batch.astype(np.float32).mean((2, 3)) + 1) / 2
+        else:
+            seen = np.stack([(batch == i).sum(1) for i in range(3)], 1).astype(np.float32)
+        seen = seen + np.float32(1e-3)
+        rows: Float = seen / np.linalg.norm(seen, axis=1, keepdims=True)
+        return rows
+
+    def cancel(self) -> None:
+        """Nothing runs long enough to be cancelled."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _colour_ids(texts: Sequence[str]) -> npt.NDArray[np.int64]:
+    """A token for each colour that a text names, 3 where it names none, filled up with 3."""
+    found = [[i for i, colour in enumerate(COLOURS) if colour in text] for text in texts]
+    longest = max(map(len, found), default=0) or 1
+    return np.array([(ids + [3] * longest)[:longest] for ids in found], np.int64).reshape(
+        len(found), longest
+    )
+
+
+def dual(*, size: int = 8) -> DualEncoder:
+    """A DualEncoder on fakes: rows of pictures say how red, green and blue they are, those of texts
+    which of these words are in them.
+    """
+    placement = Placement("cpu", "cpu", "fake", "")
+    parts = {
+        role: Component("fp32", (FileRecord(f"{role}.onnx", 0, ""),)) for role in ("vision", "text")
+    }
+    manifest = Manifest(
+        format=FORMAT,
+        family="clip",
+        name="fake",
+        license="Apache-2.0",
+        components=parts,
+        image=ImageSpec(size, 1, (0.5,) * 3, (0.5,) * 3),
+        text=TextSpec(tokens=8, width=3, scale=10.0),
+    )
+    sides = Sides(lambda: (FakeRows(), placement), lambda: (FakeRows(), _colour_ids))
+    return DualEncoder(manifest, sides)

@@ -8,20 +8,25 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from edgevlm.bundle import write_manifest
 from edgevlm.models import built_in
+from edgevlm.photos import PhotoIndex
 from edgevlm.runtimes import fakes
+from edgevlm.runtimes.dual import DualEncoder
 from edgevlm.runtimes.engines import Block
 from edgevlm.runtimes.session import VLM
 from edgevlm.server.access import Access
 from edgevlm.server.app import Server, make_server
 from edgevlm.server.limits import Limits
 from edgevlm.server.listening import Runner, listen, url
-from edgevlm.server.pool import Pool
+from edgevlm.server.photos import Photos
+from edgevlm.server.pool import AnyModel, Pool
 
 # Enough for every model of a test.
 PLENTY = 1 << 40
@@ -44,7 +49,7 @@ class Served:
 
 
 def pool_of(
-    models: Mapping[str, Callable[[], VLM]], budget: int = PLENTY, idle_s: float | None = None
+    models: Mapping[str, Callable[[], AnyModel]], budget: int = PLENTY, idle_s: float | None = None
 ) -> Pool:
     """A pool of models by name, whose folders are all pico's."""
     folder = built_in()
@@ -58,14 +63,15 @@ def pool_of(
 
 @contextmanager
 def serving(
-    models: Mapping[str, Callable[[], VLM]] | Pool,
+    models: Mapping[str, Callable[[], AnyModel]] | Pool,
     access: Access = ANYBODY,
     limits: Limits = USUAL,
     grace_s: float = 0.2,
+    photos: Photos | None = None,
 ) -> Iterator[Served]:
     """Runs a server until the end of the block."""
     pool = models if isinstance(models, Pool) else pool_of(models)
-    server = make_server(pool, access, limits)
+    server = make_server(pool, access, limits, photos)
     runner = Runner(server, grace_s)
     with listen("127.0.0.1", 0) as made:
         thread = threading.Thread(target=runner.run, args=([made],))
@@ -75,6 +81,34 @@ def serving(
         finally:
             runner.should_exit = True
             thread.join()
+
+
+def dual_pool(root: Path, model: DualEncoder, answering: bool = False) -> Pool:
+    """A pool of a fake "clip", whose manifest lies in `root`, beside a fake "vlm" where something
+    is to answer.
+    """
+    (root / "clip").mkdir(parents=True)
+    write_manifest(root / "clip", model.manifest)
+    paths = {"clip": root / "clip", **({"vlm": built_in()} if answering else {})}
+    pool = Pool(lambda: paths, lambda _: fakes.vlm("yes"), budget=PLENTY, idle_s=None)
+    pool.add("clip", model)
+    return pool
+
+
+def album(
+    root: Path, folder: Path, limits: Limits = USUAL, answering: bool = False
+) -> tuple[Pool, Photos]:
+    """The same, and the pictures of a folder, whose index lies in `root`, too."""
+    model = fakes.dual()
+    pool = dual_pool(root, model, answering)
+    return pool, Photos(PhotoIndex(folder, model, path=root / "index.sqlite"), "clip", limits)
+
+
+def solid(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
+    """A picture of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
 
 
 class Gate(fakes.FakeDecoder):

@@ -187,7 +187,6 @@ def test_embed_prints_json_lines_or_writes_a_file(
 def test_commands_say_which_model_they_take(run: Run, folder: Path, photos: Path) -> None:
     for arguments, reason in (
         (("ask", "hi", "-m", folder / "clip"), "embeds pictures and texts and answers nothing"),
-        (("serve", folder / "clip"), "answers nothing; leave it out"),
         (("tune", folder / "clip"), "there are no settings"),
         (("classify", "dog", "-m", "pico", "-i", photos / "0.png"), "this takes a CLIP or SigLIP"),
         (("classify", "dog", "-i", photos / "0.png"), "no CLIP or SigLIP is installed"),

@@ -19,11 +19,13 @@ from click.testing import CliRunner
 
 import edgevlm
 from edgevlm import machine
+from edgevlm.bundle import write_manifest
 from edgevlm.cli import cli, serve
 from edgevlm.cli.ask import ask
 from edgevlm.errors import EdgeVLMError, EngineMissing
 from edgevlm.machine import Memory
 from edgevlm.models import built_in
+from edgevlm.runtimes import fakes
 from edgevlm.server import listening
 from tests.serving import question
 
@@ -97,6 +99,35 @@ def test_models_go_by_their_names(
     (tmp_path / "default").write_text("gone\n", encoding="utf-8")
     code, said = run()
     assert code == 1 and "gone: no such bundle folder" in said
+
+
+def test_photos_are_searched_by_a_model_that_embeds(
+    started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
+    monkeypatch.setattr(edgevlm, "load_dual", lambda *_, **__: fakes.dual())
+    photos = ("--photos", str(tmp_path))
+    code, said = run(*photos)
+    assert code == 1 and "no CLIP or SigLIP is installed" in said
+    for name in ("clip", "other"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        write_manifest(tmp_path / "models" / name, fakes.dual().manifest)
+    code, said = run("pico", *photos)
+    assert code == 1 and "--photos is searched by a CLIP or SigLIP; name one" in said
+    code, said = run(*photos)
+    assert code == 1 and "name one of clip, other with -m" in said
+    assert not started
+    code, said = run("pico", "other", *photos, "--index", str(tmp_path / "index"))
+    assert code == 0 and "Serving pico, other at" in said and (tmp_path / "index").is_file()
+    assert re.search(rf"Pictures of {tmp_path} are searched at http://[\d.:]+/photos\.", said)
+    assert run("clip")[0] == 0  # it embeds
+    (tmp_path / "default").write_text("other\n", encoding="utf-8")
+    assert "Serving pico, clip, other at" in run(*photos)[1]
+    assert len(started) == 3
+    code, said = run("--index", "x")
+    assert code == 2 and "--index goes with --photos" in said
+    code, said = run("--photos", str(tmp_path / "nowhere"))
+    assert code == 2 and "does not exist" in said
 
 
 def test_a_model_must_fit(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

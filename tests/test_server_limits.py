@@ -42,7 +42,7 @@ def until(true: Callable[[], bool]) -> None:
 def over(served: Served, vlm: VLM) -> bool:
     """True once the running answer was told to end, or has ended."""
     holder = vlm._turns._holder
-    return served.server.chat.n_running == 0 or bool(holder and holder.cancelled.is_set())
+    return served.server.requests.n_running == 0 or bool(holder and holder.cancelled.is_set())
 
 
 def hang_up(served: Served, ready: Callable[[], bool], **more: Any) -> None:
@@ -66,7 +66,7 @@ def test_an_answer_ends_when_its_client_hangs_up(stream: bool) -> None:
         hang_up(served, gate.entered.is_set, stream=stream)
         until(lambda: over(served, vlm))
         gate.open.set()
-        until(lambda: served.server.chat.n_running == 0)
+        until(lambda: served.server.requests.n_running == 0)
         assert gate.steps <= 2
         assert httpx.post(served.base + CHAT, json=body()).status_code == 200
 
@@ -78,8 +78,8 @@ def test_a_request_that_waits_ends_when_its_client_hangs_up() -> None:
     with serving({"fake": lambda: vlm}) as served, ThreadPoolExecutor() as threads:
         first = threads.submit(httpx.post, served.base + CHAT, json=body(), timeout=PATIENCE_S)
         assert gate.entered.wait(PATIENCE_S)
-        hang_up(served, lambda: served.server.chat.n_running == 2)
-        until(lambda: served.server.chat.n_running == 1)
+        hang_up(served, lambda: served.server.requests.n_running == 2)
+        until(lambda: served.server.requests.n_running == 1)
         gate.open.set()
         assert first.result().status_code == 200
         assert len(read) == 1  # the engine was never asked
@@ -96,7 +96,7 @@ def test_more_requests_than_fit_are_told_when_to_come_back() -> None:
             return client.chat.completions.create(model="fake", messages=[question("x")])  # type: ignore[list-item]
 
         running = [threads.submit(ask) for _ in range(3)]
-        until(lambda: served.server.chat.n_running == 3)
+        until(lambda: served.server.requests.n_running == 3)
         with pytest.raises(openai.RateLimitError, match="already has 3 requests") as caught:
             ask()
         assert caught.value.code == "rate_limit_exceeded"
@@ -152,11 +152,11 @@ def test_bodies_that_do_not_come() -> None:
         with socket.create_connection((host, int(port))) as slow:
             head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             slow.sendall(f"{head}Content-Length: 50\r\n\r\n{{".encode())
-            until(lambda: served.server.chat.n_running == 0)
+            until(lambda: served.server.requests.n_running == 0)
             slow.shutdown(socket.SHUT_WR)
         with socket.create_connection((host, int(port))) as gone:
             gone.sendall(f"{head}Content-Length: 50\r\n\r\n{{".encode())
-        until(lambda: served.server.chat.n_running == 0)
+        until(lambda: served.server.requests.n_running == 0)
         assert httpx.post(served.base + CHAT, json=body()).status_code == 200
 
 
@@ -187,7 +187,7 @@ def test_an_answer_that_ends_in_time_is_whole() -> None:
         asked = pool.submit(httpx.post, served.base + CHAT, json=body(), timeout=PATIENCE_S)
         assert gate.entered.wait(PATIENCE_S)
         served.runner.should_exit = True
-        until(lambda: served.server.chat.ending)
+        until(lambda: served.server.requests.ending)
         gate.open.set()
         assert asked.result().json()["choices"][0]["message"]["content"] == "yes"
 
@@ -217,7 +217,7 @@ def test_metrics_count_what_was_asked() -> None:
 def test_health_says_that_the_server_is_there() -> None:
     with serving({"fake": lambda: fakes.vlm("yes")}) as served:
         assert httpx.get(f"{served.base}/health").json()["status"] == "ok"
-        served.server.chat.ending = True
+        served.server.requests.ending = True
         assert httpx.get(f"{served.base}/health").status_code == 503
         assert httpx.post(served.base + CHAT, json=body()).status_code == 503
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,37 +14,21 @@ import pytest
 import edgevlm
 from edgevlm.runtimes import fakes
 from edgevlm.server.access import Access
+from tests.browsing import DESK, PHONE, Browser, Page, browsing, expect, opened
 from tests.serving import Gate, Served, gated, pool_of, serving
 from tests.test_server_chat import Halves
-
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-if not BROWSER:
-    pytest.skip("no Chromium on this machine", allow_module_level=True)
-pytest.importorskip("playwright", reason="pip install playwright to drive a browser")
-
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
 
 if TYPE_CHECKING:
     from edgevlm.runtimes.session import VLM
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPT = "<img src=x onerror=\"document.title='broken'\"><b>bold</b>"
-SIZES = [(390, 844), (1280, 800)]
-PATIENCE_MS = 60_000
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=PATIENCE_MS)
-    with sync_playwright() as playwright:
-        options = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-        # As root, as in a container, Chromium runs without its sandbox only.
-        with playwright.chromium.launch(
-            executable_path=BROWSER, args=options, chromium_sandbox=False
-        ) as found:
-            yield found
+    with browsing() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -65,45 +48,14 @@ def served(slow: tuple[VLM, Gate]) -> Iterator[Served]:
         yield found
 
 
-@pytest.fixture(params=[(*SIZES[0], "dark"), (*SIZES[1], "light")], ids=["phone", "desk"])
+@pytest.fixture(params=[PHONE, DESK], ids=["phone", "desk"])
 def page(browser: Browser, served: Served, request: pytest.FixtureRequest) -> Iterator[Page]:
-    width, height, scheme = request.param
-    yield from opened(browser, served, width, height, scheme)
+    yield from opened(browser, served.base, request.param)
 
 
 @pytest.fixture
 def desk(browser: Browser, served: Served) -> Iterator[Page]:
-    yield from opened(browser, served, *SIZES[1], "light")
-
-
-def opened(
-    browser: Browser, served: Served, width: int, height: int, scheme: Any
-) -> Iterator[Page]:
-    """The page in a window of its own; nothing goes wrong in it, and nothing is asked elsewhere."""
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=scheme, permissions=["camera"]
-    )
-    context.set_default_timeout(PATIENCE_MS)
-    with context:
-        page = context.new_page()
-        wrong: list[str] = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: said(message.type, message.text))
-        page.on("request", lambda request: asked(request.url))
-
-        def said(kind: str, text: str) -> None:
-            # The browser's own note of an answer that is an error is none of the page's.
-            if kind == "error" and not text.startswith("Failed to load resource"):
-                wrong.append(text)
-
-        def asked(address: str) -> None:
-            if not address.startswith((served.base, "blob:", "data:")):
-                wrong.append(address)
-
-        page.goto(served.base)
-        page.wait_for_selector("body[data-ready]")
-        yield page
-        assert not wrong
+    yield from opened(browser, served.base, DESK)
 
 
 def choose(page: Page, *names: str) -> None:

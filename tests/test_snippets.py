@@ -30,6 +30,7 @@ from edgevlm.errors import EngineMissing
 from edgevlm.export import export_bundle
 from edgevlm.hub.repository import RemoteFile, Repository
 from edgevlm.models import built_in
+from edgevlm.server.pool import AnyModel
 from tests import snippets
 from tests.checkpoints.dual import write_siglip
 from tests.checkpoints.moondream2 import write_moondream2
@@ -55,12 +56,6 @@ DEVICE = re.compile(r"device(=\"| )(?!cpu|auto)")
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with serving({"pico": lambda: edgevlm.load(threads=1)}) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def dual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that embeds."""
     folder = tmp_path_factory.mktemp("dual")
@@ -74,6 +69,16 @@ def pointing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pointing")
     source = write_moondream2(folder / "checkpoint")
     return export_bundle(source, folder / "bundle", vision_precision="int8", verify=False).folder
+
+
+@pytest.fixture(scope="module")
+def served(dual: Path) -> Iterator[Served]:
+    models: dict[str, Callable[[], AnyModel]] = {
+        "pico": lambda: edgevlm.load(threads=1),
+        EMBEDS: lambda: edgevlm.load_dual(dual),
+    }
+    with serving(models) as found:
+        yield found
 
 
 @pytest.fixture

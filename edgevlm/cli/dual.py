@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgevlm.image import ImageSource
     from edgevlm.runtimes.dual import DualEncoder
 
-_PULL = "`edgevlm pull siglip2-base-224` gets one, `edgevlm models --all` lists others"
+PULL = "`edgevlm pull siglip2-base-224` gets one, `edgevlm models --all` lists others"
 # Failures that are named at the end; the others are counted.
 _NAMED = 5
 _OPTIONS = (
@@ -57,7 +57,7 @@ class DualRun:
             if not read_manifest(folder).text:
                 raise PromptError(
                     f"{self.model}: answers questions and embeds no texts; this takes a CLIP or "
-                    f"SigLIP: {_PULL}"
+                    f"SigLIP: {PULL}"
                 )
             return folder
         found = {name: folder for name, folder in installed().items() if is_dual(folder)}
@@ -67,7 +67,7 @@ class DualRun:
             return next(iter(found.values()))
         if found:
             raise PromptError(f"name one of {', '.join(found)} with -m")
-        raise PromptError(f"no CLIP or SigLIP is installed: {_PULL}")
+        raise PromptError(f"no CLIP or SigLIP is installed: {PULL}")
 
     def load(self) -> DualEncoder:
         """Loads the model."""

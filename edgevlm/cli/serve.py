@@ -16,6 +16,7 @@ import click
 import edgevlm
 from edgevlm import machine, store
 from edgevlm.cli.common import loading
+from edgevlm.cli.dual import PULL, DualRun
 from edgevlm.cli.names import InstalledName
 from edgevlm.cli.signals import beside
 from edgevlm.errors import EdgeVLMError, EngineMissing, PromptError
@@ -24,7 +25,8 @@ from edgevlm.models import BUILT_IN, installed, is_dual, resolve
 if TYPE_CHECKING:
     from edgevlm.server.access import Access
     from edgevlm.server.limits import Limits
-    from edgevlm.server.pool import Pool
+    from edgevlm.server.photos import Photos
+    from edgevlm.server.pool import AnyModel, Pool
 
 # Of the memory that is free at the start; the rest is for pictures and other programs.
 _SHARE = 0.8
@@ -128,6 +130,20 @@ _SHARE = 0.8
     metavar="SECONDS",
     help="Longest time of a request, waiting included.",
 )
+@click.option(
+    "--photos",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Folder whose pictures are indexed and searched by a CLIP or SigLIP, at /photos.",
+)
+@click.option(
+    "--index",
+    "index_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="File of that index  [default: one in the cache folder]",
+)
 @loading
 def serve(
     models: tuple[str, ...],
@@ -135,14 +151,18 @@ def serve(
     port: int,
     memory: float | None,
     idle_minutes: float,
+    folder: Path | None,
+    index_path: Path | None,
     loading: dict[str, Any],
     **options: Any,
 ) -> None:
-    """Serve models over HTTP, in the shape of OpenAI's API, and a page to ask them.
+    """Serve models over HTTP, in the shape of OpenAI's API, and pages to ask them and to search.
 
     MODEL is a bundle folder or an installed name; without any all installed models are offered.
     The first one, or the default model, is loaded at once, others when they are asked.
     """  # fmt: skip
+    if index_path and not folder:
+        raise click.UsageError("--index goes with --photos")
     _check_packages()
     from edgevlm.server.app import make_server
     from edgevlm.server.listening import Runner, listen, url
@@ -150,14 +170,61 @@ def serve(
     access, limits = _access(host, options), _limits(options)
     budget = memory * 1e9 if memory else _SHARE * machine.memory().free_bytes
     pool, first = _pool(models, int(budget), idle_minutes, loading)
-    made = listen(host, port)
+    searching = _searching(pool, named=bool(models)) if folder else None
+    made, photos = listen(host, port), None
     try:
-        pool.add(first, beside(lambda: edgevlm.load(pool.offered()[first], **loading)))
+        loaded = {
+            name: beside(partial(_load, pool.offered()[name], loading))
+            for name in dict.fromkeys(filter(None, (first, searching)))
+        }
+        for name, model in loaded.items():
+            pool.add(name, model)
+        if folder and searching:
+            photos = _photos(folder, index_path, searching, loaded[searching], limits)
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         click.echo(f"Serving {', '.join(pool.offered())} at {url(made)}; Ctrl-C ends.", err=True)
-        Runner(make_server(pool, access, limits)).run([made])
+        if folder:
+            click.echo(f"Pictures of {folder} are searched at {url(made)}/photos.", err=True)
+        Runner(make_server(pool, access, limits, photos)).run([made])
     finally:
         made.close()
+        if photos:
+            photos.close()
+
+
+def _load(folder: Path, loading: Mapping[str, Any]) -> AnyModel:
+    """A model of either kind; of one that embeds the options of decoders are nothing's."""
+    if not is_dual(folder):
+        return edgevlm.load(folder, **loading)
+    device = loading.get("vision_device") or loading.get("device") or "auto"
+    return edgevlm.load_dual(folder, device=device, threads=loading.get("threads"))
+
+
+def _searching(pool: Pool, named: bool) -> str:
+    """The name of the model that pictures are searched with: the first that embeds of those that
+    were named, else the one that `edgevlm search` takes.
+    """
+    duals = {name: folder for name, folder in pool.offered().items() if is_dual(folder)}
+    if named and not duals:
+        raise PromptError(
+            f"--photos is searched by a CLIP or SigLIP; name one with the models: {PULL}"
+        )
+    if not named:
+        folder = DualRun(None, None, "auto").folder
+        duals = {name: found for name, found in duals.items() if found == folder}
+    name = next(iter(duals))
+    if excess := pool.excess(name):
+        raise EdgeVLMError(excess)
+    return name
+
+
+def _photos(folder: Path, path: Path | None, name: str, model: AnyModel, limits: Limits) -> Photos:
+    from edgevlm.photos import PhotoIndex
+    from edgevlm.runtimes.dual import DualEncoder
+    from edgevlm.server.photos import Photos
+
+    assert isinstance(model, DualEncoder)
+    return Photos(PhotoIndex(folder, model, path=path), name, limits)
 
 
 def _check_packages() -> None:
@@ -220,8 +287,8 @@ def _pool(
 
     named = _named(models)
     pool = Pool(
-        lambda: named or _answering(),
-        partial(edgevlm.load, **loading),
+        lambda: named or installed(),
+        partial(_load, loading=loading),
         budget=budget - BASE_BYTES,
         idle_s=idle_minutes * 60 or None,
     )
@@ -236,11 +303,6 @@ def _pool(
     return pool, first
 
 
-def _answering() -> dict[str, Path]:
-    """The installed models that answer; one that cannot be read says so when it is asked."""
-    return {name: folder for name, folder in installed().items() if not is_dual(folder)}
-
-
 def _name(folder: Path) -> str:
     return Path(os.path.abspath(folder)).name
 
@@ -250,10 +312,6 @@ def _named(models: tuple[str, ...]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for model in models:
         folder = resolve(model)
-        if is_dual(folder):
-            raise PromptError(
-                f"{model}: embeds pictures and texts and answers nothing; leave it out"
-            )
         name = model if model in installed() and not Path(model).exists() else _name(folder)
         if named.setdefault(name, folder) != folder:
             raise click.UsageError(f"two models go by the name {name}; rename one of the folders")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import re
+import stat
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +23,15 @@ from edgevlm.errors import EdgeVLMError, ImageError
 from edgevlm.models import cache_directory
 from edgevlm.photos.groups import groups
 from edgevlm.photos.scan import Facts, FolderChanges, compare, fingerprint
-from edgevlm.photos.store import Failure, Float, FoundPhoto, FreshPhoto, PhotoStore
+from edgevlm.photos.store import (
+    Failure,
+    Float,
+    FoundPhoto,
+    FreshPhoto,
+    PhotoEntry,
+    PhotoStore,
+    relative,
+)
 from edgevlm.progress import Stage
 from edgevlm.types import Progress
 
@@ -51,6 +63,7 @@ class PhotoIndex:
 
     They lie in one file, `path`, by default in the cache folder. Nothing of it is in memory until
     the first search, which then keeps the rows: 2 KB for a picture where rows have 512 numbers.
+    Threads may search while another one updates, and find what is written so far.
     docs/understanding.md has an example.
     """
 
@@ -64,13 +77,14 @@ class PhotoIndex:
         self.folder, self.model = Path(folder), model
         key = model_key(model.manifest)
         self.path = Path(path) if path else default_path(self.folder, key)
-        self._store = PhotoStore(self.path, key, model.spec.width)
+        self._store, self._lock = PhotoStore(self.path, key, model.spec.width), threading.Lock()
         self._rows: Float | None = None
         self._numbers = np.zeros(0, np.int64)
         self._paths: list[bytes] = []
 
     def __len__(self) -> int:
-        return self._store.count()
+        with self._lock:
+            return self._store.count()
 
     def close(self) -> None:
         """Closes the file; the model is its owner's."""
@@ -86,7 +100,9 @@ class PhotoIndex:
         """Looks for pictures that are new, changed, moved or gone; raises ImageError for a folder
         that cannot be read.
         """
-        return compare(self.folder, self._store.entries(), self._store.failures())
+        with self._lock:
+            known = self._store.entries(), self._store.failures()
+        return compare(self.folder, *known)
 
     def update(self, progress: Callable[[Progress], None] | None = None) -> IndexUpdate:
         """Brings the index up to date: reads what is new or changed, keeps the rows of what was
@@ -110,7 +126,8 @@ class PhotoIndex:
 
     def _update(self, progress: Callable[[Progress], None] | None) -> IndexUpdate:
         changes = self.changes()
-        self._store.put(changes.known, changes.gone)
+        with self._changing() as store:
+            store.put(changes.known, changes.gone)
         total = len(changes.todo) + len(changes.known) + changes.unchanged
         stage = Stage(progress, "index", total, "pictures")
         stage.advance(total - len(changes.todo))
@@ -124,16 +141,26 @@ class PhotoIndex:
                 fresh.append(FreshPhoto(path, *facts, mark, row))
                 added += 1
             if len(fresh) + len(failed) >= _TOGETHER:
-                self._store.add(fresh, failed)
+                with self._changing() as store:
+                    store.add(fresh, failed)
                 fresh, failed = [], []
             stage.advance(1)
-        if fresh or failed:
-            self._store.add(fresh, failed)
-        self._store.tidy()
-        self._rows = None
-        broken = {path: reason for path, (*_, reason) in self._store.failures().items()}
+        with self._changing() as store:
+            if fresh or failed:
+                store.add(fresh, failed)
+            store.tidy()
+            broken = {path: reason for path, (*_, reason) in store.failures().items()}
         reasons = {self._file(path): reason for path, reason in (changes.unread | broken).items()}
         return IndexUpdate(len(self), added, changes.moved, len(changes.gone), reasons)
+
+    @contextmanager
+    def _changing(self) -> Iterator[PhotoStore]:
+        """The store, to be written; the next search reads its rows anew."""
+        with self._lock:
+            try:
+                yield self._store
+            finally:
+                self._rows = None
 
     def _todo(
         self, todo: dict[bytes, Facts]
@@ -167,6 +194,38 @@ class PhotoIndex:
         """The pictures nearest to another one; raises ImageError where that cannot be read."""
         return self.search(self.model.embed_image(image), limit)
 
+    def row(self, file: Path) -> Float | None:
+        """The row [d] of a picture in the folder, as the index has it; None where it has none."""
+        rows, numbers, paths = self._loaded()
+        path = relative(self.folder, file)
+        i = bisect.bisect_left(paths, path)
+        return rows[numbers[i]] if i < len(paths) and paths[i] == path else None
+
+    def fingerprint(self, file: Path) -> bytes:
+        """The hash by which the index knows a picture in the folder, empty where it knows none."""
+        entry = self._entry(file)
+        return entry.print if entry else b""
+
+    def read(self, file: Path) -> bytes:
+        """The content of a picture in the folder as it was indexed. Raises ImageError for one that
+        the index does not have, that has changed since or is another file's link now.
+        """
+        entry = self._entry(file)
+        if entry is None:
+            raise ImageError(str(file), "is not in the index")
+        try:
+            if _is_as_indexed(os.stat(file), entry):  # what blocks is not opened
+                with open(file, "rb") as opened:
+                    if _is_as_indexed(os.fstat(opened.fileno()), entry):
+                        return opened.read()
+        except OSError as e:
+            raise ImageError(str(file), f"cannot be read ({e.strerror})") from None
+        raise ImageError(str(file), "has changed since it was indexed; index it again")
+
+    def _entry(self, file: Path) -> PhotoEntry | None:
+        with self._lock:
+            return self._store.entry(relative(self.folder, file))
+
     def duplicates(
         self, threshold: float = 0.97, progress: Callable[[Progress], None] | None = None
     ) -> list[list[FoundPhoto]]:
@@ -185,12 +244,18 @@ class PhotoIndex:
 
     def _loaded(self) -> tuple[Float, npt.NDArray[np.int64], list[bytes]]:
         """All rows, the number of each picture's, and the pictures' paths, sorted."""
-        if self._rows is None:
-            known = sorted((path, entry.row) for path, entry in self._store.entries().items())
-            self._paths = [path for path, _ in known]
-            self._numbers = np.array([row for _, row in known], np.int64)
-            self._rows = self._store.rows()
-        return self._rows, self._numbers, self._paths
+        with self._lock:
+            if self._rows is None:
+                known = sorted((path, entry.row) for path, entry in self._store.entries().items())
+                self._paths = [path for path, _ in known]
+                self._numbers = np.array([row for _, row in known], np.int64)
+                self._rows = self._store.rows()
+            return self._rows, self._numbers, self._paths
+
+
+def _is_as_indexed(about: os.stat_result, entry: PhotoEntry) -> bool:
+    facts = (about.st_size, about.st_mtime_ns)
+    return stat.S_ISREG(about.st_mode) and facts == (entry.size, entry.mtime_ns)
 
 
 def model_key(manifest: Manifest) -> str:

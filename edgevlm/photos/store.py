@@ -114,6 +114,13 @@ class PhotoStore:
         found = self._db.execute("select path, size, mtime_ns, print, row from pictures")
         return {path: PhotoEntry(*facts) for path, *facts in found}
 
+    def entry(self, path: bytes) -> PhotoEntry | None:
+        """The facts, fingerprint and row of one picture; None where it is not there."""
+        found = self._db.execute(
+            "select size, mtime_ns, print, row from pictures where path = ?", (path,)
+        ).fetchone()
+        return PhotoEntry(*found) if found else None
+
     def failures(self) -> dict[bytes, tuple[int, int, str]]:
         """Pictures that could not be read: size, mtime and reason by path."""
         found = self._db.execute("select path, size, mtime_ns, reason from failed")
@@ -201,6 +208,6 @@ class PhotoStore:
             raise EdgeVLMError(f"{self.path}: cannot be written ({e}); make room") from None
 
 
-def relative(folder: Path, path: str) -> bytes:
+def relative(folder: Path, path: Path) -> bytes:
     """A path as the index has it: relative to its folder, in the system's bytes."""
     return os.fsencode(os.path.relpath(path, folder))

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from edgevlm.server.problems import Problem, quoted
 
 # Whoever watches the server, or opens its page to type the key in, has no key yet.
-_OPEN_PATHS = ("/", "/health")
+_PAGES = ("/", "/photos")
+_OPEN_PATHS = (*_PAGES, "/health")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Access:
         if origin is not None:
             return origin not in self.origins and _authority(origin) != host.lower()
         # Without an origin come requests of programs, and of pages that only lead here.
-        leads_here = path == "/" and headers.get("sec-fetch-mode") == "navigate"
+        leads_here = path in _PAGES and headers.get("sec-fetch-mode") == "navigate"
         elsewhere = headers.get("sec-fetch-site", "none") in ("cross-site", "same-site")
         return elsewhere and not (method in ("GET", "HEAD") and leads_here)
 

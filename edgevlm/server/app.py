@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 import edgevlm
 from edgevlm.bundle import MANIFEST, read_manifest
 from edgevlm.errors import EdgeVLMError
+from edgevlm.models import is_dual
 from edgevlm.server.access import Access, Guard
 from edgevlm.server.bodies import Draining
 from edgevlm.server.chat import ChatCompletions
+from edgevlm.server.embeddings import Embeddings
 from edgevlm.server.limits import Limits
 from edgevlm.server.metrics import CONTENT_TYPE, Counting, Metrics
-from edgevlm.server.page import page
+from edgevlm.server.page import ask_page, photos_page
+from edgevlm.server.photos import Photos
 from edgevlm.server.pool import Pool
 from edgevlm.server.problems import Json, Problem, problem_of, quoted
+from edgevlm.server.requests import JsonEndpoint, Requests
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,22 @@ class Server:
     """The application with what runs in it."""
 
     app: Starlette
-    chat: ChatCompletions
+    requests: Requests
 
 
 class _Views:
     """The endpoints that answer at once."""
 
-    def __init__(self, pool: Pool, metrics: Metrics, chat: ChatCompletions) -> None:
-        self._pool, self._metrics, self._chat = pool, metrics, chat
+    def __init__(self, pool: Pool, metrics: Metrics, requests: Requests, photos: bool) -> None:
+        self._pool, self._metrics, self._requests = pool, metrics, requests
+        self._photos = photos
+
+    async def page(self, request: Request) -> Response:
+        """GET /: the page to ask models or, where none answers, the one to search pictures."""
+        answering = not all(map(is_dual, self._pool.offered().values()))
+        if self._photos and not answering:
+            return RedirectResponse("/photos")
+        return await ask_page(request)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models"""
@@ -73,6 +86,8 @@ class _Views:
             "family": manifest.family,
             "loaded": name in self._pool.loaded,
             "pictures": manifest.image.max_pictures,
+            "embeddings": manifest.text.width if manifest.text else None,
+            "photos": self._photos,
             "conversations": bool(manifest.prompt.turn),
             "system": bool(manifest.prompt.system_template),
             # What a message can ask for; some models write a task as no message can.
@@ -88,7 +103,7 @@ class _Views:
 
     async def health(self, _: Request) -> Response:
         """GET /health"""
-        status, code = ("ending", 503) if self._chat.ending else ("ok", 200)
+        status, code = ("ending", 503) if self._requests.ending else ("ok", 200)
         return Json({"status": status, "version": edgevlm.__version__}, code)
 
     async def metrics(self, _: Request) -> Response:
@@ -96,16 +111,20 @@ class _Views:
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
-def make_server(pool: Pool, access: Access, limits: Limits) -> Server:
-    """The server of a pool's models."""
-    metrics = Metrics(lambda: chat.n_running, lambda: len(pool.loaded))
-    chat = ChatCompletions(pool, limits, metrics)
-    views = _Views(pool, metrics, chat)
+def make_server(pool: Pool, access: Access, limits: Limits, photos: Photos | None = None) -> Server:
+    """The server of a pool's models, and of a folder's pictures."""
+    requests = Requests(limits)
+    metrics = Metrics(lambda: requests.n_running, lambda: len(pool.loaded))
+    views = _Views(pool, metrics, requests, photos is not None)
+
+    def endpoint(answer: Callable[[bytes], Awaitable[dict[str, Any]]]) -> JsonEndpoint:
+        return JsonEndpoint(requests, limits, answer)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         pool.begin()
-        yield
+        async with photos.open(pool) if photos else nullcontext():
+            yield
         await pool.close()
 
     middleware = [Middleware(Counting, metrics=metrics), Middleware(Draining, limits=limits)]
@@ -119,14 +138,29 @@ def make_server(pool: Pool, access: Access, limits: Limits) -> Server:
             )
         )
     middleware.append(Middleware(Guard, access=access))
+    chat = ChatCompletions(pool, limits, metrics, requests)
+    searched = (
+        (
+            Route("/photos", photos_page),
+            Route("/photos/status", photos.status),
+            Route("/photos/update", endpoint(photos.update), methods=["POST"]),
+            Route("/photos/search", endpoint(photos.search), methods=["POST"]),
+            Route("/photos/duplicates", endpoint(photos.duplicates), methods=["POST"]),
+            Route("/photos/{id}/{size}", photos.picture),
+        )
+        if photos
+        else ()
+    )
     app = Starlette(
         routes=[
-            Route("/", page),
+            Route("/", views.page),
             Route("/health", views.health),
             Route("/metrics", views.metrics),
             Route("/v1/models", views.models),
             Route("/v1/models/{id:path}", views.model),
             Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/embeddings", endpoint(Embeddings(pool, limits).answer), methods=["POST"]),
+            *searched,
         ],
         middleware=middleware,
         exception_handlers={
@@ -136,7 +170,7 @@ def make_server(pool: Pool, access: Access, limits: Limits) -> Server:
         },
         lifespan=lifespan,
     )
-    return Server(app, chat)
+    return Server(app, requests)
 
 
 async def _problem(_: Request, error: Exception) -> Response:

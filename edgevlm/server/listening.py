@@ -53,7 +53,7 @@ class Runner(uvicorn.Server):
     """A running server. In the main thread a signal ends it, and is raised again at its end."""
 
     def __init__(self, server: Server, grace_s: float = GRACE_S) -> None:
-        self._chat, self._grace_s = server.chat, grace_s
+        self._requests, self._grace_s = server.requests, grace_s
         numbers = (signal.SIGINT, signal.SIGTERM)
         self._ignored = [n for n in numbers if signal.getsignal(n) is signal.SIG_IGN]
         config = uvicorn.Config(
@@ -69,8 +69,8 @@ class Runner(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn.Server. Running answers end by themselves or with an error."""
-        self._chat.ending = True
-        asyncio.get_running_loop().call_later(self._grace_s, self._chat.end)
+        self._requests.ending = True
+        asyncio.get_running_loop().call_later(self._grace_s, self._requests.end)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:

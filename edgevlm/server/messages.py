@@ -73,10 +73,11 @@ def _content(
         return content
     if not isinstance(content, list) or not content:
         raise invalid(f"{where} must be a text or a list of parts", where)
-    return [_part(part, f"{where}[{i}]", read_picture) for i, part in enumerate(content)]
+    return [read_part(part, f"{where}[{i}]", read_picture) for i, part in enumerate(content)]
 
 
-def _part(part: Any, where: str, read_picture: ReadPicture) -> TextPart | ImagePart:
+def read_part(part: Any, where: str, read_picture: ReadPicture) -> TextPart | ImagePart:
+    """A checked part of a message, its picture as the bytes of a file. Raises Problem."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
         return {"type": "text", "text": _text(part.get("text"), f"{where}.text")}

@@ -14,7 +14,19 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 # From a stage of pico's to a large picture on a small machine.
 _SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STAGES = ("image_decode", "preprocess", "vision", "projector", "prefill", "decode")
-_ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions")
+_ROUTES = (
+    "/",
+    "/health",
+    "/metrics",
+    "/photos",
+    "/photos/duplicates",
+    "/photos/search",
+    "/photos/status",
+    "/photos/update",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    "/v1/models",
+)
 # As other servers count requests whose client went away.
 _GONE = 499
 
@@ -68,6 +80,8 @@ class Metrics:
         route = path if path in _ROUTES else "other"
         if path.startswith("/v1/models/"):
             route = "/v1/models/{id}"
+        elif path.startswith("/photos/") and route == "other":
+            route = "/photos/{id}/{size}"
         self._requests.labels(route, str(code)).inc()
 
 

@@ -1,4 +1,4 @@
-"""The page at `/`: one file, to which the browser lets nothing be added."""
+"""The pages: one file each, to which the browser lets nothing be added."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
-_FILE = Path(__file__).parent.parent / "assets" / "server" / "page.html"
+_FOLDER = Path(__file__).parent.parent / "assets" / "server"
 
 
-async def page(_: Request) -> Response:
-    """GET /"""
-    html, headers = _content()
+async def ask_page(_: Request) -> Response:
+    """GET / where models answer."""
+    return _page("page.html")
+
+
+async def photos_page(_: Request) -> Response:
+    """GET /photos"""
+    return _page("photos.html")
+
+
+def _page(name: str) -> Response:
+    html, headers = _content(name)
     return Response(html, media_type="text/html", headers=headers)
 
 
 @functools.cache
-def _content() -> tuple[str, dict[str, str]]:
-    """The page, and headers that allow its own script and style and this server, and no more."""
-    html = _FILE.read_text(encoding="utf-8")
+def _content(name: str) -> tuple[str, dict[str, str]]:
+    """A page, and headers that allow its own script and style and this server, and no more."""
+    html = (_FOLDER / name).read_text(encoding="utf-8")
     policy = [
         "default-src 'none'",
         f"script-src {_hash(html, 'script')}",

@@ -66,16 +66,16 @@ class ChatRequest:
 
 def read_request(body: bytes, read_picture: ReadPicture) -> ChatRequest:
     """Reads a body; blocks while pictures are downloaded. Raises Problem."""
-    given = _object(body)
+    given = json_object(body)
     _check_names(given)
     stream = _boolean(given, "stream")
     options = _options(given)
     messages = read_messages(given.get("messages"), read_picture)
-    return ChatRequest(_model(given), messages, options, stream, _include_usage(given, stream))
+    return ChatRequest(model_name(given), messages, options, stream, _include_usage(given, stream))
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    """The object in a body, without what is null: that is as good as not given."""
+def json_object(body: bytes) -> dict[str, Any]:
+    """The object in a body, without what is null: that is as good as not given. Raises Problem."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a number of JSON")
@@ -113,7 +113,8 @@ def _unsupported(name: str, message: str) -> Problem:
     return invalid(message, name, "unsupported_parameter")
 
 
-def _model(given: Mapping[str, Any]) -> str:
+def model_name(given: Mapping[str, Any]) -> str:
+    """The model that a body names. Raises Problem."""
     model = given.get("model")
     if not isinstance(model, str) or not model:
         raise invalid("model must be the name of a model; GET /v1/models lists them", "model")

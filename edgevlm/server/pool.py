@@ -16,8 +16,11 @@ from pathlib import Path
 from edgevlm.bundle import Manifest, read_manifest
 from edgevlm.errors import EdgeVLMError
 from edgevlm.image.urls import one_line
+from edgevlm.runtimes.dual import DualEncoder
 from edgevlm.runtimes.session import VLM
-from edgevlm.server.problems import Problem, quoted
+from edgevlm.server.problems import Problem, invalid, quoted
+
+AnyModel = VLM | DualEncoder
 
 log = logging.getLogger("edgevlm.server")
 
@@ -38,17 +41,17 @@ def needed_bytes(manifest: Manifest) -> int:
     return int(1.05 * files) + decoder.n_layer * decoder.n_embd * positions * _KV_BYTES
 
 
-def _copied_bytes(vlm: VLM) -> int:
+def _copied_bytes(model: AnyModel) -> int:
     """Memory of a re-ordered copy of the decoder's weights beside those of its file, in bytes."""
-    decoder = vlm.manifest.components.get("decoder")
-    if decoder is None or vlm.settings.repacking != "decode":
+    decoder = model.manifest.components.get("decoder")
+    if decoder is None or isinstance(model, DualEncoder) or model.settings.repacking != "decode":
         return 0
     return sum(r.bytes for r in decoder.files)
 
 
 class LoadedModel:
-    """A model in memory or on its way there: `vlm` is there once `loading` has ended. Its requests
-    are answered one after the other, by whoever holds `turn`.
+    """A model in memory or on its way there: `model` is there once `loading` has ended. Its
+    requests are answered one after the other, by whoever holds `turn`.
     """
 
     def __init__(self, name: str, bytes: int) -> None:
@@ -56,24 +59,31 @@ class LoadedModel:
         self.users = 0
         self.last_used = 0.0
         self.turn = asyncio.Lock()
-        self.loading: asyncio.Task[VLM] | None = None
+        self.loading: asyncio.Task[AnyModel] | None = None
         self.timer: asyncio.TimerHandle | None = None
-        self._vlm: VLM | None = None
+        self.model: AnyModel | None = None
 
     @property
     def vlm(self) -> VLM:
-        """The model; it must have been loaded."""
-        assert self._vlm is not None
-        return self._vlm
+        """The model, which was loaded. Raises Problem where it answers no questions."""
+        if isinstance(self.model, DualEncoder):
+            raise _other_kind(self.name, "embeds and answers nothing; POST /v1/embeddings asks it")
+        assert self.model is not None
+        return self.model
 
-    @vlm.setter
-    def vlm(self, vlm: VLM) -> None:
-        self._vlm = vlm
+    @property
+    def dual(self) -> DualEncoder:
+        """The model, which was loaded. Raises Problem where it embeds no texts."""
+        if not isinstance(self.model, DualEncoder):
+            raise _other_kind(
+                self.name, "answers questions and embeds no texts; a CLIP or SigLIP does"
+            )
+        return self.model
 
     @property
     def idle(self) -> bool:
         """True where nobody uses it and nobody waits for it."""
-        return self._vlm is not None and self.users == 0
+        return self.model is not None and self.users == 0
 
 
 class Pool:
@@ -85,7 +95,7 @@ class Pool:
     def __init__(
         self,
         offered: Callable[[], Mapping[str, Path]],
-        load: Callable[[Path], VLM],
+        load: Callable[[Path], AnyModel],
         *,
         budget: int,
         idle_s: float | None,
@@ -126,10 +136,10 @@ class Pool:
         for model in self._models.values():
             self._rest(model)
 
-    def add(self, name: str, vlm: VLM) -> None:
+    def add(self, name: str, model: AnyModel) -> None:
         """Puts a model in that was loaded elsewhere, before `begin`."""
-        self._models[name] = LoadedModel(name, self.needed(name) + _copied_bytes(vlm))
-        self._models[name].vlm = vlm
+        self._models[name] = LoadedModel(name, self.needed(name) + _copied_bytes(model))
+        self._models[name].model = model
 
     @asynccontextmanager
     async def lease(self, name: str) -> AsyncIterator[LoadedModel]:
@@ -138,7 +148,7 @@ class Pool:
         try:
             if model.loading:
                 # Whoever waits may go; the others get the model all the same.
-                model.vlm = await asyncio.shield(model.loading)
+                model.model = await asyncio.shield(model.loading)
             yield model
         finally:
             self._leave(model)
@@ -175,23 +185,23 @@ class Pool:
         model.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         return model
 
-    async def _loaded(self, model: LoadedModel) -> VLM:
+    async def _loaded(self, model: LoadedModel) -> AnyModel:
         folder = self._offered().get(model.name)
         loop = asyncio.get_running_loop()
         try:
             if folder is None:
                 raise EdgeVLMError(f"{model.name} was removed")
-            vlm = await loop.run_in_executor(None, self._load, folder)
+            found = await loop.run_in_executor(None, self._load, folder)
         except (EdgeVLMError, OSError) as e:
             self._drop(model)
             raise _not_loaded(model.name, e) from None
         except BaseException:
             self._drop(model)
             raise
-        model.vlm, model.loading = vlm, None
-        model.bytes += _copied_bytes(vlm)
+        model.model, model.loading = found, None
+        model.bytes += _copied_bytes(found)
         self._rest(model)
-        return vlm
+        return found
 
     async def _make_room(self, need: int) -> None:
         while self._used() + need > self._budget:
@@ -230,7 +240,8 @@ class Pool:
         if model.timer:
             model.timer.cancel()
         try:
-            await asyncio.get_running_loop().run_in_executor(None, model.vlm.close)
+            assert model.model is not None
+            await asyncio.get_running_loop().run_in_executor(None, model.model.close)
         finally:
             self._drop(model)
 
@@ -249,6 +260,10 @@ class Pool:
             self._unload(model)
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+
+def _other_kind(name: str, what: str) -> Problem:
+    return invalid(f"{name}: {what}", "model", "unsupported_model")
 
 
 def _not_loaded(name: str, error: Exception) -> Problem:
