@@ -1,4 +1,4 @@
-"""A fixed picture, and a sketch of the numbers that an encoder makes of it.
+"""A fixed picture and a fixed text, and a sketch of the numbers that an encoder makes of them.
 
 The exporter keeps the sketches of its float32 graphs in the manifest; a machine compares its own
 with them before it trusts a graph, since 8-bit kernels can be wrong on one processor alone, without
@@ -17,6 +17,10 @@ Float = npt.NDArray[np.float32]
 
 # Rows are summed up in so many groups, each with as many patterns of signs: 128 numbers.
 GROUPS, PATTERNS = 16, 8
+# A row of a dual encoder has groups of so many values at least: single ones change their signs.
+_ROW_VALUES = 64
+
+TEXT = "a photo of 2 red bicycles, a grey dog & three trees"
 
 
 def picture(size: int) -> Float:
@@ -29,15 +33,20 @@ def picture(size: int) -> Float:
     return np.ascontiguousarray(pixels[None], np.float32)
 
 
-def sketch(values: npt.NDArray[Any]) -> Float:
+def row_sketch(row: npt.NDArray[Any]) -> Float:
+    """The sketch of a dual encoder's row, [1, d]."""
+    return sketch(row.reshape(-1, 1), max(1, row.size // _ROW_VALUES))
+
+
+def sketch(values: npt.NDArray[Any], groups: int = GROUPS) -> Float:
     """Sums of all values under fixed random signs, float32 [groups, PATTERNS], for rows [..., rows,
-    width]: neighbouring rows are a group, at most GROUPS of them.
+    width]: neighbouring rows are a group, at most so many and GROUPS of them.
 
     Angles between sketches are those between the values, to a third or so: every value has its
     part, so that one row, or one column of all rows, shows.
     """
     rows = values.reshape(-1, values.shape[-1]).astype(np.float64)
-    parts = np.array_split(rows.ravel(), min(GROUPS, len(rows)))
+    parts = np.array_split(rows.ravel(), min(groups, GROUPS, len(rows)))
     bits = np.unpackbits(_bytes(-(-PATTERNS * rows.size // 8)))[: PATTERNS * rows.size]
     signs = bits.astype(np.int8).reshape(PATTERNS, -1) * 2 - 1
     ends = np.cumsum([len(part) for part in parts])[:-1]

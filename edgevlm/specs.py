@@ -78,15 +78,18 @@ class TileSpec:
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Numbers that a machine compares its own with before it trusts a vision encoder.
+    """Numbers that a machine compares its own with before it trusts an encoder.
 
     features, embeddings: sketches (`edgevlm.self_check`) of what the float32 graphs make of the
-    fixed picture. tolerances: 1 - cosine that an encoder may be off by, by its precision.
+    fixed picture; of a dual encoder `features` is that of its row, and `text` that of the fixed
+    text's. tolerances: 1 - cosine that a vision encoder may be off by, by its precision, and under
+    "text" the text tower.
     """
 
     features: tuple[float, ...]
     embeddings: tuple[float, ...]
     tolerances: Mapping[str, float]
+    text: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -171,10 +171,10 @@ def requantize_bundle(
     """Writes a bundle at other precisions into the folder `out`, without its checkpoint.
 
     What is not named stays as it is; the other words are those of `export_bundle`. Only what is
-    still whole is quantized: a decoder in f32, f16 or bf16, a vision encoder in fp32 or fp16. A
-    decoder of any precision can be trimmed to `languages`, once. With
-    `verify` the new bundle is compared with the old one; its manifest names both the checkpoint's
-    files and the old bundle's.
+    still whole is quantized: a decoder in f32, f16 or bf16, a vision encoder in fp32 or fp16, a
+    dual encoder's text tower, which gets the first precision of the vision tower. A decoder of any
+    precision can be trimmed to `languages`, once. With `verify` the new bundle is compared with the
+    old one; its manifest names both the checkpoint's files and the old bundle's.
 
     Raises BundleError, ParityError when the new bundle does not answer like the old one, and
     ExportError where precision would be lost twice, there is no room, or nothing was named.

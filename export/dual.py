@@ -11,6 +11,7 @@ from edgevlm import dual
 from edgevlm.bundle import FORMAT, Bundle, Manifest, record, write_manifest
 from edgevlm.dual import CONFIG, OPEN_CLIP, DualFamily, DualModel
 from edgevlm.errors import ExportError, SourceError
+from edgevlm.export import self_check
 from edgevlm.export.checkpoint import hub
 from edgevlm.export.checkpoint.source import (
     FAST,
@@ -24,13 +25,19 @@ from edgevlm.export.checkpoint.source import (
 from edgevlm.export.checkpoint.tensor_map import assign_dual, at
 from edgevlm.export.checkpoint.tensors import Weights
 from edgevlm.export.checkpoint.tokenizer.texts import SPECIAL, TextFile, read_texts
-from edgevlm.export.components import check_room, elements, hashed, write_precisions
+from edgevlm.export.components import (
+    check_room,
+    elements,
+    hashed,
+    vision_file,
+    write_precisions,
+)
 from edgevlm.export.options import AS_FOUND, UNCOMPARED, ReadOptions, WriteOptions
 from edgevlm.export.parity import corpus, images
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.family import FileError, Source
 from edgevlm.progress import Report, Stage
-from edgevlm.specs import TextSpec
+from edgevlm.specs import SelfCheck, TextSpec
 from edgevlm.texts import Ids, TextTokens
 
 TEXT = "text.onnx"
@@ -147,16 +154,21 @@ def run(job: DualJob, out: Path, folder: Path, options: WriteOptions, verified: 
 
 
 def _manifest(job: DualJob, options: WriteOptions, folder: Path) -> Manifest:
+    from edgevlm.export.onnx import storage
     from edgevlm.export.pipeline import versions
 
     job.texts.write(folder)
     work = folder / "work"
     work.mkdir()
     pixels = images.calibration(job.model.image, options.calibration)
-    vision = write_precisions(
-        _written(job, "vision", work), folder, options.vision, pixels, Stage(None, "", 1, "")
-    )
-    text = _text(job, options.vision[0], folder, work)
+    whole = _written(job, "vision", work)
+    vision = write_precisions(whole, folder, options.vision, pixels, Stage(None, "", 1, ""))
+    check = self_check.numbers(whole, None, job.model.image)
+    made_at = [(v, folder / vision_file(i, v)) for i, v in enumerate(options.vision)]
+    check = self_check.with_tolerances(check, made_at, None, job.model.image)
+    tokens = TextTokens(folder / job.texts.name, job.texts.spec)
+    check = text_at(_written(job, "text", work), folder, options.vision[0], tokens, work, check)
+    text = [*storage.files(folder / TEXT), folder / job.texts.name]
     shutil.rmtree(work)
     made = hashed({"text": (options.vision[0].name, text)}, vision, job.report)
     notes = list(job.model.notes)
@@ -172,6 +184,7 @@ def _manifest(job: DualJob, options: WriteOptions, folder: Path) -> Manifest:
         alternatives=made.alternatives,
         image=job.model.image,
         text=job.texts.spec,
+        self_check=check,
         source=tuple(record(f) for f in used),
         versions=versions(),
         notes=tuple(notes),
@@ -191,21 +204,29 @@ def _written(job: DualJob, role: str, work: Path) -> Path:
     return path
 
 
-def _text(job: DualJob, precision: VisionPrecision, folder: Path, work: Path) -> list[Path]:
-    """The text tower at a precision, and its tokenizer."""
-    from edgevlm.export.onnx import quantize, storage, tables
+def text_at(
+    whole: Path,
+    folder: Path,
+    precision: VisionPrecision,
+    tokens: TextTokens,
+    work: Path,
+    check: SelfCheck,
+) -> SelfCheck:
+    """Writes the text tower of a float32 graph at a precision into `folder`; returns the numbers to
+    check machines with, those of the text among them.
+    """
+    from edgevlm.export.onnx import quantize, tables
 
-    whole = _written(job, "text", work)
+    numbers = self_check.text_numbers(whole, tokens)
     if precision.name not in ("fp32", "fp16"):  # which halves every weight
         halved = work / "halved.onnx"
         tables.halve(whole, halved)
         whole = halved
-    quantize.convert(whole, folder / TEXT, precision, calibration(job, folder))
-    return [*storage.files(folder / TEXT), folder / job.texts.name]
+    quantize.convert(whole, folder / TEXT, precision, calibration(tokens))
+    return self_check.with_text(check, numbers, folder / TEXT, precision, tokens)
 
 
-def calibration(job: DualJob, folder: Path) -> Ids:
+def calibration(tokens: TextTokens) -> Ids:
     """The ids of texts on which a text tower is calibrated and judged."""
-    spec = job.texts.spec
-    texts = [spec.template.format(word) for word in corpus.LABELS]
-    return TextTokens(folder / job.texts.name, spec)([*texts, *corpus.corpus()[:24]])
+    texts = [tokens.spec.template.format(word) for word in corpus.LABELS]
+    return tokens([*texts, *corpus.corpus()[:24]])

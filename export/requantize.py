@@ -23,7 +23,7 @@ from edgevlm.bundle import (
     write_manifest,
 )
 from edgevlm.errors import ExportError
-from edgevlm.export import languages, precisions, self_check
+from edgevlm.export import dual_requantize, languages, precisions, self_check
 from edgevlm.export.components import check_room, hashed, vision_file
 from edgevlm.export.gguf import decoder, importance
 from edgevlm.export.gguf.tools import Matrix
@@ -42,8 +42,8 @@ _KEPT = ("projector", "masks", "regions")
 _WHOLE_VISION = ("fp32", "fp16")
 # Begins the names of the input bundle's files among the manifest's sources.
 _INPUT = "bundle/"
-# Stages that no precision changes: tokenizer, template and preprocessing are taken over.
-_UNTOUCHED = ("tokens", "prompt", "pixels", "regions")
+# Stages that no precision changes: tokenizer, template, score and preprocessing are taken over.
+_UNTOUCHED = ("tokens", "prompt", "score", "pixels", "regions")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,11 @@ def run(plan: Requantization, out: Path, folder: Path, report: Report | None) ->
     # at most twice.
     check_room(out, folder, 3 * plan.source.bytes)
     manifest = _vision_at(plan, folder, report)
-    if plan.requantized:
+    if manifest.text:
+        manifest = dual_requantize.requantize_text(
+            plan.source, manifest, plan.options.vision[0], folder
+        )
+    elif plan.requantized:
         source = Bundle(plan.source.folder, manifest)
         manifest = quantized(source, folder, plan.options, report)
     else:
@@ -97,15 +101,23 @@ def plan(
     check_path(folder.absolute())
     source = open_bundle(folder, "full")
     if source.manifest.text:
-        raise ExportError(
-            f"{source.folder}: is a dual encoder's, whose text tower is not converted; export the "
-            "checkpoint again with other precisions"
-        )
-    if quant is None and not vision and not languages:
+        for option, given in (
+            ("--quant", quant),
+            ("--imatrix", imatrix),
+            ("--languages", languages),
+        ):
+            if given:
+                raise ExportError(
+                    f"{source.folder}: has no decoder, which {option} is for; leave it out"
+                )
+        if not vision:
+            raise ExportError("nothing is to be changed; name --vision-precision")
+    elif quant is None and not vision and not languages:
         raise ExportError(
             "nothing is to be changed; name --quant, --vision-precision or --languages"
         )
-    stored = source.manifest.components["decoder"].precision
+    part = source.manifest.components.get("decoder")
+    stored = part.precision if part else "f32"  # of nothing
     requantized = quant not in (None, stored)
     options = WriteOptions.checked(
         quant or stored,
@@ -115,6 +127,8 @@ def plan(
         verify=verify,
         languages=languages,
     )
+    if source.manifest.text:
+        dual_requantize.check_text(source, options.vision[0])
     trimmed = source.manifest.decoder.languages
     if trimmed and options.languages:
         raise ExportError(
@@ -202,7 +216,8 @@ def _convert(
     for precision, target in new:
         quantize.convert(work / "vision.onnx", target, precision, pixels)
         stage.advance(1)
-    projector = plan.source.path("projector")
+    manifest = plan.source.manifest
+    projector = plan.source.path("projector") if "projector" in manifest.components else None
     known = check.tolerances if check else {}
     if check is None:
         # A bundle of an older format: all of its encoders are measured.
@@ -282,6 +297,8 @@ def _untouched(source: Bundle) -> tuple[StageParity, ...]:
 def _compare(plan: Requantization, folder: Path) -> list[StageParity]:
     """One answer of the new bundle against the old one's, stage by stage; each metric says so."""
     source = plan.source
+    if source.manifest.text:
+        return dual_requantize.compared(source, folder, plan.options)
     made = open_bundle(folder)
     asked = (images.scene(), compare.PROMPT, compare.N_TOKENS)
     ours = compare.probe(folder, *asked)

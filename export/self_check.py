@@ -12,8 +12,9 @@ import numpy as np
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.image.overlap import for_projector
 from edgevlm.image.plan import checked_side
-from edgevlm.self_check import cosine, picture, sketch
+from edgevlm.self_check import TEXT, cosine, picture, row_sketch, sketch
 from edgevlm.specs import ImageSpec, SelfCheck
+from edgevlm.texts import TextTokens
 
 # Kernels of another processor may round this much more than those that a precision was tried on.
 _SPARE = 3
@@ -23,14 +24,16 @@ _LEAST = 0.01
 _MOST = 0.2
 
 
-def numbers(vision: Path, projector: Path, image: ImageSpec) -> SelfCheck:
+def numbers(vision: Path, projector: Path | None, image: ImageSpec) -> SelfCheck:
     """Sketches of the features and embeddings that these graphs make of the fixed picture, without
-    tolerances.
+    tolerances; without a projector of a dual encoder's row.
     """
     from edgevlm.export.onnx import storage
 
     side = checked_side(image)
     features = storage.run(vision, "pixels", picture(side))
+    if projector is None:
+        return SelfCheck(_plain(row_sketch(features)), (), {})
     rows = storage.run(projector, "features", for_projector(features, (side, side), image))
     return SelfCheck(_plain(sketch(features)), _plain(sketch(rows)), {})
 
@@ -38,7 +41,7 @@ def numbers(vision: Path, projector: Path, image: ImageSpec) -> SelfCheck:
 def with_tolerances(
     right: SelfCheck,
     encoders: Iterable[tuple[VisionPrecision, Path]],
-    projector: Path,
+    projector: Path | None,
     image: ImageSpec,
     known: Mapping[str, float] | None = None,
 ) -> SelfCheck:
@@ -48,12 +51,36 @@ def with_tolerances(
     found = dict(known or {})
     for precision, path in encoders:
         mine = numbers(path, projector, image)
-        worst = min(
-            cosine(mine.features, right.features), cosine(mine.embeddings, right.embeddings)
-        )
-        off = min(_MOST, round(_SPARE * (1 - worst), 4))
-        found[precision.name] = max(_LEAST, precision.cosine, off)
+        worst = cosine(mine.features, right.features)
+        if projector:
+            worst = min(worst, cosine(mine.embeddings, right.embeddings))
+        found[precision.name] = _tolerance(worst, precision)
     return replace(right, tolerances=found)
+
+
+def text_numbers(tower: Path, tokens: TextTokens) -> tuple[float, ...]:
+    """The sketch of the row that a text tower makes of the fixed text."""
+    from edgevlm.export.onnx import storage
+
+    return _plain(row_sketch(storage.run(tower, "ids", tokens([TEXT]))))
+
+
+def with_text(
+    right: SelfCheck,
+    numbers: tuple[float, ...],
+    tower: Path,
+    precision: VisionPrecision,
+    tokens: TextTokens,
+) -> SelfCheck:
+    """The numbers with those of the float32 text tower, and what the written one may be off by."""
+    worst = cosine(text_numbers(tower, tokens), numbers)
+    tolerances = {**right.tolerances, "text": _tolerance(worst, precision)}
+    return replace(right, text=numbers, tolerances=tolerances)
+
+
+def _tolerance(worst: float, precision: VisionPrecision) -> float:
+    off = min(_MOST, round(_SPARE * (1 - worst), 4))
+    return max(_LEAST, precision.cosine, off)
 
 
 def _plain(values: np.ndarray[Any, Any]) -> tuple[float, ...]:

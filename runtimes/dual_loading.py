@@ -6,15 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgevlm import machine
 from edgevlm.bundle import Bundle, check_path, open_bundle
-from edgevlm.errors import PromptError
+from edgevlm.errors import EngineError, PromptError
+from edgevlm.models import cache_directory
 from edgevlm.runtimes import checks, devices, rules
 from edgevlm.runtimes.dual import DualEncoder, RowEncoder, Sides
-from edgevlm.runtimes.vision import providers
+from edgevlm.runtimes.interrupt import interruptible
+from edgevlm.runtimes.vision import first_use, providers
 from edgevlm.runtimes.vision.choose import Wish, open_encoder
 from edgevlm.runtimes.vision.encoder import OrtEncoder
+from edgevlm.runtimes.vision.first_use import TOLERANCE, Verdict, Verdicts
 from edgevlm.runtimes.vision.ort import Ort
 from edgevlm.runtimes.vision.providers import CPU, Offer
+from edgevlm.self_check import TEXT, cosine, row_sketch
 from edgevlm.texts import Ids, TextTokens
 from edgevlm.types import Placement
 
@@ -66,4 +71,38 @@ class _Opening:
 
         encoder = OrtEncoder(self.ort, sessions(), provider=CPU.name, single=False, again=sessions)
         tokenizer = self.bundle.folder / manifest.components["text"].files[-1].file
-        return encoder, TextTokens(tokenizer, manifest.text)
+        tokens = TextTokens(tokenizer, manifest.text)
+        self._check(encoder, tokens)
+        return encoder, tokens
+
+    def _check(self, encoder: OrtEncoder, tokens: TextTokens) -> None:
+        """Compares the text tower with the bundle's numbers at its first use on this machine.
+
+        Raises EngineError where it computes something else.
+        """
+        right, files = (
+            self.bundle.manifest.self_check,
+            self.bundle.manifest.components["text"].files,
+        )
+        if right is None or not right.text:
+            return
+        hashes, hardware = tuple(r.sha256 for r in files), machine.processor()
+        key = first_use.key(*hashes, CPU.name, self.ort.version, hardware, repr(right.text))
+        verdicts = Verdicts(cache_directory() / "devices" / "first-use")
+        verdict = verdicts.recall(key)
+        if verdict is None:
+            ids = tokens([TEXT])
+            mine = row_sketch(interruptible(lambda: encoder.embed(ids), encoder.cancel))
+            least = 1 - right.tolerances.get("text", TOLERANCE)
+            found = cosine(mine.ravel(), right.text)
+            facts = (hashes, CPU.word, self.ort.version, hardware)
+            verdict = Verdict(found, least, 0.0, 0.0, *facts)
+            verdicts.remember(key, verdict)
+        if not verdict.sound:
+            encoder.close()
+            raise EngineError(
+                "the text tower computes wrongly on this processor: its row differs from the "
+                f"bundle's (cosine {verdict.cosine:.4f}, at least {verdict.least:.4g}); export the "
+                "bundle with another precision (--vision-precision fp32), or install another "
+                "release of onnxruntime"
+            )

@@ -190,7 +190,6 @@ def test_commands_say_which_model_they_take(run: Run, folder: Path, photos: Path
         (("tune", folder / "clip"), "there are no settings"),
         (("classify", "dog", "-m", "pico", "-i", photos / "0.png"), "this takes a CLIP or SigLIP"),
         (("classify", "dog", "-i", photos / "0.png"), "no CLIP or SigLIP is installed"),
-        (("requantize", folder / "clip", folder / "new", "--quant", "q4_0"), "dual encoder"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (1, "") and reason in err and err.count("\n") == 1

@@ -23,8 +23,8 @@ def requantize(bundle: str, out: Path, quant: str | None, vision_precisions: tup
                languages: str) -> None:  # fmt: skip
     """Write BUNDLE at other precisions into OUT, without its checkpoint.
 
-    From a decoder in f32, f16 or bf16 and a vision encoder in fp32 or fp16; what is quantized
-    already is not quantized again. --languages takes any decoder.
+    From a decoder in f32, f16 or bf16, and a vision encoder and a text tower in fp32 or fp16; what
+    is quantized already is not quantized again. --languages takes any decoder.
     """
     console = err_console()
     with ProgressBars(console) as bars:

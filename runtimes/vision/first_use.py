@@ -20,7 +20,7 @@ from edgevlm import schema
 from edgevlm.image.overlap import for_projector
 from edgevlm.image.plan import checked_side
 from edgevlm.runtimes.engines import VisionEncoder
-from edgevlm.self_check import cosine, picture, sketch
+from edgevlm.self_check import cosine, picture, row_sketch, sketch
 from edgevlm.specs import ImageSpec, SelfCheck
 
 # For encoders that the bundle has no numbers for: what the exporter allows 8-bit quantization.
@@ -53,11 +53,14 @@ class Verdict:
 
 
 def numbers(encoder: VisionEncoder, image: ImageSpec, *, projects: bool = True) -> SelfCheck:
-    """An encoder's sketches of the fixed picture, of features alone where there is no projector."""
+    """An encoder's sketches of the fixed picture, of a dual encoder's row where there is no
+    projector.
+    """
     side = checked_side(image)
     features = encoder.features(picture(side))
-    read = for_projector(features, (side, side), image)
-    rows = sketch(encoder.project(read)).ravel() if projects else ()
+    if not projects:
+        return SelfCheck(tuple(row_sketch(features).ravel()), (), {})
+    rows = sketch(encoder.project(for_projector(features, (side, side), image))).ravel()
     return SelfCheck(tuple(sketch(features).ravel()), tuple(rows), {})
 
 
