@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgevlm import catalogue
-from edgevlm.bundle import MANIFEST, read_manifest
-from edgevlm.errors import BundleError, BundleNotFound
+from edgevlm.bundle import MANIFEST, Manifest, read_manifest
+from edgevlm.errors import BundleError, BundleNotFound, PromptError
 
 BUILT_IN = "pico"
 # A folder that cannot be made, for a user without a home.
@@ -84,6 +84,16 @@ def is_dual(folder: Path) -> bool:
         return read_manifest(folder).text is not None
     except BundleError:
         return False
+
+
+def check_answers(manifest: Manifest) -> None:
+    """Raises PromptError for the manifest of a model that embeds and answers nothing."""
+    if manifest.text:
+        raise PromptError(
+            f"{manifest.name}: embeds pictures and texts and answers nothing; `edgevlm classify`, "
+            "`embed` and `search` use it, in Python edgevlm.load_dual; `edgevlm use` chooses "
+            "another for answers"
+        )
 
 
 def resolve(model: str | os.PathLike[str] | None) -> Path:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from edgevlm import family
 from edgevlm.bundle import MANIFEST, REGION_ROWS, Bundle, check_path, open_bundle
-from edgevlm.errors import BundleCorrupt, EngineError, PromptError
+from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.image import ImageSource
 from edgevlm.image.plan import limited
 from edgevlm.machine import memory
+from edgevlm.models import check_answers
 from edgevlm.runtimes import budget, checks, devices, rules, shelves, tuned
 from edgevlm.runtimes.ahead import Ahead
 from edgevlm.runtimes.budget import Budget
@@ -95,12 +96,7 @@ def load_bundle(
     start = time.perf_counter()
     check_path(folder)
     bundle = open_bundle(folder)
-    if bundle.manifest.text:
-        raise PromptError(
-            f"{bundle.manifest.name}: embeds pictures and texts and answers nothing; `edgevlm "
-            "classify`, `embed` and `search` use it, in Python edgevlm.load_dual; `edgevlm "
-            "use` chooses another for answers"
-        )
+    check_answers(bundle.manifest)
     manifest = bundle.manifest
     image = limited(manifest.image, options.max_tiles, options.max_pixels)
     manifest = replace(manifest, image=image)

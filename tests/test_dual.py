@@ -14,8 +14,10 @@ from PIL import Image
 
 import edgevlm
 from edgevlm import DualEncoder, cli
+from edgevlm.bundle import open_bundle
 from edgevlm.errors import EngineMissing, ImageError, ModelClosed, PromptError
 from edgevlm.export import export_bundle
+from edgevlm.hub.upload import card
 from edgevlm.texts import cleaned
 from tests.checkpoints.dual import write_clip, write_siglip
 
@@ -187,11 +189,27 @@ def test_embed_prints_json_lines_or_writes_a_file(
 def test_commands_say_which_model_they_take(run: Run, folder: Path, photos: Path) -> None:
     for arguments, reason in (
         (("ask", "hi", "-m", folder / "clip"), "embeds pictures and texts and answers nothing"),
-        (("tune", folder / "clip"), "there are no settings"),
+        (("caption", "-m", folder / "clip", "-i", photos), "edgevlm.load_dual"),
+        (("chat", "-m", folder / "clip"), "`edgevlm use` chooses another"),
+        (("tune", folder / "clip"), "no settings to be measured; `edgevlm bench`"),
+        (("bench", "pico", "--quality", folder / "clip"), "c: embeds pictures"),
         (("classify", "dog", "-m", "pico", "-i", photos / "0.png"), "this takes a CLIP or SigLIP"),
         (("classify", "dog", "-i", photos / "0.png"), "no CLIP or SigLIP is installed"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (1, "") and reason in err and err.count("\n") == 1
-    code, out, _ = run("models", "show", folder / "clip")
-    assert code == 0 and "classify, embed, search" in out
+    code, _, err = run("bench", "pico", folder / "clip", "--quick")
+    assert code == 2 and "c embeds and answers nothing: it is measured by itself" in err
+    for arguments, said in (
+        (("models", "show", folder / "clip"), "classify, embed, search"),
+        (("models", "verify", folder / "clip"), "text.onnx"),
+        (("doctor", "-m", folder / "clip"), "vision  cpu, fp32"),
+    ):
+        code, out, _ = run(*arguments)
+        assert code == 0 and said in out
+
+
+def test_a_model_card_says_what_it_does(folder: Path) -> None:
+    written = card(open_bundle(folder / "clip"), "me/clip")
+    assert 'edgevlm search "a dog in the snow" Photos -m clip' in written
+    assert "pipeline_tag: zero-shot-image-classification" in written and "ask" not in written

@@ -264,9 +264,13 @@ def _extras(
     """Extra measurements; an unknown bundle, peer or Python is refused before anything runs."""
     from edgevlm.benchmarks.latency.extras import Extras
     from edgevlm.bundle import open_bundle
-    from edgevlm.models import resolve
+    from edgevlm.models import check_answers, resolve
 
-    folder = open_bundle(resolve(reference)).folder if reference else None
+    folder = None
+    if reference:
+        bundle = open_bundle(resolve(reference))
+        check_answers(bundle.manifest)
+        folder = bundle.folder
     own = {}
     if not peers and (checkpoint or tower or pythons):
         raise click.UsageError("--checkpoint, --vision-tower and --peer-python belong to --peers")
@@ -292,6 +296,12 @@ def _bundles(
     if not models and not made_up:
         names = (os.environ.get("EDGEVLM_MODEL") or None,)
     found = [open_bundle(resolve(name)) for name in names]
+    for bundle in found:
+        if bundle.manifest.text:
+            raise click.UsageError(
+                f"{bundle.manifest.name} embeds and answers nothing: it is measured by itself; "
+                "name it alone"
+            )
     return found + [synthetic(name, quant, starts) for name in made_up for quant in quants]
 
 

@@ -25,7 +25,7 @@ from edgevlm.cli.jsonl import AnswerFile, Record, placed
 from edgevlm.cli.signals import last_words
 from edgevlm.cli.tally import Tally
 from edgevlm.errors import EngineError, ImageError, PromptError
-from edgevlm.models import resolve
+from edgevlm.models import check_answers, resolve
 from edgevlm.sampling import Sampling, SamplingOptions, task_options
 from edgevlm.types import Reply
 
@@ -220,6 +220,7 @@ def _question(asked: Asked, run: Run) -> tuple[Record, Run]:
     the run with the options of what is asked.
     """
     manifest = read_manifest(resolve(run.model if run.model is not None else store.default()))
+    check_answers(manifest)
     prompt = asked.prompt(manifest)
     if asked.system is not None:
         from edgevlm.runtimes.request import check_system

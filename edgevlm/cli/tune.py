@@ -52,7 +52,10 @@ def tune(model: str | None, goal: Goal, seconds: float, forget: bool) -> None:
 
     folder = resolve(model if model is not None else store.default())
     if is_dual(folder):
-        raise PromptError(f"{folder.name}: answers nothing; there are no settings to be measured")
+        raise PromptError(
+            f"{folder.name}: answers nothing, so there are no settings to be measured; `edgevlm "
+            "bench` measures its speed"
+        )
     if forget:
         gone = tuned.forget(open_bundle(folder), ggml.cpu_features())
         click.echo("forgotten" if gone else "nothing was measured for it here", err=True)

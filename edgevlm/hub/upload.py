@@ -40,21 +40,26 @@ def card(bundle: Bundle, repo: str) -> str:
     """The model card of a bundle, in Markdown: sizes, parity, licence, how to use it."""
     manifest = bundle.manifest
     base, _, commit = manifest.origin.partition("@")
+    kind, does = "image-text-to-text", "answers questions about pictures"
+    command = 'ask "What is in this photo?" -i photo.jpg'
+    if manifest.text:
+        kind, does = "zero-shot-image-classification", "finds pictures by words and labels them"
+        command = 'search "a dog in the snow" Photos'
     lines = [
         "---",
         f"license: {manifest.license or 'other'}",
         *([f"base_model: {base}", "base_model_relation: quantized"] if base else []),
         "library_name: edgevlm",
-        "pipeline_tag: image-text-to-text",
+        f"pipeline_tag: {kind}",
         "---",
         "",
         f"# {manifest.name}",
         "",
-        f"{base or manifest.name} as an edgevlm bundle, which answers questions about pictures on "
-        "the device in front of you.",
+        f"{base or manifest.name} as an edgevlm bundle, which {does} on the device in front of "
+        "you.",
         "",
         f"    edgevlm pull {repo}",
-        f'    edgevlm ask "What is in this photo?" -i photo.jpg -m {repo.rpartition("/")[2]}',
+        f"    edgevlm {command} -m {repo.rpartition('/')[2]}",
         "",
         *([f"Exported from commit {commit}.", ""] if commit else []),
         *_languages(manifest.decoder),
