@@ -7,12 +7,10 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from edgevlm.bundle import Bundle
-from edgevlm.export import child
 from tests import inside
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.smolvlm import write_smolvlm
@@ -36,10 +34,10 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 
 @pytest.fixture(scope="module")
 def children_inside() -> Iterator[None]:
-    """Programs that exports run in child processes are run in this process, but llama.cpp's
-    quantizer. For files about a family; `tests/test_families.py` exports each as users do.
+    """See tests.inside.children. For files about a family; `tests/test_families.py` exports one of
+    each as users do.
     """
-    with mock.patch.object(child, "run", inside.child):
+    with inside.children():
         yield
 
 

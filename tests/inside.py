@@ -8,10 +8,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, redirect_stderr, redirect_stdout
 from unittest import mock
 
 from edgevlm import cli
+from edgevlm.export import child as children_of_exports
 
 
 def called(
@@ -34,6 +35,13 @@ def called(
 def edgevlm(*arguments: str, input: str = "") -> subprocess.CompletedProcess[str]:
     """Runs the command line."""
     return called(cli.main, arguments, input)
+
+
+def children() -> AbstractContextManager[object]:
+    """In the block, programs that exports run in child processes are run in this process, but
+    llama.cpp's quantizer.
+    """
+    return mock.patch.object(children_of_exports, "run", child)
 
 
 def child(

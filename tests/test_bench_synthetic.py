@@ -15,7 +15,7 @@ from gguf import GGUFReader
 
 import edgevlm
 from edgevlm.benchmarks.synthetic import make as synthetic
-from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes
+from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes, write_decoder
 from edgevlm.benchmarks.synthetic.models import MODELS
 from edgevlm.benchmarks.synthetic.words import vocabulary
 from edgevlm.bundle import open_bundle
@@ -186,15 +186,21 @@ def types(path: Path) -> dict[str, tuple[str | int, ...]]:
     return {t.name: (t.tensor_type.name, *t.shape) for t in GGUFReader(path).tensors}
 
 
+def decoder(path: Path, source: Source, quant: str) -> Path:
+    """The decoder of a synthetic bundle, alone."""
+    _, model = synthetic.describe(source, "small")
+    added = {text: token.id for text, token in source.tokenizer.added.items()}
+    write_decoder(path, "small", model, quant, added)
+    return path
+
+
 @pytest.fixture(scope="module")
 def plain_decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Half-precision decoders of nine layers: keys and values shared by many heads, by none, and
     in one matrix with the queries; the output table tied to the input's and its own.
     """
     folder = tmp_path_factory.mktemp("plain")
-    for name in NINE_LAYERS:
-        synthetic.make(folder / name, "synthetic-plain", NINE_LAYERS[name], "f16")
-    return {name: folder / name / "decoder.gguf" for name in NINE_LAYERS}
+    return {name: decoder(folder / name, NINE_LAYERS[name], "f16") for name in NINE_LAYERS}
 
 
 NINE_LAYERS = {
@@ -218,8 +224,7 @@ def test_every_tensor_has_the_type_that_llama_cpp_gives_it(
     expected = tmp_path / "expected.gguf"
     stage = Stage(None, "quantize", 1, "B")
     tools.quantize(plain_decoders[name], expected, precisions.quant(quant).ftype, stage)
-    synthetic.make(tmp_path / "made", "synthetic-plain", NINE_LAYERS[name], quant)
-    assert types(tmp_path / "made" / "decoder.gguf") == types(expected)
+    assert types(decoder(tmp_path / "made", NINE_LAYERS[name], quant)) == types(expected)
 
 
 @pytest.mark.parametrize("source", [SMALL["gemma"], NINE_LAYERS["narrow"]], ids=("wide", "narrow"))
@@ -227,8 +232,7 @@ def test_every_tensor_has_the_type_that_llama_cpp_gives_it(
 def test_weights_are_sane_numbers_of_the_size_that_was_foretold(
     quant: str, source: Source, tmp_path: Path
 ) -> None:
-    synthetic.make(tmp_path / "made", "synthetic-small", source, quant)
-    tensors = GGUFReader(tmp_path / "made" / "decoder.gguf").tensors
+    tensors = GGUFReader(decoder(tmp_path / "made", source, quant)).tensors
     _, model = synthetic.describe(source, "small")
     assert sum(int(t.n_bytes) for t in tensors) == decoder_bytes(model, quant)
     from gguf.quants import dequantize

@@ -54,7 +54,11 @@ def test_a_conversation_reads_only_what_is_new_and_answers_as_a_fresh_one(
     name: str, tmp_path: Path
 ) -> None:
     folder = exported(CAUSAL[name], tmp_path, "f32")
-    with edgevlm.load(folder, cache=False) as vlm, vlm.chat(A) as chat:
+    with (
+        edgevlm.load(folder, cache=False) as vlm,
+        vlm.chat(A) as chat,
+        edgevlm.load(folder, cache=False) as fresh,
+    ):
         said: list[Message] = []
         for question in QUESTIONS:
             before = chat.reply if chat.turns else None
@@ -67,8 +71,8 @@ def test_a_conversation_reads_only_what_is_new_and_answers_as_a_fresh_one(
                 least = before.tokens.prompt + before.tokens.generated - 1
                 assert reply.tokens.kept >= (reply.tokens.image if name in REREAD else least)
                 assert reply.tokens.kept < reply.tokens.prompt
-            with edgevlm.load(folder, cache=False) as fresh:
-                again = fresh.ask(said, max_tokens=4)
+            fresh.forget()
+            again = fresh.ask(said, max_tokens=4)
             assert again.tokens.kept == 0 and again.tokens.prompt == reply.tokens.prompt
             assert again.token_ids == reply.token_ids
             said.append({"role": "assistant", "content": reply})

@@ -30,6 +30,8 @@ from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.vocabulary import n_pieces, write_json
 from tests.test_export_byte_pairs import ids
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "gemma": lambda folder: write_paligemma(folder, layers=1),
     "llama": lambda folder: write_llava(folder, layout="hf", layers=1),
@@ -81,8 +83,10 @@ def test_a_token_that_must_stand_alone_is_refused(verify: bool, tmp_path: Path) 
     )
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-@pytest.mark.parametrize(("token", "says"), ODD)
+@pytest.mark.parametrize(
+    ("kind", "token", "says"),
+    [*(("gemma", *odd) for odd in ODD), *((kind, *ODD[1]) for kind in WRITERS if kind != "gemma")],
+)
 def test_attributes_that_llama_cpp_lacks_are_refused(
     kind: str, token: AddedToken, says: str, tmp_path: Path
 ) -> None:
@@ -173,7 +177,7 @@ def test_a_token_of_a_template_that_asks_for_its_surroundings(tmp_path: Path) ->
     ("kind", "tokens"),
     [
         *(("gemma", [t]) for t, _ in ODD),
-        *(("bytes", [t]) for t, _ in ODD),
+        *(("bytes", [t]) for t, _ in ODD[:2]),
         ("llama", ["gizmo"]),
         ("llama", [AddedToken("gizmo", normalized=False)]),
         ("gemma", ["two words"]),

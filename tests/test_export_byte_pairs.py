@@ -36,6 +36,8 @@ from tests.checkpoints.phi_vocabulary import END, write_gpt2_tokenizer
 from tests.checkpoints.vocabulary import write_json
 from tests.multilingual import PROMPTS
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 TEXTS = [*corpus(), *(q for questions in PROMPTS.values() for q in questions), "I'LL we'Ve 12345"]
 hf: Any = transformers
 # What a decoder's metadata says beside the vocabulary; nothing of it matters to tokens.

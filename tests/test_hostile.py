@@ -5,19 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 import edgevlm
@@ -36,17 +31,11 @@ from edgevlm.gguf_decoder import check_decoder
 from edgevlm.gguf_header import read_header
 from edgevlm.image import read_image
 from edgevlm.models import built_in
-from edgevlm.onnx_file import check_graph
 from edgevlm.runtimes import checks
 from edgevlm.runtimes.llama import tokenizer
 from edgevlm.runtimes.session import VLM
 from edgevlm.self_check import cosine
-from workshop.fuzz import targets
-from workshop.fuzz.__main__ import main
 from workshop.fuzz.gguf_layout import Entry, Layout, Reader
-from workshop.fuzz.loop import replay
-from workshop.fuzz.mutate import changed, damaged
-from workshop.fuzz.report import table
 from workshop.fuzz.samples import replaced
 
 PICTURE = Image.new("RGB", (8, 8))
@@ -184,124 +173,6 @@ def test_a_decoder_is_looked_at_once_until_it_changes(
         refused(lambda: checks.decoder(path), BundleCorrupt, "truncated|a text|texts|load")
     path.unlink()
     refused(lambda: checks.decoder(path), BundleCorrupt, "cannot be read")
-
-
-def test_a_graph_is_looked_at_again_where_its_weights_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
-    path, looked = tmp_path / "x.onnx", list[Path]()
-    path.write_bytes(b"graph")
-    (tmp_path / "x.data").write_bytes(b"weights")
-    monkeypatch.setattr(checks, "check_graph", lambda path, beside: looked.append(path))
-    for _ in range(2):
-        checks.graph(path, {"x.onnx", "x.data", "gone"})
-    assert len(looked) == 1
-    (tmp_path / "x.data").write_bytes(b"weight")
-    checks.graph(path, {"x.onnx", "x.data", "gone"})
-    checks.graph(path, {"x.onnx", "x.data"})
-    checks.graph(path, {"x.onnx"})
-    assert len(looked) == 3
-
-
-Graph = Callable[[Any], None]
-
-
-def elsewhere(**said: str) -> Graph:
-    def change(model: Any) -> None:
-        weights = model.graph.initializer[0]
-        weights.ClearField("raw_data")
-        weights.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in said.items():
-            weights.external_data.add(key=key, value=value)
-
-    return change
-
-
-def _operator(model: Any) -> None:
-    model.graph.node[0].domain = "custom"
-
-
-def _fused(model: Any) -> None:
-    model.graph.node[0].domain, model.graph.node[0].op_type = "com.microsoft", "Attention"
-
-
-def _loop(model: Any) -> None:
-    model.graph.node[0].attribute.add(name="body", type=5, g=onnx.GraphProto())
-
-
-def _function(model: Any) -> None:
-    model.functions.append(onnx.FunctionProto(name="Add", domain="x"))
-
-
-def _large(model: Any) -> None:
-    model.graph.initializer[0].dims.append(2**40)
-
-
-def _negative(model: Any) -> None:
-    model.graph.initializer[0].dims.append(-1)
-
-
-def _texts(model: Any) -> None:
-    model.graph.initializer[0].data_type = onnx.TensorProto.STRING
-
-
-def _sparse(model: Any) -> None:
-    model.graph.sparse_initializer.add()
-
-
-def _no_output(model: Any) -> None:
-    del model.graph.output[:]
-
-
-GRAPHS: dict[str, tuple[Graph, str]] = {
-    **{
-        f"weights in {place}": (elsewhere(location=place), "not a file of this bundle")
-        for place in ("/etc/passwd", "../outside.bin", "x/../../y", "link", "", "..", "decoder\\x")
-    },
-    "no place": (elsewhere(offset="0"), "not a file of this bundle"),
-    "memory": (elsewhere(location="*/_ORT_MEM_ADDR_/*"), "not a file of this bundle"),
-    "an offset": (elsewhere(location="decoder.gguf", offset="99999999"), "not within"),
-    "a negative offset": (elsewhere(location="decoder.gguf", offset="-4"), "odd words"),
-    "another length": (elsewhere(location="decoder.gguf", length="5"), "not within"),
-    "a custom operator": (_operator, "the operator"),
-    "an operator that no export writes": (_fused, "the operator 'Attention' of 'com.microsoft'"),
-    "a graph in a node": (_loop, "a graph or a sparse tensor in a node"),
-    "functions": (_function, "functions"),
-    "a tensor larger than memory": (_large, "larger than any memory"),
-    "a negative size": (_negative, "larger than any memory"),
-    "texts": (_texts, "of the type 8"),
-    "sparse tensors": (_sparse, "sparse"),
-    "no output": (_no_output, "0 outputs"),
-}
-
-
-@pytest.mark.fault(
-    "Bundles", "a graph that names files outside of the bundle or foreign operators", "refused"
-)
-@pytest.mark.parametrize("name", GRAPHS)
-def test_a_graph_that_no_export_writes(bundle: Path, name: str) -> None:
-    (bundle / "link").symlink_to(bundle.parent / "outside.bin")
-    (bundle.parent / "outside.bin").write_bytes(bytes(1 << 20))
-    model, (change, says) = onnx.load(built_in() / "projector.onnx"), GRAPHS[name]
-    change(model)
-    replaced(bundle, "projector.onnx", model.SerializeToString())
-    refused(lambda: edgevlm.load(bundle, cache=False), BundleCorrupt, says)
-
-
-def test_weights_in_a_file_of_the_bundle(tmp_path: Path) -> None:
-    model = onnx.load(built_in() / "projector.onnx")
-    path = tmp_path / "x.onnx"
-    onnx.save(model, str(path), save_as_external_data=True, location="x.data", size_threshold=0)
-    check_graph(path, {"x.onnx", "x.data"})
-    refused(lambda: check_graph(path, {"x.onnx"}), BundleCorrupt, "not a file of this bundle")
-
-
-@pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x3a\xff\xff\xff\x7f", b"\x3a\x00", b"\x0b"])
-def test_what_is_no_graph(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "x.onnx"
-    path.write_bytes(data)
-    refused(lambda: check_graph(path, ()), BundleCorrupt, "not a graph that can be loaded")
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"a":' * 50_000, '{"format": 1e999}', "\ufeff{}"])
@@ -459,61 +330,3 @@ def test_readers_that_are_on(form: str) -> None:
     out = io.BytesIO()
     Image.new("RGB", (32, 32), (250, 0, 0)).save(out, form)
     assert np.abs(read_image(out.getvalue())[3, 3].astype(int) - (250, 0, 0)).max() < 8
-
-
-def test_mutations_are_repeatable_and_change_something() -> None:
-    seeds = range(200)
-    data, value = bytes(range(256)), {"a": [1, {"b": "c"}], "d": 2.5}
-    first = [damaged(data, random.Random(i)) for i in seeds]
-    assert first == [damaged(data, random.Random(i)) for i in seeds]
-    assert sum(each == data for each in first) < 20
-    assert sum(changed(value, random.Random(i)) == value for i in seeds) < 40
-    assert value == {"a": [1, {"b": "c"}], "d": 2.5}
-
-
-@pytest.mark.parametrize("name", ["safetensors", "schemas", "grammars", "pictures"])
-def test_targets_make_inputs_that_are_refused_or_answered(tmp_path: Path, name: str) -> None:
-    target = targets.make(name, tmp_path)
-    for i in range(12):
-        try:
-            target.check(target.case(random.Random(i)))
-        except EdgeVLMError as e:
-            assert len(str(e).splitlines()) == 1
-
-
-DYING = """
-import os, random
-class Fuzzed:
-    def __init__(self, folder): pass
-    def case(self, rng): return b"x"
-    def check(self, data):
-        if data == b"dies": os.abort()
-        if data == b"raises": raise KeyError("k")
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals that say how a process died")
-def test_a_process_that_dies_is_an_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "dying.py").write_text(DYING, encoding="utf-8")
-    (tmp_path / "sitecustomize.py").write_text(
-        f"import workshop.fuzz.targets as t; t.__path__.append({str(tmp_path)!r})", encoding="utf-8"
-    )
-    root = Path(__file__).parent.parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(root))))
-    assert replay("dying", b"dies").kind == "abort"
-    assert "SIGABRT" in replay("dying", b"dies").text
-    assert replay("dying", b"raises").text == "KeyError: \"'k'\""
-    assert replay("dying", b"well").kind == "answer"
-
-
-def test_unknown_targets_are_named() -> None:
-    done = CliRunner().invoke(main, ["nothing"])
-    assert done.exit_code == 2 and "unknown target 'nothing'" in done.output
-    assert subprocess.run([sys.executable, "-c", "import workshop.fuzz"]).returncode == 0
-
-
-def test_the_table_in_the_docs_is_the_reports() -> None:
-    docs = Path(__file__).parent.parent / "docs"
-    made = table(docs / "fuzzing.jsonl")
-    assert made in (docs / "fuzzing.md").read_text(encoding="utf-8")
-    assert {row.split()[1] for row in made.splitlines()[2:]} == {*targets.names()}

@@ -118,14 +118,14 @@ def test_what_needs_a_matrix_says_so_and_no_more(paligemma_bundle: Bundle, tmp_p
 
 
 def test_an_export_weighs_by_itself(small_checkpoint: Path, small: Bundle, tmp_path: Path) -> None:
-    wanted: dict[str, Any] = {"quant": "iq2_xs", "vision_precision": "fp32", "verify": False}
+    wanted: dict[str, Any] = {"quant": "q2_k_s", "vision_precision": "fp32", "verify": False}
     direct = export_bundle(small_checkpoint, tmp_path / "direct", **wanted)
     assert sorted(p.name for p in direct.folder.iterdir()) == [
         "decoder.gguf", "edgevlm.json", "projector.onnx", "vision.onnx",
     ]  # fmt: skip
-    assert direct.manifest.components["decoder"].precision == "iq2_xs"
-    assert "IQ2_XS" in decoder.tensor_types(direct.path("decoder")).values()
-    again = requantize_bundle(small.folder, tmp_path / "again", quant="iq2_xs", verify=False)
+    assert direct.manifest.components["decoder"].precision == "q2_k_s"
+    assert "Q2_K" in decoder.tensor_types(direct.path("decoder")).values()
+    again = requantize_bundle(small.folder, tmp_path / "again", quant="q2_k_s", verify=False)
     assert again.path("decoder").read_bytes() == direct.path("decoder").read_bytes()
 
 

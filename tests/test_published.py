@@ -27,6 +27,8 @@ from tests.checkpoints.smolvlm import write_smolvlm
 from tests.hub import COMMIT, ROOT, serve
 from tests.test_export_light import COMMAND, light
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 DECODER, MMPROJ = "tiny-Q8_0.gguf", "mmproj-tiny-f16.gguf"
 Change = Callable[[str, Any, Type], tuple[str, Any, Type] | None]
 

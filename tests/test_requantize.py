@@ -19,6 +19,8 @@ from edgevlm.export.parity import compare
 from tests.checkpoints.paligemma import write_paligemma
 from tests.test_export_bundle import arrays
 
+pytestmark = pytest.mark.usefixtures("children_inside")
+
 
 def contents(bundle: Bundle) -> dict[str, str]:
     return {r.file: r.sha256 for c in bundle.manifest.all_components for r in c.files}
