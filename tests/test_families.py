@@ -107,16 +107,17 @@ def test_it_answers_like_the_original(bundle: Bundle) -> None:
     assert parity["greedy"].worst == 0
 
 
-@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
-def test_quantized_it_stays_within_its_bounds(checkpoint: Path, quant: str, tmp_path: Path) -> None:
-    if quant == "q8_0" and checkpoint.name not in AS_USERS:
-        pytest.skip("of a family's others q4_k_m is enough")
-    with inside.children():
-        bundle = export_bundle(checkpoint, tmp_path / quant, quant=quant, vision_precision="int8")
-    parity = {s.stage: s for s in bundle.manifest.parity}
-    assert [*parity] == [*STAGES, *["regions"] * (bundle.manifest.regions is not None)]
-    assert all(0 <= s.worst <= s.tolerance for s in parity.values())
-    assert parity["divergence"].worst > 1e-6  # something was rounded
+def test_quantized_it_stays_within_its_bounds(checkpoint: Path, tmp_path: Path) -> None:
+    # Of a family's others one is enough.
+    for quant in ("q8_0", "q4_k_m") if checkpoint.name in AS_USERS else ("q4_k_m",):
+        with inside.children():
+            bundle = export_bundle(
+                checkpoint, tmp_path / quant, quant=quant, vision_precision="int8"
+            )
+        parity = {s.stage: s for s in bundle.manifest.parity}
+        assert [*parity] == [*STAGES, *["regions"] * (bundle.manifest.regions is not None)]
+        assert all(0 <= s.worst <= s.tolerance for s in parity.values())
+        assert parity["divergence"].worst > 1e-6  # something was rounded
 
 
 def test_the_manifest_survives_writing_and_reading(bundle: Bundle) -> None:
