@@ -157,9 +157,9 @@ class Photos:
         asked = await to_thread.run_sync(read_query, body, Pictures(self._limits).read)
         try:
             found = await to_thread.run_sync(self._found, asked)
+            return {"photos": await to_thread.run_sync(self._shown, found)}
         except ImageError as e:
             raise invalid(str(e), "image", "invalid_image") from None
-        return {"photos": self._shown(found)}
 
     def _found(self, asked: PhotoQuery) -> list[FoundPhoto]:
         if asked.image is not None:
@@ -178,7 +178,7 @@ class Photos:
         if given or isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
             raise invalid("duplicates takes a threshold, a cosine such as 0.97", "threshold")
         groups = await to_thread.run_sync(self._index.duplicates, threshold)
-        kept = [self._shown(group) for group in groups[:_MOST_FOUND]]
+        kept = [await to_thread.run_sync(self._shown, group) for group in groups[:_MOST_FOUND]]
         return {"groups": kept, "n_groups": len(groups)}
 
     async def picture(self, request: Request) -> Response:
