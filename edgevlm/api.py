@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from edgevlm.byte_sizes import byte_size
 from edgevlm.errors import PromptError
-from edgevlm.models import resolve
+from edgevlm.models import is_dual, resolve
 
 if TYPE_CHECKING:
     import os
@@ -64,15 +64,15 @@ def load(
       decoder take turns in it where it has no room for both (docs/caches.md); None is what the
       machine has.
 
-    `VLM.devices` says what runs where, and why, `VLM.settings` how. `load_dual` loads models that
-    embed pictures and texts (CLIP, SigLIP).
+    `VLM.devices` says what runs where, and why, `VLM.settings` how. A model that embeds pictures
+    and texts (CLIP, SigLIP) comes as what `load_dual` makes of it, whose type no name can tell.
 
     >>> with edgevlm.load(device="cpu", threads=2) as vlm:
     ...     print(vlm.devices.vision.device, vlm.settings.threads)
     cpu 2
 
     Raises BundleError for a folder without a sound bundle, PromptError for options that are not
-    known and for a dual encoder's bundle, EngineMissing for a device that is not installed,
+    known or that a dual encoder does not have, EngineMissing for a device that is not installed,
     EngineError for one that cannot run its part ("auto" falls back instead) or where max_memory is
     too small, ImageError for a picture that cannot be read.
     """
@@ -107,7 +107,22 @@ def load(
         progress=progress,
         max_memory=None if max_memory is None else byte_size(max_memory, "max_memory"),
     )
-    return load_bundle(resolve(model), options)
+    folder = resolve(model)
+    if is_dual(folder):
+        given = {
+            "decoder_device": decoder_device,
+            "repack": repack,
+            "kv": kv,
+            "max_tiles": max_tiles,
+            "max_pixels": max_pixels,
+            "max_memory": max_memory,
+            "image": image,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise PromptError(f"{folder.name}: a model that embeds has no {name}; leave it out")
+        return cast("VLM", load_dual(folder, device=vision_device or device, threads=threads))
+    return load_bundle(folder, options)
 
 
 def load_dual(

@@ -112,6 +112,13 @@ def test_a_transparent_picture_and_a_palette_become_rgb_first(folder: Path) -> N
             np.testing.assert_array_equal(model.embed_image(picture), first)
 
 
+def test_one_function_loads_whatever_a_bundle_is(folder: Path, photos: Path) -> None:
+    made: Any = edgevlm.load(folder / "clip", threads=1)
+    with made:
+        assert type(made) is edgevlm.DualEncoder
+        assert made.embed_image(photos / "0.png").shape == (24,)
+
+
 def test_texts_are_cleaned_as_each_model_was_trained() -> None:
     assert cleaned("A_dog,  RUNS!", "siglip") == "adog runs"
     assert cleaned("A_dog,  RUNS!", "canonicalize") == "a dog runs"
@@ -120,8 +127,8 @@ def test_texts_are_cleaned_as_each_model_was_trained() -> None:
 
 
 def test_what_cannot_be_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"c: embeds pictures .* in Python edgevlm\.load_dual"):
-        edgevlm.load(folder / "clip")
+    with pytest.raises(PromptError, match="clip: a model that embeds has no kv; leave it out"):
+        edgevlm.load(folder / "clip", kv="f16")
     with pytest.raises(PromptError, match=r"pico: answers questions .* edgevlm\.load loads it"):
         edgevlm.load_dual("pico")
     with pytest.raises(PromptError, match="threads must be at least 1"):
