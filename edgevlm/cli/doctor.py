@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -16,7 +17,7 @@ import edgevlm
 from edgevlm import store
 from edgevlm.cli.common import model_option
 from edgevlm.cli.signals import Aside
-from edgevlm.models import is_dual, resolve
+from edgevlm.models import BUILT_IN, installed, is_dual
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -138,12 +139,13 @@ def _settings() -> list[tuple[str, str]]:
 
 
 def _used(model: str | None) -> list[tuple[str, str]]:
-    folder = resolve(model)
-    if is_dual(folder):
-        with edgevlm.load_dual(folder) as dual:
+    named = Path(model or BUILT_IN)
+    if is_dual(named if named.exists() else installed().get(str(model), named)):
+        assert model is not None
+        with edgevlm.load_dual(model) as dual:
             return [*_part("vision", dual.placement), ("text", "cpu")]
     rows = []
-    with edgevlm.load(folder) as vlm:
+    with edgevlm.load(model) as vlm:
         for part, placement in (("vision", vlm.devices.vision), ("decoder", vlm.devices.decoder)):
             rows += _part(part, placement)
         measured = (

@@ -142,7 +142,7 @@ _SHARE = 0.8
     "index_path",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="File of that index  [default: one in the cache folder]",
+    help="File of the index  [default: one in the cache folder]",
 )
 @loading
 def serve(
