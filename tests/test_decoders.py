@@ -62,7 +62,9 @@ def test_qwen2s_logits_are_transformers(more: dict[str, Any], tmp_path: Path) ->
     }
     assert {n: t.shape for n, t in tensors.items()} == text.tensors()
     spec = decoder_spec(text, "causal")
-    about: Any = SimpleNamespace(decoder=spec, prefix="", markers={}, whole_tokens=())
+    about: Any = SimpleNamespace(
+        decoder=spec, prefix="", markers={}, whole_tokens=(), own_tokenizer=False
+    )
     configs = {p.name: read_json(p) for p in tmp_path.glob("*.json")}
     table = read_vocabulary(Checkpoint(tmp_path, configs, {}, ()), about)
     source = DecoderSource(tensors, text, table, "tiny")

@@ -40,8 +40,8 @@ def test_results_can_be_pickled() -> None:
     pieces = list(answer)
     reply = answer.reply
     assert reply.boxes and reply.logprobs and reply.parsed == BOX
-    label = types.LabelScore("a dog", 0.9, 0.3)
-    results = [reply, pieces, vlm.devices, vlm.settings, reply.timings, reply.tokens, label]
+    label, point = types.LabelScore("a dog", 0.9, 0.3), types.Point(1, 2, "a dog")
+    results = [reply, pieces, vlm.devices, vlm.settings, reply.timings, reply.tokens, label, point]
     for result in results:
         assert pickle.loads(pickle.dumps(result)) == result
     # Nothing else that is a result was forgotten.
