@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from edgevlm.bundle import read_manifest
 from edgevlm.byte_sizes import byte_size
 from edgevlm.errors import PromptError
-from edgevlm.models import is_dual, resolve
+from edgevlm.models import check_answers, is_dual, resolve
 
 if TYPE_CHECKING:
     import os
@@ -109,6 +110,8 @@ def load(
     )
     folder = resolve(model)
     if is_dual(folder):
+        if image is not None:  # of a question
+            check_answers(read_manifest(folder))
         given = {
             "decoder_device": decoder_device,
             "repack": repack,
@@ -116,7 +119,6 @@ def load(
             "max_tiles": max_tiles,
             "max_pixels": max_pixels,
             "max_memory": max_memory,
-            "image": image,
         }
         for name, value in given.items():
             if value is not None:

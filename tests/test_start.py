@@ -28,7 +28,8 @@ QUESTION = "answer en what shape is red?"
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the threads that ran the encoder."""
+    """The names of the threads that ran the encoder, after its first use on this machine."""
+    edgevlm.load().close()
     names: list[str] = []
     features = OrtEncoder.features
 

@@ -16,13 +16,11 @@ import click
 
 import edgevlm
 from edgevlm import store
-from edgevlm.bundle import read_manifest
 from edgevlm.byte_sizes import byte_size
 from edgevlm.cli.forms import read_forms
 from edgevlm.cli.names import InstalledName
 from edgevlm.cli.waiting import StageLine
 from edgevlm.errors import ImageError, PromptError
-from edgevlm.models import check_answers, resolve
 from edgevlm.sampling import SamplingOptions
 from edgevlm.types import Devices, Reply
 
@@ -188,7 +186,6 @@ class Run:
                 "`edgevlm pull smolvlm-256m`.",
                 err=True,
             )
-        check_answers(read_manifest(resolve(model)))
         return edgevlm.load(model, goal=goal, image=images, progress=tile_progress, **self.loading)
 
 
