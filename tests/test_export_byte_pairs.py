@@ -58,7 +58,11 @@ DECODER = Llama(
 def vocabulary(folder: Path, rows: int) -> Vocabulary:
     configs = {p.name: read_json(p) for p in folder.glob("*.json")}
     model: Any = SimpleNamespace(
-        decoder=SimpleNamespace(n_vocab=rows), prefix="", markers={}, whole_tokens=()
+        decoder=SimpleNamespace(n_vocab=rows),
+        prefix="",
+        markers={},
+        whole_tokens=(),
+        own_tokenizer=False,
     )
     return read_vocabulary(Checkpoint(folder, configs, {}, ()), model)
 
