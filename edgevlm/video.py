@@ -44,8 +44,9 @@ class Video:
     duration: of all of it, in seconds. `VLM.read_video` makes one of a file; whoever has frames of
     another origin makes one of those.
 
-    >>> frames = [np.zeros((48, 64, 3), np.uint8) for _ in range(3)]
-    >>> Video(frames, times=(0.0, 0.5, 1.0), duration=1.5)
+    >>> import numpy as np
+    >>> frames = list(np.zeros((3, 48, 64, 3), np.uint8))
+    >>> edgevlm.Video(frames, times=(0.0, 0.5, 1.0), duration=1.5)
     <Video of 3 frames in 1.5 s>
     """
 
