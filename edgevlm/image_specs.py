@@ -102,7 +102,7 @@ def image_spec(
         fill=fill,
         tiles=tiles,
         rgb="last" if idefics else "first",
-        native=_native(found) if found.kind == QWEN2_VL else None,
+        native=native_spec(found) if found.kind == QWEN2_VL else None,
         **_box(found, side),
     )
 
@@ -129,8 +129,10 @@ def _box_colour(found: ProcessorSettings) -> tuple[int, int, int]:
     return colour
 
 
-def _native(found: ProcessorSettings) -> NativeSpec:
-    """Qwen2-VL's bounds on the pixels of a picture, by either of their names."""
+def native_spec(found: ProcessorSettings) -> NativeSpec:
+    """Qwen2-VL's bounds on the pixels of a picture or a frame, by either of their names; raises
+    FileError.
+    """
     size, bounds = found.values["size"], []
     for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         value = size.get(edge) if isinstance(size, Mapping) and len(size) == 2 else None

@@ -13,6 +13,7 @@ from typing import Any
 from edgevlm.family import Config, FileError
 
 PREPROCESSOR, PROCESSOR = PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
 CLIP, SIGLIP, LLAVA = "CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"
 IDEFICS3, SMOLVLM = "Idefics3ImageProcessor", "SmolVLMImageProcessor"
 GOT_OCR2 = "GotOcr2ImageProcessor"
@@ -228,6 +229,32 @@ def find_settings(
     if len(found) == 2:
         _check_same(*found)
     return found[0] if found else None
+
+
+def video_settings(
+    files: Mapping[str, Config], pictures: ProcessorSettings, defaults: Mapping[str, Any]
+) -> ProcessorSettings:
+    """Settings of a processor of videos, which transformers reads from its own file, or from that
+    of pictures where there is none. `defaults` are its class's where that of pictures has others.
+
+    Raises FileError for frames that are not made into pixels as pictures are.
+    """
+    nested = files.get(PROCESSOR, {}).get("video_processor")
+    named = ((VIDEO_PROCESSOR, files.get(VIDEO_PROCESSOR)), (PROCESSOR, nested))
+    others = ((PREPROCESSOR, files.get(PREPROCESSOR)), (PROCESSOR, {}))
+    file, given = next((f, c) for f, c in (*named, *others) if c is not None)
+    if not isinstance(given, Mapping):
+        raise FileError(file, f"video_processor is {given!r}, not an object")
+    stated = {key: value for key, value in given.items() if value is not None}
+    found = ProcessorSettings(file, pictures.kind, pictures.values | defaults | stated, stated)
+    for key in pictures.values.keys() - {*defaults}:
+        own, other = (
+            list(v) if isinstance(v, tuple) else v
+            for v in (found.values[key], pictures.values[key])
+        )
+        if own != other:
+            raise found.refusal(key, f"that of pictures is {other!r}, only the same is known")
+    return found
 
 
 def _check_same(plain: ProcessorSettings, nested: ProcessorSettings) -> None:

@@ -76,10 +76,15 @@ class TaskPrompt(str):
 
 @dataclass(frozen=True)
 class Film:
-    """Pictures that are the frames of a video: their times and its duration in seconds."""
+    """Pictures that are the frames of a video.
+
+    Their times and its duration are in seconds; `fps` is how many a second were asked for, None
+    where they come from elsewhere.
+    """
 
     times: tuple[float, ...]
     duration: float
+    fps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,8 +164,8 @@ def conversation(
 def _with_film(spec: PromptSpec, system: bool) -> tuple[str, ...]:
     if spec.video is None:
         raise PromptError(
-            "this model was not trained on videos, or its bundle is older than those; ask about "
-            "frames of it as pictures"
+            "this model was not trained on videos, or its bundle is older than those and has to be "
+            "exported again; ask about frames of it as pictures"
         )
     return spec.video.system_template if system else spec.video.template
 

@@ -40,7 +40,13 @@ _DECODER = {
 }
 
 
-_VIDEO = {"most": (1, _MANY), "longest_edge": (1, 1 << 16)}
+_VIDEO = {
+    "most": (1, _MANY),
+    "longest_edge": (0, 1 << 16),
+    "least": (1, _MANY),
+    "total": (0, 1 << 40),
+    "per_second": (0, _MANY),
+}
 
 
 def out_of_bounds(

@@ -177,24 +177,41 @@ class VideoSpec:
     those of PromptSpec with all frames as `{image}`. `opening` stands before all, `frame` before
     each and `closing` behind all of them, in which `{count}` is their number in words, `{duration}`
     the video's in hours, minutes and seconds, and `{time}` a frame's in minutes and seconds.
+
+    With `pairs` the encoder sees two frames at a time, of an odd number the last one twice, and
+    the decoder reads the embeddings of all pairs as those of one picture that goes on in time.
+    Frames are then an even number from `least` on, the first ones of equal stretches. `native` are
+    the bounds of a frame, and `total` is that of the pixels of all pairs. A second has `per_second`
+    positions in time, and two pairs are as many whole seconds apart as their frames; with 0 it is
+    one position.
     """
 
     fps: float
     most: int
-    skip: float
-    longest_edge: int
     template: tuple[str, ...]
+    skip: float = 0.0
+    longest_edge: int = 0
     system_template: tuple[str, ...] = ()
     opening: str = ""
     frame: str = ""
     closing: str = ""
+    pairs: bool = False
+    least: int = 1
+    native: NativeSpec | None = None
+    total: int = 0
+    per_second: int = 0
 
-    def image(self, spec: ImageSpec) -> ImageSpec:
-        """The spec of a frame where `spec` is that of a picture."""
-        tiles = spec.tiles
+    def image(self, spec: ImageSpec, n: int) -> ImageSpec:
+        """The spec of each of `n` frames where `spec` is that of a picture."""
+        tiles, native = spec.tiles, spec.native
         if tiles:
             tiles = replace(tiles, longest_edge=self.longest_edge, max_tiles=1)
-        return replace(spec, max_pictures=self.most, tiles=tiles)
+        if self.native:
+            # What is left for each frame, as qwen_vl_utils bounds it.
+            share = max(2 * self.total // n, int(self.native.least * 1.05))
+            bounds = [self.native.max_pixels, native.max_pixels if native else 0, share]
+            native = replace(self.native, max_pixels=min(bound for bound in bounds if bound))
+        return replace(spec, max_pictures=self.most, tiles=tiles, native=native)
 
 
 @dataclass(frozen=True)

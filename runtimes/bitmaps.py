@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 
-from edgevlm.image import ImageSource, Picture, read_picture
+import numpy as np
+
+from edgevlm.errors import PromptError
+from edgevlm.image import ImageSource, Picture, Pixels, cut, read_picture
 from edgevlm.image.plan import Plan, plan
 from edgevlm.runtimes.cache import fingerprint
 from edgevlm.runtimes.engines import Float
@@ -19,13 +23,15 @@ class Bitmap:
 
     `made` are embeddings, by their key, that were computed before anybody asked, and `took` are
     milliseconds by the names of Timings' fields, for these and for reading it; the first request
-    that is about it counts both as its own. `source` is what it was read from.
+    that is about it counts both as its own. `source` is what it was read from. `then` is the frame
+    of a video that the encoder sees together with it, of the same size.
     """
 
     picture: Picture
     made: dict[str, Float] = field(default_factory=dict, compare=False)
     took: dict[str, float] = field(default_factory=dict, compare=False)
     source: ImageSource | None = field(default=None, compare=False)
+    then: Picture | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -35,11 +41,17 @@ class Bitmap:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return fingerprint(self.picture)
+        own = fingerprint(self.picture)
+        return f"{own} {fingerprint(self.then)}" if self.then else own
 
     def key(self, spec: ImageSpec) -> str:
         """The key of its embeddings; one that is among others may have another plan than alone."""
         return f"{self._fingerprint} {spec}"
+
+    def cut(self, spec: ImageSpec) -> Pixels:
+        """Its pixels float32 [tiles, 3, height, width], or of two frames [1, 6, height, width]."""
+        pixels = cut(self.picture, spec)
+        return np.concatenate([pixels, cut(self.then, spec)], 1) if self.then else pixels
 
     def plan(self, spec: ImageSpec) -> Plan:
         """Its way to the encoder; raises ImageError where there is none."""
@@ -51,6 +63,20 @@ def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
     return [
         i if isinstance(i, Bitmap) else Bitmap(read_picture(i), source=_lasting(i)) for i in images
     ]
+
+
+def in_pairs(frames: Sequence[Bitmap]) -> list[Bitmap]:
+    """Frames of a video two by two, the last one of an odd number twice; raises PromptError where
+    they are not of one size.
+    """
+    for i, frame in enumerate(frames):
+        if frame.size != frames[0].size:
+            raise PromptError(
+                f"frame {i + 1} of the video has {frame.size[0]} x {frame.size[1]} pixels, the "
+                f"first one {frames[0].size[0]} x {frames[0].size[1]}; make them of one size"
+            )
+    pairs = zip_longest(frames[::2], frames[1::2], fillvalue=frames[-1])
+    return [replace(first, then=second.picture) for first, second in pairs]
 
 
 def _lasting(source: ImageSource) -> ImageSource | None:

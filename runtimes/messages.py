@@ -61,7 +61,7 @@ def parted(
     first and last, after one of the system's at most.
     """
     if isinstance(messages, str) and isinstance(image, Video):
-        film = Film(tuple(image.times), image.duration)
+        film = Film(tuple(image.times), image.duration, image.fps)
         return system, [Exchange(messages, len(image.frames), film=film)], list(image.frames)
     if isinstance(messages, str):
         images = list(several(image))

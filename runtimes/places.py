@@ -6,30 +6,54 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgevlm.prompt import Image, Tokens
+from edgevlm.prompt import Film, Image, Tokens
 from edgevlm.runtimes.engines import Float, Int32, following
+from edgevlm.specs import VideoSpec
+from edgevlm.video import time_step
 
 Cells = tuple[int, int]
 
 
 def placed(
-    segments: Sequence[Image | Tokens], rows: Sequence[Float], cells: Sequence[Cells] | None
+    segments: Sequence[Image | Tokens],
+    rows: Sequence[Float],
+    cells: Sequence[Cells] | None,
+    step: int = 0,
 ) -> list[Int32]:
     """The positions of each segment's rows, int32 [n]; with M-RoPE, where `cells` are the lines and
     columns of every picture, int32 [n, 4].
 
     There a picture stands at one time, its embeddings at their lines and columns behind that, and
-    what follows behind all of them: not after as many positions as it has rows.
+    what follows behind all of them: not after as many positions as it has rows. With a `step` the
+    pictures are the pairs of a video's frames: their lines and columns are the same, and each is so
+    many positions after the one before it in time.
     """
-    found, start = list[Int32](), 0
+    found, start, end = list[Int32](), 0, 0
     for segment, its in zip(segments, rows, strict=True):
         if cells and isinstance(segment, Image):
-            found.append(_in_picture(start, *cells[segment.index]))
-            start += max(cells[segment.index])
+            places = _in_picture(start, *cells[segment.index])
+            places[:, 0] += segment.index * step
+            found.append(places)
+            end = int(places.max()) + 1
+            start = start if step else end
         else:
+            start = max(start, end)
             found.append(following(start, len(its), mrope=cells is not None))
             start += len(its)
     return found
+
+
+def film_step(spec: VideoSpec, film: Film) -> int:
+    """The step of a video's pairs; raises PromptError where its frames are too near to each other.
+
+    Frames a second are those that were asked for, or else as many as their times say.
+    """
+    fps, span = film.fps, film.times[-1] - film.times[0]
+    if fps is None and span > 0:
+        # Times are rounded, and what they say may be cut off to whole seconds.
+        fps = round((len(film.times) - 1) / span, 6)
+    # Two frames are at one time however far they are apart.
+    return time_step(spec, fps or spec.fps) if len(film.times) > 2 else 1
 
 
 def _in_picture(time: int, lines: int, columns: int) -> Int32:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
-from edgevlm.image import ImageSource, cut
+from edgevlm.image import ImageSource
 from edgevlm.image.overlap import for_projector
 from edgevlm.image.plan import among, plan
 from edgevlm.prompt import (
@@ -36,13 +36,13 @@ from edgevlm.prompt import (
     with_frames,
 )
 from edgevlm.runtimes import regions
-from edgevlm.runtimes.bitmaps import Bitmap, read
+from edgevlm.runtimes.bitmaps import Bitmap, in_pairs, read
 from edgevlm.runtimes.budget import Budget
 from edgevlm.runtimes.cache import EmbeddingCache
 from edgevlm.runtimes.engines import Block, MaskDecoder, RegionModel, TextDecoder, VisionEncoder
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.joining import join
-from edgevlm.runtimes.places import placed
+from edgevlm.runtimes.places import film_step, placed
 from edgevlm.runtimes.prefixes import PrefixCache
 from edgevlm.runtimes.regions import Search
 from edgevlm.sampling import Sampling
@@ -187,9 +187,11 @@ class Request:
     what they were read from, `image` is
     the spec that they are planned by, `n_tiles` the squares that the encoder sees of them.
     `n_image` and `n_text` count rows; `max_tokens` is the room for the answer that the context
-    leaves, or less; `n_cached` and `n_kept` are counted when the input is made and read. `progress`
-    is told of every tile. `searches` are those for objects, with the segments of each, where a
-    region model answers; `segments` are then the first one's, and `n_text` is the longest's.
+    leaves, or less; `n_cached` and `n_kept` are counted when the input is made and read. `step` is
+    how many positions in time each pair of a video's frames is after the one before it, 0 where the
+    pictures are none. `progress` is told of every tile. `searches` are those for objects, with the
+    segments of each, where a region model answers; `segments` are then the first one's, and
+    `n_text` is the longest's.
     """
 
     pictures: list[Bitmap]
@@ -203,6 +205,7 @@ class Request:
     max_tokens: int
     n_cached: int = 0
     n_kept: int = 0
+    step: int = 0
     progress: Callable[[Progress], None] | None = None
     searches: tuple[tuple[Search, list[Image | Tokens]], ...] = ()
     sizes: tuple[tuple[int, int], ...] = field(init=False)
@@ -229,12 +232,16 @@ def prepare(
     spec = model.manifest
     _ = model.decoder  # says so where there is none, before anything else does
     check_system(spec, system)
+    film, allowed, step = exchanges[0].film, spec.image, 0
+    if film and spec.prompt.video:
+        allowed = spec.prompt.video.image(spec.image, len(images))
+    if film and spec.prompt.video and spec.prompt.video.pairs:
+        step = film_step(spec.prompt.video, film)
+        exchanges = [replace(exchanges[0], n_pictures=-(-len(images) // 2))]
     prompts = regions.prompts(spec.regions, exchanges[-1].question, sampling)
     asked = [[*exchanges[:-1], replace(exchanges[-1], question=prompt)] for prompt in prompts]
     filled = [conversation(spec.prompt, each, system) for each in asked]
-    film, allowed = exchanges[0].film, spec.image
-    if film and (video := spec.prompt.video):
-        allowed = video.image(spec.image)
+    if film and (video := spec.prompt.video) and not step:
         filled = [with_frames(segments, film, video) for segments in filled]
     if len(images) > allowed.max_pictures:
         kind = "frames" if film else "pictures"
@@ -243,9 +250,13 @@ def prepare(
         )
     with watch.timed("image_decode_ms"):
         pictures = model.read(images)
+    if step:
+        pictures = in_pairs(pictures)
     image = among(allowed, len(pictures))
     plans = [picture.plan(image) for picture in pictures]
-    written = [laid_out(segments, plans, spec.prompt.picture) for segments in filled]
+    # The template of a video has all that stands around its pairs.
+    layout = None if step else spec.prompt.picture
+    written = [laid_out(segments, plans, layout) for segments in filled]
     n_image, n_tiles = sum(p.rows for p in plans), sum(p.n_tiles for p in plans)
     context = spec.decoder.context_length
     try:
@@ -264,7 +275,7 @@ def prepare(
     if model.budget:
         model.budget.check(n_image + n_text + room)
     made = Request(pictures, read[0], sampling, watch, image, n_tiles, n_image, n_text, room)
-    return replace(made, searches=tuple(zip(found, read, strict=False)))
+    return replace(made, step=step, searches=tuple(zip(found, read, strict=False)))
 
 
 def check_system(spec: Manifest, system: str | None) -> None:
@@ -332,9 +343,13 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
     cells = None
     if spec.positions == "mrope":
         cells = [plan(*size, request.image).cells for size in request.sizes]
-    positions = placed(segments, rows, cells)
+    positions = placed(segments, rows, cells, request.step)
     blocks: list[Block] = []
-    for begin, end in pairwise([0, *_cuts(segments, spec.attention), len(rows)]):
+    cuts = _cuts(segments, spec.attention)
+    if request.step:
+        # All pairs are one block.
+        cuts = [cuts[0], cuts[-1]]
+    for begin, end in pairwise([0, *cuts, len(rows)]):
         if begin < end:
             picture = any(isinstance(segment, Image) for segment in segments[begin:end])
             both = spec.attention == "prefix" or (spec.attention != "causal" and picture)
@@ -408,7 +423,7 @@ def encode(
     Tiles go through the graphs a few at a time, each different one once.
     """
     with watch.timed("preprocess_ms"):
-        pixels = cut(picture.picture, image)
+        pixels = picture.cut(image)
         names = [hashlib.sha256(tile).digest() for tile in pixels]
         first = {name: names.index(name) for name in names}
     encoder, made = model.encoder, list[Float]()

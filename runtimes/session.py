@@ -209,9 +209,9 @@ class VLM:
         if spec is None:
             raise PromptError(
                 f"{self.manifest.name}: it was not trained on videos, or its bundle is older than "
-                "those; ask about frames of it as pictures"
+                "those and has to be exported again; ask about frames of it as pictures"
             )
-        return read_video(source, spec, spec.image(self.manifest.image), fps)
+        return read_video(source, spec, self.manifest.image, fps)
 
     def caption(
         self, image: Images, language: str = "en", *, length: str = "normal",

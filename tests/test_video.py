@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -133,7 +134,9 @@ def transformers_own(file: str, name: str) -> Any:
     for argument in (*method.args.args, method.args.kwarg):
         if argument:
             argument.annotation = None
-    names: dict[str, Any] = {"np": np}
+    import torch
+
+    names: dict[str, Any] = {"np": np, "math": math, "torch": torch}
     module = ast.fix_missing_locations(ast.Module([method], []))
     exec(compile(module, str(path), "exec"), names)
     return names[name]

@@ -26,12 +26,18 @@ from edgevlm.family import (
     stop_tokens,
 )
 from edgevlm.image.plan import limited
-from edgevlm.image_specs import image_spec
+from edgevlm.image_specs import image_spec, native_spec
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.patch_merger import PatchMerger
 from edgevlm.parts.qwen2_vit import Qwen2Vit
-from edgevlm.processors import PREPROCESSOR, QWEN2_VL, find_settings
-from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec
+from edgevlm.processors import (
+    PREPROCESSOR,
+    QWEN2_VL,
+    ProcessorSettings,
+    find_settings,
+    video_settings,
+)
+from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec, VideoSpec
 from edgevlm.templates import SYSTEM, Cutter, chat_template
 
 _OLD, _NEW = "qwen2_vl", "qwen2_5_vl"
@@ -84,6 +90,11 @@ _CHAT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"{}<]+)<\|im_end\
 _MAX_PICTURES = 64
 # The models' cards propose 256 to 1280 squares of a picture; published files allow 16384.
 _USUAL_SQUARES = 1280
+# Qwen2VLVideoProcessor's defaults, and as many squares as it allows a frame where a file says
+# nothing; published files allow 16384. The bound on all pairs is that of qwen_vl_utils, which is
+# published with the models, in its first versions.
+_FPS, _LEAST_FRAMES, _MOST_FRAMES = 2.0, 4, 768
+_USUAL_FRAME_SQUARES, _LEAST_FRAME_SQUARES, _VIDEO_SQUARES = 768, 128, 24576
 # Nothing bounds the shape of what a picture is rounded to but this, half as much again as its own.
 _LONGEST_SHAPE = 300
 _TASKS: Mapping[str, str] = {
@@ -108,15 +119,19 @@ def _describe(source: Source) -> Model:
     new = config["model_type"] == _NEW
     text, stated = _text(config)
     vision = _vision(config, text, new)
-    image, notes = _image(source, vision)
+    found = _settings(source, vision)
+    image, notes = _image(found, vision)
     # Any bound up to the checkpoint's own may be chosen later.
     assert image.native
     reach = math.isqrt(_LONGEST_SHAPE * image.native.most) // vision.patch_size + 2 * vision.merge
     ids = _token_ids(source, config)
     ends = (ids[_TURN_END], *stop_tokens(source.files, stated, ids[_TURN_END]))
+    prompt = _prompt(source, ids, _NEW_TASKS if new else _TASKS)
+    if _VIDEO in ids:
+        prompt = replace(prompt, video=_video(source, found, prompt, ids, vision, new))
     return Model(
         image=image,
-        prompt=_prompt(source, ids, _NEW_TASKS if new else _TASKS),
+        prompt=prompt,
         decoder=decoder_spec(text, "causal"),
         answer=AnswerSpec(stop_tokens=tuple(dict.fromkeys(ends)), max_tokens=512),
         vision=replace(vision, reach=reach),
@@ -153,6 +168,8 @@ def _vision(config: Config, text: Llama, new: bool) -> Qwen2Vit:
         raise ValueError(
             f"the vision tower makes rows of {out}, the decoder's are {text.hidden_size}"
         )
+    if vision.frames != 2:
+        raise ValueError(f"vision_config.temporal_patch_size is {vision.frames}; only 2 is known")
     if vision.num_channels != 3 or stated.get("in_chans", 3) != 3:
         raise ValueError(f"vision_config.in_channels is {vision.num_channels}; only 3 is known")
     if vision.hidden_size % (4 * vision.num_attention_heads):
@@ -181,7 +198,7 @@ def _window(stated: Config, vision: Qwen2Vit) -> int:
     return side
 
 
-def _image(source: Source, vision: Qwen2Vit) -> tuple[ImageSpec, tuple[str, ...]]:
+def _settings(source: Source, vision: Qwen2Vit) -> ProcessorSettings:
     found = find_settings(source.files, QWEN2_VL, (QWEN2_VL,))
     if found is None:
         raise FileError(PREPROCESSOR, "is not there; it says how large pictures may be")
@@ -192,6 +209,10 @@ def _image(source: Source, vision: Qwen2Vit) -> tuple[ImageSpec, tuple[str, ...]
     ):
         if found.values[key] != known:
             raise found.refusal(key, f"the vision tower's is {known}")
+    return found
+
+
+def _image(found: ProcessorSettings, vision: Qwen2Vit) -> tuple[ImageSpec, tuple[str, ...]]:
     image = image_spec(found, vision.image_size, 1, max_pictures=_MAX_PICTURES)
     usual = _USUAL_SQUARES * vision.image_size**2
     if image.native is None or image.native.most <= usual:
@@ -236,6 +257,51 @@ def _prompt(source: Source, ids: Mapping[str, int], tasks: Mapping[str, str]) ->
         picture=PictureLayout(
             whole=(_START, "{image}", _END), tokens={name: ids[name] for name in (_START, _END)}
         ),
+    )
+
+
+def _video(
+    source: Source,
+    pictures: ProcessorSettings,
+    prompt: PromptSpec,
+    ids: Mapping[str, int],
+    vision: Qwen2Vit,
+    new: bool,
+) -> VideoSpec:
+    """Videos as the files say, and Qwen2VLVideoProcessor where they say nothing."""
+    square = vision.image_size**2
+    edges = {
+        "shortest_edge": _LEAST_FRAME_SQUARES * square,
+        "longest_edge": _USUAL_FRAME_SQUARES * square,
+    }
+    bounds = {"size": edges, "min_pixels": None, "max_pixels": None}
+    usual = {"fps": _FPS, "min_frames": _LEAST_FRAMES, "max_frames": _MOST_FRAMES}
+    found = video_settings(source.files, pictures, bounds | usual)
+    fps, least, most = (found.values[key] for key in usual)
+    if type(fps) not in (int, float) or not 0 < fps < 1000:
+        raise found.refusal("fps", "only a number above 0 is known")
+    if type(least) is not int or type(most) is not int or not 1 <= least <= most <= 4096:
+        raise found.refusal("max_frames", f"with min_frames {least!r} only 1 to 4096 are known")
+    rate = setting(section(source.files["config.json"], "vision_config"), "tokens_per_second", 4)
+    if new and not 1 <= rate <= 4096:
+        raise ValueError(f"vision_config.tokens_per_second is {rate}; only 1 and more are known")
+    around = f"{{id:{ids[_START]}}}", "{image}", f"{{id:{ids[_END]}}}"
+
+    def shown(template: tuple[str, ...]) -> tuple[str, ...]:
+        place = template.index("{image}")
+        return (*template[:place], *around, *template[place + 1 :])
+
+    native = native_spec(found)
+    return VideoSpec(
+        fps=float(fps),
+        most=most,
+        template=shown(prompt.template),
+        system_template=shown(prompt.system_template),
+        pairs=True,
+        least=least,
+        native=replace(native, max_pixels=min(native.most, _USUAL_FRAME_SQUARES * square)),
+        total=_VIDEO_SQUARES * square,
+        per_second=rate if new else 0,
     )
 
 

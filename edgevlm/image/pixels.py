@@ -15,7 +15,8 @@ Pixels = npt.NDArray[np.float32]
 
 _STRIP_PIXELS = 1 << 22
 
-_RESAMPLE = {
+# Pillow's filters by the names of specs.
+RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -45,7 +46,7 @@ def cut(picture: RGB | Picture, spec: ImageSpec) -> Pixels:
     given = picture if isinstance(picture, Picture) else Picture(picture)
     height, width = given.rgb.shape[:2]
     planned, drawn = plan(width, height, spec), Image.fromarray(given.rgb)
-    resample = _RESAMPLE[spec.resample]
+    resample = RESAMPLE[spec.resample]
     if spec.rgb == "last" and given.indexed:
         resample = Image.Resampling.NEAREST
     elif spec.rgb == "last" and given.alpha is not None:
@@ -135,7 +136,7 @@ def _pad(picture: Image.Image, spec: ImageSpec, side: int) -> Image.Image:
     itself: done strip by strip the result is the same, and the square is never in memory.
     """
     width, height = picture.size
-    long, resample = max(width, height), _RESAMPLE[spec.resample]
+    long, resample = max(width, height), RESAMPLE[spec.resample]
     left, top = (long - width) // 2, (long - height) // 2
     background = _background(spec)
     narrow = Image.new("RGB", (side, long), background)

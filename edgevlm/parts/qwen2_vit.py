@@ -14,7 +14,8 @@ class Qwen2Vit(VisionTower):
 
     Features are in squares of `merge` x `merge` patches, line by line. Sides are multiples of
     `image_size`, that of such a square, and have `reach` patches at most. Layers but `full_layers`
-    see windows of `window` x `window` squares; with 0 all see everything.
+    see windows of `window` x `window` squares; with 0 all see everything. Its pixels are those of a
+    still picture, which the original repeats in time, or of `frames` frames one behind the other.
     """
 
     merge: int
@@ -26,8 +27,8 @@ class Qwen2Vit(VisionTower):
 
     @property
     def pixels(self) -> tuple[int, int, int]:
-        """See VisionTower; -1 is the picture's to say."""
-        return (self.num_channels, -1, -1)
+        """See VisionTower; -1 is the picture's to say, and `num_channels` of each frame."""
+        return (-1, -1, -1)
 
     @property
     def features(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.export.onnx import free
-from edgevlm.export.onnx.free import Length
+from edgevlm.export.onnx.free import Length, vector
 from edgevlm.export.onnx.graph import Builder, Value
 from edgevlm.export.onnx.layers import activation, attention, layer_norm, linear, mlp, rms_norm
 from edgevlm.export.parts import Net
@@ -81,10 +81,7 @@ def _windows(b: Builder, config: Qwen2Vit, lines: Value, columns: Value) -> _Win
 
 def _build(b: Builder, config: Qwen2Vit, pixels: Value) -> Value:
     d, merge = config.hidden_size, config.merge
-    kernel = b.weight("patch_embed.proj.weight", _still, (d, 3, *[config.patch_size] * 2))
-    side = [config.patch_size] * 2
-    given = [pixels.name, kernel.name]
-    grid = b.node("Conv", "patch_embed", given, (d, -1, -1), kernel_shape=side, strides=side)
+    grid = _patches(b, config, pixels)
     down, across = (free.length(b, "patch_embed", grid, axis) for axis in (2, 3))
     lines, columns = (free.computed(b, "Div", "squares", n, merge) for n in (down, across))
     patches = free.ordered(b, "patch_embed", grid, 0, 2, 3, 1)
@@ -97,10 +94,47 @@ def _build(b: Builder, config: Qwen2Vit, pixels: Value) -> Value:
     return b.node("Unsqueeze", "features", [x.name, free.vector(b, "features", 0)], (-1, d))
 
 
-def _still(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A kernel over frames for pictures, which the original repeats in time."""
+def _patches(b: Builder, config: Qwen2Vit, pixels: Value) -> Value:
+    """Pixels of a picture, or of two frames -> a map [1, width, lines, columns] of patches.
+
+    The kernel over two frames, one for each, is its sum over their mean and its difference over
+    half of theirs. The mean of a picture and itself is that picture to the last bit, and the
+    difference nothing.
+    """
+    name, channels, side = "patch_embed", config.num_channels, [config.patch_size] * 2
+    first, last = (
+        b.node(
+            "Slice", name, [pixels.name, *(vector(b, name, n) for n in span)], (channels, -1, -1)
+        )
+        for span in ((0, channels, 1), (-channels, _TO_THE_END, 1))
+    )
+    half, parts = b.number(0.5), list[str]()
+    for operator, change, kernel in (("Add", _sum, "sum"), ("Sub", _difference, "difference")):
+        both = b.node(operator, name, [first.name, last.name], first.shape)
+        seen = b.node("Mul", name, [both.name, half.name], first.shape)
+        weight = b.made(
+            f"{name}.{kernel}",
+            (f"{name}.proj.weight",),
+            change,
+            (config.hidden_size, channels, *side),
+        )
+        shape, given = (config.hidden_size, -1, -1), [seen.name, weight.name]
+        parts.append(b.node("Conv", name, given, shape, kernel_shape=side, strides=side).name)
+    return b.node("Add", name, parts, (config.hidden_size, -1, -1))
+
+
+# The largest int64: a slice that ends behind everything.
+_TO_THE_END = (1 << 63) - 1
+
+
+def _sum(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
     total: NDArray[np.float32] = kernel.sum(2)
     return total
+
+
+def _difference(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = kernel[:, :, 0] - kernel[:, :, 1]
+    return found
 
 
 def _in_squares(
