@@ -241,12 +241,14 @@ def video_settings(
     """
     nested = files.get(PROCESSOR, {}).get("video_processor")
     named = ((VIDEO_PROCESSOR, files.get(VIDEO_PROCESSOR)), (PROCESSOR, nested))
-    others = ((PREPROCESSOR, files.get(PREPROCESSOR)), (PROCESSOR, {}))
+    others: tuple[tuple[str, Any], ...] = ((PREPROCESSOR, files.get(PREPROCESSOR)), (PROCESSOR, {}))
     file, given = next((f, c) for f, c in (*named, *others) if c is not None)
     if not isinstance(given, Mapping):
         raise FileError(file, f"video_processor is {given!r}, not an object")
     stated = {key: value for key, value in given.items() if value is not None}
-    found = ProcessorSettings(file, pictures.kind, pictures.values | defaults | stated, stated)
+    found = ProcessorSettings(
+        file, pictures.kind, {**pictures.values, **defaults, **stated}, stated
+    )
     for key in pictures.values.keys() - {*defaults}:
         own, other = (
             list(v) if isinstance(v, tuple) else v
