@@ -52,6 +52,11 @@ class Tokens:
 Segment = Text | Image | Begin | Tokens
 _ID = re.compile(r"\{id:(\d+)\}")
 _WORDS = re.compile(r"\{(prompt|system)\}")
+_TEENS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 class TaskPrompt(str):
@@ -193,13 +198,6 @@ def in_words(n: int) -> str:
     if tens > len(_TENS) + 1:
         return str(n)
     return _TENS[tens - 2] + (f"-{_TEENS[ones]}" if ones else "")
-
-
-_TEENS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def clock(seconds: float) -> str:

@@ -232,16 +232,16 @@ def prepare(
     spec = model.manifest
     _ = model.decoder  # says so where there is none, before anything else does
     check_system(spec, system)
-    film, allowed, step = exchanges[0].film, spec.image, 0
-    if film and spec.prompt.video:
-        allowed = spec.prompt.video.image(spec.image, len(images))
-    if film and spec.prompt.video and spec.prompt.video.pairs:
-        step = film_step(spec.prompt.video, film)
-        exchanges = [replace(exchanges[0], n_pictures=-(-len(images) // 2))]
+    film, video, allowed, step = exchanges[0].film, spec.prompt.video, spec.image, 0
+    if film and video:
+        allowed = video.image(spec.image, len(images))
+        if video.pairs:
+            step = film_step(video, film)
+            exchanges = [replace(exchanges[0], n_pictures=-(-len(images) // 2))]
     prompts = regions.prompts(spec.regions, exchanges[-1].question, sampling)
     asked = [[*exchanges[:-1], replace(exchanges[-1], question=prompt)] for prompt in prompts]
     filled = [conversation(spec.prompt, each, system) for each in asked]
-    if film and (video := spec.prompt.video) and not step:
+    if film and video and not step:
         filled = [with_frames(segments, film, video) for segments in filled]
     if len(images) > allowed.max_pictures:
         kind = "frames" if film else "pictures"

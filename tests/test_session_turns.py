@@ -136,7 +136,7 @@ def assistant(content: str | list[TextPart | ImagePart] | Reply) -> Message:
 
 
 def read_by(vlm: VLM) -> str:
-    """What the decoder of a fake read last: a picture's rows as #, tokens as their text."""
+    """The last input of a fake's decoder: a picture's rows as #, tokens as their text."""
     piece = vlm.engines.decoder.piece
     return "".join("#" if r[3] == 0 else piece(int(r[0])).decode() for r in prefills(vlm)[-1])
 

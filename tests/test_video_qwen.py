@@ -56,7 +56,7 @@ class Shown:
     def inputs(
         self, frames: Frames, fps: float, most: int, system: str | None = None
     ) -> dict[str, Any]:
-        """What it reads of a question about frames of at most so many pixels."""
+        """The input of a question about frames of at most so many pixels."""
         import torch
 
         pictures = self._original.processor.image_processor

@@ -22,6 +22,9 @@ _THETA = 10000.0
 # Added to the scores of what is no part of a picture; half precision holds it.
 _HIDDEN = -10000.0
 
+# The largest int64: a slice that ends behind everything.
+_TO_THE_END = (1 << 63) - 1
+
 
 @dataclass(frozen=True)
 class _Windows:
@@ -121,10 +124,6 @@ def _patches(b: Builder, config: Qwen2Vit, pixels: Value) -> Value:
         shape, given = (config.hidden_size, -1, -1), [seen.name, weight.name]
         parts.append(b.node("Conv", name, given, shape, kernel_shape=side, strides=side).name)
     return b.node("Add", name, parts, (config.hidden_size, -1, -1))
-
-
-# The largest int64: a slice that ends behind everything.
-_TO_THE_END = (1 << 63) - 1
 
 
 def _sum(kernel: NDArray[np.float32]) -> NDArray[np.float32]:
