@@ -15,6 +15,8 @@ INSTALL = (
 NEEDS = ("checkpoint",)
 # OpenVINO's own name of the first picture in a prompt.
 _PICTURE = "<ov_genai_image_0>"
+# More than any prompt has, so that each is read in one piece.
+_ALL_TOKENS = 1 << 20
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
@@ -24,8 +26,12 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
     folder = Path(task["work"]) / "openvino"
     if not folder.is_dir():
         _export(task, folder)
+    # As it schedules one question alone, but for the blocks that it keeps of the question before.
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = False, _ALL_TOKENS
+    settings = {"scheduler_config": scheduler, "INFERENCE_NUM_THREADS": task["threads"]}
     try:
-        pipe = openvino_genai.VLMPipeline(folder, "CPU", INFERENCE_NUM_THREADS=task["threads"])
+        pipe = openvino_genai.VLMPipeline(folder, "CPU", **settings)
     except RuntimeError as e:
         if "VLM model type" in str(e):
             raise NotImplementedError(

@@ -21,25 +21,25 @@ from PIL import Image
 
 import edgevlm
 from edgevlm.benchmarks.scenes.evaluate import GENERATORS, evaluate
+from edgevlm.export.parity.compare import N_TOKENS, PROMPT
+from edgevlm.export.parity.images import scene
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.loading import LoadOptions, load_bundle
 from edgevlm.runtimes.stages import stages
 
-PROMPT, N_TOKENS = "answer en what is in the picture?", 12
 EXACT = "-f32"
 # Of each drawing routine; about eight questions each.
 SCENES = 8
-_PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 
 
 def answer(bundle: Path, out: Path, reference: Path | None) -> None:
-    """Writes the stages of one bundle's answer."""
+    """Writes the stages of one bundle's answer, about what the exporter holds bundles to."""
     name, _, precision = bundle.name.rpartition("-")
     follow = None
     if f"-{precision}" != EXACT:
         follow = np.load((reference or out) / f"{name}{EXACT}.npz")["tokens"].tolist()
     with load_bundle(bundle, LoadOptions(device="cpu", threads=1)) as vlm:
-        made = stages(vlm.engines, PROMPT, _PICTURE, N_TOKENS, follow=follow)
+        made = stages(vlm.engines, PROMPT, scene(), N_TOKENS, follow=follow)
     fields = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
     np.savez_compressed(out / f"{bundle.name}.npz", **fields)
 

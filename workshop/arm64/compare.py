@@ -23,18 +23,12 @@ from workshop.arm64.answers import EXACT
 
 # Unquantized, and as the target "phone" has it.
 PRECISIONS = {"f32": "fp32", TARGETS["phone"].quant: TARGETS["phone"].vision[0]}
-# Kernels round otherwise.
-_SPARE = 1.1
 # Of pico's answers that may come out otherwise: one in a hundred.
 _POINT = 0.01
 
 
 class Difference(NamedTuple):
-    """One stage of one bundle: how far it is off, there and here, in shares of its bound.
-
-    The exporter holds to bounds on a picture of its own, so that another may be beyond them, but on
-    one processor as far as on another.
-    """
+    """One stage of one bundle: how far it is off, there and here, in shares of its bound."""
 
     bundle: str
     stage: str
@@ -43,8 +37,8 @@ class Difference(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """True if it is within the bound, or no further beyond it than here."""
-        return self.share <= max(1.0, _SPARE * self.here)
+        """True if it is within the bound."""
+        return self.share <= 1.0
 
 
 @dataclass(frozen=True)
