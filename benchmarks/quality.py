@@ -22,10 +22,11 @@ from PIL import Image
 
 from edgevlm.benchmarks.scenes.evaluate import GENERATORS, TASKS, evaluate, held_out, questions_of
 from edgevlm.benchmarks.scenes.textured_scenes import Scene
-from edgevlm.bundle import Manifest, open_bundle
+from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import child
 from edgevlm.export.parity.metrics import divergence, shared
+from edgevlm.manifest import Manifest
 from edgevlm.models import BUILT_IN
 from edgevlm.prompt import task_prompt
 

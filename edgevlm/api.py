@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from edgevlm.bundle import read_manifest
 from edgevlm.byte_sizes import byte_size
 from edgevlm.errors import PromptError
+from edgevlm.manifest import read_manifest
 from edgevlm.models import check_answers, is_dual, resolve
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgevlm import catalogue
-from edgevlm.bundle import MANIFEST, Manifest, read_manifest
 from edgevlm.errors import BundleError, BundleNotFound, PromptError
+from edgevlm.manifest import MANIFEST, Manifest, read_manifest
 
 BUILT_IN = "pico"
 # A folder that cannot be made, for a user without a home.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from edgevlm.errors import PromptError
-from edgevlm.image.plan import Plan
+from edgevlm.image.planned import Plan
 from edgevlm.specs import PictureLayout, PromptSpec, VideoSpec
 from edgevlm.types import Reply
 

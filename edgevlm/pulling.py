@@ -15,11 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from edgevlm import catalogue, cleanup, machine, store
-from edgevlm.bundle import MANIFEST, Bundle, check_path, open_bundle, read_manifest
+from edgevlm.bundle import Bundle, check_path, open_bundle
 from edgevlm.errors import BundleError, EngineMissing, HubError, SourceError
 from edgevlm.export import targets
 from edgevlm.hub import cache, download
 from edgevlm.hub.repository import RemoteFile, Repository, look_up, parse
+from edgevlm.manifest import MANIFEST, read_manifest
 from edgevlm.models import directory, installed
 from edgevlm.types import Progress
 

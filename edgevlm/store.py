@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgevlm import cleanup
-from edgevlm.bundle import MANIFEST
 from edgevlm.errors import BundleError
+from edgevlm.manifest import MANIFEST
 from edgevlm.models import BUILT_IN, default_file, directory, installed, unknown
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")

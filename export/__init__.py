@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgevlm.bundle import Bundle, WeightFileRecord
+from edgevlm.bundle import Bundle
 from edgevlm.export import targets
 from edgevlm.export.options import AS_FOUND, ReadOptions, WriteOptions
 from edgevlm.export.precisions import QUANTS, VISION_PRECISIONS
 from edgevlm.export.targets import TARGETS
+from edgevlm.manifest import WeightFileRecord
 from edgevlm.specs import DecoderSpec, Fit, ImageSpec, PromptSpec, TextSpec
 from edgevlm.types import Progress
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.bundle import NEWLINE, Component, record, writing
+from edgevlm.bundle import NEWLINE, record, writing
 from edgevlm.errors import ExportError
 from edgevlm.export import masks, self_check
 from edgevlm.export.checkpoint.adapters import Adapter
@@ -32,6 +32,7 @@ from edgevlm.export.parity import images
 from edgevlm.export.parts import net, regions
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.family import Family, Model
+from edgevlm.manifest import Component
 from edgevlm.parts import Part
 from edgevlm.progress import Report, Stage
 from edgevlm.specs import SelfCheck

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgevlm import dual
-from edgevlm.bundle import FORMAT, Bundle, Manifest, record, write_manifest
+from edgevlm.bundle import Bundle, record
 from edgevlm.dual import CONFIG, OPEN_CLIP, DualFamily, DualModel
 from edgevlm.errors import ExportError, SourceError
 from edgevlm.export import self_check
@@ -36,6 +36,7 @@ from edgevlm.export.options import AS_FOUND, UNCOMPARED, ReadOptions, WriteOptio
 from edgevlm.export.parity import corpus, images
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.family import FileError, Source
+from edgevlm.manifest import FORMAT, Manifest, write_manifest
 from edgevlm.progress import Report, Stage
 from edgevlm.specs import SelfCheck, TextSpec
 from edgevlm.texts import Ids, TextTokens

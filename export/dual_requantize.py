@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgevlm.bundle import Bundle, Component, Manifest, StageParity, open_bundle, record
+from edgevlm.bundle import Bundle, open_bundle, record
 from edgevlm.errors import ExportError
 from edgevlm.export.components import vision_file
 from edgevlm.export.dual import TEXT, calibration, text_at
@@ -18,6 +18,7 @@ from edgevlm.export.parity import images
 from edgevlm.export.parity.metrics import distance
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.image import preprocess
+from edgevlm.manifest import Component, Manifest, StageParity
 from edgevlm.specs import SelfCheck
 from edgevlm.texts import TextTokens
 

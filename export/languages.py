@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from edgevlm.bundle import INPUT, Manifest, record
+from edgevlm.bundle import INPUT, record
 from edgevlm.errors import EngineMissing, ExportError
 from edgevlm.export.checkpoint.tokenizer.vocabulary import NORMAL, UNUSED
 from edgevlm.export.gguf import tools
 from edgevlm.export.gguf.decoder import FILE, embedding_location
 from edgevlm.export.gguf.trim import Ids, trim
 from edgevlm.gguf_file import opened
+from edgevlm.manifest import Manifest
 from edgevlm.progress import Report, Stage
 
 # A token stays that is expected once in so many tokens of a language, or more often.

@@ -6,14 +6,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from edgevlm.bundle import (
-    FORMAT,
-    Bundle,
-    FileRecord,
-    Manifest,
-    record,
-    write_manifest,
-)
+from edgevlm.bundle import Bundle, record
 from edgevlm.errors import SourceError
 from edgevlm.export import components, dual, languages, masks, requantize
 from edgevlm.export.checkpoint import adapters, hub, published
@@ -49,6 +42,7 @@ from edgevlm.export.options import (
 )
 from edgevlm.export.parity import compare, images
 from edgevlm.family import TOWER, Family, FileError, Model, Source
+from edgevlm.manifest import FORMAT, FileRecord, Manifest, write_manifest
 from edgevlm.processors import PROCESSORS
 from edgevlm.progress import Report, Stage
 from edgevlm.specs import AnswerSpec

@@ -11,17 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgevlm.bundle import (
-    Bundle,
-    Component,
-    FileRecord,
-    Manifest,
-    StageParity,
-    check_path,
-    open_bundle,
-    record,
-    write_manifest,
-)
+from edgevlm.bundle import Bundle, check_path, open_bundle, record
 from edgevlm.errors import ExportError
 from edgevlm.export import dual_requantize, languages, precisions, self_check
 from edgevlm.export.components import check_room, hashed, vision_file
@@ -32,6 +22,7 @@ from edgevlm.export.languages import OWN_TOKENIZER
 from edgevlm.export.options import Location, WriteOptions
 from edgevlm.export.parity import compare, images
 from edgevlm.export.precisions import Quant, VisionPrecision
+from edgevlm.manifest import Component, FileRecord, Manifest, StageParity, write_manifest
 from edgevlm.progress import Report, Stage
 from edgevlm.specs import SelfCheck
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from edgevlm.errors import PromptError
 from edgevlm.image import ImageSource, Picture, Pixels, cut, read_picture
-from edgevlm.image.plan import Plan, plan
+from edgevlm.image.plan import plan
+from edgevlm.image.planned import Plan
 from edgevlm.runtimes.cache import fingerprint
 from edgevlm.runtimes.engines import Float
 from edgevlm.specs import ImageSpec

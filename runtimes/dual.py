@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.bundle import Manifest
 from edgevlm.errors import ImageError, ModelClosed, PromptError
 from edgevlm.image import ImageSource, Pixels, preprocess, read_picture
+from edgevlm.manifest import Manifest
 from edgevlm.progress import Stage
 from edgevlm.runtimes.engines import Cancelled, Float
 from edgevlm.runtimes.interrupt import interruptible

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.boxes import parse_loc
-from edgevlm.bundle import FORMAT, Component, FileRecord, Manifest
 from edgevlm.family import Family, Model
+from edgevlm.manifest import FORMAT, Component, FileRecord, Manifest
 from edgevlm.runtimes.dual import DualEncoder, Sides
 from edgevlm.runtimes.engines import Block, Recall, Told
 from edgevlm.runtimes.session import VLM

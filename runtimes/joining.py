@@ -7,9 +7,10 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.bundle import MANIFEST, Bundle
+from edgevlm.bundle import Bundle
 from edgevlm.errors import BundleCorrupt
-from edgevlm.image.plan import Plan
+from edgevlm.image.planned import Plan
+from edgevlm.manifest import MANIFEST
 from edgevlm.runtimes.engines import Float
 
 

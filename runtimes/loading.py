@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from edgevlm import family
-from edgevlm.bundle import MANIFEST, REGION_ROWS, Bundle, check_path, open_bundle
+from edgevlm.bundle import REGION_ROWS, Bundle, check_path, open_bundle
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.image import ImageSource
 from edgevlm.image.plan import limited
 from edgevlm.machine import memory
+from edgevlm.manifest import MANIFEST
 from edgevlm.models import check_answers
 from edgevlm.runtimes import budget, checks, devices, rules, shelves, tuned
 from edgevlm.runtimes.ahead import Ahead

@@ -18,12 +18,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.bundle import Manifest
 from edgevlm.errors import ContextOverflow, PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource
 from edgevlm.image.overlap import for_projector
 from edgevlm.image.plan import among, plan
+from edgevlm.manifest import Manifest
 from edgevlm.prompt import (
     Begin,
     Exchange,

@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from edgevlm import cleanup, schema
-from edgevlm.bundle import Manifest
 from edgevlm.errors import ChatFileError, ImageError
 from edgevlm.image import Picture, read_picture
 from edgevlm.image.fetch import MAX_FILE_BYTES
 from edgevlm.image.urls import one_line, shortened, without_credentials
+from edgevlm.manifest import Manifest
 from edgevlm.runtimes.bitmaps import Bitmap
 from edgevlm.types import FinishReason, Reply
 

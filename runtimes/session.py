@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.bundle import Manifest
 from edgevlm.errors import PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource
+from edgevlm.manifest import Manifest
 from edgevlm.masks import in_picture
 from edgevlm.prompt import Exchange, caption_task, task_prompt
 from edgevlm.runtimes.answer import Answer

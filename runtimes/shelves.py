@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from edgevlm import disk_cache
-from edgevlm.bundle import Bundle, Component
+from edgevlm.bundle import Bundle
+from edgevlm.manifest import Component
 from edgevlm.runtimes.cache import EmbeddingCache, Shelf
 from edgevlm.runtimes.llama import ggml
 from edgevlm.runtimes.prefixes import PrefixCache

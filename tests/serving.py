@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevlm.bundle import write_manifest
+from edgevlm.manifest import write_manifest
 from edgevlm.models import built_in
 from edgevlm.photos import PhotoIndex
 from edgevlm.runtimes import fakes

@@ -14,13 +14,20 @@ import pytest
 import edgevlm
 from edgevlm import bundle as bundles
 from edgevlm import family
-from edgevlm.bundle import MANIFEST, Component, Manifest, open_bundle, record, writing
+from edgevlm.bundle import open_bundle, record, writing
 from edgevlm.errors import (
     BundleCorrupt,
     BundleError,
     BundleNotFound,
     BundleTooNew,
     PromptError,
+)
+from edgevlm.manifest import (
+    MANIFEST,
+    Component,
+    Manifest,
+    WeightFileRecord,
+    write_manifest,
 )
 from edgevlm.models import built_in
 from edgevlm.runtimes import fakes
@@ -38,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
         (root / file).write_bytes(bytes([i]) * 1000)
         components[name] = Component("f32", (record(root / file),))
     manifest = dataclasses.replace(fakes.vlm().manifest, components=components)
-    bundles.write_manifest(root, manifest)
+    write_manifest(root, manifest)
     return root
 
 
@@ -59,8 +66,8 @@ def test_what_is_written_is_read(folder: Path) -> None:
 
 def test_weight_files_are_the_manifests_pieces(folder: Path) -> None:
     manifest = open_bundle(folder).manifest
-    eva = bundles.WeightFileRecord("eva", "eva_vit_g.pth", used=("norm.weight",))
-    bundles.write_manifest(folder, dataclasses.replace(manifest, weight_files=(eva,)))
+    eva = WeightFileRecord("eva", "eva_vit_g.pth", used=("norm.weight",))
+    write_manifest(folder, dataclasses.replace(manifest, weight_files=(eva,)))
     (stored,) = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["pieces"]
     assert stored == {
         "piece": "eva",
@@ -91,7 +98,7 @@ def test_vision_encoders_are_found_by_precision(several: Path) -> None:
     with pytest.raises(BundleError, match="has no fp16 vision encoder, only f32, qdq8"):
         bundle.vision("fp16")
     # What is read is what was written.
-    bundles.write_manifest(several, bundle.manifest)
+    write_manifest(several, bundle.manifest)
     assert open_bundle(several) == bundle
 
 
@@ -138,7 +145,7 @@ def test_an_alternative_is_another_precision_in_another_file(several: Path) -> N
 def test_extra_norms_are_stated_and_false_where_a_manifest_is_silent(folder: Path) -> None:
     manifest = open_bundle(folder).manifest
     decoder = dataclasses.replace(manifest.decoder, extra_norms=True)
-    bundles.write_manifest(folder, dataclasses.replace(manifest, decoder=decoder))
+    write_manifest(folder, dataclasses.replace(manifest, decoder=decoder))
     assert open_bundle(folder).manifest.decoder == decoder
     edit(folder, lambda data: data["decoder"].pop("extra_norms"))
     assert open_bundle(folder).manifest.decoder == manifest.decoder
@@ -367,7 +374,7 @@ def test_format_1_is_read_and_becomes_the_newest_when_it_is_written(folder: Path
     edit(folder, lambda m: m.update(format=1))
     manifest = open_bundle(folder).manifest
     assert manifest == open_bundle(folder).manifest
-    bundles.write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
     assert json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["format"] == 2
     assert open_bundle(folder).manifest == manifest
     # All three components were compulsory.
@@ -397,7 +404,7 @@ def test_a_bundle_may_have_no_decoder(folder: Path) -> None:
     edit(folder, without_decoder)
     manifest = open_bundle(folder).manifest
     assert {*manifest.components} == {"vision", "projector"}
-    bundles.write_manifest(folder, manifest)
+    write_manifest(folder, manifest)
     assert open_bundle(folder).manifest == manifest
 
 

@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 import edgevlm
-from edgevlm.bundle import Bundle, open_bundle, write_manifest
+from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cli import cli
 from edgevlm.errors import EngineError, ExportError
 from edgevlm.export import export_bundle, requantize_bundle
+from edgevlm.manifest import write_manifest
 from edgevlm.runtimes import dual_loading
 from edgevlm.runtimes.vision.ort import Ort
 from tests.checkpoints.dual import write_siglip

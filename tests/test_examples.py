@@ -20,9 +20,9 @@ from PIL import Image
 
 import edgevlm
 from edgevlm import catalogue
-from edgevlm.bundle import read_manifest, write_manifest
 from edgevlm.coco import CocoSet
 from edgevlm.hub.repository import RemoteFile, Repository
+from edgevlm.manifest import read_manifest, write_manifest
 from edgevlm.models import built_in
 from edgevlm.runtimes import fakes
 

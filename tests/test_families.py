@@ -15,10 +15,11 @@ import pytest
 
 import edgevlm
 from edgevlm import family, schema
-from edgevlm.bundle import Bundle, Manifest, open_bundle
+from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.export import export_bundle
 from edgevlm.image import preprocess
 from edgevlm.image.plan import plan
+from edgevlm.manifest import Manifest
 from edgevlm.runtimes.session import VLM
 from tests import inside
 from tests.checkpoints.deepseek_vl import write_deepseek_vl

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 import edgevlm
-from edgevlm.bundle import MANIFEST
 from edgevlm.errors import (
     BundleCorrupt,
     ContextOverflow,
@@ -30,6 +29,7 @@ from edgevlm.export.checkpoint.source import read_file, read_json
 from edgevlm.gguf_decoder import check_decoder
 from edgevlm.gguf_header import read_header
 from edgevlm.image import read_image
+from edgevlm.manifest import MANIFEST
 from edgevlm.models import built_in
 from edgevlm.runtimes import checks
 from edgevlm.runtimes.llama import tokenizer

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import edgevlm
-from edgevlm.bundle import INPUT, Bundle, open_bundle, write_manifest
+from edgevlm.bundle import INPUT, Bundle, open_bundle
 from edgevlm.errors import BundleCorrupt, EngineMissing, ExportError, PromptError
 from edgevlm.export import export_bundle, languages, requantize_bundle
 from edgevlm.export.checkpoint.tokenizer.vocabulary import NORMAL, UNUSED
 from edgevlm.gguf_file import KEPT, opened
 from edgevlm.hub.upload import card
+from edgevlm.manifest import write_manifest
 from edgevlm.models import built_in
 from edgevlm.prompt import Exchange
 from edgevlm.runtimes.engines import sequential

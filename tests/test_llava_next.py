@@ -13,10 +13,11 @@ import pytest
 
 import edgevlm
 from edgevlm.benchmarks.latency.measure import endless
-from edgevlm.bundle import NEWLINE, record, write_manifest
+from edgevlm.bundle import NEWLINE, record
 from edgevlm.errors import BundleCorrupt, SourceError
 from edgevlm.export import ReadOptions, export_bundle, inspect_source, requantize_bundle
 from edgevlm.image.plan import limited, plan
+from edgevlm.manifest import write_manifest
 from edgevlm.prompt import Exchange
 from edgevlm.runtimes.request import prepare
 from edgevlm.runtimes.session import VLM

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import edgevlm
-from edgevlm.bundle import read_manifest, write_manifest
 from edgevlm.cli import find
+from edgevlm.manifest import read_manifest, write_manifest
 from edgevlm.runtimes import fakes
 from edgevlm.runtimes.session import VLM
 from edgevlm.types import Box

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import edgevlm
-from edgevlm.bundle import open_bundle, write_manifest
+from edgevlm.bundle import open_bundle
 from edgevlm.coco import CocoSet, decoded, encoded
 from edgevlm.drawing import draw
 from edgevlm.errors import PromptError, SourceError
 from edgevlm.export import export_bundle, masks, requantize_bundle
+from edgevlm.manifest import write_manifest
 from edgevlm.masks import in_picture, one_hot
 from edgevlm.runtimes import fakes
 from edgevlm.runtimes.session import VLM

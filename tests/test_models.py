@@ -11,8 +11,9 @@ import pytest
 
 import edgevlm
 from edgevlm import catalogue, models
-from edgevlm.bundle import MANIFEST, open_bundle
+from edgevlm.bundle import open_bundle
 from edgevlm.errors import BundleError, BundleNotFound
+from edgevlm.manifest import MANIFEST
 
 
 @pytest.mark.fault("Home", "EDGEVLM_HOME that is no folder", "the built-in model alone")

@@ -13,12 +13,13 @@ from click.testing import CliRunner
 
 import edgevlm
 from edgevlm.boxes import parse_qwen
-from edgevlm.bundle import MANIFEST, open_bundle, write_manifest
+from edgevlm.bundle import open_bundle
 from edgevlm.cli import cli
 from edgevlm.cli.models import picture_text
 from edgevlm.errors import BundleCorrupt, ImageError, PromptError
 from edgevlm.export import export_bundle
 from edgevlm.image.plan import limited, measured_side, plan
+from edgevlm.manifest import MANIFEST, write_manifest
 from edgevlm.runtimes.budget import needs
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.specs import ImageSpec, NativeSpec

@@ -42,6 +42,7 @@ LAYERS = (
         "edgevlm.self_check",
         "edgevlm.spec_bounds",
         "edgevlm.bundle",
+        "edgevlm.manifest",
         "edgevlm.gguf_decoder",
         "edgevlm.gguf_file",
         "edgevlm.texts",

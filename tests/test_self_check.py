@@ -15,10 +15,11 @@ import pytest
 
 import edgevlm
 from edgevlm import machine
-from edgevlm.bundle import MANIFEST, Bundle, open_bundle, read_manifest, write_manifest
+from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cli.waiting import stage_text
 from edgevlm.errors import EngineError
 from edgevlm.export import export_bundle, requantize_bundle
+from edgevlm.manifest import MANIFEST, read_manifest, write_manifest
 from edgevlm.models import built_in
 from edgevlm.runtimes.vision.choose import Wish, open_encoder
 from edgevlm.runtimes.vision.ort import Ort

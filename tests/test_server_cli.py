@@ -19,11 +19,11 @@ from click.testing import CliRunner
 
 import edgevlm
 from edgevlm import machine
-from edgevlm.bundle import write_manifest
 from edgevlm.cli import cli, serve
 from edgevlm.cli.ask import ask
 from edgevlm.errors import EdgeVLMError, EngineMissing
 from edgevlm.machine import Memory
+from edgevlm.manifest import write_manifest
 from edgevlm.models import built_in
 from edgevlm.runtimes import fakes
 from edgevlm.server import listening

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edgevlm.bundle import read_manifest
 from edgevlm.errors import BundleCorrupt
+from edgevlm.manifest import read_manifest
 from edgevlm.models import built_in
 from edgevlm.runtimes import fakes
 from edgevlm.runtimes.session import VLM

@@ -24,11 +24,11 @@ from PIL import Image
 
 import edgevlm
 from edgevlm import catalogue
-from edgevlm.bundle import read_manifest, write_manifest
 from edgevlm.cli import cli, main
 from edgevlm.errors import EngineMissing
 from edgevlm.export import export_bundle
 from edgevlm.hub.repository import RemoteFile, Repository
+from edgevlm.manifest import read_manifest, write_manifest
 from edgevlm.models import built_in
 from edgevlm.server.pool import AnyModel
 from tests import snippets

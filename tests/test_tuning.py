@@ -190,7 +190,7 @@ def test_without_time_everything_stays() -> None:
 
 
 def test_a_bundle_without_a_decoder_is_refused(pico: Bundle, tmp_path: Path) -> None:
-    from edgevlm.bundle import write_manifest
+    from edgevlm.manifest import write_manifest
 
     for file in pico.folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -15,11 +15,12 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 import edgevlm
-from edgevlm.bundle import MANIFEST, open_bundle, write_manifest
+from edgevlm.bundle import open_bundle
 from edgevlm.cli import cli
 from edgevlm.errors import PromptError, SourceError
 from edgevlm.export import export_bundle, inspect_source
 from edgevlm.export.parity.quiet import quiet
+from edgevlm.manifest import MANIFEST, write_manifest
 from edgevlm.runtimes.messages import parted
 from edgevlm.runtimes.request import Request, embedded, input_blocks, prepare
 from edgevlm.runtimes.session import VLM

@@ -25,7 +25,7 @@ from edgevlm.benchmarks.latency.runner import BenchPlan, run_plan
 from edgevlm.benchmarks.latency.sections import Section
 from edgevlm.benchmarks.latency.tables import section_markdown
 from edgevlm.benchmarks.quality import MeasuredQuality, compare, observe
-from edgevlm.bundle import Bundle, open_bundle, write_manifest
+from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.errors import ExportError
 from edgevlm.export import (
     QUANTS,
@@ -38,6 +38,7 @@ from edgevlm.export import (
 from edgevlm.export.gguf import importance
 from edgevlm.export.gguf.tools import Matrix
 from edgevlm.machine import usable_cpus
+from edgevlm.manifest import write_manifest
 from edgevlm.models import BUILT_IN
 
 _HERE = Path(__file__).parent

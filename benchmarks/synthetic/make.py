@@ -12,22 +12,13 @@ from edgevlm import machine
 from edgevlm.benchmarks.synthetic.decoder import QUANTS, decoder_bytes, write_decoder
 from edgevlm.benchmarks.synthetic.models import MODELS, PREFIX
 from edgevlm.benchmarks.synthetic.tensors import random_part
-from edgevlm.bundle import (
-    FORMAT,
-    MANIFEST,
-    Bundle,
-    Component,
-    Manifest,
-    open_bundle,
-    record,
-    write_manifest,
-    writing,
-)
+from edgevlm.bundle import Bundle, open_bundle, record, writing
 from edgevlm.errors import BenchError
 from edgevlm.export.components import write_newline
 from edgevlm.export.gguf.decoder import FILE, embedding_location
 from edgevlm.export.parts import net
 from edgevlm.family import Family, Model, Source, by_config
+from edgevlm.manifest import FORMAT, MANIFEST, Component, Manifest, write_manifest
 from edgevlm.models import directory
 from edgevlm.parts import Connector, VisionTower
 from edgevlm.progress import Stage

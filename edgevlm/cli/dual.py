@@ -12,10 +12,10 @@ import click
 
 import edgevlm
 from edgevlm import store
-from edgevlm.bundle import read_manifest
 from edgevlm.cli.common import Command
 from edgevlm.cli.names import InstalledName
 from edgevlm.errors import ImageError, PromptError
+from edgevlm.manifest import read_manifest
 from edgevlm.models import installed, is_dual, resolve
 
 if TYPE_CHECKING:

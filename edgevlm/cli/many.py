@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevlm import store
-from edgevlm.bundle import Manifest, read_manifest
 from edgevlm.cli.common import Command, Run, as_dict, print_stats
 from edgevlm.cli.jsonl import AnswerFile, Record, placed
 from edgevlm.cli.signals import last_words
 from edgevlm.cli.tally import Tally
 from edgevlm.errors import EngineError, ImageError, PromptError
+from edgevlm.manifest import Manifest, read_manifest
 from edgevlm.models import check_answers, resolve
 from edgevlm.sampling import Sampling, SamplingOptions, task_options
 from edgevlm.types import Reply

@@ -10,12 +10,13 @@ import click
 from rich.table import Table
 
 from edgevlm import catalogue, machine, store
-from edgevlm.bundle import Bundle, Component, Manifest, WeightFileRecord, open_bundle
+from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cli.names import InstalledName
 from edgevlm.cli.progress import mib
 from edgevlm.cli.tables import out_console, table
 from edgevlm.errors import BundleError
 from edgevlm.image.plan import limited, plan
+from edgevlm.manifest import Component, Manifest, WeightFileRecord
 from edgevlm.models import BUILT_IN, directory, installed, resolve
 from edgevlm.specs import DecoderSpec, ImageSpec, NativeSpec, TextSpec
 

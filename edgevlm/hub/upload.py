@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from edgevlm.bundle import MANIFEST, Bundle
+from edgevlm.bundle import Bundle
 from edgevlm.hub.refusals import told
+from edgevlm.manifest import MANIFEST
 from edgevlm.specs import DecoderSpec
 
 CARD = "README.md"

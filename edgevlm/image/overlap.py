@@ -9,7 +9,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.image.plan import Plan, plan
+from edgevlm.image.plan import plan
+from edgevlm.image.planned import Plan
 from edgevlm.specs import ImageSpec
 
 Float = npt.NDArray[np.float32]

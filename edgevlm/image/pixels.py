@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgevlm.image.plan import Plan, limited, plan
+from edgevlm.image.plan import limited, plan
+from edgevlm.image.planned import Plan
 from edgevlm.image.read import RGB, Picture
 from edgevlm.image.squeeze import squeezed
 from edgevlm.specs import ImageSpec

@@ -18,8 +18,8 @@ import filelock
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.bundle import Manifest
 from edgevlm.errors import EdgeVLMError, ImageError
+from edgevlm.manifest import Manifest
 from edgevlm.models import cache_directory
 from edgevlm.photos.groups import groups
 from edgevlm.photos.scan import Facts, FolderChanges, compare, fingerprint

@@ -17,8 +17,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 import edgevlm
-from edgevlm.bundle import MANIFEST, read_manifest
 from edgevlm.errors import EdgeVLMError
+from edgevlm.manifest import MANIFEST, read_manifest
 from edgevlm.models import is_dual
 from edgevlm.server.access import Access, Guard
 from edgevlm.server.bodies import Draining

@@ -13,9 +13,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from edgevlm.bundle import Manifest, read_manifest
 from edgevlm.errors import EdgeVLMError
 from edgevlm.image.urls import one_line
+from edgevlm.manifest import Manifest, read_manifest
 from edgevlm.runtimes.dual import DualEncoder
 from edgevlm.runtimes.session import VLM
 from edgevlm.server.problems import Problem, invalid, quoted

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.bundle import WeightFileRecord
 from edgevlm.dual import DualFamily, DualModel
 from edgevlm.errors import SourceError
 from edgevlm.export.checkpoint.adapters import Adapter
@@ -23,6 +22,7 @@ from edgevlm.export.checkpoint.source import Checkpoint
 from edgevlm.export.checkpoint.tensors import DTYPES, SourceTensor, Tensor, Weights
 from edgevlm.export.parts import room
 from edgevlm.family import IGNORED, TOWER, Family, Model
+from edgevlm.manifest import WeightFileRecord
 from edgevlm.parts import EMBED, LM_HEAD, Part, Shapes
 
 

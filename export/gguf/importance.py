@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgevlm.bundle import Manifest
 from edgevlm.export import child
 from edgevlm.export.gguf.tools import Matrix
 from edgevlm.export.parity import images
+from edgevlm.manifest import Manifest
 from edgevlm.prompt import task_prompt
 from edgevlm.specs import PromptSpec
 

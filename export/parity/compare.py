@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.bundle import DECODER_TOKENIZER, INPUT, REGION_ROWS, REGIONS, StageParity
+from edgevlm.bundle import DECODER_TOKENIZER, INPUT, REGION_ROWS, REGIONS
 from edgevlm.errors import EdgeVLMError, EngineMissing, ExportError, ParityError
 from edgevlm.export import child
 from edgevlm.export.checkpoint.tokenizer import side_files
@@ -30,6 +30,7 @@ from edgevlm.export.parity.metrics import distance, divergence, shared
 from edgevlm.export.precisions import Quant, VisionPrecision
 from edgevlm.image.overlap import for_projector
 from edgevlm.machine import memory
+from edgevlm.manifest import StageParity
 from edgevlm.progress import Stage
 from edgevlm.prompt import normalized
 from edgevlm.specs import ImageSpec

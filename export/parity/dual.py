@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.bundle import StageParity
 from edgevlm.errors import EdgeVLMError, ExportError, ParityError
 from edgevlm.export.components import elements, vision_file
 from edgevlm.export.dual import TEXT, DualJob
@@ -20,6 +19,7 @@ from edgevlm.export.options import WriteOptions
 from edgevlm.export.parity import compare, corpus, images
 from edgevlm.export.parity.metrics import distance
 from edgevlm.image import RGB, preprocess
+from edgevlm.manifest import StageParity
 from edgevlm.progress import Stage
 from edgevlm.texts import TextTokens
 

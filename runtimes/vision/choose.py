@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgevlm import cleanup, machine
-from edgevlm.bundle import Bundle, Component
+from edgevlm.bundle import Bundle
 from edgevlm.errors import EngineError
 from edgevlm.image.plan import measured_side
+from edgevlm.manifest import Component
 from edgevlm.models import cache_directory
 from edgevlm.runtimes import checks
 from edgevlm.runtimes.interrupt import interruptible

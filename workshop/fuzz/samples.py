@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from edgevlm.bundle import MANIFEST
+from edgevlm.manifest import MANIFEST
 
 PICTURE = Image.fromarray(np.indices((24, 32, 3)).sum(0).astype(np.uint8) * 3)
 

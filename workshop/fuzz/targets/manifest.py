@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import edgevlm
-from edgevlm.bundle import MANIFEST
+from edgevlm.manifest import MANIFEST
 from edgevlm.models import built_in
 from workshop.fuzz.mutate import changed, dumped
 from workshop.fuzz.samples import PICTURE
