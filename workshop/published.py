@@ -16,14 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.benchmarks.synthetic.configs import (
-    CLIP,
-    LLAVA_ONEVISION_PICTURES,
-    MOBILEPALO,
-    PALIGEMMA,
-    PIECES,
-    TINY_LLAVA,
-)
+from edgevlm.benchmarks.synthetic.configs.llava import CLIP, MOBILEPALO, TINY_LLAVA
+from edgevlm.benchmarks.synthetic.configs.llava_onevision import LLAVA_ONEVISION_PICTURES
+from edgevlm.benchmarks.synthetic.configs.paligemma import PALIGEMMA, PIECES
 from edgevlm.benchmarks.synthetic.make import describe
 from edgevlm.benchmarks.synthetic.models import MODELS
 from edgevlm.family import Config, Source, by_name

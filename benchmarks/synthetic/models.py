@@ -8,39 +8,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgevlm.benchmarks.synthetic.configs import (
-    CLIP,
+from edgevlm.benchmarks.synthetic.configs.deepseek_vl import (
     DEEPSEEK_VL,
     DEEPSEEK_VL_PICTURES,
     DEEPSEEK_VL_TOKENS,
+)
+from edgevlm.benchmarks.synthetic.configs.gemma3 import (
     GEMMA3,
     GEMMA3_CHAT,
     GEMMA3_PICTURES,
     GEMMA3_TOKENS,
+)
+from edgevlm.benchmarks.synthetic.configs.internvl import (
     INTERNLM2_TOKENS,
     INTERNVL,
     INTERNVL_TOKENS,
-    LLAVA_NEXT,
+)
+from edgevlm.benchmarks.synthetic.configs.llava import CLIP, LLAVA_NEXT, MOBILEPALO, TINY_LLAVA
+from edgevlm.benchmarks.synthetic.configs.llava_onevision import (
     LLAVA_ONEVISION,
     LLAVA_ONEVISION_OWN,
     LLAVA_ONEVISION_PICTURES,
     LLAVA_ONEVISION_TOKENS,
-    MOBILEPALO,
-    MOONDREAM2,
-    MOONDREAM2_TOKENS,
-    PALIGEMMA,
-    PHI3_V,
-    PHI3_V_PICTURES,
-    PHI3_V_TOKENS,
+)
+from edgevlm.benchmarks.synthetic.configs.moondream2 import MOONDREAM2, MOONDREAM2_TOKENS
+from edgevlm.benchmarks.synthetic.configs.paligemma import PALIGEMMA
+from edgevlm.benchmarks.synthetic.configs.phi3_v import PHI3_V, PHI3_V_PICTURES, PHI3_V_TOKENS
+from edgevlm.benchmarks.synthetic.configs.qwen2_vl import (
     QWEN2_5_VL,
     QWEN2_VL,
     QWEN2_VL_PICTURES,
     QWEN2_VL_TOKENS,
-    SMOLVLM,
-    SMOLVLM_PICTURES,
-    SMOLVLM_TOKENS,
-    TINY_LLAVA,
 )
+from edgevlm.benchmarks.synthetic.configs.smolvlm import SMOLVLM, SMOLVLM_PICTURES, SMOLVLM_TOKENS
 from edgevlm.family import TOWER, AddedToken, Source, Tokenizer
 from edgevlm.processors import PREPROCESSOR
 
