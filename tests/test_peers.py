@@ -27,6 +27,7 @@ from tests.checkpoints.gemma3 import write_gemma3
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import write_llava
 from tests.checkpoints.llava_onevision import write_onevision
+from tests.checkpoints.qwen2_vl import write_qwen2_vl
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
 
@@ -91,9 +92,11 @@ def test_pytorch_answers_a_tinygptv_with_the_same_positions(picture: Path, tmp_p
         pytest.param(write_internvl, {"layout": "hf"}, True, id="internvl"),
         pytest.param(write_gemma3, {}, True, id="gemma3"),
         pytest.param(write_onevision, {"chat": "onevision"}, False, id="onevision"),
+        pytest.param(write_qwen2_vl, {}, True, id="qwen2-vl"),
+        pytest.param(write_qwen2_vl, {"new": True, "nested": True}, True, id="qwen2.5-vl"),
     ],
 )
-def test_peers_answer_about_pictures_in_tiles(
+def test_peers_answer_about_pictures_of_many_rows(
     write: Callable[..., Path], options: dict[str, Any], multimodal: bool, picture: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip

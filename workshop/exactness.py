@@ -28,6 +28,7 @@ from tests.checkpoints.llava_onevision import OWN, write_onevision
 from tests.checkpoints.moondream2 import write_moondream2
 from tests.checkpoints.paligemma import write_paligemma
 from tests.checkpoints.phi3_v import write_phi3_v
+from tests.checkpoints.qwen2_vl import write_qwen2_vl
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.checkpoints.tinygptv import write_tinygptv
 
@@ -77,6 +78,8 @@ _MODELS: Models = {
     "SmolVLM": write_smolvlm,
     "InternVL 3": write_internvl,
     "Gemma 3": write_gemma3,
+    "Qwen2-VL": write_qwen2_vl,
+    "Qwen2.5-VL": partial(write_qwen2_vl, new=True, nested=True),
     "Moondream2": write_moondream2,
     "LLaVA-NeXT": write_next,
     "LLaVA-OneVision": write_onevision,

@@ -15,11 +15,12 @@ it raises says why it cannot run the model: ImportError for what is not installe
 NotImplementedError for a model that the project does not have, any other error for what failed.
 
 The task is a dict: `name`, `family`, `bundle` (folder), `decoder` (GGUF), `mmproj` (llama.cpp's
-projector file), `config` (config.json as a dict), `checkpoint` (folder), each of them None where
-there is none, `work` (a folder that stays from turn to turn), `image`, `words` (the user's),
-`prompt` (the whole, with PICTURE and BEGIN), `before` and `after` (token ids around the picture's
-`image_tokens`), `threads` and `n_tokens` (after the first). The answer is a dict with those of
-METRICS that it can tell (milliseconds), `positions` (of the prompt) and `how` (its precisions).
+projector file), `config` and `pictures` (config.json and preprocessor_config.json as dicts),
+`checkpoint` (folder), each of them None where there is none, `work` (a folder that stays from turn
+to turn), `image`, `words` (the user's), `prompt` (the whole, with PICTURE and BEGIN), `before` and
+`after` (token ids around the picture's `image_tokens`), `threads` and `n_tokens` (after the first).
+The answer is a dict with those of METRICS that it can tell (milliseconds), `positions` (of the
+prompt) and `how` (its precisions).
 """
 
 # What stands for the picture (llama.cpp's own marker) and for the begin token in a whole prompt.

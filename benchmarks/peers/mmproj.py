@@ -7,9 +7,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from edgevlm.errors import BenchError
-from edgevlm.export.checkpoint.tensors import Tensor, Weights, writable
+from edgevlm.export.checkpoint.tensors import Weights, writable
 from edgevlm.export.gguf.mmproj import (
     ARCHITECTURE,
     Projector,
@@ -18,11 +19,17 @@ from edgevlm.export.gguf.mmproj import (
     tower_name,
 )
 from edgevlm.family import Model
+from edgevlm.parts import VisionTower
 from edgevlm.parts.internvit import InternVit
 from edgevlm.parts.merged_mlp import MergedMlp
 from edgevlm.parts.pooled import Pooled
+from edgevlm.parts.qwen2_vit import Qwen2Vit
 from edgevlm.parts.shuffle import Shuffle
 from edgevlm.parts.siglip import SiglipTower
+
+# llama.cpp plans its memory for that side, in pixels, where pictures keep their size.
+_ANY_SIZE = 560
+_SQUEEZED = ("v.class_embd", "v.position_embd.weight")
 
 
 def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None:
@@ -36,9 +43,9 @@ def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None
         )
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_string("clip.projector_type", found.type)
+    _add_windows(writer, vision, found)
     for key, value in (
-        ("image_size", vision.image_size),
+        ("image_size", _ANY_SIZE if isinstance(vision, Qwen2Vit) else vision.image_size),
         ("patch_size", vision.patch_size),
         ("embedding_length", vision.hidden_size),
         ("feed_forward_length", vision.intermediate_size),
@@ -56,14 +63,7 @@ def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None
         writer.add_uint32("clip.vision.projector.scale_factor", model.projector.factor)
     if isinstance(model.projector, Shuffle) and image.tiles:
         writer.add_uint32("clip.vision.preproc_image_size", image.tiles.longest_edge)
-    for name, tensor in _tensors(parts, found):
-        values = tensor.float32()
-        if name.endswith(("fc1.weight", "fc2.weight", ".2.0.weight")):
-            values = values.reshape(values.shape[:2])  # convolutions of one pixel
-        if name == "mm.soft_emb_norm.weight":
-            values = values + 1  # which its graph does not add
-        if name in ("v.class_embd", "v.position_embd.weight"):
-            values = values.squeeze()
+    for name, values in _arrays(parts, found):
         half = values.ndim > 1 and name != "v.position_embd.weight"
         writer.add_tensor(name, writable(values.astype(np.float16 if half else np.float32)))
     writer.write_header_to_file()
@@ -72,8 +72,39 @@ def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None
     writer.close()
 
 
-def _tensors(parts: Mapping[str, Weights], projector: Projector) -> Iterator[tuple[str, Tensor]]:
+def _add_windows(writer: gguf.GGUFWriter, vision: VisionTower, found: Projector) -> None:
+    """The type of the projector, and of a tower with windows after how many layers one has none."""
+    if not isinstance(vision, Qwen2Vit) or not vision.gated:
+        writer.add_string("clip.projector_type", found.type)
+        return
+    writer.add_string("clip.projector_type", "qwen2.5vl_merger")
+    writer.add_bool("clip.use_silu", True)
+    writer.add_uint32("clip.vision.n_wa_pattern", vision.full_layers[0] + 1)
+
+
+def _arrays(
+    parts: Mapping[str, Weights], projector: Projector
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Every tensor by llama.cpp's name, in its shape."""
     for name, tensor in parts["vision"].items():
-        yield tower_name(name), tensor
+        for apart, values in _apart(name, tensor.float32()):
+            called = tower_name(apart)
+            yield called, values.squeeze() if called in _SQUEEZED else values
     for name, tensor in parts["projector"].items():
-        yield connector_name(name, projector), tensor
+        called, values = connector_name(name, projector), tensor.float32()
+        if called.endswith(("fc1.weight", "fc2.weight", ".2.0.weight")):
+            values = values.reshape(values.shape[:2])  # convolutions of one pixel
+        # Its graph does not add the one.
+        yield called, values + 1 if called == "mm.soft_emb_norm.weight" else values
+
+
+def _apart(name: str, values: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """A tower's tensor, or those that llama.cpp has in its place."""
+    if ".qkv." in name:
+        for part, split in zip("qkv", np.split(values, 3), strict=True):
+            yield name.replace("qkv", part), split
+    elif name == "patch_embed.proj.weight":
+        yield name, values[:, :, 0]
+        yield f"{name}.1", values[:, :, 1]
+    else:
+        yield name, values

@@ -12,7 +12,7 @@ INSTALL = (
     'pip install openvino-genai "optimum-intel[openvino]" "transformers<5" torch torchvision '
     "sentencepiece protobuf"
 )
-NEEDS = ("checkpoint",)
+NEEDS = ("config", "checkpoint")
 # OpenVINO's own name of the first picture in a prompt.
 _PICTURE = "<ov_genai_image_0>"
 # More than any prompt has, so that each is read in one piece.

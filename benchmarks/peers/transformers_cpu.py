@@ -16,9 +16,12 @@ _PROCESSORS = {
 }
 # What a model's own processor tells that of its pictures, and what a model reads of them.
 _TILED = {"internvl": {"crop_to_patches": True}}
-_PICTURES = ("pixel_values", "image_sizes")
+_PICTURES = ("pixel_values", "image_sizes", "image_grid_thw")
+# Kinds that are told which tokens are a picture's: its rows see one another.
+_MARKED = ("gemma3",)
 # Modules as families call them: the tower, the connector.
-_TOWERS, _CONNECTORS = ("vision_tower", "vision_model"), ("multi_modal_projector", "connector")
+_TOWERS = ("vision_tower", "vision_model", "visual")
+_CONNECTORS = ("multi_modal_projector", "connector", "merger")
 
 
 def answer(task: dict[str, Any]) -> dict[str, Any]:
@@ -82,12 +85,9 @@ def _processor(task: dict[str, Any], config: Any) -> Any:
     folder = task["checkpoint"]
     if folder and (Path(folder) / "preprocessor_config.json").is_file():
         return untyped.AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    if pictures := task["pictures"]:
+        return getattr(untyped, pictures["image_processor_type"]).from_dict(pictures)
     vision = config.vision_config
-    if config.model_type == "idefics3":
-        edge = vision.image_size
-        return untyped.Idefics3ImageProcessor(
-            size={"longest_edge": 4 * edge}, max_image_size={"longest_edge": edge}
-        )
     side = {"height": vision.image_size, "width": vision.image_size}
     return getattr(untyped, _PROCESSORS[vision.model_type])(size=side, crop_size=side)
 
@@ -111,6 +111,8 @@ def _ask(model: Any, processor: Any, task: dict[str, Any], n_tokens: int) -> dic
     made = processor(images=picture, return_tensors="pt", **_TILED.get(model.config.model_type, {}))
     pictures = {key: made[key] for key in _PICTURES if key in made}
     tokens = torch.tensor([ids])
+    if model.config.model_type in _MARKED:
+        pictures["token_type_ids"] = (tokens == model.config.image_token_id).long()
     model.generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),

@@ -23,7 +23,9 @@ from edgevlm.parts.ldp import Ldp
 from edgevlm.parts.ldpv2 import LdpV2
 from edgevlm.parts.merged_mlp import MergedMlp
 from edgevlm.parts.mlp import Mlp
+from edgevlm.parts.patch_merger import PatchMerger
 from edgevlm.parts.pooled import Pooled
+from edgevlm.parts.qwen2_vit import Qwen2Vit
 from edgevlm.parts.shuffle import Shuffle
 from edgevlm.parts.siglip import SiglipTower
 
@@ -48,8 +50,17 @@ _LAYER = {
     "attention.projection_layer": "attn_out",
     "layernorm_before": "ln1",
     "layernorm_after": "ln2",
+    "attn.q": "attn_q",
+    "attn.k": "attn_k",
+    "attn.v": "attn_v",
+    "attn.proj": "attn_out",
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
-_LAYER_NUMBER = re.compile(r"^encoder\.layers?\.")
+_LAYER_NUMBER = re.compile(r"^(encoder\.layers?|blocks)\.")
 _LAYER_SCALES = {"lambda_1": "ls1.weight", "lambda_2": "ls2.weight"}
 # Of a connector's names.
 _RENAMED = (
@@ -62,6 +73,8 @@ _RENAMED = (
     ("mm_soft_emb_norm.", "soft_emb_norm."),
     ("mm_input_projection_weight", "input_projection.weight"),
 )
+# Of connectors that llama.cpp counts among the tower, or by the place of a map alone.
+_ELSEWHERE = {"ln_q": "v.post_ln", "mlp.0": "mm.0", "mlp.2": "mm.2"}
 _TOP = {
     "embeddings.class_embedding": "v.class_embd",
     "embeddings.patch_embedding.weight": "v.patch_embd.weight",
@@ -75,6 +88,8 @@ _TOP = {
     "embeddings.patch_embeddings.projection.weight": "v.patch_embd.weight",
     "embeddings.patch_embeddings.projection.bias": "v.patch_embd.bias",
     "embeddings.position_embeddings": "v.position_embd.weight",
+    "patch_embed.proj.weight": "v.patch_embd.weight",
+    "patch_embed.proj.weight.1": "v.patch_embd.weight.1",
 }
 # Files carry it where the tower never reads it.
 _LAST_NORM = re.compile(r"v\.post_ln\.(weight|bias)")
@@ -101,6 +116,8 @@ PROJECTORS: dict[tuple[type[VisionTower], type[Connector]], Projector] = {
     (InternVit, MergedMlp): Projector("internvl", "mm.model.mlp.", read=False),
     # Published ones store the norm plus one, and their decoders have fewer rows.
     (SiglipTower, Pooled): Projector("gemma3", "mm.", read=False),
+    # Published ones store queries, keys and values apart, as the two frames of a patch.
+    (Qwen2Vit, PatchMerger): Projector("qwen2vl_merger", "mm.", read=False),
 }
 
 
@@ -122,6 +139,9 @@ def tower_name(name: str) -> str:
 
 def connector_name(name: str, projector: Projector) -> str:
     """llama.cpp's name of a connector's tensor, by its canonical name."""
+    part, _, kind = name.rpartition(".")
+    if part in _ELSEWHERE:
+        return f"{_ELSEWHERE[part]}.{kind}"
     for ours, theirs in _RENAMED:
         name = name.replace(ours, theirs)
     return projector.prefix + name

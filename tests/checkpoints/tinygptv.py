@@ -347,7 +347,8 @@ def _write_phi(folder: Path, tiny: Tiny, tensors: Named) -> None:
         file = f"{stem}-{i + 1:05}-of-{tiny.shards:05}.{suffix}"
         write(folder / file, shard, tiny.dtype)
         weight_map |= dict.fromkeys(shard, file)
-    write_json(folder / f"{stem}.{suffix}.index.json", {"weight_map": weight_map})
+    index = {"metadata": {}, "weight_map": weight_map}
+    write_json(folder / f"{stem}.{suffix}.index.json", index)
 
 
 def _shards(tensors: Named, tiny: Tiny) -> Iterator[Tensors]:
