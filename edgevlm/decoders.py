@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgevlm.family import Config, read_config, rope_parameters, setting
+from edgevlm.family import Config, Source, read_config, rope_parameters, setting
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.phi3 import Phi3
 from edgevlm.parts.qwen2 import Qwen2
@@ -108,6 +108,21 @@ _ONLY = {
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
 }
+
+
+def with_tables(text: Llama, source: Source, stated: Config) -> Llama:
+    """The decoder of a checkpoint in transformers' layout, `stated` in its config.json, tied where
+    transformers has one table for what is read and what is drawn.
+
+    4.57 goes by the decoder's own config. 5.24 goes by the whole model's, where most classes say
+    true if nobody did, and keeps the two tables of a file that has both.
+    """
+    config, key = source.files["config.json"], "tie_word_embeddings"
+    own, whole = (setting(each, key, False) for each in (stated, config))
+    if not any(name.endswith("lm_head.weight") for name in source.shapes):
+        return replace(text, tie_word_embeddings=own or whole)
+    major, _, _ = str(config.get("transformers_version", "")).partition(".")
+    return replace(text, tie_word_embeddings=own and major != "5")
 
 
 def read(config: Config, model_type: str) -> Llama:

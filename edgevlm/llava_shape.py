@@ -70,6 +70,8 @@ def describe(source: Source, default: str, pictures: Pictures, *, several: bool 
     if kind in _OTHERS:
         raise ValueError(f"text_config.model_type {kind!r} is not known; no LLaVA here has it")
     text = decoders.read(decoder, kind)
+    if not own:
+        text = decoders.with_tables(text, source, decoder)
     vision = _vision(source, config)
     projector = read_projector(config, vision, text, own)
     template = _template(source, default)

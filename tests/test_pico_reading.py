@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from edgevlm.benchmarks.scenes.textured_scenes import Thing, Word
+from workshop.pico.batches import Batch, BatchPlan, build
+from workshop.pico.checkpoint import load_checkpoint
 from workshop.pico.initial import NEW_CHANNELS, NEW_LAYER
 from workshop.pico.letters import (
     CHANNELS,
@@ -29,10 +33,6 @@ from workshop.pico.spelling import SpellingTraining, spare_units
 from workshop.pico.targets import LETTERS, Lexicon, letter_slots
 from workshop.pico.tokenizer import Tokenizer
 from workshop.pico.wider import QUIET, QUIET_FEATURES, older_state, widened
-
-from edgevlm.benchmarks.scenes.textured_scenes import Thing, Word
-from workshop.pico.batches import Batch, BatchPlan, build
-from workshop.pico.checkpoint import load_checkpoint
 
 TOKENIZER = Path(__file__).parent.parent / "workshop/pico/checkpoint/tokenizer.model"
 SMALL = PicoConfig(vision_width=64, vision_heads=2, vision_ff=32, width=128, heads=1, ff=16)

@@ -6,13 +6,13 @@ from random import Random
 
 import numpy as np
 import pytest
-from workshop.pico.targets import RELATIONS, Lexicon, Named, flipped, patch_targets
-from workshop.pico.tokenizer import Tokenizer
 
 from edgevlm.benchmarks.scenes import questions
 from edgevlm.benchmarks.scenes.kinds import COLOURS, KINDS
 from edgevlm.benchmarks.scenes.phrasings import SIDES
 from edgevlm.benchmarks.scenes.textured_scenes import Thing
+from workshop.pico.targets import RELATIONS, Lexicon, Named, flipped, patch_targets
+from workshop.pico.tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parent.parent / "workshop/pico/checkpoint"
 # In reading order: two red circles with a blue star between them.

@@ -7,6 +7,10 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+
+from edgevlm.benchmarks.scenes.kinds import KINDS
+from edgevlm.benchmarks.scenes.textured_scenes import Thing
+from workshop.pico.batches import Batch, BatchPlan, Meant, Texts, build
 from workshop.pico.initial import NEW, NEW_CHANNELS, NEW_LAYER, grown
 from workshop.pico.model import DecoderLayer, Pico, PicoConfig, VisionLayer, rotate
 from workshop.pico.neighbours import (
@@ -20,10 +24,6 @@ from workshop.pico.neighbours import (
 from workshop.pico.schedule import CONTINUED
 from workshop.pico.targets import Lexicon
 from workshop.pico.train import Trainer
-
-from edgevlm.benchmarks.scenes.kinds import KINDS
-from edgevlm.benchmarks.scenes.textured_scenes import Thing
-from workshop.pico.batches import Batch, BatchPlan, Meant, Texts, build
 
 CHECKPOINT = Path(__file__).parent.parent / "workshop/pico/checkpoint"
 

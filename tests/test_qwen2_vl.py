@@ -277,6 +277,16 @@ def test_quantized_it_stays_within_its_bounds(
     assert all(0 <= s.worst <= s.tolerance for s in made.manifest.parity)
 
 
+@pytest.mark.parametrize("new", [False, True])
+def test_norms_add_their_epsilon(new: bool, tmp_path: Path) -> None:
+    """llama.cpp's graph of it forgets to; with one as small as published ones little shows."""
+    stated = {"text_config" if new else "config": {"rms_norm_eps": 0.02}}
+    source = write_qwen2_vl(tmp_path / "source", new=new, nested=new, **stated)
+    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    worst = {stage.stage: stage.worst for stage in bundle.manifest.parity}
+    assert worst["prefill"] < 1e-3 and worst["greedy"] == 0
+
+
 def test_layouts_say_the_same(tmp_path: Path) -> None:
     sources = [
         inspect_source(write_qwen2_vl(tmp_path / name, **options))

@@ -64,7 +64,7 @@ def _describe(source: Source) -> Model:
     config = source.files["config.json"]
     own = config["model_type"] == _OWN
     vision = _own_vision(source, config) if own else _vision(config)
-    text = _text(config, own)
+    text = _text(source, config, own)
     projector = _projector(config, vision, text, own)
     tokens = projector.tokens(vision.rows)
     _check_processor(source, tokens)
@@ -144,13 +144,12 @@ def _checked(vision: SiglipTower) -> SiglipTower:
     return vision
 
 
-def _text(config: Config, own: bool) -> Llama:
+def _text(source: Source, config: Config, own: bool) -> Llama:
     stated = section(config, "language_config" if own else "text_config")
     if (kind := setting(stated, "model_type", "llama")) != "llama":
         raise ValueError(f"the decoder is a {kind!r}; only llama is known")
     text = decoders.read(stated, "llama")
-    tied = setting(stated, "tie_word_embeddings", False)
-    return replace(text, tie_word_embeddings=tied or setting(config, "tie_word_embeddings", False))
+    return decoders.with_tables(text, source, stated)
 
 
 def _projector(config: Config, vision: SiglipTower, text: Llama, own: bool) -> Mlp:

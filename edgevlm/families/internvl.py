@@ -173,16 +173,9 @@ def _vision(config: Config, own: bool) -> InternVit:
 
 
 def _text(source: Source, config: Config) -> tuple[Llama, Config]:
-    """The decoder in transformers' layout, and its config.
-
-    Its own config ties its tables in transformers 4, in 5 the whole one's where there is only one.
-    """
+    """The decoder in transformers' layout, and its config."""
     stated = section(config, "text_config")
-    text = decoders.read(stated, "qwen2")
-    alone = bool(source.shapes) and not any(n.endswith("lm_head.weight") for n in source.shapes)
-    tied = setting(stated, "tie_word_embeddings", False)
-    tied = tied or (alone and setting(config, "tie_word_embeddings", False))
-    return replace(text, tie_word_embeddings=tied), stated
+    return decoders.with_tables(decoders.read(stated, "qwen2"), source, stated), stated
 
 
 def _own_text(config: Config) -> tuple[Llama, Config]:

@@ -26,6 +26,7 @@ from edgevlm.family import (
     stop_tokens,
 )
 from edgevlm.image_specs import image_spec
+from edgevlm.parts.llama import Llama
 from edgevlm.parts.qwen2 import Qwen2
 from edgevlm.parts.siglip import SIGLIP_TOWER, SiglipTower
 from edgevlm.processors import LLAVA_ONEVISION, PROCESSOR, default_settings, find_settings
@@ -75,7 +76,7 @@ def _describe(source: Source) -> Model:
     for key, known in (_OWN_ONLY if own else _ONLY).items():
         if (value := setting(config, key, known)) != known:
             raise ValueError(f"{key} is {value!r}; only {known!r} is known")
-    text = _own_text(config) if own else _text(config)
+    text = _own_text(config) if own else _text(source, config)
     vision = _own_vision(source, config) if own else _vision(source, config)
     image, notes = (_own_image(config, vision), ()) if own else _image(source, config, vision)
     stated = config if own else section(config, "text_config")
@@ -101,13 +102,12 @@ def _describe(source: Source) -> Model:
     )
 
 
-def _text(config: Config) -> Qwen2:
+def _text(source: Source, config: Config) -> Llama:
     stated = section(config, "text_config")
     text = decoders.read(stated, "qwen2")
     if not isinstance(text, Qwen2):
         raise ValueError(f"the decoder is a {text.architecture!r}; only qwen2 is known")
-    tied = setting(stated, "tie_word_embeddings", False)
-    return replace(text, tie_word_embeddings=tied or setting(config, "tie_word_embeddings", False))
+    return decoders.with_tables(text, source, stated)
 
 
 def _own_text(config: Config) -> Qwen2:

@@ -117,7 +117,7 @@ def _describe(source: Source) -> Model:
         raise ValueError("Qwen2-VL has one prompt template and one fit of pictures to choose from")
     config = source.files["config.json"]
     new = config["model_type"] == _NEW
-    text, stated = _text(config)
+    text, stated = _text(source, config)
     vision = _vision(config, text, new)
     found = _settings(source, vision)
     image, notes = _image(found, vision)
@@ -147,15 +147,13 @@ def _describe(source: Source) -> Model:
     )
 
 
-def _text(config: Config) -> tuple[Llama, Config]:
+def _text(source: Source, config: Config) -> tuple[Llama, Config]:
     """The decoder and its config, which published files have at their top level."""
     stated = section(config, "text_config") or config
     text = decoders.read(stated, str(config["model_type"]))
     if text.architecture != "qwen2vl":
         raise ValueError(f"the decoder is a {text.architecture!r}; only qwen2_vl's is known")
-    tied = setting(stated, "tie_word_embeddings", False)
-    tied = tied or setting(config, "tie_word_embeddings", False)
-    return replace(text, tie_word_embeddings=tied), stated
+    return decoders.with_tables(text, source, stated), stated
 
 
 def _vision(config: Config, text: Llama, new: bool) -> Qwen2Vit:

@@ -102,8 +102,7 @@ def _text(source: Source, config: Config) -> Llama:
         if stated.get(key):
             raise ValueError(f"text_config.{key} is {stated[key]!r}; only false is known")
     text = decoders.read(stated, "llama")
-    tied = setting(stated, "tie_word_embeddings", False)
-    return replace(text, tie_word_embeddings=tied or setting(config, "tie_word_embeddings", False))
+    return decoders.with_tables(text, source, stated)
 
 
 def _vision(config: Config) -> SiglipTower:

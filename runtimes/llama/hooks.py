@@ -38,7 +38,8 @@ class _Tensor(ctypes.Structure):
         ("ne", c_int64 * 4),
         ("nb", c_size_t * 4),
         ("op", c_int),
-        ("op_params", ctypes.c_int32 * 16),
+        ("eps", ctypes.c_float),  # of a norm: op_params[0]
+        ("op_params", ctypes.c_int32 * 15),
         ("flags", ctypes.c_int32),
         ("src", c_void_p * 10),
     )
@@ -57,6 +58,11 @@ _ggml = Library(
 )
 
 _REMEMBERED = 256
+# Architectures whose norms add nothing in llama.cpp, whatever their files state: llama-cpp-python
+# 0.3.36 reads the sections of qwen2vl's rotary positions and no epsilon. That moves logits by up to
+# 1.7e-3 of their deviation where weights are small, as in an untrained Qwen2-VL, far less than a
+# quantization does; to be asked of every node costs 1 to 2 ms a token. So it is mended in f32.
+_WITHOUT_EPS = ("qwen2vl",)
 
 
 def _array(address: int, n: int) -> Float:
@@ -73,9 +79,10 @@ class GraphHook:
 
     Pass `callback` as `llama_context_params.cb_eval`; call `start` before every decode and `check`
     after it. A decode is one graph: edgevlm's batches are never longer than llama.cpp's n_ubatch.
+    `eps` is what the graph's RMS norms add, where llama.cpp does not know it.
     """
 
-    def __init__(self, edits: Iterable[Edit], n_layer: int) -> None:
+    def __init__(self, edits: Iterable[Edit], n_layer: int, eps: float | None = None) -> None:
         self.callback = llama.ggml_backend_sched_eval_callback(self._node)
         visits = {
             name.encode(): visit
@@ -84,6 +91,7 @@ class GraphHook:
             for name, visit in edit.nodes(layer).items()
         }
         self._visits = visits
+        self._eps, self._norms, self._fewest = eps, 0, 2 * n_layer if eps else 0
         # The attention's output, with its bias, is the next ADD after this node.
         self._attention = {
             b"kqv_out-%d" % i: visit
@@ -110,6 +118,12 @@ class GraphHook:
 
     def _wants(self, tensor: int) -> bool:
         """True for a node that is to be visited, once it is computed."""
+        if self._eps and _ggml.ggml_op_desc(tensor) == b"RMS_NORM":
+            # Before it is computed, and on every device alike.
+            _Tensor.from_address(tensor).eps = self._eps
+            self._norms += 1
+        if not self._visits:
+            return False
         name = _ggml.ggml_get_name(tensor)
         if self._next and _ggml.ggml_op_desc(tensor) == b"ADD":
             # ggml names it by its number; an ADD with a name is one further on, of another kind.
@@ -139,7 +153,7 @@ class GraphHook:
 
     def start(self) -> None:
         """Begins the count for the next decode."""
-        self._visited, self._next, self._error = 0, None, None
+        self._visited, self._norms, self._next, self._error = 0, 0, None, None
         if len(self._memory) > _REMEMBERED:
             self._memory.clear()
 
@@ -153,10 +167,11 @@ class GraphHook:
                 f"the change of llama.cpp's graph failed ({self._error!r}); "
                 "report it with this line"
             ) from self._error
-        if self._visited != len(self._visits):
+        if self._visited != len(self._visits) or self._norms < self._fewest:
             raise EngineError(
-                f"{self._visited} of {len(self._visits)} nodes were changed; this llama.cpp builds "
-                "another graph than edgevlm knows; install the llama-cpp-python of setup.cfg"
+                f"{self._visited} of {len(self._visits)} nodes and {self._norms} norms were "
+                "changed; this llama.cpp builds another graph than edgevlm knows; install the "
+                "llama-cpp-python of setup.cfg"
             )
 
 
@@ -232,7 +247,14 @@ def graph_hook(
         edits.append(ExactGelu(spec.architecture))
     if spec.extra_norms or spec.architecture == "phi2":
         edits += _extra_norms(path, spec)
-    return GraphHook(edits, spec.n_layer) if edits else None
+    eps = _eps(path, spec) if exact and spec.architecture in _WITHOUT_EPS else None
+    return GraphHook(edits, spec.n_layer, eps) if edits or eps else None
+
+
+def _eps(path: Path, spec: DecoderSpec) -> float | None:
+    with opened(path) as file:
+        found = file.floats(f"{spec.architecture}.attention.layer_norm_rms_epsilon")
+    return None if found is None else float(found[0])
 
 
 _NORMS = tuple(

@@ -15,23 +15,27 @@ _GONE = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_EDGES = {"short": "min", "long": "max"}
 
 
 def as_saved_by_5(folder: Path, **image_processor: Any) -> Path:
-    """Rewrites the folder of a PaliGemma, of a Gemma 3 in the layout "5" or of a model of LLaVA's
-    kind that has a tokenizer.json; returns it.
+    """Rewrites the folder of a PaliGemma, of a Gemma 3 in the layout "5", of a Qwen2-VL with its
+    positions as 5 has them, of a SmolVLM, an InternVL or a model of LLaVA's kind that has a
+    tokenizer.json; returns it.
 
     `image_processor` are settings of its picture processor other than the folder's.
     """
-    write_json(folder / "config.json", config := _config(_read(folder / "config.json")))
+    config = _config(_read(folder / "config.json")) | {"transformers_version": "5.24.0"}
+    write_json(folder / "config.json", config)
     write_json(folder / "processor_config.json", _processor(folder, config, image_processor))
     write_json(folder / "tokenizer_config.json", _tokenizer(folder, config))
     for name in _GONE:
         (folder / name).unlink(missing_ok=True)
-    chat = folder / "chat_template.json"
-    text = _read(chat)["chat_template"] if chat.is_file() else "{{ messages }}\n"
-    chat.unlink(missing_ok=True)
-    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    old, new = folder / "chat_template.json", folder / "chat_template.jinja"
+    if not new.is_file():
+        text = _read(old)["chat_template"] if old.is_file() else "{{ messages }}\n"
+        new.write_text(text, encoding="utf-8")
+    old.unlink(missing_ok=True)
     return folder
 
 
@@ -46,8 +50,6 @@ def _config(found: dict[str, Any]) -> dict[str, Any]:
             rope["partial_rotary_factor"] = config.pop("partial_rotary_factor", 1.0)
         config.pop("rope_scaling", None)
         config["rope_parameters"] = rope
-    if "transformers_version" in config:
-        config["transformers_version"] = "5.24.0"
     return config
 
 
@@ -60,11 +62,19 @@ def _processor(folder: Path, config: dict[str, Any], changes: dict[str, Any]) ->
             side = pictures[key]
             square = {"height": side, "width": side}
             pictures[key] = {"shortest_edge": side} if key == "size" else square
+    if pictures["image_processor_type"] == "Qwen2VLImageProcessor":
+        edges = {f"{key}est_edge": pictures.pop(f"{end}_pixels") for key, end in _EDGES.items()}
+        pictures["size"] = edges
     pictures |= {"do_rescale": True, "rescale_factor": 1 / 255} | changes
     if config["model_type"] == "paligemma":
         return {"image_processor": pictures, "processor_class": "PaliGemmaProcessor"}
-    if config["model_type"] in ("deepseek_vl", "gemma3"):
-        return {**_read(folder / "processor_config.json"), "image_processor": pictures}
+    if config["model_type"] not in ("llava", "llava_next", "llava_onevision"):
+        there = folder / "processor_config.json"
+        found = _read(there) if there.is_file() else {}
+        if config["model_type"].startswith("qwen"):
+            kind = {"video_processor_type": "Qwen2VLVideoProcessor"}
+            found["video_processor"] = pictures | kind
+        return {**found, "image_processor": pictures}
     return {
         "image_processor": pictures,
         "image_token": "<image>",
@@ -82,11 +92,12 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     for key, value in found.items():
         if key.endswith("_token") and isinstance(value, dict):
             found[key] = value["content"]
-    if config["model_type"] == "gemma3":
-        found["model_specific_special_tokens"] = found.pop("extra_special_tokens")
+    if isinstance(found.get("extra_special_tokens"), dict):
+        found["model_specific_special_tokens"] = named = found["extra_special_tokens"]
+        found["extra_special_tokens"] = list(named.values())
     elif config["model_type"] == "paligemma":
         found |= {"extra_special_tokens": ["<image>"], "mask_token": "<mask>"}
-    else:
+    elif not found["tokenizer_class"].startswith(("Qwen2", "GPT2")):
         found["tokenizer_class"] = "TokenizersBackend"
     return found | {"backend": "tokenizers", "is_local": True, "local_files_only": False}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from edgevlm.errors import ExportError
 from edgevlm.export.parity.quiet import quiet
@@ -59,12 +60,13 @@ def picture_processor(folder: Path, kind: str = "AutoImageProcessor") -> Any:
 def tokenizer(folder: Path, kind: str = "AutoTokenizer", **options: Any) -> Any:
     """The folder's tokenizer, also where transformers 5 saved it.
 
-    That writes a list where 4 expects names (`extra_special_tokens`), and a class of its own for
-    what 4 calls PreTrainedTokenizerFast.
+    That writes a list where 4 expects names (`extra_special_tokens`), those elsewhere, and a class
+    of its own for what 4 calls PreTrainedTokenizerFast.
     """
     config = _json(folder / "tokenizer_config.json")
     if isinstance(extra := config.get("extra_special_tokens"), list):
-        options |= {"extra_special_tokens": {}, "additional_special_tokens": extra}
+        named = config.get("model_specific_special_tokens", {})
+        options |= {"extra_special_tokens": named, "additional_special_tokens": extra}
     if kind.startswith("Auto") and config.get("tokenizer_class") == "TokenizersBackend":
         kind = "PreTrainedTokenizerFast"
     return getattr(_hf, kind).from_pretrained(folder, **options)
@@ -75,6 +77,9 @@ def model(kind: str, folder: Path, config: Any, **more: Any) -> Any:
 
     Raises ExportError where the class has other tensors than the folder.
     """
+    stated = _json(folder / "config.json")
+    if str(stated.get("transformers_version")).startswith("5."):
+        _set_tables(config, folder, stated)
     made, info = getattr(_hf, kind).from_pretrained(
         folder,
         config=config,
@@ -92,6 +97,20 @@ def model(kind: str, folder: Path, config: Any, **more: Any) -> Any:
     return made.eval()
 
 
+def _set_tables(config: Any, folder: Path, stated: dict[str, Any]) -> None:
+    """Ties the tables of a decoder where transformers 5 does: where its `stated` config says so and
+    the folder has one alone. 4 reads that of the whole model as a decoder's.
+    """
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names.update(opened.keys())
+    text, key = config.get_text_config(decoder=True), "tie_word_embeddings"
+    tied = text.tie_word_embeddings or config.tie_word_embeddings or stated.get(key, False)
+    tied = tied and not any(name.endswith("lm_head.weight") for name in names)
+    text.tie_word_embeddings = config.tie_word_embeddings = tied
+
+
 def set_rotary(text: Any) -> None:
     """Puts the rotary positions of a decoder's config where transformers 4 looks for them; 5 writes
     them elsewhere.
@@ -99,7 +118,7 @@ def set_rotary(text: Any) -> None:
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     text.rope_theta = rope.get("rope_theta", text.rope_theta)
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type", "default") != "default" or "mrope_section" in rope:
         text.rope_scaling = rope
 
 
