@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import re
 import subprocess
 import sys
@@ -91,6 +92,7 @@ ENGINES = {
 }
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     found = {}
     for package, folder in FOLDERS.items():
@@ -102,21 +104,23 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Full names of everything a file imports."""
-    found = set()
+    found = set[str]()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def within(name: str, package: str) -> bool:
     return name == package or (package != "edgevlm" and name.startswith(package + "."))
 
 
+@functools.cache
 def layer(name: str) -> int:
     hits = [i for i, row in enumerate(LAYERS) if any(within(name, p) for p in row)]
     return hits[0] if hits else LAYERS.index(("edgevlm.api", "edgevlm.photos", "edgevlm"))
