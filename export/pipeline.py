@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -371,7 +373,8 @@ def _source_records(job: Job) -> tuple[FileRecord, ...]:
     return tuple(record(f, name, progress=stage.advance) for f, name in files)
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """The versions of the packages that make a bundle."""
     found = {}
     for package in _PACKAGES:

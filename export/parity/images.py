@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,10 @@ _HEIGHT, _WIDTH = 300, 400
 
 def scene() -> RGB:
     """uint8 [h, w, 3]: a gradient with a disc, a square and some grain."""
+    return _drawn()[0].copy()
+
+
+def _scene() -> RGB:
     y, x = np.mgrid[0:_HEIGHT, 0:_WIDTH].astype(np.float32)
     ground = np.stack([x / _WIDTH, y / _HEIGHT, 1 - x / _WIDTH], axis=-1) * 200 + 30
     ground[(x - 120) ** 2 + (y - 150) ** 2 < 70**2] = (220, 30, 40)
@@ -47,16 +52,22 @@ def all_pictures(folder: Path | None) -> list[RGB]:
 
 
 def drawn() -> list[RGB]:
-    """Pictures with what towers find hard: even sheets, where trained ones have their largest
-    activations, noise, fine lines, the scene, and soft clouds like a photograph's.
+    """Pictures with what towers find hard: the scene, even sheets, where trained ones have their
+    largest activations, noise, fine lines, and soft clouds like a photograph's.
     """
+    return [picture.copy() for picture in _drawn()]
+
+
+@functools.cache
+def _drawn() -> tuple[RGB, ...]:
     rng = np.random.default_rng(1)
     sheet = np.full((_HEIGHT, _WIDTH, 3), 255, np.uint8)
     noise = rng.integers(0, 256, (_HEIGHT, _WIDTH, 3), np.uint8)
     lines = sheet.copy()
     lines[::7] = 0
     lines[:, ::11] = (200, 30, 30)
-    return [scene(), sheet, noise, np.zeros_like(sheet), lines, _clouds(rng), 255 - scene()]
+    seen = _scene()
+    return seen, sheet, noise, np.zeros_like(sheet), lines, _clouds(rng), 255 - seen
 
 
 def _clouds(rng: np.random.Generator) -> RGB:

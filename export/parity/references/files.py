@@ -128,7 +128,10 @@ def token_ids(tokenizer: Any, texts: list[str], plain: bool) -> list[list[int]]:
     if tokenizer.is_fast:
         how["split_special_tokens"] = plain
     with quiet(), _plain(tokenizer) if plain and not tokenizer.is_fast else nullcontext():
-        return [tokenizer(text, **how)["input_ids"] for text in texts]
+        if not (tokenizer.is_fast and texts):
+            return [tokenizer(text, **how)["input_ids"] for text in texts]
+        ids: list[list[int]] = tokenizer(texts, **how)["input_ids"]  # in half the time
+        return ids
 
 
 @contextmanager
