@@ -7,12 +7,14 @@ import runpy
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import IO, Any
 from unittest import mock
 
 from edgevlm import cli
 from edgevlm.export import child as children_of_exports
+from edgevlm.export.gguf import tools
 
 
 def called(
@@ -37,11 +39,24 @@ def edgevlm(*arguments: str, input: str = "") -> subprocess.CompletedProcess[str
     return called(cli.main, arguments, input)
 
 
-def children() -> AbstractContextManager[object]:
-    """In the block, programs that exports run in child processes are run in this process, but
-    llama.cpp's quantizer.
+@contextmanager
+def children() -> Iterator[None]:
+    """In the block, programs that exports run in child processes are run in this process."""
+    with (
+        mock.patch.object(children_of_exports, "run", child),
+        mock.patch.object(tools, "process", _process),
+    ):
+        yield
+
+
+@contextmanager
+def _process(command: Sequence[str], *, stderr: IO[bytes], **_: Any) -> Iterator[mock.Mock]:
+    """Runs llama.cpp's quantizer, in place of `edgevlm.cleanup.process`; it has ended when the
+    block begins.
     """
-    return mock.patch.object(children_of_exports, "run", child)
+    done = child(command)
+    stderr.write(done.stderr.encode())
+    yield mock.Mock(returncode=done.returncode, poll=lambda: done.returncode)
 
 
 def child(
