@@ -7,10 +7,10 @@ runtime asks it how to read boxes out of an answer.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import re
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
@@ -243,7 +243,7 @@ def read_config(defaults: T, config: Config, where: str = "") -> T:
     Raises ValueError for a value of another type, or below 1 where the field is a plain int;
     `where` stands before the key in the message.
     """
-    hints = typing.get_type_hints(type(defaults))
+    hints = schema.hints(type(defaults))
     found = {}
     for key in (f.name for f in fields(defaults) if f.name in config):  # type: ignore[arg-type]
         found[key] = schema.typed(hints[key], config[key], where + key)
@@ -325,16 +325,17 @@ def rope_parameters(config: Config) -> dict[str, Any]:
     return rope
 
 
-def known() -> list[str]:
+@functools.cache
+def known() -> tuple[str, ...]:
     """Names of all families, sorted."""
     package = importlib.import_module("edgevlm.families")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__)))
 
 
 def by_name(name: str, where: str) -> Family:
     """The family of that name; `where` names the file that asked, for UnknownFamily."""
     if name not in known():
-        raise UnknownFamily(name, known(), where)
+        raise UnknownFamily(name, [*known()], where)
     family = importlib.import_module(f"edgevlm.families.{name}").FAMILY
     assert isinstance(family, Family)
     return family

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -38,14 +39,20 @@ def read(cls: type[T], data: Any, where: str = "") -> T:
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise SchemaError(f"unknown key {_shown(_join(where, unknown[0]))}")
-    hints = typing.get_type_hints(cls)
+    types_of = hints(cls)
     values = {}
     for name, spec in fields.items():
         if name in data:
-            values[spec.name] = typed(hints[spec.name], data[name], _join(where, name))
+            values[spec.name] = typed(types_of[spec.name], data[name], _join(where, name))
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise SchemaError(f"missing key {_join(where, name)!r}")
     return cls(**values)
+
+
+@functools.cache
+def hints(cls: type) -> Mapping[str, Any]:
+    """The types of a dataclass's fields by name, evaluated once: that takes longer than reading."""
+    return typing.get_type_hints(cls)
 
 
 def plain(value: Any) -> Any:

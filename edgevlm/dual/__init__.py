@@ -6,6 +6,7 @@ functions. There is no decoder, so nothing of prompts and answers is in it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -65,9 +66,10 @@ class DualFamily:
     locate: Callable[[str], str | None]
 
 
-def known() -> list[str]:
+@functools.cache
+def known() -> tuple[str, ...]:
     """Names of all layouts, sorted."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
 
 
 def by_name(name: str) -> DualFamily:
