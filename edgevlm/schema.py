@@ -39,7 +39,7 @@ def read(cls: type[T], data: Any, where: str = "") -> T:
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise SchemaError(f"unknown key {_shown(_join(where, unknown[0]))}")
-    types_of = hints(cls)
+    types_of = hints(cls)  # type: ignore[arg-type]
     values = {}
     for name, spec in fields.items():
         if name in data:

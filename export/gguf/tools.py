@@ -138,7 +138,8 @@ class _Vocabulary:
             self._room = (self._llama.llama_token * (2 * len(data) + 64))()
         room = self._room
         n = self._llama.llama_tokenize(self._vocab, data, len(data), room, len(room), False, False)
-        return room[:n]
+        ids: list[int] = room[:n]
+        return ids
 
     def __len__(self) -> int:
         return int(self._llama.llama_vocab_n_tokens(self._vocab))
