@@ -212,6 +212,7 @@ NINE_LAYERS = {
 }
 
 
+@pytest.mark.usefixtures("children_inside")
 @pytest.mark.parametrize(
     ("name", "quant"),
     [("own", q) for q in QUANTS if not precisions.quant(q).direct]

@@ -16,12 +16,19 @@ from edgevlm.export import QUANTS, export_bundle, precisions, requantize_bundle
 from edgevlm.export.gguf import decoder, importance
 from edgevlm.export.gguf.tools import Matrix
 from edgevlm.export.options import WriteOptions
+from tests import inside
 from tests.checkpoints.paligemma import write_paligemma
 
 
 @pytest.fixture(scope="module")
 def matrix(paligemma_bundle: Bundle) -> Matrix:
-    return importance.collect(paligemma_bundle.folder, paligemma_bundle.manifest, None)
+    return collected(paligemma_bundle)
+
+
+def collected(bundle: Bundle) -> Matrix:
+    """The importance matrix of a bundle's decoder, which answers in this process."""
+    with inside.children():
+        return importance.collect(bundle.folder, bundle.manifest, None)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def small(small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> B
 
 @pytest.fixture(scope="module")
 def small_matrix(small: Bundle) -> Matrix:
-    return importance.collect(small.folder, small.manifest, None)
+    return collected(small)
 
 
 def test_every_matrix_of_every_layer_is_weighed(matrix: Matrix, paligemma_bundle: Bundle) -> None:
@@ -69,10 +76,16 @@ def test_columns_that_matter_are_kept_nearer(
     errors = {}
     for kind, given in weights.items():
         target = tmp_path / f"{kind}.gguf"
-        decoder.quantize(source, target, precisions.quant("q3_k_s"), None, given)
+        quantized(source, target, "q3_k_s", given)
         exact, rounded = (values(path, name) for path in (source, target))
         errors[kind] = (np.square(rounded - exact) * matrix[name]).sum()
     assert errors["weighed"] < 0.95 * errors["plain"]
+
+
+def quantized(source: Path, target: Path, quant: str, matrix: Matrix | None) -> None:
+    """Quantizes a decoder in this process."""
+    with inside.children():
+        decoder.quantize(source, target, precisions.quant(quant), None, matrix)
 
 
 def values(path: Path, name: str) -> NDArray[np.float32]:
@@ -90,10 +103,9 @@ QUICK = [q for q in QUANTS if not q.startswith("iq") or q in ("iq2_xxs", "iq4_nl
 def test_llama_cpp_makes_the_type(
     quant: str, small: Bundle, small_matrix: Matrix, tmp_path: Path
 ) -> None:
-    wanted = precisions.quant(quant)
-    given = small_matrix if wanted.imatrix else None
     target = tmp_path / "decoder.gguf"
-    decoder.quantize(small.path("decoder"), target, wanted, None, given)
+    given = small_matrix if precisions.quant(quant).imatrix else None
+    quantized(small.path("decoder"), target, quant, given)
     types = set(decoder.tensor_types(target).values())
     # The type's own name is that of most tensors: q4_k_m is made of Q4_K.
     stem = quant.upper().removesuffix("_M").removesuffix("_S").removesuffix("_L")

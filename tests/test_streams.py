@@ -126,7 +126,8 @@ def test_a_reader_that_went_away(name: str) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-ENCODINGS = ["cp1252", "ascii", "latin-1", "cp1252:strict", "utf-8"]
+# A table, a codec of C's, one that would rather fail, and one that lacks nothing.
+ENCODINGS = ["cp1252", "ascii", "cp1252:strict", "utf-8"]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
