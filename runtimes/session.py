@@ -15,25 +15,24 @@ from edgevlm.family import Family
 from edgevlm.image import ImageSource
 from edgevlm.manifest import Manifest
 from edgevlm.masks import in_picture
-from edgevlm.prompt import Exchange, caption_task, task_prompt
+from edgevlm.prompt import Exchange
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.asynchronous import AsyncAnswer
 from edgevlm.runtimes.chat import Chat
 from edgevlm.runtimes.engines import Cancelled, TextDecoder, VisionEncoder
-from edgevlm.runtimes.logprobs import log_softmax
 from edgevlm.runtimes.messages import Images, Message, parted
 from edgevlm.runtimes.request import (
     Engines,
     Request,
     Stopwatch,
     embeddings,
-    input_blocks,
-    prefill,
     prepare,
 )
+from edgevlm.runtimes.scores import scores
+from edgevlm.runtimes.tasks import Tasks
 from edgevlm.runtimes.turns import Turns
-from edgevlm.sampling import Sampling, SamplingOptions, task_options
-from edgevlm.types import Box, Devices, Placement, Point, Progress, Reply, RunSettings
+from edgevlm.sampling import Sampling, SamplingOptions
+from edgevlm.types import Box, Devices, Placement, Progress, Reply, RunSettings
 from edgevlm.video import Video, read_video
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 
-class VLM:
+class VLM(Tasks):
     """A loaded vision-language model. `edgevlm.load` makes one; close it or use it in a `with`.
 
     `image` is a path, URL, bytes, PIL image or array uint8 [h, w, 3], a list of those where the
@@ -213,68 +212,6 @@ class VLM:
             )
         return read_video(source, spec, self.manifest.image, fps)
 
-    def caption(
-        self, image: Images, language: str = "en", *, length: str = "normal",
-        **options: Unpack[SamplingOptions],
-    ) -> Reply:  # fmt: skip
-        """Describes the picture in a language given by its code; `length` is "short" or "long" for
-        models that were trained on such. PromptError if it cannot.
-
-        >>> with edgevlm.load() as vlm:
-        ...     print(vlm.caption("photo.png"))
-        a red circle, a blue square, a yellow triangle and a green star
-        """
-        prompt = self.task(caption_task(length), language=language)
-        return self.ask(prompt, image, **options)
-
-    def ocr(self, image: Images, **options: Unpack[SamplingOptions]) -> Reply:
-        """Reads the text in the picture. PromptError if the model cannot.
-
-        >>> with edgevlm.load() as vlm:
-        ...     print(vlm.ocr("sign.png"))
-        OPEN
-        """
-        options = task_options("ocr", self.manifest.answer) | options
-        return self.ask(self.task("ocr"), image, **options)
-
-    def detect(
-        self, objects: str | Sequence[str], image: Images, **options: Unpack[SamplingOptions]
-    ) -> list[Box]:
-        """Finds objects by name; boxes in pixels of the upright picture. PromptError if the model
-        cannot.
-
-        >>> with edgevlm.load() as vlm:
-        ...     print([box.label for box in vlm.detect(["circle", "star"], "photo.png")])
-        ['circle', 'star']
-        """
-        return list(self.ask(self.task("detect", objects), image, **options).boxes)
-
-    def point(
-        self, objects: str | Sequence[str], image: Images, **options: Unpack[SamplingOptions]
-    ) -> list[Point]:
-        """Points at objects by name; places in pixels of the upright picture. PromptError if the
-        model cannot.
-        """
-        return list(self.ask(self.task("point", objects), image, **options).points)
-
-    def answer(
-        self, question: str, image: Images = None, language: str = "en",
-        **options: Unpack[SamplingOptions],
-    ) -> Reply:  # fmt: skip
-        """Answers a question in the model's own prompt for questions, where it has one.
-
-        >>> with edgevlm.load() as vlm:
-        ...     print(vlm.answer("what shape is red?", "photo.png"))
-        circle
-        """
-        return self.ask(self.task("answer", question, language), image, **options)
-
-    def ground(self, image: Images, **options: Unpack[SamplingOptions]) -> Reply:
-        """Describes the picture and locates what it names: `boxes` of the reply. PromptError if the
-        model cannot.
-        """
-        return self.ask(self.task("ground"), image, **options)
-
     def segment(
         self, objects: str | Sequence[str], image: ImageSource, **options: Unpack[SamplingOptions]
     ) -> list[Box]:
@@ -302,10 +239,6 @@ class VLM:
                 found[i] = replace(boxes[i], mask=in_picture(square, boxes[i], width, height))
         return found
 
-    def task(self, task: str, prompt: str | Sequence[str] = "", language: str = "en") -> str:
-        """The model's own prompt for a task; several objects are joined as the models expect."""
-        return task_prompt(self.manifest.prompt, task, prompt, language)
-
     def score(
         self,
         prompt: str,
@@ -326,43 +259,9 @@ class VLM:
         ...     print(shapes.argmax())
         0
         """
-        with self._turns.whole():
-            return self._score(prompt, continuations, image, with_end)
-
-    def _score(
-        self, prompt: str, continuations: Sequence[str], image: Images, with_end: bool
-    ) -> npt.NDArray[np.float64]:
-        model, end = self.engines, list(self.manifest.answer.stop_tokens[:1])
-        ids = [model.tokenize(c) + (end if with_end else []) for c in continuations]
-        if not all(ids):
-            raise PromptError("a continuation is empty; there is nothing to score")
-        self._check_writable(ids)
-        longest = max(map(len, ids), default=1)
         _, asked, images = parted(prompt, image)
-        request = prepare(model, asked, images, Sampling(max_tokens=longest))
-        if request.max_tokens < longest:
-            raise PromptError(f"a continuation of {longest} tokens does not fit the context")
-        prefill(model, request, input_blocks(model, request), longest)
-        first = model.decoder.logits()[None]
-        scores = np.zeros(len(ids))
-        for i, tokens in enumerate(ids):
-            after = model.decoder.extend(tokens[:-1])
-            scores[i] = log_softmax(np.concatenate([first, after]))[
-                range(len(tokens)), tokens
-            ].sum()
-            model.decoder.rollback(request.n_image + request.n_text)
-        model.keep()
-        return scores
-
-    def _check_writable(self, continuations: Sequence[Sequence[int]]) -> None:
-        """Raises PromptError for a token that no answer of a trimmed decoder can have."""
-        decoder = self.engines.decoder
-        for token in (t for ids in continuations for t in ids if not decoder.writes(t)):
-            text = decoder.piece(token).decode(errors="replace")
-            raise PromptError(
-                f"no answer of this bundle has the token {text!r} ({token}): it was trimmed to "
-                f"{', '.join(self.manifest.decoder.languages)}; score with one that was not"
-            )
+        with self._turns.whole():
+            return scores(self.engines, asked, images, continuations, with_end=with_end)
 
     def image_embeddings(self, image: ImageSource) -> npt.NDArray[np.float32]:
         """The picture's embeddings as the decoder reads them, float32 [tokens, n_embd], a copy.

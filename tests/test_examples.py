@@ -97,7 +97,8 @@ def documented() -> Iterator[Any]:
     """What a user may call: public functions and classes, and their methods."""
     for thing in [edgevlm, CocoSet, *(getattr(edgevlm, name) for name in edgevlm.__all__)]:
         if isinstance(thing, type) and not issubclass(thing, Exception):
-            methods = [m for n, m in vars(thing).items() if inspect.isfunction(m) and n[0] != "_"]
+            own = [item for base in thing.__mro__[::-1] for item in vars(base).items()]
+            methods = [m for n, m in dict(own).items() if inspect.isfunction(m) and n[0] != "_"]
             yield from [thing, *methods]
         elif inspect.isfunction(thing) or inspect.ismodule(thing):
             yield thing
