@@ -78,7 +78,7 @@ def load(
     too small, ImageError for a picture that cannot be read.
     """
     from edgevlm.runtimes.loading import LoadOptions, load_bundle
-    from edgevlm.runtimes.messages import several
+    from edgevlm.runtimes.messages import pictures
     from edgevlm.runtimes.rules import GOALS
     from edgevlm.types import REPACKINGS
 
@@ -104,7 +104,7 @@ def load(
         max_pixels=max_pixels,
         goal=goal,
         cache=cache,
-        images=several(image),
+        images=pictures(image),
         progress=progress,
         max_memory=None if max_memory is None else byte_size(max_memory, "max_memory"),
     )

@@ -98,7 +98,8 @@ class PromptError(EdgeVLMError):
 class ContextOverflow(PromptError):
     """The request needs more positions than the decoder has; all sizes in tokens.
 
-    `tiles` are those that the pictures were cut into, `native` says that they kept their size.
+    `tiles` are those that the pictures were cut into, `native` says that they kept their size,
+    `fps` are frames a second of which a video would fit, where there is one that would.
     """
 
     def __init__(
@@ -110,14 +111,18 @@ class ContextOverflow(PromptError):
         tiles: int = 1,
         *,
         native: bool = False,
+        fps: float | None = None,
     ) -> None:
         self.image = image
         self.text = text
         self.generated = generated
         self.context = context
+        self.fps = fps
         cure = "lower max_tiles or " if tiles > 1 else ""
         if native and image:
             cure = "lower max_pixels or "
+        if fps is not None:
+            cure = f"take fewer frames of the video (--fps {fps:g}, in Python fps={fps:g}) or "
         super().__init__(
             f"the request needs {image + text + generated} tokens (image {image}, text {text}, "
             f"answer {generated}) and the model's context has {context}; {cure}shorten the prompt "

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 
 from edgevlm.errors import PromptError
 from edgevlm.image.planned import Plan
@@ -52,11 +51,6 @@ class Tokens:
 Segment = Text | Image | Begin | Tokens
 _ID = re.compile(r"\{id:(\d+)\}")
 _WORDS = re.compile(r"\{(prompt|system)\}")
-_TEENS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 class TaskPrompt(str):
@@ -80,28 +74,16 @@ class TaskPrompt(str):
 
 
 @dataclass(frozen=True)
-class Film:
-    """Pictures that are the frames of a video.
-
-    Their times and its duration are in seconds; `fps` is how many a second were asked for, None
-    where they come from elsewhere.
-    """
-
-    times: tuple[float, ...]
-    duration: float
-    fps: float | None = None
-
-
-@dataclass(frozen=True)
 class Exchange:
     """A question, how many pictures come with it, and its answer: a reply of the model's, a text,
-    or None where it is to be answered. With a `film` the pictures are its frames.
+    or None where it is to be answered. A video among the pictures is one of them; with `film` it is
+    the first one.
     """
 
     question: str
     n_pictures: int = 0
     answer: Reply | str | None = None
-    film: Film | None = None
+    film: bool = False
 
 
 def conversation(
@@ -133,7 +115,7 @@ def conversation(
         if not exchange.n_pictures and text_template:
             template = text_template
         if exchange.film:
-            template = _with_film(spec, system is not None)
+            template = _opened_by_film(spec.video, later=i > 0, system=system is not None)
         if not template:
             raise PromptError(
                 "this model answers single questions, it was not trained on conversations; "
@@ -166,54 +148,22 @@ def conversation(
     return _joined(segments) if spec.joined else segments
 
 
-def _with_film(spec: PromptSpec, system: bool) -> tuple[str, ...]:
-    if spec.video is None:
-        raise PromptError(
-            "this model was not trained on videos, or its bundle is older than those and has to be "
-            "exported again; ask about frames of it as pictures"
-        )
-    return spec.video.system_template if system else spec.video.template
-
-
-def with_frames(segments: Sequence[Segment], film: Film, spec: VideoSpec) -> list[Segment]:
-    """The texts around the pictures of a video."""
-    words = {"{count}": in_words(len(film.times)), "{duration}": clock(film.duration)}
-    out: list[Segment] = []
-    for segment in segments:
-        if isinstance(segment, Image):
-            if segment.index == 0:
-                out.append(Text(_numbered(spec.opening, words)))
-            out.append(Text(_numbered(spec.frame, {"{time}": moment(film.times[segment.index])})))
-        out.append(segment)
-        if isinstance(segment, Image) and segment.index == len(film.times) - 1:
-            out.append(Text(spec.closing))
-    return out
-
-
-def in_words(n: int) -> str:
-    """A number from 0 to 99 in English, a larger one in digits."""
-    if n < len(_TEENS):
-        return _TEENS[n]
-    tens, ones = divmod(n, 10)
-    if tens > len(_TENS) + 1:
-        return str(n)
-    return _TENS[tens - 2] + (f"-{_TEENS[ones]}" if ones else "")
-
-
-def clock(seconds: float) -> str:
-    """A duration as H:MM:SS."""
-    return str(timedelta(seconds=int(seconds)))
-
-
-def moment(seconds: float) -> str:
-    """A time as MM:SS."""
-    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
+def _opened_by_film(video: VideoSpec | None, *, later: bool, system: bool) -> tuple[str, ...]:
+    """The template of a question that a video opens."""
+    assert video  # whoever is shown one was trained on them
+    if later:
+        return video.turn
+    return video.system_template if system else video.template
 
 
 def laid_out(
-    segments: Sequence[Segment], plans: Sequence[Plan], layout: PictureLayout | None
+    segments: Sequence[Segment],
+    plans: Sequence[Plan],
+    layout: PictureLayout | None,
+    bare: Collection[int] = (),
 ) -> list[Segment]:
-    """Writes each picture as the layout says, by its plan; all of it as it is where there is none.
+    """Writes each picture as the layout says, by its plan, but for those that are `bare`; all of it
+    as it is where there is no layout.
 
     Neighbouring texts become one.
     """
@@ -221,10 +171,10 @@ def laid_out(
         return list(segments)
     out: list[Segment] = []
     for segment in segments:
-        if isinstance(segment, Image):
+        if isinstance(segment, Image) and segment.index not in bare:
             if len(plans) > 1:
                 number = {"{number}": str(segment.index + 1)}
-                out += [_item(_numbered(item, number), layout) for item in layout.several]
+                out += [segment_of(numbered(item, number), layout) for item in layout.several]
             out += _picture(segment.index, plans[segment.index], layout)
         else:
             out.append(segment)
@@ -236,7 +186,7 @@ def _picture(index: int, plan: Plan, layout: PictureLayout) -> Iterator[Segment]
 
     def written(items: tuple[str, ...], image: Image) -> Iterator[Segment]:
         for item in items:
-            yield image if item == "{image}" else _item(item, layout)
+            yield image if item == "{image}" else segment_of(item, layout)
 
     rows, columns = plan.grid
     if not rows or not layout.tile:
@@ -251,23 +201,25 @@ def _picture(index: int, plan: Plan, layout: PictureLayout) -> Iterator[Segment]
     for row in range(rows):
         for column in range(columns):
             place = {"{row}": str(row + 1), "{column}": str(column + 1)}
-            items = tuple(_numbered(item, place) for item in layout.tile)
+            items = tuple(numbered(item, place) for item in layout.tile)
             yield from written(items, tiles[row * columns + column])
         yield from written(layout.line, Image(index))
     if plan.overview == "last":
         yield from overview
 
 
-def _item(item: str, layout: PictureLayout) -> Segment:
-    if item == "{bos}":
+def segment_of(text: str, layout: PictureLayout) -> Segment:
+    """The segment of an item of a layout."""
+    if text == "{bos}":
         return Begin()
-    return Tokens((layout.tokens[item],)) if item in layout.tokens else Text(item)
+    return Tokens((layout.tokens[text],)) if text in layout.tokens else Text(text)
 
 
-def _numbered(item: str, place: Mapping[str, str]) -> str:
-    for name, number in place.items():
-        item = item.replace(name, number)
-    return item
+def numbered(text: str, words: Mapping[str, str]) -> str:
+    """An item of a layout with what stands for numbers and times replaced."""
+    for name, word in words.items():
+        text = text.replace(name, word)
+    return text
 
 
 def _joined(segments: list[Segment]) -> list[Segment]:

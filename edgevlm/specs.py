@@ -173,10 +173,12 @@ class VideoSpec:
 
     `fps` frames a second are taken, evenly and `most` at most; where that bound is far from what
     there is, not from the first and the last `skip` seconds. Each is a picture that is not cut,
-    whose long side becomes `longest_edge` pixels on the way. `template` and `system_template` are
-    those of PromptSpec with all frames as `{image}`. `opening` stands before all, `frame` before
-    each and `closing` behind all of them, in which `{count}` is their number in words, `{duration}`
-    the video's in hours, minutes and seconds, and `{time}` a frame's in minutes and seconds.
+    whose long side becomes `longest_edge` pixels on the way. `template`, `system_template` and
+    `turn` are those of PromptSpec for a question that a video opens, which is one `{image}`;
+    without `turn`, in a bundle that is older, a video comes with the first question only.
+    `opening` stands before all frames, `frame` before each and `closing` behind all of them, in
+    which `{count}` is their number in words, `{duration}` the video's in hours, minutes and
+    seconds, and `{time}` a frame's in minutes and seconds.
 
     With `pairs` the encoder sees two frames at a time, of an odd number the last one twice, and
     the decoder reads the embeddings of all pairs as those of one picture that goes on in time.
@@ -192,6 +194,7 @@ class VideoSpec:
     skip: float = 0.0
     longest_edge: int = 0
     system_template: tuple[str, ...] = ()
+    turn: tuple[str, ...] = ()
     opening: str = ""
     frame: str = ""
     closing: str = ""

@@ -6,12 +6,13 @@ were even, as the models' own processors do. Sound is not read.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +28,21 @@ from edgevlm.specs import ImageSpec, VideoSpec
 
 # Reading goes frame by frame from the begin: so long a video takes minutes.
 _MOST_FRAMES = 10_000_000
+# More has no hours that a prompt could say.
+_LONGEST_S = 1e9
 # A frame of 8192 x 8192 is 200 MB while it is read.
 _MOST_PIXELS = 1 << 26
+# Of the frames that a file says it has, so many are there where it is whole: some are before its
+# begin, or cannot be shown.
+_SHARE = 0.9
 # Playlists are among FFmpeg's formats: they name other files and addresses, which nobody asked for.
 _OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,"
     "asf,gif",
     "protocol_whitelist": "file",
 }
+
+VideoSource = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +51,8 @@ class Video:
 
     frames: RGB uint8 [h, w, 3] each, in order. times: seconds from its begin to each of them.
     duration: of all of it, in seconds. fps: how many a second were asked for, which some models
-    are told; None is what the times say. `VLM.read_video` makes one of a file; whoever has frames
-    of another origin makes one of those.
+    are told; None is what the times say. source: the file that it was read from. `VLM.read_video`
+    makes one of a file; whoever has frames of another origin makes one of those.
 
     >>> import numpy as np
     >>> frames = list(np.zeros((3, 48, 64, 3), np.uint8))
@@ -56,20 +64,33 @@ class Video:
     times: Sequence[float]
     duration: float
     fps: float | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
-        if not len(self.frames) or len(self.frames) != len(self.times):
-            raise PromptError(f"a video of {len(self.frames)} frames has {len(self.times)} times")
-        if not all(0 <= t < math.inf for t in (*self.times, self.duration)):
-            raise PromptError("times of a video are seconds from its begin, 0 and more")
-        check_fps(self.fps)
+        check_times(len(self.frames), self.times, self.duration, self.fps)
 
     def __repr__(self) -> str:
         return f"<Video of {len(self.frames)} frames in {self.duration:g} s>"
 
 
+class Watch:
+    """Looks on while a video is read; what its methods raise ends that."""
+
+    def size(self, name: str, width: int, height: int) -> None:
+        """Is told how large frames are before they are decoded; raises ImageError for too large."""
+        if width * height > _MOST_PIXELS:
+            raise ImageError(name, f"has frames of {width} x {height} pixels; make it smaller")
+
+    def frame(self) -> None:
+        """Is told of each frame before it is looked for."""
+
+
 def read_video(
-    source: str | os.PathLike[str], spec: VideoSpec, image: ImageSpec, fps: float | None = None
+    source: VideoSource,
+    spec: VideoSpec,
+    image: ImageSpec,
+    fps: float | None = None,
+    watch: Watch | None = None,
 ) -> Video:
     """Reads the frames of a file that a model is shown, no larger than it sees them.
 
@@ -85,37 +106,88 @@ def read_video(
         raise EngineMissing(
             "reading videos needs PyAV (av is not there)", 'pip install "edgevlm[video]"'
         ) from None
-    name = os.fspath(source)
-    place = located(name)
-    if isinstance(place, str):
-        raise ImageError(name, "is not a file; videos are read from files alone")
+    name = _name(source)
     try:
-        with place.open("rb") as file, closing(av.open(file, options=_OPTIONS)) as container:
-            return _read(name, container, spec, image, fps)
+        with _opened(source, name) as file, closing(av.open(file, options=_OPTIONS)) as container:
+            video = _read(name, container, _Wanted(spec, image, fps), watch or Watch())
+    except (av.InvalidDataError, av.ArgumentError):
+        reason = "it is damaged, or not in a format of videos that is known"
     except (av.FFmpegError, OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or one_line(e)
-        raise ImageError(name, f"cannot be read as a video ({reason})") from None
+    else:
+        return replace(video, source=name) if isinstance(source, (str, os.PathLike)) else video
+    raise ImageError(name, f"cannot be read as a video ({reason})")
 
 
-def _read(name: str, container: Any, spec: VideoSpec, image: ImageSpec, fps: float | None) -> Video:
+def _name(source: VideoSource) -> str:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"the video of {len(source)} bytes"
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    raise ImageError(
+        f"an object of type {type(source).__name__}",
+        "is not a video; pass a path or the bytes of a file",
+    )
+
+
+def _opened(source: VideoSource, name: str) -> IO[bytes]:
+    """The file, at its begin; raises ImageError for an address and for what is empty."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        file: IO[bytes] = io.BytesIO(source)
+    else:
+        place = located(name)
+        if isinstance(place, str):
+            raise ImageError(name, "is not a file; videos are read from files alone")
+        file = place.open("rb")
+    if not file.read(1):
+        file.close()
+        raise ImageError(name, "is empty")
+    file.seek(0)
+    return file
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The frames of a video that a model is shown."""
+
+    spec: VideoSpec
+    image: ImageSpec
+    fps: float | None
+
+
+def _read(name: str, container: Any, wanted: _Wanted, watch: Watch) -> Video:
     if not container.streams.video:
         raise ImageError(name, "has no pictures that move; a video is wanted")
     stream = container.streams.video[0]
-    n, rate = stream.frames or _counted(container), float(stream.average_rate or 0)
-    if stream.width * stream.height > _MOST_PIXELS:
-        raise ImageError(
-            name, f"has frames of {stream.width} x {stream.height} pixels; make it smaller"
-        )
+    watch.size(name, stream.width, stream.height)
+    n, rate = stream.frames or _counted(container, watch), float(stream.average_rate or 0)
     if not 0 < n <= _MOST_FRAMES or not 0 < rate < math.inf:
         raise ImageError(name, f"has {n} frames, {rate:g} a second; that is not a video")
-    wanted = chosen(n, rate, spec, fps)
+    spec, fps = wanted.spec, wanted.fps
+    numbers = chosen(n, rate, spec, fps)
     container.seek(0)
-    seen = spec.image(image, len(wanted))
-    frames = [_small(frame, seen) for frame in _picked(container, wanted)]
-    if not frames:
-        raise ImageError(name, "has no frame that can be read")
-    times = tuple(float(i / rate) for i in wanted[: len(frames)])
-    return Video(frames, times, n / rate, spec.fps if fps is None else fps)
+    seen = spec.image(wanted.image, len(numbers))
+    taken, read = {int(i) for i in numbers}, 0
+    frames = list[RGB]()
+    for read, frame in enumerate(_decoded(container, name, watch), 1):
+        if read - 1 in taken:
+            frames.append(_small(frame, seen))
+        if read > numbers[-1]:
+            break
+    if not frames or read < _SHARE * numbers[-1]:
+        raise ImageError(name, f"is cut short or damaged: {read} of its {n} frames can be read")
+    times = tuple(float(i / rate) for i in numbers[: len(frames)])
+    each = spec.fps if fps is None else fps
+    return Video(frames, times, n / rate, each)
+
+
+def check_times(n: int, times: Sequence[float], duration: float, fps: float | None) -> None:
+    """Raises PromptError for what cannot be the times of `n` frames; see Video."""
+    if not n or n != len(times):
+        raise PromptError(f"a video of {n} frames has {len(times)} times")
+    if not all(0 <= t <= _LONGEST_S for t in (*times, duration)):
+        raise PromptError(f"times of a video are seconds from its begin, from 0 to {_LONGEST_S:g}")
+    check_fps(fps)
 
 
 def check_fps(fps: float | None) -> None:
@@ -141,9 +213,23 @@ def time_step(spec: VideoSpec, fps: float) -> int:
     return seconds * spec.per_second
 
 
-def _counted(container: Any) -> int:
+def _counted(container: Any, watch: Watch) -> int:
     """The frames of a file that does not say how many it has."""
-    return sum(1 for packet in container.demux(video=0) if packet.size)
+    n = 0
+    for packet in container.demux(video=0):
+        watch.frame()
+        n += packet.size > 0
+    return n
+
+
+def _decoded(container: Any, name: str, watch: Watch) -> Iterator[Any]:
+    """All frames, one after the other."""
+    watch.frame()
+    for frame in container.decode(video=0):
+        # It may become another one on the way.
+        watch.size(name, frame.width, frame.height)
+        yield frame
+        watch.frame()
 
 
 def chosen(n: int, rate: float, spec: VideoSpec, fps: float | None = None) -> npt.NDArray[np.intp]:
@@ -168,15 +254,6 @@ def _first_of_stretches(n: int, wanted: float, spec: VideoSpec) -> npt.NDArray[n
     count = max(int(min(max(wanted, spec.least), most)) // 2 * 2, 1)
     # It computes them in float32, where some are the frame beside.
     return np.arange(count, dtype=np.intp) * n // count
-
-
-def _picked(container: Any, wanted: npt.NDArray[np.intp]) -> Iterator[Any]:
-    kept = {int(i) for i in wanted}
-    for i, frame in enumerate(container.decode(video=0)):
-        if i in kept:
-            yield frame
-        if i >= wanted[-1]:
-            return
 
 
 def _small(frame: Any, image: ImageSpec) -> RGB:

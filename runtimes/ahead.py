@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 from edgevlm.image import ImageSource
 from edgevlm.image.plan import among
-from edgevlm.runtimes.bitmaps import Bitmap, read
+from edgevlm.runtimes.bitmaps import Bitmap, Shown, ShownSource, read, still
 from edgevlm.runtimes.engines import Cancelled, Float
-from edgevlm.runtimes.request import Engines, Stopwatch, encode
+from edgevlm.runtimes.model import Engines, Stopwatch
+from edgevlm.runtimes.request import encode
 from edgevlm.specs import ImageSpec
 from edgevlm.types import Progress
 
@@ -31,7 +32,7 @@ class Ahead:
         for image in images:
             watch = Stopwatch()
             with watch.timed("image_decode_ms"):
-                (bitmap,) = read([image])
+                bitmap = still(read([image]))
             bitmap.took.update(watch.ms)
             self._bitmaps.append(bitmap)
 
@@ -63,10 +64,10 @@ class Ahead:
         """Ends `encode` before its next tile."""
         self._stopped.set()
 
-    def read(self, images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
-        """The pictures as `request.read`; those that are there are not read again, once."""
+    def read(self, images: Sequence[ShownSource]) -> list[Shown]:
+        """Pictures as `bitmaps.read` does; those that are there are not read again, once."""
         there, self._bitmaps = self._bitmaps, []
         same = len(images) == len(there) and all(
             a is b for a, b in zip(images, self._images, strict=True)
         )
-        return there if same else read(images)
+        return [*there] if same else read(images)

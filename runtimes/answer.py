@@ -10,8 +10,9 @@ from edgevlm.family import BoxReader
 from edgevlm.image.plan import plan
 from edgevlm.runtimes.engines import Cancelled, TextDecoder
 from edgevlm.runtimes.logprobs import token_logprob
+from edgevlm.runtimes.model import Engines
 from edgevlm.runtimes.regions import found, line, rows
-from edgevlm.runtimes.request import Engines, Request, embedded, input_blocks, joined, prefill
+from edgevlm.runtimes.request import Request, embedded, input_blocks, joined, prefill
 from edgevlm.runtimes.text import TextStream
 from edgevlm.runtimes.turns import Turn, Turns
 from edgevlm.types import (
@@ -176,9 +177,10 @@ class _Draft:
 
     def _boxes(self, read: BoxReader, size: tuple[int, int]) -> list[Box]:
         """The boxes in pixels of the picture; some models say them in those that they saw."""
-        if self._request.image.native is None:
+        (spec,) = self._request.specs
+        if spec.native is None:
             return read(self._text.text, *size)
-        (width, height), (across, down) = size, plan(*size, self._request.image).canvas
+        (width, height), (across, down) = size, plan(*size, spec).canvas
         # Multiplied first, so that an edge of the one is that of the other.
         return [
             replace(

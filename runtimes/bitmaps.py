@@ -1,4 +1,4 @@
-"""Pictures that were read, on their way to the encoder."""
+"""Pictures and videos that were read, on their way to the encoder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from itertools import zip_longest
 import numpy as np
 
 from edgevlm.errors import PromptError
+from edgevlm.films import Film
 from edgevlm.image import ImageSource, Picture, Pixels, cut, read_picture
 from edgevlm.image.plan import plan
 from edgevlm.image.planned import Plan
 from edgevlm.runtimes.cache import fingerprint
 from edgevlm.runtimes.engines import Float
 from edgevlm.specs import ImageSpec
+from edgevlm.video import Video
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,71 @@ class Bitmap:
         return plan(*self.size, spec)
 
 
-def read(images: Sequence[ImageSource | Bitmap]) -> list[Bitmap]:
-    """The pictures, each read if it was not; raises ImageError."""
-    return [
-        i if isinstance(i, Bitmap) else Bitmap(read_picture(i), source=_lasting(i)) for i in images
-    ]
+@dataclass(frozen=True)
+class Clip:
+    """A video whose frames were read; `source` is the file that it was read from."""
+
+    frames: Sequence[Bitmap]
+    film: Film
+    source: str | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, video: Video) -> Clip:
+        """The frames of a video; raises ImageError."""
+        frames = [Bitmap(read_picture(frame), source=frame) for frame in video.frames]
+        return cls(frames, Film(tuple(video.times), video.duration, video.fps), video.source)
+
+    @cached_property
+    def pairs(self) -> list[Bitmap]:
+        """The frames two by two, the last one of an odd number twice; raises PromptError where they
+        are not of one size.
+        """
+        first = self.frames[0].size
+        for i, frame in enumerate(self.frames):
+            if frame.size != first:
+                raise PromptError(
+                    f"frame {i + 1} of the video has {frame.size[0]} x {frame.size[1]} pixels, the "
+                    f"first one {first[0]} x {first[1]}; make them of one size"
+                )
+        pairs = zip_longest(self.frames[::2], self.frames[1::2], fillvalue=self.frames[-1])
+        return [replace(one, then=other.picture) for one, other in pairs]
+
+    @property
+    def video(self) -> Video:
+        """It as users have it."""
+        film, frames = self.film, [frame.picture.rgb for frame in self.frames]
+        return Video(frames, film.times, film.duration, film.fps, self.source)
 
 
-def in_pairs(frames: Sequence[Bitmap]) -> list[Bitmap]:
-    """Frames of a video two by two, the last one of an odd number twice; raises PromptError where
-    they are not of one size.
-    """
-    for i, frame in enumerate(frames):
-        if frame.size != frames[0].size:
-            raise PromptError(
-                f"frame {i + 1} of the video has {frame.size[0]} x {frame.size[1]} pixels, the "
-                f"first one {frames[0].size[0]} x {frames[0].size[1]}; make them of one size"
-            )
-    pairs = zip_longest(frames[::2], frames[1::2], fillvalue=frames[-1])
-    return [replace(first, then=second.picture) for first, second in pairs]
+# What comes with a question, read, and as users give it.
+Shown = Bitmap | Clip
+ShownSource = ImageSource | Video | Shown
+
+
+def read(images: Sequence[ShownSource]) -> list[Shown]:
+    """The pictures and videos, each read if it was not; raises ImageError."""
+    return [_read(image) for image in images]
+
+
+def _read(image: ShownSource) -> Shown:
+    if isinstance(image, Bitmap | Clip):
+        return image
+    if isinstance(image, Video):
+        return Clip.of(image)
+    return Bitmap(read_picture(image), source=_lasting(image))
+
+
+def is_film(image: ShownSource) -> bool:
+    """True for a video."""
+    return isinstance(image, Video | Clip)
+
+
+def still(shown: Sequence[Shown]) -> Bitmap:
+    """The one picture among these; raises PromptError for a video."""
+    (picture,) = shown
+    if isinstance(picture, Clip):
+        raise PromptError("a picture is wanted here; a video comes with a question")
+    return picture
 
 
 def _lasting(source: ImageSource) -> ImageSource | None:

@@ -13,12 +13,14 @@ from edgevlm.image import Picture
 from edgevlm.runtimes import saved_chat
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.asynchronous import AsyncAnswer
-from edgevlm.runtimes.bitmaps import Bitmap
+from edgevlm.runtimes.bitmaps import Bitmap, Clip, Shown, is_film
 from edgevlm.runtimes.messages import Images, several
 from edgevlm.runtimes.past import Past, prepare_last
 from edgevlm.runtimes.request import check_system
+from edgevlm.runtimes.views import check_film
 from edgevlm.sampling import Sampling, SamplingOptions
 from edgevlm.types import Devices, Progress, Reply
+from edgevlm.video import Video
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -28,21 +30,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A question, the pictures that came with it, and its answer."""
+    """A question, the pictures and videos that came with it, and its answer."""
 
     question: str
-    pictures: list[Bitmap]
+    pictures: list[Shown]
     answer: Answer
 
 
 @dataclass
 class _State:
-    """A conversation: what the model is told of begins at the turn `first`; the pictures `coming`
-    are shown with the next question.
+    """A conversation: what the model is told of begins at the turn `first`; the pictures and videos
+    `coming` are shown with the next question.
     """
 
     turns: list[_Turn]
-    coming: list[Bitmap]
+    coming: list[Shown]
     first: int = 0
     left_out: int = 0
 
@@ -51,7 +53,7 @@ class _State:
 
 
 class Chat:
-    """Questions about the same pictures, which are read and encoded once.
+    """Questions about the same pictures or videos, which are read and encoded once.
 
     Models that were trained on conversations are told what was asked and answered before, as much
     as fits their context: the oldest questions are left out first, `left_out` counts them, and the
@@ -75,12 +77,14 @@ class Chat:
         self.image = image
 
     def __repr__(self) -> str:
-        name, pictures = self._vlm.manifest.name, len(self.pictures)
-        return f"<Chat with {name}: {pictures} pictures, {len(self.turns)} questions>"
+        name, pictures, videos = self._vlm.manifest.name, len(self.pictures), len(self.videos)
+        shown = f"{pictures} pictures, " + (f"{videos} videos, " if videos else "")
+        return f"<Chat with {name}: {shown}{len(self.turns)} questions>"
 
     def _repr_html_(self) -> str:
         turns = [(question, answer.reply) for question, answer in self.turns]
-        return notebook.conversation([picture.rgb for picture in self.pictures], turns)
+        shown = [picture.rgb for picture in self.pictures]
+        return notebook.conversation([*shown, *(v.frames[0] for v in self.videos)], turns)
 
     @property
     def devices(self) -> Devices:
@@ -109,13 +113,16 @@ class Chat:
 
     @property
     def image(self) -> Images:
-        """The sources of the pictures that the next question is about: None, one, or a list."""
-        sources = [bitmap.source for bitmap in self._bitmaps if bitmap.source is not None]
+        """The sources of the pictures, and the videos, that the next question is about: None, one,
+        or a list.
+        """
+        shown = [one.video if isinstance(one, Clip) else one.source for one in self._shown]
+        sources = [source for source in shown if source is not None]
         return sources if len(sources) > 1 else next(iter(sources), None)
 
     @image.setter
     def image(self, image: Images) -> None:
-        coming = self._vlm.engines.read(several(image))
+        coming = self._read(image, alone=True)
         # Nobody is told of their pictures again, which may be large.
         turns = [replace(turn, pictures=[]) for turn in self._state.turns]
         self._state = _State(turns, coming, len(turns))
@@ -123,12 +130,23 @@ class Chat:
     @property
     def pictures(self) -> tuple[Picture, ...]:
         """The pictures that the next question is about, in the order in which they were shown."""
-        return tuple(bitmap.picture for bitmap in self._bitmaps)
+        return tuple(one.picture for one in self._shown if isinstance(one, Bitmap))
 
     @property
-    def _bitmaps(self) -> list[Bitmap]:
-        shown = [bitmap for turn in self._told for bitmap in turn.pictures]
+    def videos(self) -> tuple[Video, ...]:
+        """The videos that the next question is about, in the order in which they were shown."""
+        return tuple(one.video for one in self._shown if isinstance(one, Clip))
+
+    @property
+    def _shown(self) -> list[Shown]:
+        shown = [one for turn in self._told for one in turn.pictures]
         return [*shown, *self._state.coming]
+
+    def _read(self, image: Images, *, alone: bool) -> list[Shown]:
+        given = several(image)
+        if any(map(is_film, given)):
+            check_film(self._vlm.manifest, alone=alone and len(given) == 1)
+        return self._vlm.engines.read(given)
 
     @property
     def _told(self) -> list[_Turn]:
@@ -148,7 +166,8 @@ class Chat:
         return "{image}" in spec.prompt.turn and spec.image.max_pictures > 1
 
     def add_image(self, image: Images) -> None:
-        """Shows further pictures with the next question; what was shown and said before stays.
+        """Shows further pictures or a video with the next question; what was shown and said before
+        stays.
 
         Raises ImageError, or PromptError where questions were asked and the model takes pictures
         with the first one only.
@@ -158,7 +177,8 @@ class Chat:
                 f"{self._vlm.manifest.name} takes pictures with the first question only; set "
                 "`image`, which begins a new conversation"
             )
-        self._state.coming += self._vlm.engines.read(several(image))
+        coming = self._read(image, alone=not self._shown)
+        self._state.coming += coming
 
     def stream(
         self,
@@ -183,7 +203,7 @@ class Chat:
         state.turns.append(_Turn(prompt, coming, answer))
         return answer
 
-    def _leave_out(self, n: int) -> list[Bitmap]:
+    def _leave_out(self, n: int) -> list[Shown]:
         """Takes the oldest turns out of what the model is told, as prepare_last did; returns the
         pictures that come with the next question.
         """
@@ -271,7 +291,7 @@ class Chat:
 
     def clear(self) -> None:
         """Forgets the turns; the pictures stay, and come with the next question."""
-        self._state = _State([], self._bitmaps)
+        self._state = _State([], self._shown)
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Writes the conversation with its pictures into a file, which `load` reads (docs/chat.md).

@@ -29,6 +29,7 @@ from edgevlm.specs import (
     PromptSpec,
     TensorLocation,
     TextSpec,
+    VideoSpec,
 )
 from edgevlm.types import Placement, RunSettings
 
@@ -213,12 +214,18 @@ def vlm(
     conversational: bool = False,
     system: bool = False,
     later_pictures: bool = False,
+    films: bool = False,
 ) -> VLM:
     """A VLM on fakes, of PaliGemma's shape, that gives these answers in turn; a conversational one
-    is told in a chat what was said before, with `later_pictures` of pictures in any question, and
-    with `system` it takes a system message.
+    is told in a chat what was said before, with `later_pictures` of pictures in any question, with
+    `system` it takes a system message, and with `films` it is shown videos.
     """
     before = ("{system}|", "{image}", "{bos}", "{prompt}\n")
+    turn = (*["{image}"] * later_pictures, "{prompt}\n") if conversational else ()
+    film = VideoSpec(
+        2.0, 6, ("{image}", "{bos}", "{prompt}\n"), system_template=before, turn=turn,
+        frame="{time} ",
+    )  # fmt: skip
     answers = [answer] if isinstance(answer, (str, bytes)) else answer
     manifest = Manifest(
         format=FORMAT,
@@ -229,8 +236,9 @@ def vlm(
         image=ImageSpec(size, tokens, (0.5,) * 3, (0.5,) * 3, max_pictures=max_pictures),
         prompt=PromptSpec(
             ("{image}", "{bos}", "{prompt}\n"),
-            turn=(*["{image}"] * later_pictures, "{prompt}\n") if conversational else (),
+            turn=turn,
             system_template=before if system else (),
+            video=film if films else None,
             tasks={
                 "caption": "caption {language}",
                 "detect": "detect {prompt}",

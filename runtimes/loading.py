@@ -27,7 +27,7 @@ from edgevlm.runtimes.llama import backends, ggml
 from edgevlm.runtimes.llama.backends import ON_THE_CPU, LlamaDevice, Offload
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.runtimes.llama.paired import PairedDecoder
-from edgevlm.runtimes.request import Engines
+from edgevlm.runtimes.model import Engines
 from edgevlm.runtimes.rules import EngineSettings, Goal
 from edgevlm.runtimes.session import VLM
 from edgevlm.runtimes.vision import providers

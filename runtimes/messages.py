@@ -7,11 +7,12 @@ from typing import Any, Literal, TypedDict
 
 from edgevlm.errors import PromptError
 from edgevlm.image import ImageSource
-from edgevlm.prompt import Exchange, Film
+from edgevlm.prompt import Exchange
+from edgevlm.runtimes.bitmaps import ShownSource
 from edgevlm.types import Reply
 from edgevlm.video import Video
 
-Images = ImageSource | Sequence[ImageSource] | Video | None
+Images = ImageSource | Video | Sequence[ImageSource | Video] | None
 
 
 class TextPart(TypedDict):
@@ -28,12 +29,23 @@ class ImagePart(TypedDict):
     image: ImageSource
 
 
+class VideoPart(TypedDict):
+    """A video in a message, of `VLM.read_video` or made of frames."""
+
+    type: Literal["video"]
+    video: Video
+
+
+Part = TextPart | ImagePart | VideoPart
+
+
 class Message(TypedDict):
     """A message of the user or the assistant, in the form that other APIs have; a first one may be
     the system's, where the model's template knows such.
 
     An answer of the model's may be given as its Reply, whose tokens are then read as they were
-    said. Pictures stand where the model's template has them, whatever the order in `content`.
+    said. Pictures and videos stand where the model's template has them, whatever the order in
+    `content`.
 
     >>> question: edgevlm.Message = {
     ...     "role": "user",
@@ -48,23 +60,20 @@ class Message(TypedDict):
     """
 
     role: Literal["system", "user", "assistant"]
-    content: str | Sequence[TextPart | ImagePart] | Reply
+    content: str | Sequence[Part] | Reply
 
 
 def parted(
     messages: str | Sequence[Message], image: Images, system: str | None = None
-) -> tuple[str | None, list[Exchange], list[ImageSource]]:
-    """The system message, None for none, the questions with their answers, and the pictures of all
-    questions in order, of a conversation or of a question about `image`.
+) -> tuple[str | None, list[Exchange], list[ShownSource]]:
+    """The system message, None for none, the questions with their answers, and the pictures and
+    videos of all questions in order, of a conversation or of a question about `image`.
 
     Raises PromptError unless the messages are the user's and the assistant's in turn, the user's
     first and last, after one of the system's at most.
     """
-    if isinstance(messages, str) and isinstance(image, Video):
-        film = Film(tuple(image.times), image.duration, image.fps)
-        return system, [Exchange(messages, len(image.frames), film=film)], list(image.frames)
     if isinstance(messages, str):
-        images = list(several(image))
+        images = list[ShownSource](several(image))
         return system, [Exchange(messages, len(images))], images
     if image is not None:
         raise PromptError("pictures stand in the messages; `image` goes with a question alone")
@@ -85,16 +94,16 @@ def _system(messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]
         (content.text, []) if isinstance(content, Reply) else _content(content, "message 1")
     )
     if seen:
-        raise PromptError("message 1 is the system's and cannot have a picture")
+        raise PromptError("message 1 is the system's and cannot have a picture or video")
     return said, messages[1:]
 
 
 def _exchanges(
     messages: Sequence[Message], before: int
-) -> tuple[list[Exchange], list[ImageSource]]:
-    """Questions and pictures of messages; `before` messages stood before them."""
+) -> tuple[list[Exchange], list[ShownSource]]:
+    """Questions, pictures and videos of messages; `before` messages stood before them."""
     found: list[Exchange] = []
-    images: list[ImageSource] = []
+    images: list[ShownSource] = []
     for i, message in enumerate(messages):
         where, role = f"message {before + i + 1}", ("user", "assistant")[i % 2]
         _check(message, where, {"role", "content"})
@@ -108,7 +117,7 @@ def _exchanges(
         if role == "user" and isinstance(content, Reply):
             raise PromptError(f"{where} is the user's and cannot be a reply")
         if role == "assistant" and seen:
-            raise PromptError(f"{where} is the assistant's and cannot have a picture")
+            raise PromptError(f"{where} is the assistant's and cannot have a picture or video")
         if role == "user":
             found.append(Exchange(said, len(seen)))
             images += seen
@@ -120,20 +129,26 @@ def _exchanges(
     return found, images
 
 
-def _content(
-    content: str | Sequence[TextPart | ImagePart], where: str
-) -> tuple[str, list[ImageSource]]:
-    """The text and the pictures of a message."""
+def _content(content: str | Sequence[Part], where: str) -> tuple[str, list[ShownSource]]:
+    """The text, and the pictures and videos of a message."""
     if isinstance(content, str):
         return content, []
-    text, images = "", list[ImageSource]()
+    text, images = "", list[ShownSource]()
     for part in content:
         kind: Any = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in ("text", "image"):
-            raise PromptError(f"{where} has a part of the type {kind!r}; use 'text' or 'image'")
+        if kind not in ("text", "image", "video"):
+            raise PromptError(
+                f"{where} has a part of the type {kind!r}; use 'text', 'image' or 'video'"
+            )
         _check(part, where, {"type", kind})
         if part["type"] == "image":
             images.append(part["image"])
+        elif part["type"] == "video":
+            if not isinstance(part["video"], Video):
+                raise PromptError(
+                    f"{where} has a video that is none; VLM.read_video makes one of a file"
+                )
+            images.append(part["video"])
         else:
             text += part["text"]
     return text, images
@@ -145,10 +160,16 @@ def _check(given: object, where: str, keys: set[str]) -> None:
         raise PromptError(f"{where} must have the keys {sorted(keys)}, not {found}")
 
 
-def several(image: Images) -> Sequence[ImageSource]:
-    """The pictures as a list; raises PromptError for a video."""
+def several(image: Images) -> Sequence[ImageSource | Video]:
+    """The pictures and videos as a list."""
     if image is None:
         return []
-    if isinstance(image, Video):
-        raise PromptError("a video goes with a question alone (ask and stream)")
     return image if isinstance(image, (list, tuple)) else [image]  # type: ignore[list-item]
+
+
+def pictures(image: Images) -> list[ImageSource]:
+    """The same where there are pictures alone; raises PromptError for a video."""
+    found = [one for one in several(image) if not isinstance(one, Video)]
+    if len(found) < len(several(image)):
+        raise PromptError("pictures are wanted here; a video comes with a question")
+    return found

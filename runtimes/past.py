@@ -7,25 +7,26 @@ from dataclasses import dataclass
 
 from edgevlm.errors import ContextOverflow
 from edgevlm.prompt import Exchange
-from edgevlm.runtimes.bitmaps import Bitmap
-from edgevlm.runtimes.request import Engines, Request, prepare
+from edgevlm.runtimes.bitmaps import Shown, is_film
+from edgevlm.runtimes.model import Engines
+from edgevlm.runtimes.request import Request, prepare
 from edgevlm.sampling import Sampling
 from edgevlm.types import Reply
 
 
 @dataclass(frozen=True)
 class Past:
-    """A question that was answered, and the pictures that came with it."""
+    """A question that was answered, and the pictures and videos that came with it."""
 
     question: str
-    pictures: Sequence[Bitmap]
+    pictures: Sequence[Shown]
     reply: Reply
 
 
 def prepare_last(
     model: Engines,
     prompt: str,
-    pictures: Sequence[Bitmap],
+    pictures: Sequence[Shown],
     sampling: Sampling,
     history: Sequence[Past],
     *,
@@ -42,7 +43,7 @@ def prepare_last(
     context = model.manifest.decoder.context_length
     room = min(sampling.longest(model.manifest.answer), context // 4)
     asked = [(past.question, past.pictures, past.reply) for past in history]
-    turns: list[tuple[str, Sequence[Bitmap], Reply | None]] = [*asked, (prompt, pictures, None)]
+    turns: list[tuple[str, Sequence[Shown], Reply | None]] = [*asked, (prompt, pictures, None)]
     shown = next((seen for _, seen, _ in reversed(turns) if seen), ())
     for left_out in range(len(turns)):
         kept = turns[left_out:]
@@ -51,7 +52,8 @@ def prepare_last(
         seen = [picture for _, pictures, _ in kept for picture in pictures]
         said = [Exchange(question, len(pictures), reply) for question, pictures, reply in kept]
         last = left_out == len(history)
-        if len(seen) > model.manifest.image.max_pictures and not last:
+        n_stills = sum(not is_film(one) for one in seen)
+        if n_stills > model.manifest.image.max_pictures and not last:
             continue
         try:
             request = prepare(model, said, seen, sampling, system)

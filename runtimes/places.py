@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from edgevlm.prompt import Film, Image, Tokens
+from edgevlm.films import Film
+from edgevlm.prompt import Image, Tokens
 from edgevlm.runtimes.engines import Float, Int32, following
 from edgevlm.specs import VideoSpec
 from edgevlm.video import time_step
@@ -14,28 +16,39 @@ from edgevlm.video import time_step
 Cells = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Reel:
+    """The pictures of a request that are the pairs of a video's frames, each `step` positions in
+    time after the one before it.
+    """
+
+    pictures: range
+    step: int
+
+
 def placed(
     segments: Sequence[Image | Tokens],
     rows: Sequence[Float],
     cells: Sequence[Cells] | None,
-    step: int = 0,
+    reels: Sequence[Reel] = (),
 ) -> list[Int32]:
     """The positions of each segment's rows, int32 [n]; with M-RoPE, where `cells` are the lines and
     columns of every picture, int32 [n, 4].
 
     There a picture stands at one time, its embeddings at their lines and columns behind that, and
-    what follows behind all of them: not after as many positions as it has rows. With a `step` the
-    pictures are the pairs of a video's frames: their lines and columns are the same, and each is so
-    many positions after the one before it in time.
+    what follows behind all of them: not after as many positions as it has rows. The lines and
+    columns of a reel's pictures are the same.
     """
     found, start, end = list[Int32](), 0, 0
+    later = {i: n * reel.step for reel in reels for n, i in enumerate(reel.pictures)}
     for segment, its in zip(segments, rows, strict=True):
         if cells and isinstance(segment, Image):
+            if not (time := later.get(segment.index, 0)):
+                start = max(start, end)
             places = _in_picture(start, *cells[segment.index])
-            places[:, 0] += segment.index * step
+            places[:, 0] += time
             found.append(places)
             end = int(places.max()) + 1
-            start = start if step else end
         else:
             start = max(start, end)
             found.append(following(start, len(its), mrope=cells is not None))

@@ -7,10 +7,7 @@ embedding table); both are joined in the order of the model's template.
 from __future__ import annotations
 
 import hashlib
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -19,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import ContextOverflow, PromptError
-from edgevlm.family import Family
+from edgevlm.films import with_films
 from edgevlm.image import ImageSource
 from edgevlm.image.overlap import for_projector
-from edgevlm.image.plan import among, plan
+from edgevlm.image.plan import plan
 from edgevlm.manifest import Manifest
 from edgevlm.prompt import (
     Begin,
@@ -32,19 +29,17 @@ from edgevlm.prompt import (
     Tokens,
     conversation,
     laid_out,
-    normalized,
-    with_frames,
 )
 from edgevlm.runtimes import regions
-from edgevlm.runtimes.bitmaps import Bitmap, in_pairs, read
-from edgevlm.runtimes.budget import Budget
-from edgevlm.runtimes.cache import EmbeddingCache
-from edgevlm.runtimes.engines import Block, MaskDecoder, RegionModel, TextDecoder, VisionEncoder
+from edgevlm.runtimes.bitmaps import Bitmap, ShownSource
+from edgevlm.runtimes.engines import Block
+from edgevlm.runtimes.fitting import fps_that_fits
 from edgevlm.runtimes.interrupt import interruptible
 from edgevlm.runtimes.joining import join
-from edgevlm.runtimes.places import film_step, placed
-from edgevlm.runtimes.prefixes import PrefixCache
+from edgevlm.runtimes.model import Engines, Stopwatch
+from edgevlm.runtimes.places import Reel, placed
 from edgevlm.runtimes.regions import Search
+from edgevlm.runtimes.views import Views, check_number, kinds, views
 from edgevlm.sampling import Sampling
 from edgevlm.specs import Attention, ImageSpec
 from edgevlm.types import Progress
@@ -55,157 +50,35 @@ Float = npt.NDArray[np.float32]
 # SmolVLM-256M on two cores 1, 2 and 4 took the same time, and 605, 688 and 853 MiB of memory.
 _TILES_AT_ONCE = 1
 
-
-# Characters from which on a text is counted in blocks before it is tokenized whole: SentencePiece's
-# merging in llama.cpp takes the square of a text's length, 13 s for 200,000 emoji.
-_LONG_TEXT, _TEXT_BLOCK = 32_000, 4_000
-
 # Makes a call of an engine; the second call ends it.
 Run = Callable[[Callable[[], Float], Callable[[], None]], Float]
-
-
-@dataclass(frozen=True)
-class Engines:
-    """A loaded model: its manifest, its encoder and decoder, and what it remembers: embeddings and,
-    on disk, prefixes.
-
-    `text` is the decoder, None in a bundle that has none. `newline` is the row float32 [n_embd]
-    that ends the lines of a picture, where the model has one, `masks` the mask decoder, where the
-    bundle has one, `regions` the region model. `read` reads pictures. `budget` says whether both
-    engines are there at a time.
-    """
-
-    manifest: Manifest
-    family: Family
-    encoder: VisionEncoder
-    text: TextDecoder | None
-    newline: Float | None = None
-    masks: MaskDecoder | None = None
-    regions: RegionModel | None = None
-    cache: EmbeddingCache = field(default_factory=EmbeddingCache)
-    prefixes: PrefixCache | None = None
-    read: Callable[[Sequence[ImageSource | Bitmap]], list[Bitmap]] = read
-    budget: Budget | None = None
-
-    @property
-    def decoder(self) -> TextDecoder:
-        """The decoder; raises PromptError where there is none."""
-        if self.text is None:
-            raise PromptError("this bundle has no decoder: it can embed pictures, not answer")
-        return self.text
-
-    def known(self, picture: Bitmap, spec: ImageSpec) -> Float | None:
-        """The embeddings float32 [rows, n_embd] of a picture if they are remembered."""
-        shape = (picture.plan(spec).rows, self.manifest.decoder.n_embd)
-        return self.cache.get(picture.key(spec), shape)
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text as the model's own tokenizer gives them; raises ContextOverflow for one
-        that is far longer than the context.
-        """
-        text = normalized(text, self.manifest.prompt)
-        self._check_length(text)
-        return self.decoder.tokenize(text)
-
-    def _check_length(self, text: str) -> None:
-        n, context = 0, self.manifest.decoder.context_length
-        for start in range(0, len(text) if len(text) > _LONG_TEXT else 0, _TEXT_BLOCK):
-            n += len(self.decoder.tokenize(text[start : start + _TEXT_BLOCK]))
-            # What a cut through a word adds is far less than that.
-            if n > 2 * context:
-                raise ContextOverflow(0, n, 1, context)
-
-    def stop(self) -> None:
-        """Ends the engines' running calls, from another thread; those raise Cancelled."""
-        self.encoder.cancel()
-        if self.text:
-            self.text.cancel()
-
-    @property
-    def apart(self) -> bool:
-        """True where the engines take turns in memory."""
-        return self.budget is not None and self.budget.apart
-
-    def turn_to(self, engine: VisionEncoder | TextDecoder) -> None:
-        """Frees the other engine's weights where memory has no room for both."""
-        for other in (self.encoder, self.text):
-            if self.apart and other and other is not engine:
-                other.release()
-
-    def keep(self) -> None:
-        """Writes what was computed of pictures to disk, where that is wanted."""
-        self.cache.keep()
-        if self.prefixes:
-            self.prefixes.keep(self.decoder)
-
-    def forget(self) -> None:
-        """Forgets every picture and question, and reads no more of what is on disk."""
-        self.cache.clear()
-        if self.prefixes:
-            self.prefixes.forget()
-        if self.text:
-            self.text.clear()
-
-    def close(self) -> None:
-        """Frees the engines."""
-        self.cache.clear()
-        self.encoder.close()
-        for head in (self.masks, self.regions):
-            if head:
-                head.close()
-        if self.text:
-            self.text.close()
-
-
-class Stopwatch:
-    """Milliseconds by the names of Timings' fields, and since the start."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.ms: dict[str, float] = defaultdict(float)
-
-    @property
-    def elapsed_ms(self) -> float:
-        """Time since this object was made."""
-        return (time.perf_counter() - self._start) * 1e3
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to `name`."""
-        start = self.elapsed_ms
-        try:
-            yield
-        finally:
-            self.ms[name] += self.elapsed_ms - start
 
 
 @dataclass
 class Request:
     """A checked request: the segments of its input in order.
 
-    `pictures` are there until they are embeddings, `sizes` are their widths and heights, `sources`
-    what they were read from, `image` is
-    the spec that they are planned by, `n_tiles` the squares that the encoder sees of them.
+    `pictures`, frames of videos among them, are there until they are embeddings; `sizes` are their
+    widths and heights, `sources` what they were read from, `specs` what each is planned by, `reels`
+    those that are pairs of a video's frames, `n_tiles` the squares that the encoder sees of them.
     `n_image` and `n_text` count rows; `max_tokens` is the room for the answer that the context
-    leaves, or less; `n_cached` and `n_kept` are counted when the input is made and read. `step` is
-    how many positions in time each pair of a video's frames is after the one before it, 0 where the
-    pictures are none. `progress` is told of every tile. `searches` are those for objects, with the
-    segments of each, where a region model answers; `segments` are then the first one's, and
-    `n_text` is the longest's.
+    leaves, or less; `n_cached` and `n_kept` are counted when the input is made and read. `progress`
+    is told of every tile. `searches` are those for objects, with the segments of each, where a
+    region model answers; `segments` are then the first one's, and `n_text` is the longest's.
     """
 
     pictures: list[Bitmap]
     segments: list[Image | Tokens]
     sampling: Sampling
     watch: Stopwatch
-    image: ImageSpec
+    specs: tuple[ImageSpec, ...]
     n_tiles: int
     n_image: int
     n_text: int
     max_tokens: int
     n_cached: int = 0
     n_kept: int = 0
-    step: int = 0
+    reels: tuple[Reel, ...] = ()
     progress: Callable[[Progress], None] | None = None
     searches: tuple[tuple[Search, list[Image | Tokens]], ...] = ()
     sizes: tuple[tuple[int, int], ...] = field(init=False)
@@ -219,44 +92,33 @@ class Request:
 def prepare(
     model: Engines,
     exchanges: Sequence[Exchange],
-    images: Sequence[ImageSource | Bitmap],
+    images: Sequence[ShownSource],
     sampling: Sampling,
     system: str | None = None,
 ) -> Request:
     """Reads the pictures, tokenizes the texts and checks that all of it fits.
 
-    `images` are those of all exchanges in order, the last exchange has no answer yet; `system` is
-    the system message. Raises ImageError, PromptError or ContextOverflow.
+    `images`, pictures and videos, are those of all exchanges in order, the last exchange has no
+    answer yet; `system` is the system message. Raises ImageError, PromptError or ContextOverflow.
     """
     watch = Stopwatch()
     spec = model.manifest
     _ = model.decoder  # says so where there is none, before anything else does
     check_system(spec, system)
-    film, video, allowed, step = exchanges[0].film, spec.prompt.video, spec.image, 0
-    if film and video:
-        allowed = video.image(spec.image, len(images))
-        if video.pairs:
-            step = film_step(video, film)
-            exchanges = [replace(exchanges[0], n_pictures=-(-len(images) // 2))]
+    exchanges = kinds(spec, exchanges, images)
     prompts = regions.prompts(spec.regions, exchanges[-1].question, sampling)
     asked = [[*exchanges[:-1], replace(exchanges[-1], question=prompt)] for prompt in prompts]
     filled = [conversation(spec.prompt, each, system) for each in asked]
-    if film and video and not step:
-        filled = [with_frames(segments, film, video) for segments in filled]
-    if len(images) > allowed.max_pictures:
-        kind = "frames" if film else "pictures"
-        raise PromptError(
-            f"{len(images)} {kind} in one request; this model takes {allowed.max_pictures}"
-        )
+    check_number(spec, images)
     with watch.timed("image_decode_ms"):
-        pictures = model.read(images)
-    if step:
-        pictures = in_pairs(pictures)
-    image = among(allowed, len(pictures))
-    plans = [picture.plan(image) for picture in pictures]
-    # The template of a video has all that stands around its pairs.
-    layout = None if step else spec.prompt.picture
-    written = [laid_out(segments, plans, layout) for segments in filled]
+        shown = model.read(images)
+    seen = views(spec, shown)
+    plans, layout = seen.plans, spec.prompt.picture
+    bare = [i for reel in seen.reels for i in reel.pictures]
+    written = [
+        laid_out(with_films(segments, seen.spans, seen.films), plans, layout, bare)
+        for segments in filled
+    ]
     n_image, n_tiles = sum(p.rows for p in plans), sum(p.n_tiles for p in plans)
     context = spec.decoder.context_length
     try:
@@ -266,16 +128,27 @@ def prepare(
     read = [[s for s in segments if s != Tokens(())] for segments in tokenized]
     # Of several searches the longest has to fit; each begins where the last one did.
     n_text = max(sum(len(s.ids) for s in p if isinstance(s, Tokens)) for p in read)
-    if n_image + n_text + 1 > context:
-        native = image.native is not None
-        raise ContextOverflow(n_image, n_text, 1, context, n_tiles, native=native)
-    found = regions.searches(spec.regions, prompts, [picture.size for picture in pictures])
+    found = regions.searches(spec.regions, prompts, [picture.size for picture in seen.pictures])
     wanted = regions.longest(spec.regions, found, sampling) or sampling.longest(spec.answer)
+    if n_image + n_text + 1 > context:
+        raise _overflow(model, seen, n_image, n_text, wanted)
     room = min(wanted, context - n_image - n_text)
     if model.budget:
         model.budget.check(n_image + n_text + room)
-    made = Request(pictures, read[0], sampling, watch, image, n_tiles, n_image, n_text, room)
-    return replace(made, step=step, searches=tuple(zip(found, read, strict=False)))
+    made = Request(
+        seen.pictures, read[0], sampling, watch, seen.specs, n_tiles, n_image, n_text, room
+    )
+    return replace(made, reels=seen.reels, searches=tuple(zip(found, read, strict=False)))
+
+
+def _overflow(
+    model: Engines, seen: Views, n_image: int, n_text: int, wanted: int
+) -> ContextOverflow:
+    """The error of what does not fit, with what would, where there is a video."""
+    context, tiles = model.manifest.decoder.context_length, sum(p.n_tiles for p in seen.plans)
+    fps = fps_that_fits(model, seen, n_image + n_text, wanted)
+    native = any(spec.native for spec in seen.specs)
+    return ContextOverflow(n_image, n_text, 1, context, tiles, native=native, fps=fps)
 
 
 def check_system(spec: Manifest, system: str | None) -> None:
@@ -319,7 +192,10 @@ def input_blocks(model: Engines, request: Request) -> list[Block]:
 
 def embedded(model: Engines, request: Request) -> list[Float]:
     """The embeddings of each picture, which are let go. Runs the encoder where needed."""
-    found = [_embedded(model, request, picture) for picture in request.pictures]
+    found = [
+        _embedded(model, request, picture, spec)
+        for picture, spec in zip(request.pictures, request.specs, strict=True)
+    ]
     request.pictures.clear()
     return found
 
@@ -342,13 +218,11 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
     spec, segments = model.manifest.decoder, request.segments
     cells = None
     if spec.positions == "mrope":
-        cells = [plan(*size, request.image).cells for size in request.sizes]
-    positions = placed(segments, rows, cells, request.step)
+        seen = zip(request.sizes, request.specs, strict=True)
+        cells = [plan(*size, image).cells for size, image in seen]
+    positions = placed(segments, rows, cells, request.reels)
     blocks: list[Block] = []
-    cuts = _cuts(segments, spec.attention)
-    if request.step:
-        # All pairs are one block.
-        cuts = [cuts[0], cuts[-1]]
+    cuts = _cuts(segments, spec.attention, request.reels)
     for begin, end in pairwise([0, *cuts, len(rows)]):
         if begin < end:
             picture = any(isinstance(segment, Image) for segment in segments[begin:end])
@@ -358,29 +232,32 @@ def joined(model: Engines, request: Request, embeddings: Sequence[Float]) -> lis
     return blocks
 
 
-def _cuts(segments: Sequence[Image | Tokens], attention: Attention) -> list[int]:
+def _cuts(
+    segments: Sequence[Image | Tokens], attention: Attention, reels: Sequence[Reel]
+) -> list[int]:
     """Indices of the segments before which a block ends."""
     if attention == "blocks":
         tiles = [i for i, segment in enumerate(segments) if isinstance(segment, Image)]
         return [cut for i in tiles for cut in (i, i + 1)]
     if attention == "opening":
         return [i + 1 for i, segment in enumerate(segments) if isinstance(segment, Image)][-1:]
-    return [] if attention == "prefix" else _around_pictures(segments)
+    return [] if attention == "prefix" else _around_pictures(segments, reels)
 
 
-def _around_pictures(segments: Sequence[Image | Tokens]) -> list[int]:
-    """Indices of the segments at which a picture, with the texts between its tiles, begins or has
-    ended.
+def _around_pictures(segments: Sequence[Image | Tokens], reels: Sequence[Reel]) -> list[int]:
+    """Indices of the segments at which a picture, with the texts between its tiles, or a reel
+    begins or has ended.
     """
+    first = {i: reel.pictures[0] for reel in reels for i in reel.pictures}
     ends: dict[int, list[int]] = {}
     for i, segment in enumerate(segments):
         if isinstance(segment, Image):
-            ends.setdefault(segment.index, [i, i + 1])[1] = i + 1
+            ends.setdefault(first.get(segment.index, segment.index), [i, i + 1])[1] = i + 1
     return [cut for both in ends.values() for cut in both]
 
 
-def _embedded(model: Engines, request: Request, picture: Bitmap) -> Float:
-    rows, was_known = embeddings(model, picture, request.image, request.watch, request.progress)
+def _embedded(model: Engines, request: Request, picture: Bitmap, spec: ImageSpec) -> Float:
+    rows, was_known = embeddings(model, picture, spec, request.watch, request.progress)
     request.n_cached += len(rows) if was_known else 0
     return rows
 

@@ -8,17 +8,18 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import PromptError
-from edgevlm.image import ImageSource
 from edgevlm.prompt import Exchange
+from edgevlm.runtimes.bitmaps import ShownSource
 from edgevlm.runtimes.logprobs import log_softmax
-from edgevlm.runtimes.request import Engines, input_blocks, prefill, prepare
+from edgevlm.runtimes.model import Engines
+from edgevlm.runtimes.request import input_blocks, prefill, prepare
 from edgevlm.sampling import Sampling
 
 
 def scores(
     model: Engines,
     asked: Sequence[Exchange],
-    images: Sequence[ImageSource],
+    images: Sequence[ShownSource],
     continuations: Sequence[str],
     *,
     with_end: bool,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.errors import PromptError
 from edgevlm.family import Family
 from edgevlm.image import ImageSource
 from edgevlm.manifest import Manifest
@@ -18,26 +17,21 @@ from edgevlm.masks import in_picture
 from edgevlm.prompt import Exchange
 from edgevlm.runtimes.answer import Answer
 from edgevlm.runtimes.asynchronous import AsyncAnswer
+from edgevlm.runtimes.bitmaps import still
 from edgevlm.runtimes.chat import Chat
 from edgevlm.runtimes.engines import Cancelled, TextDecoder, VisionEncoder
 from edgevlm.runtimes.messages import Images, Message, parted
-from edgevlm.runtimes.request import (
-    Engines,
-    Request,
-    Stopwatch,
-    embeddings,
-    prepare,
-)
+from edgevlm.runtimes.model import Engines, Stopwatch
+from edgevlm.runtimes.request import Request, embeddings, prepare
 from edgevlm.runtimes.scores import scores
 from edgevlm.runtimes.tasks import Tasks
 from edgevlm.runtimes.turns import Turns
+from edgevlm.runtimes.views import video_spec
 from edgevlm.sampling import Sampling, SamplingOptions
 from edgevlm.types import Box, Devices, Placement, Progress, Reply, RunSettings
-from edgevlm.video import Video, read_video
+from edgevlm.video import Video, VideoSource, read_video
 
 if TYPE_CHECKING:
-    import os
-
     from typing_extensions import Self, Unpack
 
 
@@ -45,7 +39,7 @@ class VLM(Tasks):
     """A loaded vision-language model. `edgevlm.load` makes one; close it or use it in a `with`.
 
     `image` is a path, URL, bytes, PIL image or array uint8 [h, w, 3], a list of those where the
-    model takes several, or None; of a question alone also a Video, where the model was trained on
+    model takes several, or None; a Video may stand there, too, where the model was trained on
     those. Options are those of `edgevlm.sampling.Sampling`; without any the
     answer is greedy. `devices` says where encoder and decoder run, `settings` how.
 
@@ -184,8 +178,9 @@ class VLM(Tasks):
         return await answer.finish()
 
     def chat(self, image: Images = None, *, system: str | None = None) -> Chat:
-        """A conversation about a picture, which is read now; raises ImageError, or PromptError for
-        a system message where the model's template knows none.
+        """A conversation about a picture, which is read now, or about a Video; raises ImageError,
+        or PromptError for a video where the model was not trained on those and for a system message
+        where its template knows none.
 
         >>> with edgevlm.load() as vlm, vlm.chat("photo.png") as chat:
         ...     print(chat.ask("answer en what shape is red?"))
@@ -196,21 +191,15 @@ class VLM(Tasks):
         self._turns.check()
         return Chat(self, image, system)
 
-    def read_video(self, source: str | os.PathLike[str], fps: float | None = None) -> Video:
-        """Reads a video's frames as the model was trained on them, to ask about; needs PyAV
-        (`pip install "edgevlm[video]"`).
+    def read_video(self, source: VideoSource, fps: float | None = None) -> Video:
+        """Reads a video's frames, of a file or its bytes, as the model was trained on them, to ask
+        about; needs PyAV (`pip install "edgevlm[video]"`).
 
         `fps` frames a second are taken in place of the model's own number, no more in all than it
         was trained on. Raises EngineMissing, ImageError, or PromptError where the model was not
         trained on videos.
         """
-        spec = self.manifest.prompt.video
-        if spec is None:
-            raise PromptError(
-                f"{self.manifest.name}: it was not trained on videos, or its bundle is older than "
-                "those and has to be exported again; ask about frames of it as pictures"
-            )
-        return read_video(source, spec, self.manifest.image, fps)
+        return read_video(source, video_spec(self.manifest), self.manifest.image, fps)
 
     def segment(
         self, objects: str | Sequence[str], image: ImageSource, **options: Unpack[SamplingOptions]
@@ -218,7 +207,7 @@ class VLM(Tasks):
         """Finds objects by name, with their masks where the bundle can decode those; see `masked`.
         PromptError if the model cannot.
         """
-        (picture,), prompt = self.engines.read([image]), self.task("segment", objects)
+        picture, prompt = still(self.engines.read([image])), self.task("segment", objects)
         with self._turns.using():
             asked, sampling = [Exchange(prompt, 1)], Sampling.of(options)
             request = prepare(self.engines, asked, [picture], sampling)
@@ -275,7 +264,7 @@ class VLM(Tasks):
         """
         # Where the engines take turns in memory, no answer's decoder may go.
         with self._turns.whole() if self.engines.apart else self._turns.using():
-            (picture,) = self.engines.read([image])
+            picture = still(self.engines.read([image]))
             while True:
                 try:
                     rows, _ = embeddings(self.engines, picture, self.manifest.image, Stopwatch())

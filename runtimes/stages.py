@@ -26,7 +26,8 @@ from edgevlm.prompt import Exchange, Tokens
 from edgevlm.runtimes.engines import Float
 from edgevlm.runtimes.joining import join
 from edgevlm.runtimes.loading import LoadOptions, load_bundle
-from edgevlm.runtimes.request import Engines, joined, prefill, prepare
+from edgevlm.runtimes.model import Engines
+from edgevlm.runtimes.request import joined, prefill, prepare
 from edgevlm.sampling import Sampling
 
 
@@ -63,11 +64,11 @@ def stages(
     """
     options = Sampling(max_tokens=n_tokens)
     request = prepare(model, [Exchange(prompt, 1)], [image], options)
-    pixels = cut(request.pictures[0].picture, request.image)
+    (picture,), (spec,) = request.pictures, request.specs
+    pixels = cut(picture.picture, spec)
     features = model.encoder.features(pixels)
-    picture = request.pictures[0]
-    embeddings = model.encoder.project(for_projector(features, picture.size, request.image))
-    rows = join(embeddings, picture.plan(request.image), model.newline)
+    embeddings = model.encoder.project(for_projector(features, picture.size, spec))
+    rows = join(embeddings, picture.plan(spec), model.newline)
     prefill(model, request, joined(model, request, [rows]), n_tokens)
     logits, tokens = [model.decoder.logits()], list[int]()
     while len(tokens) < (n_tokens if follow is None else len(follow)):

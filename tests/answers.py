@@ -12,7 +12,8 @@ from edgevlm.runtimes.session import VLM
 
 def sequence(request: Request, image_token: int) -> list[int]:
     """The input's token ids, each image embedding as the token that stands for it."""
-    rows = [picture.plan(request.image).rows for picture in request.pictures]
+    shown = zip(request.pictures, request.specs, strict=True)
+    rows = [picture.plan(spec).rows for picture, spec in shown]
     ids: list[int] = []
     for segment in request.segments:
         if isinstance(segment, Image):

@@ -413,7 +413,7 @@ def test_files_that_are_no_chat_of_this_model(folder: Path) -> None:
         edited(b'"model": "fake"', b'"model": "other"')
     )
     assert "of other tokens" in refused(edited(b'"n_vocab": 258', b'"n_vocab": 9'))
-    assert "newer than 1; upgrade" in refused(edited(b'"format": 1', b'"format": 2'))
+    assert "newer than 2; upgrade" in refused(edited(b'"format": 1', b'"format": 3'))
     assert "unknown key 'turn'" in refused(edited(b'"turns"', b'"turn"'))
     assert "turns or pictures that it has not" in refused(edited(b'"first": 0', b'"first": 9'))
     assert "it has no pictures/1" in refused(edited(b"", b"", drop="pictures/1"))

@@ -29,6 +29,7 @@ LAYERS = (
     (
         "edgevlm.image",
         "edgevlm.prompt",
+        "edgevlm.films",
         "edgevlm.video",
         "edgevlm.gbnf",
         "edgevlm.json_keywords",

@@ -88,7 +88,7 @@ def ids_of(request: Request) -> list[int]:
     ids: list[int] = []
     for segment in request.segments:
         if isinstance(segment, Image):
-            rows = plan(*request.sizes[segment.index], request.image).rows
+            rows = plan(*request.sizes[segment.index], request.specs[segment.index]).rows
             ids += [-1 - segment.index] * rows
         else:
             ids += segment.ids

@@ -112,7 +112,7 @@ def test_whatever_else_the_embeddings_depend_on(
     from dataclasses import replace
 
     from edgevlm.image.plan import among
-    from edgevlm.runtimes import request
+    from edgevlm.runtimes import views
     from edgevlm.runtimes.llama import ggml
     from edgevlm.runtimes.vision.ort import Ort
 
@@ -130,7 +130,7 @@ def test_whatever_else_the_embeddings_depend_on(
     elif change == "a processor":
         monkeypatch.setattr(ggml, "cpu_features", lambda: ["ABACUS"])
     else:
-        monkeypatch.setattr(request, "among", lambda s, n: replace(among(s, n), fit="crop"))
+        monkeypatch.setattr(views, "among", lambda s, n: replace(among(s, n), fit="crop"))
     assert encoded(ask(image)) and len(entries()) == 2
 
 

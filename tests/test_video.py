@@ -21,8 +21,8 @@ import edgevlm
 from edgevlm import cli
 from edgevlm.errors import EngineMissing, ImageError, PromptError, SourceError
 from edgevlm.export import export_bundle, inspect_source
+from edgevlm.films import in_words
 from edgevlm.image import cut
-from edgevlm.prompt import in_words
 from edgevlm.runtimes.messages import parted
 from edgevlm.runtimes.request import prepare
 from edgevlm.runtimes.session import VLM
@@ -113,7 +113,8 @@ def test_it_answers_like_the_original(
     assert (
         sequence(request, original.model.config.image_token_id) == inputs["input_ids"][0].tolist()
     )
-    pixels = np.concatenate([cut(p.picture, request.image) for p in request.pictures])
+    seen = zip(request.pictures, request.specs, strict=True)
+    pixels = np.concatenate([cut(p.picture, spec) for p, spec in seen])
     np.testing.assert_array_equal(pixels, inputs["pixel_values"][0].numpy())
     ours, tokens = greedy(vlm, request, 8)
     theirs = original.logits(inputs, tokens)
@@ -177,6 +178,19 @@ def test_numbers_are_words() -> None:
     ]
 
 
+def test_the_bytes_of_a_file_are_read_as_the_file(vlm: VLM, clip: Path) -> None:
+    video, other = vlm.read_video(clip), vlm.read_video(clip.read_bytes())
+    assert (video.source, other.source) == (str(clip), None) and video.times == other.times
+    np.testing.assert_array_equal(np.stack([*video.frames]), np.stack([*other.frames]))
+
+
+def test_a_clip_that_is_cut_short_is_refused(vlm: VLM, tmp_path: Path) -> None:
+    data = write_video(tmp_path / "clip.avi", 60).read_bytes()
+    assert len(vlm.read_video(data).frames) == 6
+    with pytest.raises(ImageError, match="cut short or damaged: .* of its 60 frames"):
+        vlm.read_video(data[: len(data) // 2])
+
+
 def test_a_clip_that_does_not_say_how_long_it_is(vlm: VLM, tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mkv", 25)
     assert len(vlm.read_video(path).frames) == 5
@@ -186,18 +200,26 @@ def test_what_is_not_a_video_is_refused_in_one_line(
     vlm: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: Path
 ) -> None:
     (tmp_path / "text.mp4").write_bytes(b"no film" * 100)
+    (tmp_path / "empty.mp4").touch()
+    whole = clip.read_bytes()
     # A playlist that names a film which is there.
     listed = f"ffconcat version 1.0\nfile {clip}\n"
     (tmp_path / "list.ffconcat").write_text(listed, encoding="utf-8")
-    for source, says in (
+    wrong: Any
+    for wrong, says in (
         (tmp_path / "list.ffconcat", "cannot be read as a video"),
         ("https://127.0.0.1/clip.mp4", "videos are read from files alone"),
         (tmp_path / "none.mp4", "No such file"),
+        (tmp_path / "empty.mp4", "is empty"),
+        (b"", "the video of 0 bytes: is empty"),
+        (b"no film" * 100, "the video of 700 bytes: cannot be read as a video"),
+        (whole[: len(whole) // 2], "cut short or damaged|cannot be read as a video"),
+        (3.5, "an object of type float: is not a video"),
         (tmp_path / "text.mp4", "cannot be read as a video"),
         (tmp_path, "cannot be read as a video"),
     ):
         with pytest.raises(ImageError, match=says) as raised:
-            vlm.read_video(source)
+            vlm.read_video(wrong)
         assert "\n" not in str(raised.value)
     with pytest.raises(PromptError, match="fps is 0"):
         vlm.read_video(clip, 0)
@@ -206,8 +228,6 @@ def test_what_is_not_a_video_is_refused_in_one_line(
     many = Video([np.zeros((2, 2, 3), np.uint8)] * 7, (0.0,) * 7, 1.0)
     with pytest.raises(PromptError, match="7 frames in one request; this model takes 6"):
         vlm.ask("x", many)
-    with pytest.raises(PromptError, match="goes with a question alone"):
-        vlm.chat(many)
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(EngineMissing, match=r"edgevlm\[video\]"):
         vlm.read_video(clip)

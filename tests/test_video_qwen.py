@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import edgevlm
 from edgevlm.bundle import open_bundle
 from edgevlm.cli import cli
-from edgevlm.errors import PromptError, SourceError
+from edgevlm.errors import ContextOverflow, PromptError, SourceError
 from edgevlm.export import export_bundle, inspect_source
 from edgevlm.export.parity.quiet import quiet
 from edgevlm.manifest import MANIFEST, write_manifest
@@ -165,7 +165,8 @@ def check(
 ) -> None:
     """Ids, pixels, embeddings, positions, logits and tokens are those of the original."""
     assert sequence(request, video_token) == inputs["input_ids"][0].tolist()
-    pixels = np.concatenate([pair.cut(request.image) for pair in request.pictures])
+    seen = zip(request.pictures, request.specs, strict=True)
+    pixels = np.concatenate([pair.cut(spec) for pair, spec in seen])
     np.testing.assert_array_equal(pixels, _pairs(inputs, shown.model.config.vision_config))
     blocks = input_blocks(vlm.engines, replace(request, pictures=[*request.pictures]))
     ours, tokens = greedy(vlm, request, 8)
@@ -231,6 +232,32 @@ def test_many_frames_share_the_bound_on_all_of_them(bundle: Path, shown: Shown) 
     with edgevlm.load(bundle, max_pixels=1500) as vlm:
         request = asked(vlm, video)
         check(vlm, shown, request, inputs, shown.model.config.video_token_id)
+
+
+def test_frames_that_become_larger_where_they_are_fewer_fit_at_the_number_that_is_named(
+    bundle: Path, tmp_path: Path
+) -> None:
+    clip = write_video(tmp_path / "long.mp4", 200, size=(192, 160))
+    with edgevlm.load(bundle) as vlm:
+        # 40 frames of at most 24 squares of 64 pixels, fewer of up to 100.
+        few = replace(spec_of(vlm), total=20 * 1536, most=40)
+        manifest = replace(
+            vlm.manifest,
+            prompt=replace(vlm.manifest.prompt, video=few),
+            decoder=replace(vlm.manifest.decoder, context_length=400),
+        )
+        vlm.manifest, vlm.engines = manifest, replace(vlm.engines, manifest=manifest)
+        with pytest.raises(ContextOverflow, match="--fps") as raised:
+            vlm.ask(WORDS, vlm.read_video(clip, 2))
+        fps = raised.value.fps
+        assert fps
+        fits = vlm.read_video(clip, fps)
+        assert 4 <= len(fits.frames) < 40 and vlm.ask(WORDS, fits, max_tokens=1).tokens.image < 300
+        # Four frames are the fewest.
+        tight = replace(manifest, decoder=replace(manifest.decoder, context_length=150))
+        vlm.manifest, vlm.engines = tight, replace(vlm.engines, manifest=tight)
+        with pytest.raises(ContextOverflow, match="lower max_pixels"):
+            vlm.ask(WORDS, vlm.read_video(clip, 2))
 
 
 def test_a_still_picture_is_two_equal_frames(vlm: VLM) -> None:

@@ -19,7 +19,7 @@ from edgevlm.benchmarks.latency.memory import MemoryMarks
 from edgevlm.benchmarks.latency.sensors import Sensors
 from edgevlm.errors import PromptError
 from edgevlm.runtimes.engines import Float, VisionEncoder, sequential
-from edgevlm.runtimes.request import Engines, Stopwatch
+from edgevlm.runtimes.model import Engines, Stopwatch
 from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 from edgevlm.types import Reply

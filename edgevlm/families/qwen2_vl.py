@@ -128,7 +128,7 @@ def _describe(source: Source) -> Model:
     ends = (ids[_TURN_END], *stop_tokens(source.files, stated, ids[_TURN_END]))
     prompt = _prompt(source, ids, _NEW_TASKS if new else _TASKS)
     if _VIDEO in ids:
-        prompt = replace(prompt, video=_video(source, found, prompt, ids, vision, new))
+        prompt = replace(prompt, video=_video(source, found, prompt, vision, new))
     return Model(
         image=image,
         prompt=prompt,
@@ -262,7 +262,6 @@ def _video(
     source: Source,
     pictures: ProcessorSettings,
     prompt: PromptSpec,
-    ids: Mapping[str, int],
     vision: Qwen2Vit,
     new: bool,
 ) -> VideoSpec:
@@ -283,18 +282,15 @@ def _video(
     rate = setting(section(source.files["config.json"], "vision_config"), "tokens_per_second", 4)
     if new and not 1 <= rate <= 4096:
         raise ValueError(f"vision_config.tokens_per_second is {rate}; only 1 and more are known")
-    around = f"{{id:{ids[_START]}}}", "{image}", f"{{id:{ids[_END]}}}"
-
-    def shown(template: tuple[str, ...]) -> tuple[str, ...]:
-        place = template.index("{image}")
-        return (*template[:place], *around, *template[place + 1 :])
-
     native = native_spec(found)
     return VideoSpec(
         fps=float(fps),
         most=most,
-        template=shown(prompt.template),
-        system_template=shown(prompt.system_template),
+        template=prompt.template,
+        system_template=prompt.system_template,
+        turn=prompt.turn,
+        opening=_START,
+        closing=_END,
         pairs=True,
         least=least,
         native=replace(native, max_pixels=min(native.most, _USUAL_FRAME_SQUARES * square)),

@@ -193,6 +193,7 @@ def _video(source: Source, found: ProcessorSettings) -> VideoSpec | None:
         longest_edge=edge,
         template=shown(prompt.text_template),
         system_template=shown(prompt.system_text_template),
+        turn=shown(prompt.text_turn),
         opening=_OPENING,
         frame=_FRAME,
         closing=_CLOSING,
