@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 
 import edgevlm
 from edgevlm import cli
+from edgevlm.cli.chat.lines import completer
 from edgevlm.errors import EngineMissing, ImageError, PromptError, SourceError
 from edgevlm.export import export_bundle, inspect_source
 from edgevlm.films import in_words
@@ -29,6 +33,7 @@ from edgevlm.runtimes.session import VLM
 from edgevlm.sampling import Sampling
 from edgevlm.video import Video, chosen
 from tests.answers import greedy, sequence
+from tests.chatting import piped
 from tests.checkpoints.smolvlm import write_smolvlm
 from tests.test_smolvlm import Original
 
@@ -288,3 +293,84 @@ def test_a_sampling_that_is_not_known_is_refused(wrong: dict[str, Any], tmp_path
 def test_models_before_smolvlm2_have_none(tmp_path: Path) -> None:
     source = write_smolvlm(tmp_path, layers=1, processor={"video_sampling": SAMPLING})
     assert inspect_source(source).prompt.video is None
+
+
+@pytest.mark.parametrize("model", ["smolvlm2", "pico"])
+def test_a_chat_about_a_video(
+    model: str,
+    vlm: VLM,
+    checkpoint: Path,
+    clip: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(clip.parent)
+    Path("my clip.mov").write_bytes(clip.read_bytes())
+    Image.new("RGB", (80, 60)).save("a.png")
+    typed = (
+        "/video --fps 1.3 clip.mp4",
+        "what happens?",
+        '/video "my clip.mov"',
+        "and here?",
+        "/image a.png",
+        "my clip.mov",
+        "/undo",
+        "/save talk.chat",
+        "/clear",
+        "/load talk.chat",
+        "/video clip.mp4 --fps=0",
+        "/video clip.mp4 --fps many",
+        "/video",
+        "/video nowhere.mp4",
+        "/video a.png",
+        "/image clip.mp4",
+    )
+    if model == "pico":
+        _, err = piped(None, ("/video clip.mp4", "clip.mp4"), capsys)
+        assert all("pico: it was not trained on videos" in line for line in err[-2:])
+        return
+    model_of_its_own = edgevlm.load(checkpoint.with_name("out"))
+    out, err = piped(model_of_its_own, typed, capsys, "--max-tokens", "2")
+    first, second = "clip.mp4 (3 frames of 2.5 s)", "my clip.mov (5 frames of 2.5 s)"
+    stay = "in the conversation."
+    expected = vlm.ask(WORDS, vlm.read_video(clip, 1.3), max_tokens=2).text
+    assert out.splitlines()[0] == expected
+    assert [line for line in err[1:] if not line.startswith("Cut at")] == [
+        f"Looking at {first}.",
+        f"Looking at {second} as well; {first} stays {stay}",
+        f"Looking at a.png (80 x 60) as well; {first}, {second} stay {stay}",
+        f"Looking at {second} as well; {first}, {second}, a.png (80 x 60) stay {stay}",
+        "Took back: and here?",
+        "Saved 1 question to talk.chat; /load goes on with them.",
+        f"Forgot the conversation; still looking at {first}, {second}, a.png (80 x 60), {second}.",
+        f"Loaded 1 question; looking at {first}, {second}, a.png (80 x 60), {second}.",
+        f"> what happens?\n{expected}".splitlines()[0],
+        *expected.splitlines(),
+        "fps is 0; only a number above 0 is known",
+        "--fps needs a number, such as --fps 0.5",
+        "/video needs a file's name, such as /video clip.mp4 --fps 1",
+        "nowhere.mp4: cannot be read as a video (No such file or directory)",
+        "a.png: cannot be read as a video (it is damaged, or not in a format of videos that is "
+        "known)",
+        "clip.mp4: looks like a video; name it by --video (/video in a chat), or take a frame of "
+        "it, as PNG or JPEG",
+    ]
+
+
+def test_a_chat_begins_with_a_video(
+    vlm: VLM, checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str], edge: Terminal
+) -> None:
+    options = ("--video", str(clip), "--fps", "1.3", "--max-tokens", "2")
+    out, err = piped(edgevlm.load(checkpoint.with_name("out")), [WORDS], capsys, *options)
+    expected = vlm.ask(WORDS, vlm.read_video(clip, 1.3), max_tokens=2)
+    assert out == f"{expected.text}\n" and "(3 frames of 2.5 s)." in err[1]
+    for wrong in (["--fps", "2"], ["--video", str(clip), "-i", str(clip)]):
+        assert edge("chat", *wrong)[0] == 2
+
+
+def test_names_of_videos_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("clip.mp4", "clip.png", "clip.txt"):
+        (tmp_path / name).touch()
+    typed = Document("/video cl")
+    assert [one.text for one in completer().get_completions(typed, CompleteEvent())] == ["clip.mp4"]

@@ -7,6 +7,7 @@ import click
 from edgevlm.cli.common import (
     Run,
     answering,
+    filming,
     json_option,
     read_sources,
     show,
@@ -24,12 +25,7 @@ from edgevlm.cli.signals import Aside
 @forms
 @talking
 @many_options
-@click.option("--video", type=click.Path(), help="Video to ask about, in place of pictures.")
-@click.option(
-    "--fps",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Frames of the video that are taken a second.  [default: the model's own]",
-)
+@filming
 @json_option
 def ask(
     prompt: str,

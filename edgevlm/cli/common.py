@@ -91,6 +91,11 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object in
 _SYSTEM = click.option(
     "--system", metavar="TEXT", help="System message, where the model's template has one.",
 )  # fmt: skip
+_VIDEO = click.option("--video", type=click.Path(), metavar="FILE", help="Video to ask about.")
+_FPS = click.option(
+    "--fps", type=click.FloatRange(min=0, min_open=True), metavar="N",
+    help="Frames of the video that are taken a second.  [default: the model's own]",
+)  # fmt: skip
 _PLAIN = click.option("--plain", is_flag=True, help="Print answers as they are, no Markdown.")
 _LOGPROBS = click.option(
     "--logprobs", type=click.IntRange(0, 20), metavar="N",
@@ -159,6 +164,11 @@ class OutFolder(click.Path):
 def talking(command: Command) -> Command:
     """Adds --system and --plain; passes them as `system` and `plain`."""
     return _SYSTEM(_PLAIN(command))
+
+
+def filming(command: Command) -> Command:
+    """Adds --video and --fps; passes them as `video` and `fps`."""
+    return _VIDEO(_FPS(command))
 
 
 def json_option(command: Command) -> Command:

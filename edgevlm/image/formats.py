@@ -25,7 +25,7 @@ _KINDS = (
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL picture; convert it to PNG or JPEG"),
     (rb"....ftypcrx |FUJIFILMCCD-RAW", "a camera's raw file; develop it to TIFF or JPEG"),
     (rb"....ftyp|....moov|\x1a\x45\xdf\xa3|RIFF....AVI |\0\0\x01[\xb3\xba]|FLV\x01|OggS",
-     "a video; take a frame of it, as PNG or JPEG"),
+     "a video; name it by --video (/video in a chat), or take a frame of it, as PNG or JPEG"),
     (rb"(?:<\?xml[^>]*>)?(?:\s|%b|<!DOCTYPE svg[^>]*>)*<svg[\s>]" % _COMMENT,
      "an SVG drawing; render it to PNG"),
     (rb"(?:\s|%b)*<(?:!doctype html|html|head|body)\b" % _COMMENT,

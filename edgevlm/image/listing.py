@@ -19,6 +19,11 @@ from edgevlm.image.urls import one_line, shortened
 _WILD = re.compile(r"[*?[]")
 # Pictures that take a package or a later Pillow, which their error says, and JPEGs of two pictures.
 _FURTHER = frozenset((".avif", ".heic", ".heif", ".hif", ".mpo"))
+# Extensions of videos' names.
+VIDEOS = frozenset(
+    (".3gp", ".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv")
+    + (".webm", ".wmv")
+)
 
 
 @cache
@@ -35,6 +40,12 @@ def dropped(line: str) -> list[str]:
     """
     names = each_located(line) if line.strip() else []
     return names if all(map(_is_dropped, names)) else []
+
+
+def dropped_video(line: str) -> bool:
+    """True for a line that is nothing but the name of a file whose name ends as videos' do."""
+    found = located(line) if line.strip() else line
+    return isinstance(found, Path) and found.suffix.lower() in VIDEOS and os.path.isfile(found)
 
 
 def _is_dropped(name: str) -> bool:

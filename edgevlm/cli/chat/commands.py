@@ -18,15 +18,15 @@ from edgevlm.errors import PromptError
 if TYPE_CHECKING:
     from edgevlm.cli.chat.talk import Talk
 
-Completion = Literal["", "pictures", "files", "settings", "none"]
+Completion = Literal["", "pictures", "videos", "files", "settings", "none"]
 # Longer words of a question that is shown again are cut.
 _SHOWN = 60
 _WIDEST = 92
 _ELSE = (
-    "A picture that is dropped on the prompt, or its path or URL alone, is looked at. Anything "
-    "else goes to the model as it is; what begins with a slash, after a space. Three quotes begin "
-    "and end a question of several lines; Alt-Enter is a line break. Ctrl-C stops an answer, "
-    "Ctrl-D leaves."
+    "A picture or a video that is dropped on the prompt, or its path or a picture's URL alone, is "
+    "looked at. Anything else goes to the model as it is; what begins with a slash, after a space. "
+    "Three quotes begin and end a question of several lines; Alt-Enter is a line break. Ctrl-C "
+    "stops an answer, Ctrl-D leaves."
 )
 
 
@@ -131,6 +131,11 @@ COMMANDS = (
         "that take several keep the earlier ones.",
         pictures.image, "pictures",
     ),
+    ChatCommand(
+        "/video", "FILE [--fps N]",
+        "Look at a video, N frames of each second, where the model was trained on videos.",
+        pictures.video, "videos",
+    ),
     ChatCommand("/clear", "", "Forget the conversation; the pictures stay.", _clear),
     ChatCommand("/retry", "", "Ask the last question again.", lambda talk, _: talk.retry()),
     ChatCommand("/undo", "", "Take the last question and its answer back.", _undo),
@@ -142,7 +147,7 @@ COMMANDS = (
         "/set", "NAME VALUE", "Set a sampling option, such as temperature 0.2; /set lists them.",
         settings.set_option, "settings",
     ),
-    ChatCommand("/save", "FILE", "Save the conversation with its pictures.", _save, "files"),
+    ChatCommand("/save", "FILE", "Save the conversation with what it is about.", _save, "files"),
     ChatCommand("/load", "FILE", "Go on with a conversation that was saved.", _load, "files"),
     ChatCommand("/stats", "", "How long the last answer took.", lambda talk, _: talk.stats()),
     ChatCommand("/help", "", "This text.", _help, others=("/?",)),

@@ -120,14 +120,14 @@ def _completions(text: str) -> Iterator[Completion]:
     if kind == "settings" and " " not in argument.strip():
         names = [name for name in OPTIONS if name.startswith(argument.lstrip())]
         yield from (Completion(name, -len(argument.lstrip())) for name in names)
-    elif kind in ("pictures", "files"):
+    elif kind in ("pictures", "videos", "files"):
         typed = argument.lstrip() if command else text
         last = _last_word(typed)
         if command and kind == "pictures" and last == typed:
             for name in ("clipboard", "none"):
                 if name.startswith(last):
                     yield Completion(name, -len(last))
-        for path in paths(last, pictures=kind == "pictures"):
+        for path in paths(last, kind):
             yield Completion(path, -len(last), display=os.path.basename(path.rstrip("/")))
 
 
@@ -144,12 +144,13 @@ def _last_word(text: str) -> str:
     return text[start:]
 
 
-def paths(word: str, *, pictures: bool) -> list[str]:
-    """Paths that begin with a word as it is typed, folders with a slash; of files, `pictures` alone
-    or all but hidden ones. Spaces are written as a shell takes them.
+def paths(word: str, kind: str) -> list[str]:
+    """Paths that begin with a word as it is typed, folders with a slash; of files, those of a kind,
+    "pictures" or "videos", or all but hidden ones. Spaces are written as a shell takes them.
     """
-    from edgevlm.image.listing import extensions
+    from edgevlm.image.listing import VIDEOS, extensions
 
+    known = {"pictures": extensions(), "videos": VIDEOS}.get(kind)
     typed = word if os.name == "nt" else word.replace("\\ ", " ")
     folder, start = os.path.split(typed)
     found = []
@@ -162,7 +163,7 @@ def paths(word: str, *, pictures: bool) -> list[str]:
         if hidden or not entry.name.startswith(start):
             continue
         is_folder = entry.is_dir()
-        if pictures and not is_folder and Path(entry.name).suffix.lower() not in extensions():
+        if known and not is_folder and Path(entry.name).suffix.lower() not in known:
             continue
         path = os.path.join(folder, entry.name) + ("/" if is_folder else "")
         found.append(path if os.name == "nt" else path.replace(" ", "\\ "))

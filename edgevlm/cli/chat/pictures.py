@@ -1,23 +1,26 @@
-"""/image: the pictures that a chat is about."""
+"""/image and /video: what a chat is about."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import click
 from PIL import Image, ImageGrab
 
 from edgevlm.errors import ImageError, PromptError
-from edgevlm.image import ImageSource
+from edgevlm.image import ImageSource, Picture
 from edgevlm.image.names import each_located, located
 from edgevlm.image.urls import one_line, shortened, without_credentials
 from edgevlm.runtimes.messages import several
+from edgevlm.video import Video
 
 if TYPE_CHECKING:
     from edgevlm.cli.chat.talk import Talk
     from edgevlm.runtimes.chat import Chat
 
 _CLIPBOARD = "the clipboard"
+_FPS = re.compile(r"(?:^|\s)--fps(?:[\s=]+(\S*))?(?=\s|$)")
 
 
 def image(talk: Talk, argument: str) -> None:
@@ -30,11 +33,32 @@ def image(talk: Talk, argument: str) -> None:
         _look(talk, [*sources])
 
 
-def _look(talk: Talk, sources: list[ImageSource]) -> None:
+def video(talk: Talk, argument: str) -> None:
+    """Looks at the video that an argument names, with --fps N in it; says so. Raises ImageError,
+    PromptError.
+    """
+    name, fps = _with_fps(argument)
+    if not name:
+        raise PromptError("/video needs a file's name, such as /video clip.mp4 --fps 1")
+    _look(talk, [talk.vlm.read_video(name, fps)])
+
+
+def _with_fps(argument: str) -> tuple[str, float | None]:
+    found = _FPS.search(argument)
+    if found is None:
+        return argument, None
+    try:
+        fps = float(found[1] or "")
+    except ValueError:
+        raise PromptError("--fps needs a number, such as --fps 0.5") from None
+    return (argument[: found.start()] + argument[found.end() :]).strip(), fps
+
+
+def _look(talk: Talk, sources: list[ImageSource | Video]) -> None:
     chat, most = talk.chat, talk.vlm.manifest.image.max_pictures
     if len(sources) > most:
         raise PromptError(f"{len(sources)} pictures at once; {talk.name} takes {most}")
-    begun, seen = chat.begun, len(chat.pictures)
+    begun, seen = chat.begun, len(several(chat.image))
     if begun and chat.takes_more_images:
         chat.add_image(sources)
         look_at(talk, seen)
@@ -55,25 +79,41 @@ def look_at(talk: Talk, first: int = 0) -> None:
     from edgevlm.cli.preview import show_preview
 
     if talk.previews:
-        for picture in talk.chat.pictures[first:]:
-            show_preview(picture.rgb)
+        for _, shown in _shown(talk.chat)[first:]:
+            show_preview(shown.frames[0] if isinstance(shown, Video) else shown.rgb)
 
 
 def pictures_text(chat: Chat) -> str:
-    """The pictures that a chat is about, by name and size; empty for none."""
+    """The pictures that a chat is about by name and size, its videos by name, frames and duration;
+    empty for none.
+    """
     return _named(chat, 0, None)
 
 
 def _named(chat: Chat, first: int, last: int | None) -> str:
-    shown = zip(several(chat.image), chat.pictures, strict=True)
     texts = []
-    for source, picture in [*shown][first:last]:
-        height, width = picture.rgb.shape[:2]
-        texts.append(f"{_name(source)} ({width} x {height})")
+    for source, shown in _shown(chat)[first:last]:
+        if isinstance(shown, Video):
+            what = f"{len(shown.frames)} frames of {shown.duration:.1f} s"
+        else:
+            height, width = shown.rgb.shape[:2]
+            what = f"{width} x {height}"
+        texts.append(f"{_name(source)} ({what})")
     return ", ".join(texts)
 
 
-def _name(source: ImageSource) -> str:
+def _shown(chat: Chat) -> list[tuple[ImageSource | Video, Picture | Video]]:
+    """The pictures and videos that a chat is about in order: where each came from, and itself."""
+    pictures = iter(chat.pictures)
+    return [
+        (source, source if isinstance(source, Video) else next(pictures))
+        for source in several(chat.image)
+    ]
+
+
+def _name(source: ImageSource | Video) -> str:
+    if isinstance(source, Video):
+        return _name(source.source) if source.source else "the video"
     if isinstance(source, str):
         return shortened(without_credentials(str(located(source))))
     return "the picture" if isinstance(source, bytes) else _CLIPBOARD

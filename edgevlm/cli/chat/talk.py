@@ -12,7 +12,7 @@ from edgevlm.cli.chat.commands import COMMANDS, ChatCommand
 from edgevlm.cli.common import Run, print_stats, show, tile_progress
 from edgevlm.cli.signals import raising
 from edgevlm.errors import EdgeVLMError
-from edgevlm.image.listing import dropped
+from edgevlm.image.listing import dropped, dropped_video
 from edgevlm.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ class Talk:
         from edgevlm.cli.chat.pictures import look_at, pictures_text
 
         say(f"{self.name}: ask away; /help for commands.")
-        if self.chat.pictures:
+        if shown := pictures_text(self.chat):
             look_at(self)
-            say(f"Looking at {pictures_text(self.chat)}.")
+            say(f"Looking at {shown}.")
 
     def turn(self, line: str) -> None:
-        """A command, pictures that were dropped on the prompt, or a question."""
+        """A command, what was dropped on the prompt, or a question."""
         try:
             with raising():
                 self._turn(line)
@@ -75,6 +75,8 @@ class Talk:
             command.run(self, argument.strip())
         elif dropped(text):
             COMMANDS[0].run(self, text)
+        elif dropped_video(text):
+            COMMANDS[1].run(self, text)
         elif line.startswith("/") and _WORD.fullmatch(word):
             meant = [c.name for c in COMMANDS if c.name.startswith(word)]
             cure = f"did you mean {' or '.join(meant)}?" if meant else "/help lists them"
