@@ -159,6 +159,8 @@ def _read(name: str, container: Any, wanted: _Wanted, watch: Watch) -> Video:
     if not container.streams.video:
         raise ImageError(name, "has no pictures that move; a video is wanted")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise ImageError(name, "is of a codec that is not known; convert it, to H.264 for instance")
     watch.size(name, stream.width, stream.height)
     n, rate = stream.frames or _counted(container, watch), float(stream.average_rate or 0)
     if not 0 < n <= _MOST_FRAMES or not 0 < rate < math.inf:

@@ -16,7 +16,7 @@ from tests.serving import data_url, png, question
 
 def read(limits: Limits = Limits(), **given: Any) -> ChatRequest:  # noqa: B008
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **given}
-    return read_request(json.dumps(body).encode(), Pictures(limits).read)
+    return read_request(json.dumps(body).encode(), Pictures(limits))
 
 
 def refused(limits: Limits = Limits(), **given: Any) -> Problem:  # noqa: B008
@@ -138,7 +138,7 @@ def test_refusals_name_the_parameter(given: dict[str, Any], param: str, said: st
 )
 def test_bodies_that_are_none(body: bytes, said: str) -> None:
     with pytest.raises(Problem, match=said) as caught:
-        read_request(body, Pictures(Limits()).read)
+        read_request(body, Pictures(Limits()))
     assert caught.value.status == 400 and len(caught.value.message) < 300
 
 

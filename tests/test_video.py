@@ -206,7 +206,7 @@ def test_what_is_not_a_video_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "text.mp4").write_bytes(b"no film" * 100)
     (tmp_path / "empty.mp4").touch()
-    whole = clip.read_bytes()
+    whole, other = clip.read_bytes(), write_video(tmp_path / "clip.avi", 5).read_bytes()
     # A playlist that names a film which is there.
     listed = f"ffconcat version 1.0\nfile {clip}\n"
     (tmp_path / "list.ffconcat").write_text(listed, encoding="utf-8")
@@ -220,6 +220,7 @@ def test_what_is_not_a_video_is_refused_in_one_line(
         (b"no film" * 100, "the video of 700 bytes: cannot be read as a video"),
         (whole[: len(whole) // 2], "cut short or damaged|cannot be read as a video"),
         (3.5, "an object of type float: is not a video"),
+        (other.replace(b"FMP4", b"ZZZZ"), "a codec that is not known"),
         (tmp_path / "text.mp4", "cannot be read as a video"),
         (tmp_path, "cannot be read as a video"),
     ):

@@ -74,7 +74,7 @@ _SHARE = 0.8
     "--allow-image-urls",
     "image_urls",
     is_flag=True,
-    help="Fetch pictures from http and https URLs on the internet.",
+    help="Fetch pictures and videos from http and https URLs on the internet.",
 )
 @click.option(
     "--memory",
@@ -104,7 +104,7 @@ _SHARE = 0.8
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
     metavar="MB",
-    help="Largest request, pictures included.",
+    help="Largest request, pictures and videos included.",
 )
 @click.option(
     "--max-pictures",
@@ -112,7 +112,7 @@ _SHARE = 0.8
     show_default=True,
     type=click.IntRange(min=0),
     metavar="N",
-    help="Most pictures in one request.",
+    help="Most pictures and videos in one request.",
 )
 @click.option(
     "--max-megapixels",
@@ -120,7 +120,7 @@ _SHARE = 0.8
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
     metavar="MP",
-    help="Largest picture.",
+    help="Largest picture, or frame of a video.",
 )
 @click.option(
     "--timeout",

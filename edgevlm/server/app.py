@@ -88,6 +88,7 @@ class _Views:
             "pictures": manifest.image.max_pictures,
             "embeddings": manifest.text.width if manifest.text else None,
             "photos": self._photos,
+            "videos": manifest.prompt.video is not None,
             "conversations": bool(manifest.prompt.turn),
             "system": bool(manifest.prompt.system_template),
             # What a message can ask for; some models write a task as no message can.

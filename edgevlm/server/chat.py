@@ -27,6 +27,7 @@ from edgevlm.server.pictures import Pictures
 from edgevlm.server.pool import LoadedModel, Pool
 from edgevlm.server.problems import Json, problem_of
 from edgevlm.server.requests import Requests, json_body, while_connected
+from edgevlm.server.videos import with_frames
 
 # Bodies that are read and pictures that are fetched at the same time, each in a thread.
 _READERS = 8
@@ -71,9 +72,7 @@ class ChatCompletions:
 
         async def answer() -> None:
             nonlocal body
-            asked = await to_thread.run_sync(
-                read_request, body, pictures.read, limiter=self._readers
-            )
+            asked = await to_thread.run_sync(read_request, body, pictures, limiter=self._readers)
             body = b""  # it may be large, and the wait long
             async with self._pool.lease(asked.model) as model:
                 await self._drawn(asked, pictures, model, stream, start)
@@ -91,7 +90,7 @@ class ChatCompletions:
         completion = Completion(asked.model, include_usage=asked.include_usage)
         logprobs = "logprobs" in asked.options
         # Pictures are decoded only now: those of requests that wait are files as they came.
-        async with model.turn, answering(model.vlm, asked.messages, asked.options) as answer:
+        async with model.turn, self._answer(asked, model.vlm) as answer:
             first = True
             async for piece in answer:
                 if first:
@@ -110,6 +109,12 @@ class ChatCompletions:
             await stream.done()
         else:
             await stream.whole(completion.whole(reply, logprobs=logprobs))
+
+    @asynccontextmanager
+    async def _answer(self, asked: ChatRequest, vlm: VLM) -> AsyncIterator[AsyncAnswer]:
+        messages = await with_frames(vlm, asked.messages, self._limits)
+        async with answering(vlm, messages, asked.options) as answer:
+            yield answer
 
 
 @asynccontextmanager

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 class Limits:
     """Limits of what clients may ask for.
 
-    body_bytes: a request's body, pictures included, and each picture from a URL.
-    pictures, pixels: the pictures of a request, and the width times height of each.
+    body_bytes: a request's body, pictures and videos included, and each of those from a URL.
+    pictures, pixels: the pictures and videos of a request, and the width times height of a picture
+        or of a video's frame.
     requests: answers that run or wait at the same time, over all models.
     seconds: the time of one request, waiting included.
-    upload_seconds: the time that its body has to arrive in.
-    image_urls: True where pictures are fetched from http and https addresses.
+    upload_seconds: the time that its body has to arrive in, and its videos to be read.
+    image_urls: True where pictures and videos are fetched from http and https addresses.
     """
 
     body_bytes: int = 50 << 20

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 from edgevlm.errors import PromptError
-from edgevlm.runtimes.messages import Message
 from edgevlm.sampling import Sampling, SamplingOptions
-from edgevlm.server.messages import ReadPicture, read_messages
+from edgevlm.server.messages import ReadMessage, read_messages
+from edgevlm.server.pictures import Pictures
 from edgevlm.server.problems import Problem, invalid, quoted
 
 _MOST_STOPS = 4
@@ -58,19 +58,19 @@ class ChatRequest:
     """
 
     model: str
-    messages: list[Message]
+    messages: list[ReadMessage]
     options: SamplingOptions
     stream: bool = False
     include_usage: bool = False
 
 
-def read_request(body: bytes, read_picture: ReadPicture) -> ChatRequest:
-    """Reads a body; blocks while pictures are downloaded. Raises Problem."""
+def read_request(body: bytes, pictures: Pictures) -> ChatRequest:
+    """Reads a body; blocks while pictures and videos are downloaded. Raises Problem."""
     given = json_object(body)
     _check_names(given)
     stream = _boolean(given, "stream")
     options = _options(given)
-    messages = read_messages(given.get("messages"), read_picture)
+    messages = read_messages(given.get("messages"), pictures)
     return ChatRequest(model_name(given), messages, options, stream, _include_usage(given, stream))
 
 

@@ -7,6 +7,7 @@ import io
 import random
 import socket
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class Fuzzed:
 
     def __init__(self, folder: Path) -> None:
         self._stack = ExitStack()
-        served = self._stack.enter_context(serving({"m": lambda: fakes.vlm(answer="a red circle")}))
+        made = partial(fakes.vlm, "a red circle", films=True)
+        served = self._stack.enter_context(serving({"m": made}))
         self._port = int(served.base.rpartition(":")[2])
         buffer = io.BytesIO()
         PICTURE.save(buffer, "PNG")
@@ -81,7 +83,10 @@ class Fuzzed:
         )
         if rng.random() < 0.1:
             url = damaged(url.encode(), rng).decode(errors="replace")
-        picture = {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
+        picture: dict[str, Any] = {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
+        if rng.random() < 0.2:
+            film = url.replace("data:image", "data:video")
+            picture = {"type": "video_url", "video_url": {"url": film, "fps": 0.5}}
         many = rng.choice((1, 1, 1, 2, 50))
         request: dict[str, Any] = {
             **{"model": "m", "max_tokens": 3, "temperature": 0.5, "stop": ["x"], "seed": 1},
