@@ -12,10 +12,13 @@ import httpx
 import pytest
 
 import edgevlm
+from edgevlm.manifest import read_manifest, write_manifest
+from edgevlm.models import built_in
 from edgevlm.runtimes import fakes
 from edgevlm.server.access import Access
+from edgevlm.server.pool import Pool
 from tests.browsing import DESK, PHONE, Browser, Page, browsing, expect, opened
-from tests.serving import Gate, Served, gated, pool_of, serving
+from tests.serving import PLENTY, Gate, Served, gated, pool_of, serving
 from tests.test_server_chat import Halves
 
 if TYPE_CHECKING:
@@ -176,6 +179,43 @@ def test_pictures_are_shown_and_removed(desk: Page) -> None:
     expect(desk.locator("#thumbs li")).to_have_count(1)
     ask(desk, "ocr")
     expect(turn(desk, 0).locator(".said")).to_have_text("OPEN")
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Iterator[Served]:
+    """A server of a model that is shown videos, and one of pictures alone."""
+    (tmp_path / "film").mkdir()
+    pico, video = read_manifest(built_in()), fakes.vlm(films=True).manifest.prompt.video
+    made = replace(pico, prompt=replace(pico.prompt, video=video))
+    write_manifest(tmp_path / "film", made)
+    folders = {"film": tmp_path / "film", "still": built_in()}
+    options = {"films": True, "conversational": True, "later_pictures": True}
+    pool = Pool(
+        lambda: folders, lambda _: fakes.vlm("it moves", **options), budget=PLENTY, idle_s=None
+    )
+    with serving(pool) as found:
+        yield found
+
+
+def test_a_video_is_asked_about(browser: Browser, film: Served, tmp_path: Path) -> None:
+    pytest.importorskip("av", reason='videos need pip install "edgevlm[video]"')
+    from tests.test_video import write_video
+
+    clip = write_video(tmp_path / "clip.mp4", 10)
+    for page in opened(browser, film.base, DESK):
+        expect(page.locator("#files")).to_have_attribute("accept", "image/*,video/*")
+        page.set_input_files("#files", [clip, EXAMPLES / "sign.png"])
+        expect(page.locator("#picture")).to_be_visible()
+        page.get_by_role("button", name="Show video 1, clip.mp4").click()
+        expect(page.locator("#hint")).to_contain_text("clip.mp4: the model is shown frames")
+        expect(page.locator("#picture")).to_be_hidden()
+        ask(page, "what happens?")
+        expect(turn(page, 0).locator(".said")).to_have_text("it moves")
+        page.get_by_role("button", name="Remove video 1, clip.mp4").click()
+        page.get_by_label("Model").select_option("still")
+        expect(page.locator("#files")).to_have_attribute("accept", "image/*")
+        page.set_input_files("#files", [clip])
+        expect(page.locator("#thumbs li")).to_have_count(1)
 
 
 @pytest.mark.parametrize("event", ["paste", "drop"])
