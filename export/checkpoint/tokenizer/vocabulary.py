@@ -43,7 +43,7 @@ _UNUSED_SCORE = -1e9
 _FIRST_SCORE = 1.0
 
 
-@dataclass
+@dataclass(slots=True)
 class Token:
     """One row of the vocabulary."""
 
