@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from tests.multilingual import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("children_inside")
 
+Make = Callable[[str], tuple[Path, Bundle]]
 PICTURE = np.random.default_rng(3).integers(0, 256, (50, 90, 3), np.uint8)
 PROMPT = "what is in the picture? опиши 图片"
 # The prompt that MobilePALO was trained with, on both sides of the picture (palo/conversation.py).
@@ -55,13 +57,25 @@ def greedy(vlm: edgevlm.VLM, picture: RGB, prompt: str, n: int) -> tuple[Float, 
     return np.stack(logits), tokens
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Makes one of ORIGINALS and its verified unquantized bundle, each once."""
+
+    @functools.cache
+    def make(name: str) -> tuple[Path, Bundle]:
+        folder = tmp_path_factory.mktemp(name)
+        source = write_llava(folder / name, **ORIGINALS[name])
+        out = folder / "out"
+        return source, export_bundle(source, out, quant="f32", vision_precision="fp32")
+
+    return make
+
+
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_it_answers_like_the_original(name: str, tmp_path: Path) -> None:
+def test_it_answers_like_the_original(name: str, made: Make, tmp_path: Path) -> None:
     from tests.llava_reference import Original
 
-    options = ORIGINALS[name]
-    source = write_llava(tmp_path / name, **options)
-    bundle = export_bundle(source, tmp_path / "out", quant="f32", vision_precision="fp32")
+    options, (source, bundle) = ORIGINALS[name], made(name)
     assert all(stage.ok for stage in bundle.manifest.parity)
     with edgevlm.load(bundle.folder) as vlm:
         ours, tokens = greedy(vlm, PICTURE, PROMPT, 16)
@@ -156,14 +170,10 @@ AGAIN = {
 
 
 @pytest.mark.parametrize("name", ["mobilepalo", "llava-phi3", "llava-llama3"])
-def test_a_chat_goes_on_as_the_original_does(name: str, tmp_path: Path) -> None:
+def test_a_chat_goes_on_as_the_original_does(name: str, made: Make) -> None:
     from tests.llava_reference import Original
 
-    options = ORIGINALS[name]
-    source = write_llava(tmp_path / "source", **options)
-    bundle = export_bundle(
-        source, tmp_path / "out", quant="f32", vision_precision="fp32", verify=False
-    )
+    options, (source, bundle) = ORIGINALS[name], made(name)
     with edgevlm.load(bundle.folder) as vlm, vlm.chat(PICTURE) as chat:
         first = chat.ask("what is it?", max_tokens=5)
         second = chat.ask("and its colour?", max_tokens=5)
@@ -192,7 +202,8 @@ def test_token_ids_where_templates_have_tokens_of_their_own(
     source = write_llava(tmp_path / "source", layers=1, **ORIGINALS[name])
     if not add_bos:
         without_begin(source)
-    bundle = export_bundle(source, tmp_path / "out", verify=False)
+    how: dict[str, Any] = {"quant": "f16", "vision_precision": "fp32", "verify": False}
+    bundle = export_bundle(source, tmp_path / "out", **how)
     original = Original(Tiny(layers=1, **ORIGINALS[name]), source)
     special = [t for t in original.tokenizer.get_vocab() if re.fullmatch(r"<\|?\w+\|?>", t)]
     with edgevlm.load(bundle.folder) as vlm:
@@ -212,11 +223,10 @@ def test_token_ids_where_templates_have_tokens_of_their_own(
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_a_system_message_is_in_place_of_the_templates(name: str, tmp_path: Path) -> None:
+def test_a_system_message_is_in_place_of_the_templates(name: str, made: Make) -> None:
     from tests.llava_reference import Original
 
-    source = write_llava(tmp_path / "source", **ORIGINALS[name])
-    bundle = export_bundle(source, tmp_path / "out", verify=False)
+    source, bundle = made(name)
     original = Original(Tiny(**ORIGINALS[name]), source)
     with edgevlm.load(bundle.folder) as vlm:
         asked = [Exchange(PROMPT, 1)]
