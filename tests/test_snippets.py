@@ -81,24 +81,20 @@ def served(dual: Path) -> Iterator[Served]:
         yield found
 
 
-@pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dual: Path, pointing: Path) -> Path:
-    """A folder with the files that pages name, as the working directory and home, and pico under
-    the names of all models that answer, other bundles under those of models that embed or point.
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory, dual: Path, pointing: Path) -> Path:
+    """A folder with the files that pages name, "desk", and one with pico under the names of all
+    models that answer, other bundles under those of models that embed or point, "home".
     """
-    desk = tmp_path / "desk"
+    stock = tmp_path_factory.mktemp("stock")
+    desk, home = stock / "desk", stock / "home"
     desk.mkdir()
-    monkeypatch.chdir(desk)
-    monkeypatch.setenv("HOME", str(desk))
     (desk / "examples").symlink_to(EXAMPLES)
     shapes = Image.open(EXAMPLES / "shapes.png").convert("RGB")
     for pictures in (desk, desk / "photos", desk / "Photos"):
         pictures.mkdir(exist_ok=True)
         for name in ("photo.png", "photo.jpg", "receipt.jpg", "a.png", "b.jpg"):
             shapes.save(pictures / name, quality=95)
-    home = tmp_path / "home"
-    monkeypatch.setenv("EDGEVLM_HOME", str(home))
-    monkeypatch.delenv("EDGEVLM_MODEL", raising=False)
     for entry in catalogue.entries().values():
         if "embed" in entry.tasks and entry.name != EMBEDS:
             continue  # with one alone, commands need not be told
@@ -110,6 +106,18 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dual: Path, pointing: 
         manifest = replace(read_manifest(folder), origin=origin)
         (folder / "edgevlm.json").unlink()
         write_manifest(folder, manifest)
+    return stock
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stock: Path) -> Path:
+    """A copy of `stock`'s desk as the working directory and home, one of its home as edgevlm's."""
+    desk = shutil.copytree(stock / "desk", tmp_path / "desk", symlinks=True)
+    home = shutil.copytree(stock / "home", tmp_path / "home", symlinks=True)
+    monkeypatch.chdir(desk)
+    monkeypatch.setenv("HOME", str(desk))
+    monkeypatch.setenv("EDGEVLM_HOME", str(home))
+    monkeypatch.delenv("EDGEVLM_MODEL", raising=False)
     monkeypatch.setattr("edgevlm.pulling.look_up", found_on_the_hub)
     return desk
 
