@@ -110,6 +110,7 @@ class Hub:
         with ExitStack() as stack:
             variables = self.environment(home, **more)
             stack.enter_context(mock.patch.dict(os.environ, variables, clear=True))
+            stack.enter_context(inside.children())
             stack.enter_context(mock.patch.object(patience, "time"))
             stack.enter_context(mock.patch.object(log, "handlers", []))
             stack.enter_context(_imported_anew("huggingface_hub"))
@@ -151,7 +152,7 @@ def serve(**repositories: Path) -> Iterator[Hub]:
     Handler.hub = hub
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         hub.address = f"http://127.0.0.1:{server.server_port}"
         yield hub
         server.shutdown()

@@ -283,7 +283,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def test_pictures_from_a_server() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
         np.testing.assert_array_equal(read_image(f"{base}/photo.png"), noise(5, 6))
         with pytest.raises(ImageError, match="answered 404"):

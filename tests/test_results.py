@@ -141,7 +141,7 @@ def test_a_picture_of_a_server_at_every_entry() -> None:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         try:
             url = f"http://127.0.0.1:{server.server_port}/shapes.png"
             for name, ask in FOUND.items():
