@@ -174,7 +174,7 @@ def pictures() -> dict[str, Image.Image]:
         for w, h in (
             (1, 1000), (1000, 1), (1, 1), (2, 3), (64, 64), (65, 64), (63, 200), (100, 50),
             (50, 100), (128, 128), (255, 257), (300, 299), (640, 480), (480, 640), (1000, 90),
-            (90, 1000), (4000, 3000),
+            (90, 1000), (2400, 1800),
         )
     }  # fmt: skip
     made["alpha"] = Image.fromarray(noise(150, 90, 4), "RGBA")
@@ -211,11 +211,11 @@ def test_pixels_are_got_ocr2s(name: str, split: bool) -> None:
 def test_pixels_are_gemma3s(name: str) -> None:
     if name not in pictures():
         width, height = map(int, name.split("x"))
-        pictures()[name] = pictures()["4000x3000"].crop((0, 0, width, height))
+        pictures()[name] = pictures()["2400x1800"].crop((0, 0, width, height))
     picture = pictures()[name].convert("RGB")
     ours = cut(read_picture(picture), gemma3())
     np.testing.assert_array_equal(ours, pan_and_scan(64, picture))
-    assert len(ours) == {"1024x300": 4, "257x1100": 5, "4000x3000": 3}.get(name, len(ours))
+    assert len(ours) == {"1024x300": 4, "257x1100": 5, "2400x1800": 3}.get(name, len(ours))
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 7, 13, 17, 100])
