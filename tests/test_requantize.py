@@ -11,10 +11,12 @@ from typing import Any
 import click.testing
 import pytest
 
+from edgevlm import cleanup
 from edgevlm.bundle import Bundle, open_bundle
 from edgevlm.cli import cli
 from edgevlm.errors import BundleError, ExportError, ParityError
 from edgevlm.export import child, export_bundle, requantize, requantize_bundle
+from edgevlm.export.gguf import tools
 from edgevlm.export.parity import compare
 from tests.checkpoints.paligemma import write_paligemma
 from tests.test_export_bundle import arrays
@@ -168,6 +170,7 @@ def test_a_disk_that_llama_cpp_fills_up(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": next(free)}))
     failing = [sys.executable, "-c", "raise SystemExit('iostream error')"]
     monkeypatch.setattr(child, "command", lambda *_: failing)
+    monkeypatch.setattr(tools, "process", cleanup.process)
     with pytest.raises(ExportError, match="stopped .No space left on device.; make room"):
         requantize_bundle(paligemma_bundle.folder, tmp_path / "out", quant="q8_0", verify=False)
     assert list(tmp_path.iterdir()) == []
