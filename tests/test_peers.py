@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,13 @@ PEERS = {
     "dies": "import os, sys\ndef answer(t):\n sys.stderr.write('out of memory')\n os._exit(9)",
     "absent": "def answer(t):\n import no_such_engine",
 }
+# In place of edgevlm, which the others are told a prompt by.
+OURS = """
+PACKAGE = 'pip'
+def answer(t):
+    told = {'before': [1], 'after': [2], 'image_tokens': 5}
+    return told | {'first_token_ms': 3.0, 'token_ms': 2.0, 'positions': 7}
+"""
 
 
 @pytest.fixture
@@ -216,7 +224,8 @@ def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
         files[name] = tmp_path / f"{name}.py"
         files[name].write_text(f"PACKAGE = 'pip'\n{note}{code}\n", encoding="utf-8")
     made = {n: Peer(n, n.upper(), f"pip install {n}", (), str(f)) for n, f in files.items()}
-    ours = known()[run.OURS]
+    (tmp_path / "ours.py").write_text(OURS, encoding="utf-8")
+    ours = replace(known()[run.OURS], file=str(tmp_path / "ours.py"))
     monkeypatch.setattr(run, "known", lambda: {run.OURS: ours, **made})
     return files
 
