@@ -73,9 +73,12 @@ def _fill_buffers(model: Any) -> None:
         if hasattr(module, "position_ids"):
             n = module.position_ids.shape[-1]
             module.position_ids.copy_(torch.arange(n).expand((1, -1)))
-        if hasattr(module, "inv_freq"):
+        if hasattr(module, "rope_init_fn"):
             inv_freq, module.attention_scaling = module.rope_init_fn(module.config, "cpu")
             module.inv_freq.copy_(inv_freq)
+        elif hasattr(module, "inv_freq"):  # of Qwen2-VL's tower
+            n = len(module.inv_freq)
+            module.inv_freq.copy_(10000.0 ** -(torch.arange(n) / n))
 
 
 def _processor(task: dict[str, Any], config: Any) -> Any:
