@@ -53,7 +53,8 @@ the published layouts (two or three decoder layers of width 256, logits of stand
 the original layouts of LLaVA's shape, which transformers does not read, its CLIP and LLaMA are
 joined by a connector computed apart from the one that is exported; for TinyGPT-V its Q-Former and
 its Phi, with the two norms added, stand behind a tower that is computed plainly, and so does
-InternVL's own layout.
+InternVL's own layout. Moondream2's and Phi-3-Vision's code, which transformers has not either, is
+written anew.
 
 * tokens: texts of a corpus (accents, CJK, emoji, runs of spaces, `<loc>`) tokenized differently
 * pixels: largest difference
