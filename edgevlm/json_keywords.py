@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,8 +101,9 @@ def bounds(schema: Mapping[str, Any], where: str) -> tuple[float | None, float |
     for key in _BOUNDS:
         bound = schema.get(key)
         number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
-        if bound is not None and not (number and math.isfinite(bound)):
-            raise PromptError(f"the schema's {where}/{key} must be a number")
+        # Whole numbers may be larger than any float.
+        if bound is not None and not (number and abs(bound) <= sys.float_info.max):
+            raise PromptError(f"the schema's {where}/{key} must be a number below 1.8e308")
     low, high = schema.get("minimum"), schema.get("maximum")
     over, under = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     above = over is not None and (low is None or over >= low)
