@@ -70,6 +70,8 @@ _QWEN2_VL = Qwen2Vl(
     rms_norm_eps=1e-5,
     rope_theta=1000000.0,
 )
+# The release of transformers from which on a file that has two tables keeps both.
+_KEEPS_BOTH = 5
 # The decoder by `model_type`, of config.json itself or of its text_config.
 _DECODERS = {
     "palo": _LLAMA,
@@ -121,8 +123,9 @@ def with_tables(text: Llama, source: Source, stated: Config) -> Llama:
     own, whole = (setting(each, key, False) for each in (stated, config))
     if not any(name.endswith("lm_head.weight") for name in source.shapes):
         return replace(text, tie_word_embeddings=own or whole)
-    major, _, _ = str(config.get("transformers_version", "")).partition(".")
-    return replace(text, tie_word_embeddings=own and major != "5")
+    saved_by, _, _ = str(config.get("transformers_version", "")).partition(".")
+    newer = saved_by.isdecimal() and int(saved_by) >= _KEEPS_BOTH
+    return replace(text, tie_word_embeddings=own and not newer)
 
 
 def read(config: Config, model_type: str) -> Llama:

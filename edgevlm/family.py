@@ -243,7 +243,7 @@ def read_config(defaults: T, config: Config, where: str = "") -> T:
     Raises ValueError for a value of another type, or below 1 where the field is a plain int;
     `where` stands before the key in the message.
     """
-    hints = schema.hints(type(defaults))  # type: ignore[arg-type]
+    hints = schema.hints(type(defaults))
     found = {}
     for key in (f.name for f in fields(defaults) if f.name in config):  # type: ignore[arg-type]
         found[key] = schema.typed(hints[key], config[key], where + key)

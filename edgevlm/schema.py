@@ -39,7 +39,7 @@ def read(cls: type[T], data: Any, where: str = "") -> T:
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise SchemaError(f"unknown key {_shown(_join(where, unknown[0]))}")
-    types_of = hints(cls)  # type: ignore[arg-type]
+    types_of = hints(cls)
     values = {}
     for name, spec in fields.items():
         if name in data:
@@ -49,10 +49,12 @@ def read(cls: type[T], data: Any, where: str = "") -> T:
     return cls(**values)
 
 
-@functools.cache
 def hints(cls: type) -> Mapping[str, Any]:
     """The types of a dataclass's fields by name, evaluated once: that takes longer than reading."""
-    return typing.get_type_hints(cls)
+    return _evaluated(cls)
+
+
+_evaluated = functools.cache(typing.get_type_hints)
 
 
 def plain(value: Any) -> Any:

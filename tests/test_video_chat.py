@@ -233,7 +233,7 @@ def check_smolvlm(made: Made) -> None:
 
 
 class Patches:
-    """What Qwen's processors of pictures and videos make of these."""
+    """Patches of pictures and videos as Qwen's own processors make them."""
 
     def __init__(self, original: QwenOriginal) -> None:
         self._pictures = original.processor.image_processor
@@ -365,7 +365,7 @@ def test_what_is_no_video_in_a_message_is_refused(made: Made) -> None:
     with pytest.raises(PromptError, match="assistant's and cannot have a picture or video"):
         made.vlm.ask([said("user", "x"), said("assistant", FILM), said("user", "y")])
     with pytest.raises(PromptError, match="a picture is wanted here"):
-        made.vlm.image_embeddings(FILM)  # type: ignore[arg-type]
+        made.vlm.image_embeddings(FILM)  # type: ignore[arg-type]  # as programs without types do
     with edgevlm.load() as pico:
         for ask in (lambda: pico.chat(FILM), lambda: pico.ask([said("user", FILM, "x")])):
             with pytest.raises(PromptError, match="pico: it was not trained on videos"):

@@ -19,7 +19,6 @@ from edgevlm.export.gguf.mmproj import (
     tower_name,
 )
 from edgevlm.family import Model
-from edgevlm.parts import VisionTower
 from edgevlm.parts.internvit import InternVit
 from edgevlm.parts.merged_mlp import MergedMlp
 from edgevlm.parts.pooled import Pooled
@@ -43,7 +42,11 @@ def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None
         )
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_bool("clip.has_vision_encoder", True)
-    _add_windows(writer, vision, found)
+    writer.add_string("clip.projector_type", found.type)
+    if isinstance(vision, Qwen2Vit) and vision.gated:
+        writer.add_bool("clip.use_silu", True)
+        # After so many layers one has no windows.
+        writer.add_uint32("clip.vision.n_wa_pattern", vision.full_layers[0] + 1)
     for key, value in (
         ("image_size", _ANY_SIZE if isinstance(vision, Qwen2Vit) else vision.image_size),
         ("patch_size", vision.patch_size),
@@ -70,16 +73,6 @@ def write_mmproj(model: Model, parts: Mapping[str, Weights], path: Path) -> None
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _add_windows(writer: gguf.GGUFWriter, vision: VisionTower, found: Projector) -> None:
-    """The type of the projector, and of a tower with windows after how many layers one has none."""
-    if not isinstance(vision, Qwen2Vit) or not vision.gated:
-        writer.add_string("clip.projector_type", found.type)
-        return
-    writer.add_string("clip.projector_type", "qwen2.5vl_merger")
-    writer.add_bool("clip.use_silu", True)
-    writer.add_uint32("clip.vision.n_wa_pattern", vision.full_layers[0] + 1)
 
 
 def _arrays(

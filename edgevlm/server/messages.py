@@ -121,7 +121,9 @@ def _fps(inside: Any, beside: Any, where: str) -> float | None:
     for fps in stated:
         number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
         if not number or not 0 < fps < _MOST_FPS:
-            raise invalid(f"fps is {quoted(fps)}; a number above 0 is wanted", where)
+            raise invalid(
+                f"fps is {quoted(fps)}; a number above 0 and below {_MOST_FPS} is wanted", where
+            )
     return float(stated[0]) if stated else None
 
 

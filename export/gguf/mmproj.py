@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,9 @@ PROJECTORS: dict[tuple[type[VisionTower], type[Connector]], Projector] = {
 
 def projector_of(model: Model) -> Projector | None:
     """llama.cpp's type of a model's tower and connector, None for one that is not known."""
-    return PROJECTORS.get((type(model.vision), type(model.projector)))
+    found = PROJECTORS.get((type(model.vision), type(model.projector)))
+    gated = isinstance(model.vision, Qwen2Vit) and model.vision.gated
+    return replace(found, type="qwen2.5vl_merger") if found and gated else found
 
 
 def tower_name(name: str) -> str:

@@ -78,7 +78,7 @@ def model(kind: str, folder: Path, config: Any, **more: Any) -> Any:
     Raises ExportError where the class has other tensors than the folder.
     """
     stated = _json(folder / "config.json")
-    if str(stated.get("transformers_version")).startswith("5."):
+    if not str(stated.get("transformers_version", "4.")).startswith(("2.", "3.", "4.")):
         _set_tables(config, folder, stated)
     made, info = getattr(_hf, kind).from_pretrained(
         folder,
