@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -116,9 +116,7 @@ class Chat:
         """The sources of the pictures, and the videos, that the next question is about: None, one,
         or a list.
         """
-        shown = [one.video if isinstance(one, Clip) else one.source for one in self._shown]
-        sources = [source for source in shown if source is not None]
-        return sources if len(sources) > 1 else next(iter(sources), None)
+        return _sources(self._shown)
 
     @image.setter
     def image(self, image: Images) -> None:
@@ -165,6 +163,19 @@ class Chat:
         spec = self._vlm.manifest
         return "{image}" in spec.prompt.turn and spec.image.max_pictures > 1
 
+    @property
+    def next_image(self) -> Images:
+        """The sources of the pictures, and the videos, that come with the next question: None, one,
+        or a list. May be set to others, or to None, which takes them back; what was shown and said
+        before stays. Raises as `add_image` does.
+        """
+        return _sources(self._state.coming)
+
+    @next_image.setter
+    def next_image(self, image: Images) -> None:
+        before = [one for turn in self._told for one in turn.pictures]
+        self._state.coming = self._read_next(image, alone=not before)
+
     def add_image(self, image: Images) -> None:
         """Shows further pictures or a video with the next question; what was shown and said before
         stays.
@@ -172,13 +183,15 @@ class Chat:
         Raises ImageError, or PromptError where questions were asked and the model takes pictures
         with the first one only.
         """
+        self._state.coming += self._read_next(image, alone=not self._shown)
+
+    def _read_next(self, image: Images, *, alone: bool) -> list[Shown]:
         if self.begun and not self.takes_more_images:
             raise PromptError(
                 f"{self._vlm.manifest.name} takes pictures with the first question only; set "
                 "`image`, which begins a new conversation"
             )
-        coming = self._read(image, alone=not self._shown)
-        self._state.coming += coming
+        return self._read(image, alone=alone)
 
     def stream(
         self,
@@ -324,3 +337,10 @@ class Chat:
     def __exit__(self, *_: object) -> None:
         if self._state.turns:
             self._state.turns[-1].answer.cancel()
+
+
+def _sources(shown: Sequence[Shown]) -> Images:
+    """Sources of pictures, and videos: None, one, or a list."""
+    found = [one.video if isinstance(one, Clip) else one.source for one in shown]
+    sources = [source for source in found if source is not None]
+    return sources if len(sources) > 1 else next(iter(sources), None)

@@ -134,6 +134,12 @@ def test_a_chat_with_pictures_in_any_turn_answers_as_a_fresh_one(name: str, tmp_
         again = chat.retry(max_tokens=4).finish()
         assert again.token_ids == before.token_ids and len(chat.turns) == 2
         assert again.tokens.prompt == before.tokens.prompt
+        # What turns out to be too large, or nothing was asked about for another reason, can go.
+        chat.add_image([A, B])
+        assert len(chat.pictures) == 4
+        chat.next_image = A
+        assert chat.next_image is A and len(chat.pictures) == 3
+        chat.next_image = None
         check("four?", chat.ask("four?", max_tokens=4))
         chat.save(tmp_path / "saved")
         del said[-2:]
@@ -155,8 +161,9 @@ def test_what_is_taken_back_is_not_read_by_the_next_question(tmp_path: Path) -> 
         again = chat.ask("one?", max_tokens=4)
         assert (again.token_ids, again.tokens.prompt) == (first.token_ids, first.tokens.prompt)
         assert not chat.takes_more_images
-        with pytest.raises(PromptError, match="first question only; set `image`"):
-            chat.add_image(B)
+        for show in (chat.add_image, partial(setattr, chat, "next_image")):
+            with pytest.raises(PromptError, match="first question only; set `image`"):
+                show(B)
         chat.image = B
         assert chat.turns and not chat.begun and chat.ask("x", max_tokens=1).tokens.image
         with pytest.raises(ContextOverflow):

@@ -58,9 +58,11 @@ def _look(talk: Talk, sources: list[ImageSource | Video]) -> None:
     chat, most = talk.chat, talk.vlm.manifest.image.max_pictures
     if len(sources) > most:
         raise PromptError(f"{len(sources)} pictures at once; {talk.name} takes {most}")
-    begun, seen = chat.begun, len(several(chat.image))
+    begun = chat.begun
     if begun and chat.takes_more_images:
-        chat.add_image(sources)
+        # Those that nothing was asked about yet give way: they may be too large for the context.
+        chat.next_image = sources
+        seen = len(several(chat.image)) - len(sources)
         look_at(talk, seen)
         stays = f"; {_named(chat, 0, seen)} stay{'s' if seen == 1 else ''} in the conversation"
         more = " as well" if seen else ""
