@@ -21,6 +21,7 @@ from edgevlm.benchmarks.synthetic.words import vocabulary
 from edgevlm.bundle import open_bundle
 from edgevlm.errors import BenchError, EdgeVLMError
 from edgevlm.export import export_bundle, pipeline, precisions
+from edgevlm.export.checkpoint.tokenizer.vocabulary import BYTE
 from edgevlm.export.gguf import tools
 from edgevlm.family import TOWER, Source
 from edgevlm.gguf_file import opened
@@ -282,12 +283,20 @@ def test_every_name_has_a_family_that_reads_its_config(name: str) -> None:
     assert 1e8 < decoder_bytes(model, "f16") < 3e10
 
 
-def test_a_vocabulary_is_of_the_decoders_size() -> None:
+def test_a_vocabulary_has_all_bytes_and_the_originals_tokens_in_their_places() -> None:
     """The smallest of those that speak alike: fillers alone make a larger one."""
-    described = [synthetic.describe(source, name)[1] for name, source in MODELS.items()]
-    described.sort(key=lambda model: -model.decoder.n_vocab)
-    for model in {repr(model.prompt): model for model in described}.values():
-        assert len(vocabulary(model, {}).tokens) == model.decoder.n_vocab
+    described = [(source, synthetic.describe(source, n)[1]) for n, source in MODELS.items()]
+    described.sort(key=lambda both: -both[1].decoder.n_vocab)
+    for source, model in {
+        repr(model.prompt): (source, model) for source, model in described
+    }.values():
+        added = {text: token.id for text, token in source.tokenizer.added.items()}
+        tokens = vocabulary(model, added).tokens
+        assert len(tokens) == model.decoder.n_vocab
+        assert {f"<0x{i:02X}>" for i in range(256)} == {t.text for t in tokens if t.type == BYTE}
+        assert [tokens[i].text for i in added.values() if i > 3] == [
+            t for t in added if added[t] > 3
+        ]
 
 
 def test_words_of_the_models_own_prompts_are_one_token_each(tmp_path: Path) -> None:

@@ -34,21 +34,26 @@ def vocabulary(model: Model, added: Mapping[str, int]) -> Vocabulary:
     the tokens that the original adds, by text, where it has them.
     """
     rows = model.decoder.n_vocab
-    words = sorted(set(_COMMON.split()) | set(_words(model)))
-    tokens = [Token(f"<{name}>", 0.0, UNKNOWN if name == "unk" else CONTROL) for name in _SPECIALS]
-    tokens += [Token(f"<0x{i:02X}>", 0.0, BYTE) for i in range(256)]
+    placed = {
+        i: Token(f"<{name}>", 0.0, UNKNOWN if name == "unk" else CONTROL)
+        for i, name in enumerate(_SPECIALS)
+    }
+    placed |= {i: Token(text, 0.0, CONTROL) for text, i in added.items() if i not in placed}
+    free = [i for i in range(rows) if i not in placed]
+    tokens = [Token(f"<0x{i:02X}>", 0.0, BYTE) for i in range(256)]
     letters = (_SPACE, *map(chr, range(33, 127)), _BLANK_LINE)
     tokens += [Token(text, -1.0, NORMAL) for text in letters]
     # Merging can only reach a word whose every beginning is a token, too; longer ones come first.
-    known = {token.text for token in tokens}
+    words = sorted(set(_COMMON.split()) | set(_words(model)))
+    known = {token.text for token in (*placed.values(), *tokens)}
     for text in dict.fromkeys(p for word in words for p in _beginnings(word)):
-        if text not in known and len(tokens) < rows:
+        if text not in known and len(tokens) < len(free):
             tokens.append(Token(text, float(len(text)), NORMAL))
-    tokens += [Token(f"{_SPACE}filler{i}", -1e9, NORMAL) for i in range(rows - len(tokens))]
-    for text, i in added.items():
-        if i >= len(_SPECIALS):
-            tokens[i] = Token(text, 0.0, CONTROL)
-    return Vocabulary(tuple(tokens), {name: i for i, name in enumerate(_SPECIALS)})
+    tokens += [Token(f"{_SPACE}filler{i}", -1e9, NORMAL) for i in range(len(free) - len(tokens))]
+    placed |= zip(free, tokens, strict=True)
+    return Vocabulary(
+        tuple(placed[i] for i in range(rows)), {name: i for i, name in enumerate(_SPECIALS)}
+    )
 
 
 def _words(model: Model) -> Iterator[str]:
