@@ -16,9 +16,11 @@ from PIL import Image
 
 import edgevlm
 from edgevlm import Box, Point
-from edgevlm.bundle import REGION_ROWS, REGIONS
+from edgevlm.bundle import REGION_ROWS, REGIONS, open_bundle
 from edgevlm.errors import BundleCorrupt, EngineError, PromptError, SourceError
 from edgevlm.export import export_bundle, inspect_source, requantize_bundle
+from edgevlm.export.onnx import storage
+from edgevlm.manifest import MANIFEST
 from edgevlm.runtimes.session import VLM
 from tests.checkpoints.moondream2 import starmie, templates, write_moondream2
 from tests.inside import edgevlm as edgevlm_
@@ -221,6 +223,22 @@ def test_a_decoder_that_draws_apart_finds_the_same(bundle: Path, tmp_path: Path)
         with edgevlm.load(made.folder, threads=1, repack=repack) as vlm:
             found.append(vlm.point("cat", PICTURE, max_tokens=6))
     assert len(found[0]) == len(found[1]) == 3 and found[0][0] == found[1][0]
+
+
+def test_weights_that_lie_beside_their_graphs_belong_to_the_bundle(
+    checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they do in a model of the real size, whose region model has 235 MB."""
+    monkeypatch.setattr(storage, "EXTERNAL_BYTES", 0)
+    out = tmp_path / "made"
+    export_bundle(checkpoint, out, quant="f32", vision_precision="fp32", verify=False)
+    requantize_bundle(out, tmp_path / "q8", quant="q8_0", verify=False)
+    for made in (out, tmp_path / "q8"):
+        opened = open_bundle(made)
+        assert opened.names == {path.name for path in made.iterdir()} - {MANIFEST, "README.md"}
+        assert {f"{REGIONS}.data", f"{REGION_ROWS}.data"} <= opened.names
+    with edgevlm.load(bundle, threads=1) as whole, edgevlm.load(out, threads=1) as parted:
+        assert parted.point("cat", PICTURE) == whole.point("cat", PICTURE)
 
 
 @pytest.mark.parametrize(

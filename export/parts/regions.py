@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgevlm.bundle import REGION_ROWS, REGIONS
 from edgevlm.export.checkpoint.tensors import Weights
+from edgevlm.export.onnx import storage
 from edgevlm.export.onnx.graph import Builder, Value
 from edgevlm.export.onnx.layers import activation, linear
 from edgevlm.parts.regions import Regions
@@ -16,9 +17,9 @@ _KINDS = ("coord", "size")
 
 
 def write(config: Regions, tensors: Weights, folder: Path, report: Report | None) -> list[Path]:
-    """Writes both graphs: rows float32 [n, hidden_size] -> logits [n, bins] of places, widths and
-    heights; a place, a width and a height float32 [n, 3] -> rows [n, 2, hidden_size], that of the
-    place and that of the size.
+    """Writes both graphs and returns their files: rows float32 [n, hidden_size] -> logits [n, bins]
+    of places, widths and heights; a place, a width and a height float32 [n, 3] -> rows
+    [n, 2, hidden_size], that of the place and that of the size.
     """
     stage = Stage(report, "regions", len(tensors), "tensors")
     decoding = {name: t for name, t in tensors.items() if "_decoder." in name}
@@ -30,7 +31,7 @@ def write(config: Regions, tensors: Weights, folder: Path, report: Report | None
     coord, size = b.part("coord", b.input, 0, 0, 1), b.part("size", b.input, 0, 1, 2)
     rows = [b.wider(k, _encoded(b, k, x), 0) for k, x in zip(_KINDS, (coord, size), strict=True)]
     b.write(b.joined("rows", rows, 0), "rows", folder / REGION_ROWS)
-    return [folder / REGIONS, folder / REGION_ROWS]
+    return [file for name in (REGIONS, REGION_ROWS) for file in storage.files(folder / name)]
 
 
 def _decoded(b: Builder, kind: str) -> Value:
