@@ -326,6 +326,10 @@ def run(
     )
 
 
+# onnxruntime says so of processors that it has not heard of; nobody can do anything about it.
+UNKNOWN = "onnxruntime cpuid_info warning: Unknown CPU vendor"
+
+
 def test_the_command_line_on_real_engines_is_quiet(
     paligemma_bundle: Bundle, tmp_path: Path
 ) -> None:
@@ -333,7 +337,8 @@ def test_the_command_line_on_real_engines_is_quiet(
     picture = str(tmp_path / "in.png")
     child = run(paligemma_bundle, "ask", "caption en", "-i", picture, "--max-tokens", "4")
     out, err = child.communicate(timeout=60)
-    assert (child.returncode, err) == (0, "Cut at 4 tokens; --max-tokens raises the limit.\n")
+    said = [line for line in err.splitlines() if not line.startswith(UNKNOWN)]
+    assert (child.returncode, said) == (0, ["Cut at 4 tokens; --max-tokens raises the limit."])
     assert out.strip()
 
 
@@ -354,7 +359,9 @@ cli.main()
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_ends_the_program_during_a_prefill(paligemma_bundle: Bundle, vlm: VLM) -> None:
     child = run(paligemma_bundle, "ask", prefix_of(vlm, 4000), start=("-c", ANNOUNCED))
-    assert child.stderr and child.stderr.readline() == "prefill\n"
+    assert child.stderr
+    first = next(line for line in child.stderr if not line.startswith(UNKNOWN))
+    assert first == "prefill\n"
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert child.returncode in (130, -signal.SIGINT)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from tests.checkpoints.paligemma import Tensors, write_safetensors
@@ -319,8 +320,7 @@ def _attention(tiny: Tiny, p: str, r: _Random) -> Named:
 
 def _save(path: Path, tensors: Named, dtype: str, rest: Mapping[str, Any] | None = None) -> None:
     """Writes a .pth: the tensors alone, or {"model": tensors, ...} as a training run saves them."""
-    import torch
-
+    torch = pytest.importorskip("torch", reason=".pth files are written with torch")
     kind = getattr(torch, dtype)
     state: dict[str, Any] = {
         n: torch.from_numpy(np.ascontiguousarray(v)).to(kind) for n, v in tensors
