@@ -249,7 +249,7 @@ def read_config(defaults: T, config: Config, where: str = "") -> T:
         found[key] = schema.typed(hints[key], config[key], where + key)
         if hints[key] is int and found[key] < 1:
             raise ValueError(f"{where}{key} is {found[key]}; it must be at least 1")
-        most = _MOST_LAYERS if key == "num_hidden_layers" else _LARGEST
+        most = _MOST_LAYERS if key.endswith("layers") else _LARGEST
         if isinstance(found[key], int) and found[key] > most:
             raise ValueError(
                 f"{where}{key} is {str(found[key])[:20]}; no model has more than {most}"

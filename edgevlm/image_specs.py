@@ -6,7 +6,7 @@ is refused by name.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -337,7 +337,7 @@ def _channels(found: ProcessorSettings, key: str) -> tuple[float, float, float]:
 
 def _is_number(value: Any) -> bool:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return plain and math.isfinite(value)
+    return plain and abs(value) <= sys.float_info.max
 
 
 def _colour(found: ProcessorSettings, mean: tuple[float, float, float]) -> tuple[int, int, int]:

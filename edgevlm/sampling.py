@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -78,7 +78,7 @@ class Sampling:
     def __post_init__(self) -> None:
         _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         _require(_finite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
-        _require(self.top_k >= 0, "top_k", "0 or more")
+        _require(0 <= self.top_k < 2**31, "top_k", "from 0 to 2**31 - 1")
         _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
         _require(
@@ -165,7 +165,8 @@ def _checked(grammar: str) -> str:
 
 
 def _finite(value: float) -> bool:
-    return math.isfinite(value)
+    """True for what a float holds; a whole number may be beyond."""
+    return abs(value) <= sys.float_info.max
 
 
 def _require(ok: bool, name: str, range_: str) -> None:

@@ -337,6 +337,11 @@ def test_the_named_tower_wins_over_the_copy_inside(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"projector": "resampler"}, ["mm_projector_type 'resampler'", "ldpnet", "mlp<N>x_gelu"]),
+        ({"config": {"mm_projector_type": "mlp0x_gelu"}}, ["the connector has 0 linear maps"]),
+        (
+            {"config": {"mm_projector_type": "mlp100000000000x_gelu"}},
+            ["the connector has 100000000000 linear maps; 1 to 64 are known"],
+        ),
         ({"config": {"image_aspect_ratio": "anyres"}}, ["image_aspect_ratio 'anyres'"]),
         ({"config": {"mm_use_im_start_end": True}}, ["mm_use_im_start_end", "lacks <im_start>"]),
         ({"config": {"mm_vision_select_layer": -9}}, ["vision layer -9"]),

@@ -188,6 +188,7 @@ def test_llava_pixels_are_those_of_transformers(
         ({"resample": None}, "resample is null"),
         ({"rescale_factor": 0}, "rescale_factor is 0"),
         ({"rescale_factor": "1/255"}, "rescale_factor is '1/255'"),
+        ({"rescale_factor": 10**400}, "only a number above 0 is known"),
         ({"image_mean": [0.5]}, "image_mean is [0.5]; only a number or three are known"),
         ({"image_std": [0.5, 0, 0.5]}, "image_std is [0.5, 0, 0.5]; no channel's may be 0"),
         ({"do_normalize": "yes"}, "do_normalize is 'yes'; only true or false"),

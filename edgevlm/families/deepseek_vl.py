@@ -166,10 +166,7 @@ def _projector(config: Config, vision: SiglipTower, text: Llama, own: bool) -> M
     ):
         if value != known:
             raise ValueError(f"aligner_config.{key} is {value!r}; only {known!r} is known")
-    depth = setting(params, "depth", 1)
-    if depth < 1:
-        raise ValueError(f"aligner_config.params.depth is {depth}; it must be at least 1")
-    return Mlp(in_features=inside, out_features=outside, depth=depth)
+    return Mlp(in_features=inside, out_features=outside, depth=setting(params, "depth", 1))
 
 
 def _check_processor(source: Source, tokens: int) -> None:
