@@ -58,7 +58,14 @@ TESTS = (
     "pico",
 )
 # Tiny checkpoints are written with these; torch is not there.
-_TESTED_WITH = ("pydantic", "pytest", "pytest-timeout", "safetensors", "tokenizers", "transformers<4.58")
+_TESTED_WITH = (
+    "pydantic",
+    "pytest",
+    "pytest-timeout",
+    "safetensors",
+    "tokenizers",
+    "transformers<4.58",
+)
 # Beside what is installed: the wheel's own packages must not be found here.
 _CHECKOUT = ("tests", "workshop", "examples", "docs", "setup.cfg", "README.md")
 _ENVIRONMENT = "/opt/edgevlm"
