@@ -1,5 +1,6 @@
 """Bundles of random weights: whole, runnable, made once, of the types and the work of real ones."""
 
+import re
 import shutil
 from collections import Counter, namedtuple
 from collections.abc import Callable, Mapping
@@ -140,6 +141,17 @@ def phi3_v() -> Source:
     )
 
 
+def fastvlm() -> Source:
+    """A small FastVLM's config, and what says how small its tower is."""
+    real = MODELS["fastvlm-0.5b"]
+    tokens = {t: replace(a, id=900 + i) for i, (t, a) in enumerate(real.tokenizer.added.items())}
+    config = {**real.files["config.json"], **LLAMA, "mm_vision_tower": "mobileclip_l_128"}
+    shapes = {n: (s[0] // 12, s[1] // 12, *s[2:]) for n, s in real.shapes.items()}
+    shapes = {re.sub(r"\.(?:1|11|23|3)\.convffn", ".1.convffn", n): s for n, s in shapes.items()}
+    tokenizer = replace(real.tokenizer, added=tokens)
+    return replace(real, files={"config.json": config}, shapes=shapes, tokenizer=tokenizer)
+
+
 def moondream2() -> Source:
     """A small Moondream2's config, with the published templates."""
     real = MODELS["moondream2"]
@@ -156,6 +168,7 @@ def moondream2() -> Source:
 
 
 SMALL = {
+    "fastvlm": fastvlm(),
     "phi3_v": phi3_v(),
     "gemma3": gemma3(),
     "moondream2": moondream2(),
@@ -279,7 +292,7 @@ def test_every_name_has_a_family_that_reads_its_config(name: str) -> None:
     _, model = synthetic.describe(MODELS[name], name)
     side = model.vision.image_size
     free = model.image.tiles or model.image.native
-    assert f"-{side}" in name or side in (336, 384, 448) or free
+    assert f"-{side}" in name or side in (336, 384, 448, 1024) or free
     assert 1e8 < decoder_bytes(model, "f16") < 3e10
 
 

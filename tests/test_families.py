@@ -23,6 +23,7 @@ from edgevlm.manifest import Manifest
 from edgevlm.runtimes.session import VLM
 from tests import inside
 from tests.checkpoints.deepseek_vl import write_deepseek_vl
+from tests.checkpoints.fastvlm import write_fastvlm
 from tests.checkpoints.gemma3 import write_gemma3
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
@@ -46,6 +47,9 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     },
     "deepseek-vl": ("deepseek_vl", write_deepseek_vl),
     "deepseek-vl-hf": ("deepseek_vl", partial(write_deepseek_vl, layout="hf")),
+    "fastvlm": ("fastvlm", write_fastvlm),
+    "fastvlm-training": ("fastvlm", partial(write_fastvlm, form="training")),
+    "fastvlm-hf": ("fastvlm", partial(write_fastvlm, layout="hf", files="json", tied=False)),
     "gemma3": ("gemma3", write_gemma3),
     "internvl-hf": ("internvl", write_internvl),
     "internvl-3": ("internvl", partial(write_internvl, layout="own", files="pair")),

@@ -20,6 +20,7 @@ from edgevlm.bundle import Bundle
 from edgevlm.export import export_bundle
 from tests.checkpoints import tinygptv as tinygptv_checkpoints
 from tests.checkpoints.deepseek_vl import write_deepseek_vl
+from tests.checkpoints.fastvlm import write_fastvlm
 from tests.checkpoints.gemma3 import write_gemma3
 from tests.checkpoints.internvl import write_internvl
 from tests.checkpoints.llava import ORIGINALS, write_llava
@@ -52,9 +53,9 @@ the published layouts (two or three decoder layers of width 256, logits of stand
 5) against transformers in float32 with eager attention, over the prefix and 16 greedy tokens. For
 the original layouts of LLaVA's shape, which transformers does not read, its CLIP and LLaMA are
 joined by a connector computed apart from the one that is exported; for TinyGPT-V its Q-Former and
-its Phi, with the two norms added, stand behind a tower that is computed plainly, and so does
-InternVL's own layout. Moondream2's and Phi-3-Vision's code, which transformers has not either, is
-written anew.
+its Phi, with the two norms added, stand behind a tower that is computed plainly, and so do
+InternVL's own layout and FastVLM. Moondream2's and Phi-3-Vision's code, which transformers has not
+either, is written anew.
 
 * tokens: texts of a corpus (accents, CJK, emoji, runs of spaces, `<loc>`) tokenized differently
 * pixels: largest difference
@@ -86,6 +87,7 @@ _MODELS: Models = {
     "LLaVA-OneVision": write_onevision,
     "DeepSeek-VL": write_deepseek_vl,
     "Phi-3.5-Vision": write_phi3_v,
+    "FastVLM": write_fastvlm,
 }
 _LAYOUTS: Models = {
     **{name: partial(write_llava, **options) for name, options in ORIGINALS.items()},
@@ -108,6 +110,8 @@ _LAYOUTS: Models = {
     "llava-next, original": partial(write_next, layout="own"),
     "llava-onevision, original": partial(write_onevision, **OWN),
     "deepseek-vl, transformers": partial(write_deepseek_vl, layout="hf"),
+    "fastvlm, training": partial(write_fastvlm, form="training"),
+    "fastvlm, transformers": partial(write_fastvlm, layout="hf", files="json", tied=False),
 }
 
 

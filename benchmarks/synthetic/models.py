@@ -13,6 +13,7 @@ from edgevlm.benchmarks.synthetic.configs.deepseek_vl import (
     DEEPSEEK_VL_PICTURES,
     DEEPSEEK_VL_TOKENS,
 )
+from edgevlm.benchmarks.synthetic.configs.fastvlm import FASTVLM, FASTVLM_TOKENS, FASTVLM_TOWER
 from edgevlm.benchmarks.synthetic.configs.gemma3 import (
     GEMMA3,
     GEMMA3_CHAT,
@@ -231,6 +232,16 @@ _QWEN2_7B = {
 }  # fmt: skip
 
 
+def _fastvlm(**text: Any) -> Source:
+    """FastVLM in Apple's layout; `text` is what differs from the decoder of 0.5B."""
+    added = {text: AddedToken(i, special=True) for text, i in FASTVLM_TOKENS.items()}
+    return Source(
+        {"config.json": FASTVLM | text},
+        FASTVLM_TOWER,
+        tokenizer=Tokenizer(bytes=True, add_bos=False, added=added),
+    )
+
+
 def _qwen2_vl(**config: Any) -> Source:
     """Qwen2-VL; `config` is what differs from 2B, whose rows the vision tower is told of, too."""
     vision = {**QWEN2_VL["vision_config"], **config.get("vision_config", {})}
@@ -274,6 +285,9 @@ MODELS: Mapping[str, Source] = {
     "tiny-llava-v1": Source({"config.json": TINY_LLAVA}),
     "tinygptv-stage4": _TINYGPTV_STAGE_4,
     "deepseek-vl-1.3b": _deepseek_vl(),
+    "fastvlm-0.5b": _fastvlm(),
+    "fastvlm-1.5b": _fastvlm(**_QWEN2_5_1_5B),
+    "fastvlm-7b": _fastvlm(**_QWEN2_7B),
     "gemma-3-4b": _gemma3(),
     "gemma-3-12b": _gemma3(**_GEMMA3_12B),
     "internvl2.5-2b": _internvl(**_INTERNLM2_1_8B),

@@ -7,7 +7,7 @@ know what any of them means; the parts' rooms do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +130,19 @@ class _Adapted(_Computed):
         return self.base.float32() + np.float32(self.scale) * more.reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class _Made(_Computed):
+    of: Mapping[str, Tensor]
+    change: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.float64]]
+
+    def raw(self) -> Raw:
+        with np.errstate(all="ignore"):
+            values = self.change({n: t.float32().astype(np.float64) for n, t in self.of.items()})
+            out: Raw = values.reshape(self.shape).astype(np.float32)
+        check_finite(self, out, self.dtype)
+        return out
+
+
 def constant(name: str, values: NDArray[np.float32]) -> Tensor:
     """A tensor of these values, which lie in no file."""
     return _Constant(name, Path(), "F32", values.shape, values)
@@ -183,3 +196,13 @@ def adapted(
     Of a table that is looked up row by row the product is `turned`: (up [m, r] @ down [r, n]).T.
     """
     return _Adapted(base.name, base.file, "F32", base.shape, base, down, up, scale, turned)
+
+
+def made(
+    of: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    change: Callable[[Mapping[str, NDArray[np.float64]]], NDArray[np.float64]],
+) -> Tensor:
+    """Float32 values of that shape, made by `change` in float64 of those of several tensors."""
+    first = next(iter(of.values()))
+    return _Made(first.name, first.file, "F32", shape, of, change)

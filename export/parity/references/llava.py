@@ -91,7 +91,7 @@ class Reference:
         with quiet(), torch.inference_mode():
             added, parts = self._added()
             pixels = self._pixels(request.image)
-            features = _features(pixels, model.vision, parts["vision"], added)
+            features = self._features(pixels, parts["vision"], added)
             projector = _projector(parts["projector"], added)
             squares = self._connected(features, projector)
             rows = self._joined(squares, projector, request.image)
@@ -99,6 +99,10 @@ class Reference:
             seen = Seen(pixels, features, rows)
             made = stages(seen, decoder, self._around(request.prompt), tokens)
             return made | {"embeddings": squares.numpy()}
+
+    def _features(self, pixels: Tensor, part: Weights, added: Added | None) -> Tensor:
+        """Pixels -> the tower's features [n, rows, width]."""
+        return _features(pixels, self._job.model.vision, part, added)
 
     def _connected(self, features: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
         """Features -> the image embeddings [n, rows, n_embd] of every square."""
