@@ -199,6 +199,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "small": ({"config": {"mm_vision_tower": "mobileclip_s0_256"}}, "mobileclip_l_<pixels>"),
     "size": ({"config": {"mm_vision_tower": "mobileclip_l_1000"}}, "only multiples of 64"),
+    "large": ({"config": {"mm_vision_tower": "mobileclip_l_8192"}}, "up to 4096 are known"),
     "frame": ({"config": {"mm_use_im_start_end": True}}, "mm_use_im_start_end is True"),
     "tiles": ({"config": {"image_aspect_ratio": "anyres"}}, "'anyres' is not known"),
     "unpad": ({"config": {"mm_patch_merge_type": "spatial_unpad"}}, "only 'flat' is known"),
@@ -215,8 +216,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layer": ({"layout": "hf", "config": {"vision_feature_layer": -2}}, "only -1 is known"),
     "crop": (
         {"layout": "hf", "processor": {"crop_size": 100, "size": {"shortest_edge": 100}}},
-        "only multiples of 64 are known",
+        "only multiples of 64 up to 4096 are known",
     ),
+    "no processor": ({"layout": "hf", "processor": None}, "processor_config.json: is not there"),
     "rows": ({"layout": "hf", "nested": {"patch_size": 32}}, "make 64 image embeddings"),
     "chat": ({"layout": "hf", "chat": "{{ 'USER: ' }}"}, "its chat_template is not known"),
     "decoder": (

@@ -30,7 +30,13 @@ from edgevlm.parts.fastvit import HEAD, FastVit
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.mlp import Mlp
 from edgevlm.parts.qwen2 import Qwen2
-from edgevlm.processors import CLIP, ProcessorSettings, default_settings, find_settings
+from edgevlm.processors import (
+    CLIP,
+    PROCESSOR,
+    ProcessorSettings,
+    default_settings,
+    find_settings,
+)
 from edgevlm.specs import AnswerSpec, ImageSpec, PictureLayout, PromptSpec
 from edgevlm.templates import IMAGE, TEMPLATES, Cutter, Template, chat_template
 
@@ -39,6 +45,8 @@ _OWN = "llava_qwen2"
 _TOWER, _TIMM = re.compile(r"mobileclip_l_([1-9]\d{0,4})"), "fastvit_mci3"
 _SIDE = 1024
 _STAGES, _PATCH = 5, 64
+# Beyond that a map of the first stage takes more memory than there is.
+_SIDES, _KNOWN = range(_PATCH, 4096 + 1, _PATCH), f"only multiples of {_PATCH} up to 4096 are known"
 _EPS = 1e-5
 # Nobody sets a bound; the context does.
 _MAX_PICTURES = 64
@@ -59,7 +67,7 @@ def _describe(source: Source) -> Model:
     text = _own_text(config) if own else _text(source, stated)
     if not own:
         _check_timm(section(config, "vision_config"))
-    found, notes = (_own_settings(config), ()) if own else _settings(source)
+    found = _own_settings(config) if own else _settings(source)
     side = _own_side(config) if own else _side(found)
     vision = _vision(source, side)
     projector = llava_shape.read_projector(config, vision, text, own)
@@ -81,7 +89,6 @@ def _describe(source: Source) -> Model:
         text=text,
         markers=_markers(source, config, own),
         original=template.before + IMAGE + "\n{prompt}" + template.after,
-        notes=notes,
     )
 
 
@@ -105,8 +112,8 @@ def _own_side(config: Config) -> int:
         raise ValueError(
             f"mm_vision_tower is {name!r}; only FastVLM's is known, mobileclip_l_<pixels>"
         )
-    if (side := int(match[1])) % _PATCH:
-        raise ValueError(f"mm_vision_tower is {name!r}; only multiples of {_PATCH} are known")
+    if (side := int(match[1])) not in _SIDES:
+        raise ValueError(f"mm_vision_tower is {name!r}; {_KNOWN}")
     return side
 
 
@@ -177,9 +184,11 @@ def _own_settings(config: Config) -> ProcessorSettings:
     return replace(found, values={**found.values, **colours})
 
 
-def _settings(source: Source) -> tuple[ProcessorSettings, tuple[str, ...]]:
+def _settings(source: Source) -> ProcessorSettings:
     found = find_settings(source.files, CLIP, (CLIP,))
-    return (found, ()) if found else default_settings(CLIP, _SIDE)
+    if found is None:
+        raise FileError(PROCESSOR, "is not there; it says what becomes of a picture")
+    return found
 
 
 def _side(found: ProcessorSettings) -> int:
@@ -188,8 +197,8 @@ def _side(found: ProcessorSettings) -> int:
     side = size.get("height", size.get("shortest_edge")) if isinstance(size, Mapping) else size
     if type(side) is not int:
         return _SIDE
-    if side < 1 or side % _PATCH:
-        raise found.refusal("crop_size", f"only multiples of {_PATCH} are known")
+    if side not in _SIDES:
+        raise found.refusal("crop_size", _KNOWN)
     return side
 
 

@@ -55,12 +55,15 @@ class Reference(llava.Reference):
 
     def _processor(self) -> Any:
         """The one that mobileclip_encoder.py makes, or the checkpoint's in transformers' layout."""
-        side = self._job.model.vision.image_size
-        if not self._alone and files.has_processor(self._job.checkpoint.folder):
+        if not self._alone:
             return super()._processor()
-        made = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3} if self._alone else {}
-        crop = {"height": side, "width": side}
-        return _hf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop, **made)
+        side = self._job.model.vision.image_size
+        return _hf.CLIPImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=[0.0] * 3,
+            image_std=[1.0] * 3,
+        )
 
     def _around(self, prompt: str) -> tuple[list[int], list[int]]:
         folder = self._job.checkpoint.folder
