@@ -130,6 +130,15 @@ def test_pictures_are_told_apart(vlm: VLM) -> None:
     assert (wide - tall).std() > 0.2 * wide.std()
 
 
+@pytest.mark.parametrize("precision", ["fp16", "qdq8", "int4"])
+def test_at_other_precisions_it_stays_within_their_bounds(precision: str, tmp_path: Path) -> None:
+    source = write_fastvlm(tmp_path / "source", tied=False)
+    made = export_bundle(source, tmp_path / "out", quant="f32", vision_precision=precision)
+    parity = {stage.stage: stage for stage in made.manifest.parity}
+    assert 1e-9 < parity["features"].worst <= parity["features"].tolerance
+    assert all(stage.ok for stage in parity.values())
+
+
 # Both fits, and that of Apple's code where its config does not say "pad".
 FITS: dict[str, dict[str, Any]] = {
     "pad": {},

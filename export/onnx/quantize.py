@@ -139,7 +139,8 @@ def _weight_noise(graph: FloatGraph) -> Noise:
     noise = {}
     for name, (_, weight) in graph.maps.items():
         values = numpy_helper.to_array(weights[weight], str(graph.path.parent))
-        whole = len(values) // four_bits.BLOCK * four_bits.BLOCK
+        # Zeros fill up the last block; of a narrow matrix it is the only one.
+        whole = len(values) // four_bits.BLOCK * four_bits.BLOCK or len(values)
         step = four_bits.steps(values[:whole])[2].astype(np.float64)
         noise[name] = float((step**2).mean() / 12 / max(float((values**2).mean()), 1e-30))
     return noise
