@@ -26,6 +26,7 @@ from workshop.memory import held
 BUDGETS_GB = (2, 3, 4, 6)
 MODELS = (
     "smolvlm-256m",
+    "fastvlm-0.5b",
     "internvl3-1b",
     "llava-onevision-0.5b",
     "deepseek-vl-1.3b",
