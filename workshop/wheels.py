@@ -141,8 +141,11 @@ def build(arch: str, folder: Path, jobs: int, *, mtmd: bool) -> Path:
     ]
     run(command, folder / "build.log", env=env)
     found = next(plain.glob(f"*_{arch}.whl"))
-    libraries = f"/usr/{arch}-linux-gnu/lib"
-    repair = [_BIN / "auditwheel", "repair", "--ldpaths", libraries, "-w", repaired, found]
+    # Another architecture's libraries lie apart; paths that are named are the only ones looked at.
+    paths = [] if arch == platform.machine() else ["--ldpaths", f"/usr/{arch}-linux-gnu/lib"]
+    repair = [_BIN / "auditwheel", "repair", *paths, "-w", repaired, found]
+    # One that failed leaves a wheel half made.
+    shutil.rmtree(repaired, ignore_errors=True)
     run(repair, folder / "repair.log", env=env)
     return next(repaired.glob("*.whl"))
 
