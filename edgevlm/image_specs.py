@@ -6,10 +6,10 @@ is refused by name.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edgevlm import schema
 from edgevlm.family import Config, FileError
 from edgevlm.processors import (
     DEEPSEEK_VL,
@@ -337,7 +337,7 @@ def _channels(found: ProcessorSettings, key: str) -> tuple[float, float, float]:
 
 def _is_number(value: Any) -> bool:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return plain and abs(value) <= sys.float_info.max
+    return plain and schema.finite(value)
 
 
 def _colour(found: ProcessorSettings, mean: tuple[float, float, float]) -> tuple[int, int, int]:

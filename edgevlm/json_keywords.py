@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from edgevlm.errors import PromptError
+from edgevlm.schema import finite
 
 NOTES = frozenset(
     "title description default examples example deprecated readOnly writeOnly discriminator "
@@ -101,8 +101,7 @@ def bounds(schema: Mapping[str, Any], where: str) -> tuple[float | None, float |
     for key in _BOUNDS:
         bound = schema.get(key)
         number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
-        # Whole numbers may be larger than any float.
-        if bound is not None and not (number and abs(bound) <= sys.float_info.max):
+        if bound is not None and not (number and finite(bound)):
             raise PromptError(f"the schema's {where}/{key} must be a number below 1.8e308")
     low, high = schema.get("minimum"), schema.get("maximum")
     over, under = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +10,7 @@ from typing import Any, TypedDict
 from edgevlm import gbnf
 from edgevlm.errors import PromptError
 from edgevlm.json_schema import schema_grammar
+from edgevlm.schema import finite
 from edgevlm.specs import AnswerSpec
 from edgevlm.types import Constraint
 
@@ -77,12 +77,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
-        _require(_finite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
+        _require(finite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
         _require(0 <= self.top_k < 2**31, "top_k", "from 0 to 2**31 - 1")
         _require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", "from 0 to 1")
         _require(
-            _finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            finite(self.repetition_penalty) and self.repetition_penalty > 0,
             "repetition_penalty",
             "above 0",
         )
@@ -162,11 +162,6 @@ def _checked(grammar: str) -> str:
     """The grammar; raises PromptError for one that llama.cpp cannot use."""
     gbnf.check(grammar)
     return grammar
-
-
-def _finite(value: float) -> bool:
-    """True for what a float holds; a whole number may be beyond."""
-    return abs(value) <= sys.float_info.max
 
 
 def _require(ok: bool, name: str, range_: str) -> None:

@@ -94,12 +94,18 @@ def typed(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, dict):
             return {k: typed(args[1], v, _join(where, k)) for k, v in value.items()}
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        # Neither infinity nor NaN, which only Python's JSON has, nor a whole number beyond.
-        if abs(value) <= sys.float_info.max:
+        if finite(value):
             return float(value)
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise SchemaError(f"{_shown(where)} has the wrong value {_shown(value)}")
+
+
+def finite(value: float) -> bool:
+    """True for a number that a float holds: neither infinity nor NaN, which only Python's JSON has,
+    nor a whole number beyond, on which math.isfinite fails.
+    """
+    return abs(value) <= sys.float_info.max
 
 
 def _shown(value: Any) -> str:

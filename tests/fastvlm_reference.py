@@ -72,7 +72,7 @@ class LargeKernel(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """What leads from a stage to the next."""
+    """The way from one stage to the next, of half the sides."""
 
     def __init__(self, given: int, width: int) -> None:
         super().__init__()
