@@ -16,6 +16,7 @@ from edgevlm.export.checkpoint.source import stated_license
 from edgevlm.export.components import Job
 from edgevlm.export.options import WriteOptions
 from edgevlm.export.pipeline import read
+from tests.checkpoints.fastvlm import write_fastvlm
 from tests.checkpoints.paligemma import LAYOUTS, Tensors, write_paligemma
 from tests.checkpoints.vocabulary import remove_tokenizer, write_json
 
@@ -116,6 +117,13 @@ def test_tensors_that_do_not_fit(
         job(write_paligemma(tmp_path, edit=edit))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_two_tables_that_a_config_calls_one(tmp_path: Path) -> None:
+    source = write_fastvlm(tmp_path / "source", tied=False, config={"tie_word_embeddings": True})
+    with pytest.raises(SourceError, match="write false there to use both"):
+        job(source)
+    job(write_fastvlm(tmp_path / "cured", tied=False))
 
 
 @pytest.mark.fault("Export", "weights that are not numbers", "refused by the tensor's name")

@@ -23,7 +23,7 @@ from edgevlm.export.checkpoint.tensors import DTYPES, SourceTensor, Tensor, Weig
 from edgevlm.export.parts import room
 from edgevlm.family import IGNORED, TOWER, Family, Model
 from edgevlm.manifest import WeightFileRecord
-from edgevlm.parts import EMBED, LM_HEAD, Part, Shapes
+from edgevlm.parts import EMBED, LM_HEAD, Part
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ def assign(
         notes = (note,)
     parts: dict[str, Weights] = {}
     for part, config in configs.items():
-        expected = config.tensors()
         found = _canonical(_part(chosen, part), config)
-        parts[part] = _complete(found, part, expected, checkpoint)
+        parts[part] = _complete(found, part, config, checkpoint)
     records = _records(checkpoint, family, origins) if family.weight_files else ()
     return TensorMap(parts, records, plain, notes)
 
@@ -88,7 +87,7 @@ def assign_dual(checkpoint: Checkpoint, family: DualFamily, model: DualModel) ->
     origins = [_Origin(t, "", family.locate(t.name)) for t in checkpoint.tensors.values()]
     chosen = _chosen(origins, family.name)
     parts: dict[str, Weights] = {
-        part: _complete(_canonical(_part(chosen, part), config), part, config.tensors(), checkpoint)
+        part: _complete(_canonical(_part(chosen, part), config), part, config, checkpoint)
         for part, config in model.parts.items()
     }
     return {**parts, "score": _part(chosen, "score")}
@@ -148,7 +147,8 @@ def _chosen(
     return {name: origin.tensor for name, origin in found.items()}
 
 
-def _complete(found: dict[str, Tensor], part: str, expected: Shapes, where: Checkpoint) -> Weights:
+def _complete(found: dict[str, Tensor], part: str, config: Part, where: Checkpoint) -> Weights:
+    expected = config.tensors()
     head = found.pop(LM_HEAD, None) if LM_HEAD not in expected else None
     for name, tensor in found.items():
         if name not in expected:
@@ -161,7 +161,7 @@ def _complete(found: dict[str, Tensor], part: str, expected: Shapes, where: Chec
             )
         _check(found[name], shape)
     if head:
-        _check_tied(head, found[EMBED])
+        _check_tied(head, found[EMBED], getattr(config, "tie_word_embeddings", False))
     return found
 
 
@@ -181,13 +181,21 @@ def _check_type(tensor: Tensor) -> None:
         )
 
 
-def _check_tied(head: Tensor, embed: Tensor) -> None:
-    """A stored output table is allowed when it repeats the input table, which is written once."""
+def _check_tied(head: Tensor, embed: Tensor, stated: bool) -> None:
+    """A stored output table is allowed when it repeats the input table, which is written once;
+    `stated` is whether a config says so, and could say otherwise.
+    """
     _check(head, embed.shape)
     same = head.dtype == embed.dtype and all(np.array_equal(a, b) for a, b in _pairs(head, embed))
     if not same:
         raise SourceError(
-            f"{at(head)} differs from {embed.name}; this architecture has only one table for both"
+            f"{at(head)} differs from {embed.name}; "
+            + (
+                "tie_word_embeddings in config.json says that they are one: "
+                "write false there to use both, or remove the first"
+                if stated
+                else "this architecture has only one table for both"
+            )
         )
 
 
