@@ -94,6 +94,20 @@ def memory(root: Path = _ROOT) -> Memory:
     return Memory(total, free)
 
 
+def free_addresses() -> int | None:
+    """Bytes of addresses that this process may still take under `ulimit -v`; None where nothing
+    limits them. Mapped files and what threads reserve for themselves count, used or not.
+    """
+    if os.name == "nt":
+        return None
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return max(0, limit - int(psutil.Process().memory_info().vms))
+
+
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """The folders of this process's control groups, each before the one around it.
 

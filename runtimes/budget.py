@@ -7,7 +7,7 @@ Estimates are of resident memory: pages of a mapped file count. They are upper b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from edgevlm.bundle import Bundle
 from edgevlm.byte_sizes import in_gb
@@ -20,6 +20,9 @@ from edgevlm.types import Repacking
 # Python, the libraries of both engines, a decoded picture of a few megapixels, and what onnxruntime
 # leaves with the allocator when the encoder goes.
 _PROCESS = 230 << 20
+# Addresses that the engines reserve for each thread and never use, stacks and what the allocator
+# keeps for itself: 180 MiB for one thread, 140 each for eight (glibc 2.36, pico).
+_THREAD_ADDRESSES = 200 << 20
 # llama.cpp's hashes and texts for each token.
 _TOKEN = 220
 # onnxruntime's arena holds the largest intermediate results about twice.
@@ -71,24 +74,49 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class MemoryLimit:
+    """Bytes that a model may hold, what says so, and what would allow more."""
+
+    bytes: int
+    said: str
+    cure: str
+
+
+def limit_of(max_memory: int | None, addresses: int | None, threads: int) -> MemoryLimit | None:
+    """The smaller of `max_memory` and of what free `addresses` leave engines of so many threads, in
+    bytes; None where there is neither.
+    """
+    limits = []
+    if max_memory is not None:
+        limits.append(
+            MemoryLimit(max_memory, f"max_memory is {in_gb(max_memory)}", "raise max_memory")
+        )
+    if addresses is not None:
+        left = max(0, addresses + _PROCESS - threads * _THREAD_ADDRESSES)
+        said = f"the limit of addresses (ulimit -v) leaves {in_gb(left)} at threads={threads}"
+        limits.append(MemoryLimit(left, said, "raise it, take fewer threads"))
+    return min(limits, key=lambda limit: limit.bytes, default=None)
+
+
+@dataclass(frozen=True)
 class Budget:
     """The way that a model stays within a limit: encoder and decoder `apart` or both there, with
-    weights re-ordered or not. `limit` is None where nobody asked for one.
+    weights re-ordered or not. `limit` is None where there is none.
     """
 
     needs: Needs
-    limit: int | None
+    limit: MemoryLimit | None
     apart: bool
     repacking: Repacking
 
     def check(self, positions: int) -> None:
         """Raises PromptError for a request of so many positions that would go beyond the limit."""
         need = self.needs.peak(positions, self.repacking, apart=self.apart)
-        if self.limit is not None and need > self.limit:
+        if self.limit and need > self.limit.bytes:
             raise PromptError(
                 f"the request needs about {in_gb(need)} of memory for {positions} tokens and "
-                f"max_memory is {in_gb(self.limit)}; lower max_tokens, max_tiles or "
-                "max_pixels, or raise max_memory"
+                f"{self.limit.said}; lower max_tokens, max_tiles or max_pixels, "
+                f"or {self.limit.cure}"
             )
 
 
@@ -127,8 +155,8 @@ def _encoder_work(image: ImageSpec) -> float:
     return scores * 4 * _WORK_FACTOR + patches * _PATCH_BYTES
 
 
-def fitted(needs: Needs, repacking: Repacking, limit: int | None, machine: int) -> Budget:
-    """The quickest way that fits a limit in bytes, with the repacking that is wished or none.
+def fitted(needs: Needs, repacking: Repacking, limit: MemoryLimit | None, machine: int) -> Budget:
+    """The quickest way that fits a limit, with the repacking that is wished or none.
 
     Without a limit it is what the machine's memory, of so many bytes, has room for, and the
     smallest where it has not: the system can page mapped weights in and out, which is slow and
@@ -141,15 +169,15 @@ def fitted(needs: Needs, repacking: Repacking, limit: int | None, machine: int) 
         Budget(needs, limit, apart=True, repacking="off"),
     ]
     for way in ways:
-        if _peak(way) <= (machine if limit is None else limit):
+        if _peak(way) <= (limit.bytes if limit else machine):
             return way
     smallest = min(ways, key=_peak)
     if limit is None:
-        return replace(smallest, limit=None)
+        return smallest
     raise EngineError(
-        f"max_memory is {in_gb(limit)} and this model needs about {in_gb(_peak(smallest))} "
+        f"{limit.said} and this model needs about {in_gb(_peak(smallest))} "
         f"(encoder {in_gb(needs.vision)}, then decoder "
-        f"{in_gb(needs.decoder(needs.usual, 'off'))}); raise max_memory, lower max_tiles or "
+        f"{in_gb(needs.decoder(needs.usual, 'off'))}); {limit.cure}, lower max_tiles or "
         "max_pixels, or take a smaller model or precision"
     )
 

@@ -17,7 +17,7 @@ from edgevlm.errors import EngineError, ModelClosed, PromptError
 from edgevlm.machine import Memory
 from edgevlm.models import built_in
 from edgevlm.runtimes import loading
-from edgevlm.runtimes.budget import Budget, Needs, fitted, needs
+from edgevlm.runtimes.budget import Budget, MemoryLimit, Needs, fitted, limit_of, needs
 from edgevlm.runtimes.llama.decoder import LlamaDecoder
 from edgevlm.runtimes.memory import peak_bytes
 from edgevlm.runtimes.vision.encoder import OrtEncoder
@@ -27,6 +27,10 @@ GREY = np.full((40, 60, 3), 128, np.uint8)
 QUESTION = "answer en what shape is red?"
 GB = 10**9
 BIG = Needs(vision=GB, vocabulary=0, weights=2 * GB, position=1000, work=0, usual=256)
+
+
+def within(size: int) -> MemoryLimit | None:
+    return limit_of(size, None, threads=2)
 
 
 def pico() -> Needs:
@@ -50,20 +54,20 @@ def test_two_orders_of_the_weights_map_the_file_twice() -> None:
     [(6, False, "on"), (4, False, "off"), (3, True, "off")],
 )
 def test_the_quickest_way_that_fits(limit: int, apart: bool, repacking: str) -> None:
-    way = fitted(BIG, "on", limit * GB, machine=0)
-    assert (way.apart, way.repacking, way.limit) == (apart, repacking, limit * GB)
+    way = fitted(BIG, "on", within(limit * GB), machine=0)
+    assert (way.apart, way.repacking, way.limit) == (apart, repacking, within(limit * GB))
     assert BIG.peak(256, way.repacking, apart=way.apart) <= limit * GB
 
 
 def test_weights_are_not_re_ordered_anew_for_every_picture() -> None:
     large = Needs(vision=4 * GB, vocabulary=0, weights=GB, position=0, work=0, usual=1)
-    way = fitted(large, "on", 4_500_000_000, machine=0)
+    way = fitted(large, "on", within(4_500_000_000), machine=0)
     assert (way.apart, way.repacking) == (True, "off")
 
 
 def test_a_limit_that_is_too_small_is_refused_with_numbers() -> None:
     with pytest.raises(EngineError) as refused:
-        fitted(BIG, "on", GB, machine=64 * GB)
+        fitted(BIG, "on", within(GB), machine=64 * GB)
     text = str(refused.value)
     assert text.startswith("max_memory is 1.00 GB and this model needs about 2.25 GB (encoder 1.00")
     assert "then decoder 2.01 GB); raise max_memory, lower max_tiles or max_pixels, or take" in text
@@ -77,10 +81,20 @@ def test_without_a_limit_it_is_the_machines_memory_and_nothing_is_refused() -> N
 
 
 def test_a_request_beyond_the_limit_is_refused_with_numbers() -> None:
-    way = Budget(BIG, 3 * GB, apart=True, repacking="off")
+    way = Budget(BIG, within(3 * GB), apart=True, repacking="off")
     way.check(256)
     with pytest.raises(PromptError, match=r"needs about 3.25 GB of memory for 1000000 tokens and"):
         way.check(1_000_000)
+
+
+def test_addresses_that_are_left_are_a_limit_too() -> None:
+    plenty, scarce = 100 * GB, GB
+    assert limit_of(None, None, threads=8) is None
+    assert limit_of(GB, plenty, threads=2) == limit_of(GB, None, threads=2)
+    left = [limit.bytes for n in (1, 2, 8) if (limit := limit_of(2 * GB, scarce, threads=n))]
+    assert 2 * GB > left[0] > left[1] > left[2] == 0
+    with pytest.raises(EngineError, match=r"ulimit -v\) leaves .* at threads=2 and .* needs"):
+        fitted(BIG, "on", limit_of(None, scarce, threads=2), machine=64 * GB)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,39 @@ def test_a_decoder_that_memory_does_not_hold(
     spec = open_bundle(bundle).manifest.decoder
     with pytest.raises(error, match=r"decoder.gguf"):
         weights.load(bundle / "decoder.gguf", spec, ON_THE_CPU, repack=True)
+
+
+# As `ulimit -v` does it, in the process itself.
+_LIMITED = """
+import resource, sys
+size = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+from edgevlm.cli import main
+sys.argv[1:] = sys.argv[2:]
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of addresses")
+@pytest.mark.fault(
+    "Memory",
+    "a limit of addresses (`ulimit -v`) in which engines would end the process",
+    "refused in numbers before a model is loaded",
+)
+@pytest.mark.parametrize(("size", "answer"), [(400 << 20, ""), (8 << 30, ANSWER + "\n")])
+def test_addresses_that_are_limited(size: int, answer: str) -> None:
+    words = ["ask", "caption en", "-i", str(SHAPES), "-m", "pico", "--threads", "1", "--no-cache"]
+    # OpenBLAS takes some for every core, which numpy is imported with.
+    alone = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _LIMITED, str(size), *words]
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (not answer, answer)
+    if not answer:
+        assert re.fullmatch(
+            r"edgevlm: the limit of addresses \(ulimit -v\) leaves .* at threads=1 and this "
+            r"model needs about .*; raise it, take fewer threads, .*\n",
+            done.stderr,
+        )
 
 
 def _no_memory(*_: object, **__: object) -> Any:
