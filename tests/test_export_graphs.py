@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgevlm.benchmarks.synthetic.tensors import random_part
-from edgevlm.export.onnx import layers, storage
+from edgevlm.export.onnx import attention, layers, storage
 from edgevlm.export.onnx.write import write
 from edgevlm.export.parts import eva
 from edgevlm.parts import Connector, VisionTower
@@ -58,6 +58,8 @@ PARTS: dict[str, VisionTower | Connector] = {
     "qformer": QFormer(**QUERIES),
 }
 ROWS = 16
+# Attention of learned queries that have seen nothing of a picture yet.
+QUERIES_ALONE = {"qformer": 2}
 
 
 def shapes(part: VisionTower | Connector) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -108,6 +110,34 @@ def test_onnxruntime_joins_the_operators_of_an_activation(act: str, tmp_path: Pa
     assert not {"Tanh", "Erf", "Pow", "Sigmoid"} & set(joined)
 
 
+def joined(path: Path) -> Path:
+    """The graph with its attention in one operator each, beside it."""
+    model = storage.skeleton(path)
+    attention.join(model)
+    target = path.with_name("joined.onnx")
+    storage.save_skeleton(model, target)
+    return target
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_attention_is_joined_for_processors(name: str, tmp_path: Path) -> None:
+    part, path = PARTS[name], tmp_path / "part.onnx"
+    given, _ = shapes(part)
+    write(part, given, random_part(part), path, stage())
+    before, after = (storage.skeleton(p).graph.node for p in (path, joined(path)))
+    n, left = (sum(node.op_type == "Softmax" for node in nodes) for nodes in (before, after))
+    assert left == QUERIES_ALONE.get(name, 0)
+    assert sum(node.op_type == "MultiHeadAttention" for node in after) == n - left
+    assert len(after) == len(before) - 11 * (n - left)
+    batch = np.random.default_rng(0).normal(size=(2, *given)).astype(np.float32)
+    one = storage.run(path, storage.input_name(path), batch)
+    for found in (
+        storage.run(joined(path), storage.input_name(path), batch),
+        storage._session(joined(path)).run(None, {storage.input_name(path): batch})[0],
+    ):
+        np.testing.assert_allclose(found, one, atol=1e-5 * one.std())
+
+
 def test_scores_that_are_computed_in_parts_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +152,9 @@ def test_scores_that_are_computed_in_parts_are_the_same(
         found.append(storage.run(path, "pixels", pixels))
         nodes = onnx.load(path, load_external_data=False).graph.node
         parts.append(sum(n.op_type == "Softmax" for n in nodes) // part.num_hidden_layers)
+        whole = {n.op_type for n in storage.skeleton(joined(path)).graph.node}
+        assert "MultiHeadAttention" in whole and not whole & {"Softmax", "Slice", "Concat"}
+        found.append(storage.run(joined(path), "pixels", pixels))
     assert parts == [1, 4, 16]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=1e-5 * found[0].std())

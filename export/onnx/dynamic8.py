@@ -1,7 +1,7 @@
 """A float32 graph with its linear maps in 8 bits and activations quantized on the fly.
 
-The graph is the one that onnxruntime's quantize_dynamic makes, to the bit. That function holds all
-weights several times over; here one is in memory at a time, whatever the size of the encoder.
+Linear maps are what onnxruntime's quantize_dynamic makes of them, to the bit. That function holds
+all weights several times over; here one is in memory at a time, whatever the size of the encoder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, shape_inference
 
-from edgevlm.export.onnx import storage
+from edgevlm.export.onnx import attention, storage
 
 # Seven-bit weights: on x86 without VNNI, sums of two eight-bit products saturate.
 _LARGEST = 64
@@ -28,6 +28,7 @@ def write(source: Path, target: Path, maps: Mapping[str, tuple[str, str]]) -> No
     """
     # onnxruntime joins more of the float nodes where it is told their shapes.
     model = shape_inference.infer_shapes(storage.skeleton(source))
+    attention.join(model)
     nodes = list(_nodes(model.graph.node, maps))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -40,7 +41,7 @@ def write(source: Path, target: Path, maps: Mapping[str, tuple[str, str]]) -> No
             yield _name(name, "quantized"), rounded
             yield _name(name, "scale"), scale
             yield _name(name, "zero_point"), np.zeros(len(scale), np.int8)
-        if name in used or name not in matrices:
+        if name in used:
             yield name, values
 
     storage.rewrite(model, source, target, change)

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper
 
-from edgevlm.export.onnx import storage
+from edgevlm.export.onnx import attention, storage
+from edgevlm.export.onnx.graph import MICROSOFT
 
 # Rows of a weight that share a scale: the size of llama.cpp's q4_0. Other sizes were not measured.
 BLOCK = 32
-_DOMAIN = "com.microsoft"
 _LEVELS = 15
 _NOTHING = 8  # onnxruntime's zero point where there is no block
 
@@ -31,18 +31,18 @@ def write(source: Path, target: Path, maps: Mapping[str, tuple[str, str]]) -> No
     of its input and its matrix) in 4 bits.
     """
     model = storage.skeleton(source)
+    attention.join(model)
     shapes = {i.name: tuple(i.dims) for i in model.graph.initializer}
     nodes = [_product(n, shapes) if n.name in maps else n for n in model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     matrices = {weight for _, weight in maps.values()}
     used = {name for node in nodes for name in node.input}
 
     def change(name: str, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
         if name in matrices:
             yield from zip(_names(name), rounded(values), strict=True)
-        if name in used or name not in matrices:
+        if name in used:
             yield name, values
 
     storage.rewrite(model, source, target, change)
@@ -87,7 +87,7 @@ def _product(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         [given, *_names(weight)],
         node.output,
         node.name,
-        domain=_DOMAIN,
+        domain=MICROSOFT,
         K=k,
         N=n,
         bits=4,
