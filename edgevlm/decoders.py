@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from edgevlm import schema
 from edgevlm.family import Config, Source, read_config, rope_parameters, setting
 from edgevlm.parts.llama import Llama
 from edgevlm.parts.phi3 import Phi3
@@ -206,7 +207,7 @@ def _factors(rope: Mapping[str, Any], key: str, n: int) -> tuple[float, ...]:
 
 def _is_factor(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
+    return number and value > 0 and schema.finite(value)
 
 
 def _with_sections(text: Qwen2Vl, rope: dict[str, Any]) -> tuple[Qwen2Vl, dict[str, Any]]:

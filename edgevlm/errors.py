@@ -27,13 +27,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+# No message of our own is nearly as long; a file may hold any text that one repeats.
+_LONGEST = 2000
+
 
 class EdgeVLMError(Exception):
     """The root of all errors that edgevlm raises on purpose. All of them can be pickled."""
 
+    def __str__(self) -> str:
+        """The message in one line, without signs that do something to a terminal."""
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 3 :]}"
+        return text if text.isprintable() else "".join(map(_shown, text))
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Not by the arguments of __init__, which the message was made of.
         return _restored, (type(self), self.args, self.__dict__)
+
+
+def _shown(sign: str) -> str:
+    return sign if sign.isprintable() else sign.encode("unicode_escape").decode()
 
 
 def _restored(kind: type[EdgeVLMError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:

@@ -238,6 +238,9 @@ def check_rows(files: Mapping[str, Config], side: int, tokens: int) -> None:
     strategy = processor.get("vision_feature_select_strategy")
     # Files of before 4.47 do not have it, and meant 1.
     more = processor.get("num_additional_image_tokens", 1)
+    for key, number in (("patch_size", patch), ("num_additional_image_tokens", more)):
+        if type(number) is not int or number < (key == "patch_size"):
+            raise FileError(PROCESSOR, f"{key} is {number!r}; only a whole number is known")
     rows = (side // patch) ** 2 + more - (strategy == "default")
     if rows != tokens:
         raise FileError(

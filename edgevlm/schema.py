@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import sys
 import types
 import typing
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# One of the two codes that write a character beyond the first 65536.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _SHOWN = 200  # characters of a wrong value that a message repeats
 
 
@@ -21,11 +24,16 @@ class SchemaError(ValueError):
 
 
 def parsed(text: str | bytes) -> Any:
-    """The value of a JSON text; raises ValueError, also for one that is nested too deeply."""
+    """The value of a JSON text; raises ValueError, also for one that is nested too deeply or that
+    writes half of a character, which no file and no engine takes.
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if _HALF.search(text if isinstance(text, str) else text.decode(errors="replace")):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    return value
 
 
 def read(cls: type[T], data: Any, where: str = "") -> T:

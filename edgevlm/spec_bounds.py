@@ -25,6 +25,8 @@ _TILES = {
     "most": (0, _MANY),
     "margin": (0, _MANY),
 }
+# A picture of 268 million pixels has more patches than any decoder has positions.
+_NATIVE = {"least": (1, 1 << 28), "most": (1, 1 << 28), "max_pixels": (0, 1 << 28)}
 _REGIONS = {
     "coord_bins": (1, 1 << 16),
     "size_bins": (2, 1 << 16),
@@ -78,12 +80,16 @@ def _problems(
             yield "'image.tiles.fill' is not a colour"
         if image.tiles.rule == "overlap" and (problem := overlap_problem(image, image.tiles)):
             yield f"'image.tiles.margin' is {image.tiles.margin}: {problem}"
+    if image.native:
+        yield from _outside("image.native", image.native, _NATIVE)
     if decoder:
         yield from _outside("decoder", decoder, _DECODER)
     if regions:
         yield from _outside("regions", regions, _REGIONS)
     if video:
         yield from _outside("prompt.video", video, _VIDEO)
+        if video.native:
+            yield from _outside("prompt.video.native", video.native, _NATIVE)
         if not 0 < video.fps <= _MANY or not 0 <= video.skip <= _MANY:
             yield "'prompt.video' has times that no video has"
 

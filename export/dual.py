@@ -37,7 +37,9 @@ from edgevlm.export.parity import corpus, images
 from edgevlm.export.precisions import VisionPrecision
 from edgevlm.family import FileError, Source
 from edgevlm.manifest import FORMAT, Manifest, write_manifest
+from edgevlm.parts import uneven_heads
 from edgevlm.progress import Report, Stage
+from edgevlm.spec_bounds import out_of_bounds
 from edgevlm.specs import SelfCheck, TextSpec
 from edgevlm.texts import Ids, TextTokens
 
@@ -92,6 +94,8 @@ def read(
         raise SourceError(f"{folder / e.file}: {e}") from None
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
+    if problem := out_of_bounds(model.image, None) or uneven_heads(model.parts.values()):
+        raise SourceError(f"{path}: {problem}")
     parts = assign_dual(checkpoint, family, model)
     texts = read_texts(folder, checkpoint.configs, model.text)
     if texts.size > model.tower.vocab_size:

@@ -45,8 +45,10 @@ from edgevlm.export.options import (
 from edgevlm.export.parity import compare, images
 from edgevlm.family import TOWER, Family, FileError, Model, Source
 from edgevlm.manifest import FORMAT, FileRecord, Manifest, write_manifest
+from edgevlm.parts import uneven_heads
 from edgevlm.processors import PROCESSORS
 from edgevlm.progress import Report, Stage
+from edgevlm.spec_bounds import out_of_bounds
 from edgevlm.specs import AnswerSpec
 
 _TOWER = TOWER.removesuffix("/")
@@ -326,6 +328,9 @@ def describe(checkpoint: Checkpoint, options: ReadOptions = AS_FOUND) -> tuple[F
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
     prompt = replace(model.prompt, normalize=source.tokenizer.normalize)
+    problem = out_of_bounds(model.image, model.decoder, video=prompt.video)
+    if problem := problem or uneven_heads([model.vision, model.projector]):
+        raise SourceError(f"{path}: {problem}")
     return family, replace(model, prompt=prompt)
 
 

@@ -85,6 +85,8 @@ def find(files: Mapping[str, Config]) -> DualFamily | None:
     Raises ValueError for a dual encoder that is known not to be read.
     """
     kind: Any = files.get(CONFIG, {}).get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(f"model_type is {kind!r}, not a name")
     if kind in _REFUSED:
         raise ValueError(_REFUSED[kind])
     if kind is None:

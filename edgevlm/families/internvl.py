@@ -158,11 +158,6 @@ def _vision(config: Config, own: bool) -> InternVit:
             f"vision_config has {vision.num_channels} channels and {vision.image_size} pixels in "
             f"patches of {vision.patch_size}; only 3 and whole patches are known"
         )
-    if vision.hidden_size % vision.num_attention_heads:
-        raise ValueError(
-            f"vision_config.num_attention_heads is {vision.num_attention_heads}; it does not "
-            f"divide hidden_size {vision.hidden_size}"
-        )
     size = config.get("force_image_size") if own else None
     if size is not None and size != vision.image_size:
         raise ValueError(

@@ -8,7 +8,8 @@ Canonical names of tensors follow transformers' modules without their prefixes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from edgevlm.specs import Positions
@@ -17,6 +18,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 EMBED = "embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+# The largest number of 32 bits.
+_MOST = 3.4028234e38
+# Numbers of decoders that others are divided by.
+_DIVISORS = ("rope_theta", "rope_local_base_freq", "rope_factor", "query_pre_attn_scalar")
 # Activations of vision towers, by transformers' names.
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
 
@@ -113,7 +118,11 @@ class Connector(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder(Part):
-    """A language decoder; `architecture` is llama.cpp's name of its graph."""
+    """A language decoder; `architecture` is llama.cpp's name of its graph.
+
+    Raises ValueError for a number that its file, which has them in 32 bits, cannot hold, and for
+    one that nothing can be divided by.
+    """
 
     architecture: ClassVar[str]
     positions: ClassVar[Positions] = "sequential"
@@ -128,6 +137,14 @@ class Decoder(Part):
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, float) and not abs(value) <= _MOST:
+                raise ValueError(f"the decoder's {each.name} is {value:g}; 32 bits hold no such")
+            if each.name in _DIVISORS and value <= 0:
+                raise ValueError(f"the decoder's {each.name} is {value:g}; it has to be above 0")
 
     @property
     def short_context(self) -> int:
@@ -154,6 +171,18 @@ class Decoder(Part):
                 f"{p}mlp.down_proj.weight": (d, mlp),
             }
         return shapes
+
+
+def uneven_heads(parts: Iterable[Part]) -> str:
+    """The first part whose heads do not share its width, as one line for a message; "" where all
+    do. Decoders say themselves how wide theirs are.
+    """
+    for part in parts:
+        heads = None if isinstance(part, Decoder) else getattr(part, "num_attention_heads", None)
+        width = getattr(part, "hidden_size", 0)
+        if heads is not None and (heads < 1 or width % heads):
+            return f"the {part.kind}'s num_attention_heads is {heads}; its hidden_size is {width}"
+    return ""
 
 
 def linear_map(name: str, columns: int, rows: int) -> Shapes:
