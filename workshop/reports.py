@@ -11,6 +11,7 @@ the next run.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -49,14 +50,15 @@ _KEPT = ("report.json", "report.md", "report.html")
 _HEAD = """\
 # Measured reports
 
-Made by `python -m workshop.reports docs/benchmarks`. Every folder here is one run of
+Made by `python -m workshop.reports {folder}`. Every folder here is one run of
 `edgevlm bench`: `report.html` is a page with plots to download and open, `report.json` has every
 sample and can be compared with a report of your own machine (`edgevlm bench compare --force`).
 
 Names that begin with `synthetic-` are models of the published shapes with random weights: times and
 memory are meant, answers are noise. How everything is measured, and what each number means, stands
-in [Latency reports](../benchmarks.md).
+in [Latency reports]({said}).
 """
+_SAID = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 
 @click.command()
@@ -144,7 +146,8 @@ def page(folder: Path) -> str:
         if (path := folder / name / "report.json").is_file()
     }
     sections = (section_markdown(s) for s in _sections(found))
-    return "\n\n".join([_HEAD.strip(), *sections]) + "\n"
+    said = os.path.relpath(_SAID, folder.absolute())
+    return "\n\n".join([_HEAD.format(folder=folder, said=said).strip(), *sections]) + "\n"
 
 
 def _sections(reports: Mapping[str, Report]) -> Iterator[Section]:
