@@ -66,8 +66,8 @@ _OPTIONS = {
     "CMAKE_INSTALL_BINDIR": "llama_cpp/lib",
     "CMAKE_INSTALL_LIBDIR": "llama_cpp/lib",
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
-    # A library that is linked with the build's path and changed then keeps the place that it took.
-    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+    # A path of the build, which the installation replaces, would leave its length in the file.
+    "CMAKE_BUILD_RPATH_USE_ORIGIN": "ON",
     "GGML_NATIVE": "OFF",
     "GGML_BACKEND_DL": "ON",
     "GGML_CPU_ALL_VARIANTS": "ON",
