@@ -59,7 +59,7 @@ class _Attention:
         )
 
 
-class _OtherwiseError(Exception):
+class _NotAttentionError(Exception):
     """A node is not made of what attention is."""
 
 
@@ -81,7 +81,7 @@ class _Graph:
         """
         try:
             return self._attention(last) if last.op_type == "Reshape" else None
-        except _OtherwiseError:
+        except _NotAttentionError:
             return None
 
     def _attention(self, last: Any) -> _Attention:
@@ -89,7 +89,7 @@ class _Graph:
         rows = [n for n in [self._makers.get(back.input[0])] if n and n.op_type == "Concat"]
         reads = [self._read(name) for name in (rows or [back])[0].input]
         if len({ends for ends, _ in reads}) > 1:
-            raise _OtherwiseError
+            raise _NotAttentionError
         parts = [*rows, back, *(part for _, each in reads for part in each)]
         by_head = []
         for end in reads[0][0]:
@@ -98,7 +98,7 @@ class _Graph:
             parts += [transpose, by_head[-1]]
         given = [reshape.input[0] for reshape in by_head]
         if not self._batched.issuperset(given):
-            raise _OtherwiseError
+            raise _NotAttentionError
         heads = int(numpy_helper.to_array(self._sizes[by_head[0].input[1]])[-2])
         return _Attention(given, heads, parts, last)
 
@@ -118,8 +118,8 @@ class _Graph:
         return (queries, product.input[1], read.input[1]), parts
 
     def _made(self, operator: str, name: str) -> Any:
-        """The node that makes it; raises _OtherwiseError where that is another operator."""
+        """The node that makes it; raises _NotAttentionError where that is another operator."""
         node = self._makers.get(name)
         if node is None or node.op_type != operator:
-            raise _OtherwiseError
+            raise _NotAttentionError
         return node
