@@ -345,7 +345,7 @@ def _is_number(value: Any) -> bool:
 
 def _colour(found: ProcessorSettings, mean: tuple[float, float, float]) -> tuple[int, int, int]:
     """The mean as the colour of a square."""
-    red, green, blue = (int(x * 255) for x in mean)
-    if not all(0 <= x <= 255 for x in (red, green, blue)):
+    if not all(0 <= x <= 1 for x in mean):
         raise found.refusal("image_mean", "a picture is padded with it, so only 0 to 1 is known")
+    red, green, blue = (int(x * 255) for x in mean)
     return red, green, blue

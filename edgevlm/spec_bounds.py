@@ -70,6 +70,9 @@ def _problems(
     yield from _outside("image", image, _IMAGE)
     if not all(image.std):
         yield "'image.std' has a zero"
+    for key in ("mean", "std"):
+        if not all(abs(x) <= _LARGEST for x in getattr(image, key)):
+            yield f"'image.{key}' has a number beyond {_LARGEST}"
     if image.fill and not all(0 <= c <= 255 for c in image.fill):
         yield "'image.fill' is not a colour"
     if image.tiles:

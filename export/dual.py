@@ -94,17 +94,18 @@ def read(
         raise SourceError(f"{folder / e.file}: {e}") from None
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
-    if problem := out_of_bounds(model.image, None) or uneven_heads(model.parts.values()):
+    parts = [model.vision.tower, model.vision.head, model.tower]
+    if problem := out_of_bounds(model.image, None) or uneven_heads(parts):
         raise SourceError(f"{path}: {problem}")
-    parts = assign_dual(checkpoint, family, model)
+    tensors = assign_dual(checkpoint, family, model)
     texts = read_texts(folder, checkpoint.configs, model.text)
     if texts.size > model.tower.vocab_size:
         raise SourceError(
             f"{texts.files[0]}: has {texts.size} tokens, the text tower {model.tower.vocab_size}; "
             "it is another model's tokenizer"
         )
-    texts = replace(texts, spec=_scored(texts.spec, parts.pop("score"), checkpoint))
-    return DualJob(checkpoint, family, model, parts, texts, options.name or name, report)
+    texts = replace(texts, spec=_scored(texts.spec, tensors.pop("score"), checkpoint))
+    return DualJob(checkpoint, family, model, tensors, texts, options.name or name, report)
 
 
 def _refuse(folder: Path, family: DualFamily, options: ReadOptions) -> None:

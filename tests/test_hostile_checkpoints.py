@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edgevlm.errors import SourceError
-from edgevlm.export import export_bundle
+from edgevlm.export import dual, export_bundle
 from edgevlm.export.pipeline import read
 from tests.checkpoints.dual import write_clip
 from tests.test_families import CHECKPOINTS
@@ -30,6 +30,10 @@ CASES: dict[str, tuple[str, str, tuple[str, ...], Any, str]] = {
     "heads that do not share": (
         *("llava-1.5-hf", CONFIG, (VISION, "num_attention_heads"), 7),
         "num_attention_heads is 7; its hidden_size is 64",
+    ),
+    "a mean that is no colour": (
+        *("phi-3.5-vision", "preprocessor_config.json", ("image_mean", "0"), 1e308),
+        "'image.mean' has a number beyond 16777216",
     ),
     "no heads": ("llava-1.5-hf", CONFIG, (VISION, "num_attention_heads"), 0, "heads is 0"),
     "an epsilon beyond 32 bits": (
@@ -94,6 +98,15 @@ def test_texts_that_a_message_repeats(given: str, shown: str, tmp_path: Path) ->
     edit(source / "tokenizer_config.json", ("tokenizer_class",), given)
     text = refusal(lambda: read(source))
     assert shown in text and text.isprintable() and text.endswith("add tokenizer.json")
+
+
+def test_heads_of_models_that_embed(tmp_path: Path) -> None:
+    source = write_clip(tmp_path / "source")
+    dual.read(source, "clip")
+    edit(source / CONFIG, (TEXT, "num_attention_heads"), 10)
+    assert "the text_tower's num_attention_heads is 10" in refusal(
+        lambda: dual.read(source, "clip")
+    )
 
 
 @pytest.mark.parametrize("kind", [["clip"], {"": 1}, 2**64])

@@ -63,7 +63,9 @@ class Loop:
                 continue
             if not begun:
                 raise RuntimeError(f"the worker cannot start: {child.log()}")
-            self.tally.add(said, (child.folder / "input").read_bytes(), self._findings)
+            found = child.folder / f"found-{self._first - 1}"
+            tried = found if found.exists() else child.folder / "input"
+            self.tally.add(said, tried.read_bytes(), self._findings)
             if said.kind in ("abort", "hang"):
                 return
 

@@ -1,7 +1,7 @@
 """The child process of a target: `python -m workshop.fuzz.worker TARGET FOLDER SEED FIRST BYTES`.
 
-Writes each input to FOLDER/input before it is tried, then a line of JSON with its outcome. BYTES
-bound the memory that one input may ask for.
+Writes each input to FOLDER/input before it is tried, a finding to FOLDER/found-NUMBER as well, then
+a line of JSON with its outcome. BYTES bound the memory that one input may ask for.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ def main(name: str, folder: Path, seed: str, first: int, room: int) -> None:
         os.ftruncate(log, 0)
         print(json.dumps({"begins": i}), file=out)
         outcome = _tried(target, data)
+        if not outcome.well:
+            # The next input may be there before the parent has read of this one.
+            (folder / f"found-{i}").write_bytes(data)
         print(json.dumps(dataclasses.asdict(outcome)), file=out)
         if i % 64 == 0:
             gc.collect()
