@@ -26,12 +26,14 @@ class Fuzzed:
         self._kept, self._folders, self._out = (
             folder / name for name in ("kept", "changed", "out")
         )
-        if not self._folders.exists():
+        if not self._kept.exists():
             for name, (_, write) in CHECKPOINTS.items():
                 write(self._kept / name)
             write_clip(self._kept / "clip")
             write_siglip(self._kept / "siglip")
-            shutil.copytree(self._kept, self._folders)
+        # A process that an input ended left it there.
+        shutil.rmtree(self._folders, ignore_errors=True)
+        shutil.copytree(self._kept, self._folders)
         self._files = [
             path.relative_to(self._kept)
             for path in sorted(self._kept.rglob("*.json"))
