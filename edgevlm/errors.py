@@ -47,7 +47,10 @@ class EdgeVLMError(Exception):
 
 
 def _shown(sign: str) -> str:
-    return sign if sign.isprintable() else sign.encode("unicode_escape").decode()
+    # A byte of a path that is no text stays what it is, so that programs find the file.
+    if sign.isprintable() or "\ud800" <= sign <= "\udfff":
+        return sign
+    return sign.encode("unicode_escape").decode()
 
 
 def _restored(kind: type[EdgeVLMError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:

@@ -181,8 +181,9 @@ def _check_vocabulary(values: Mapping[str, KeyValue], tokenizer: bool) -> None:
     if missing := {f"{_TOKENIZER}model", _TOKENS} - {*values}:
         raise Damaged(f"{min(missing)!r} is missing")
     texts, pieces = values[_TOKENS].value, values[f"{_TOKENIZER}model"].value == b"llama"
-    distinct = {*texts}
-    if len(distinct) < len(texts) or b"" in distinct:
+    # llama.cpp reads a text up to its first NUL, and gives one that is empty then its own name.
+    read = [text for text in (each.partition(b"\0")[0] for each in texts) if text]
+    if len({*read}) < len(read) or b"" in texts:
         raise Damaged("two tokens have the same text, or one has none")
     for key in ("scores", "token_type"):
         found = values.get(f"{_TOKENIZER}{key}")

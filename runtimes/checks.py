@@ -17,7 +17,7 @@ from edgevlm.models import cache_directory
 from edgevlm.onnx_file import check_graph
 
 # Raised whenever a look learns to see more.
-_RULES = 1
+_RULES = 2
 # Some thousands of notes.
 _MOST_BYTES = 1 << 20
 

@@ -251,6 +251,10 @@ def budgeted(
     roomy = _ROOMY_COPIES * bundle.bytes + _ROOMY_BYTES < total
     if limit is None and (alone or offered or roomy):
         return None
+    if not alone:
+        # What is needed stands in the file, which nobody has looked at yet.
+        spec = bundle.manifest.decoder
+        checks.decoder(bundle.path("decoder"), tokenizer=spec.outputs == spec.n_vocab)
     kv = options.kv or ("f16" if alone or not _exact(bundle) else "f32")
     needs = budget.needs(bundle, pick(settings.vision, bundle.vision_precisions), kv)
     return budget.fitted(needs, settings.repacking, limit, total)

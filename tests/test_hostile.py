@@ -95,6 +95,9 @@ GGUF: dict[str, tuple[Callable[[Layout], None], str]] = {
     "a negative epsilon": (
         put("gemma.attention.layer_norm_rms_epsilon", 6, -1.0), "rms_epsilon' is -1.0"),
     "a token twice": (array("tokens", lambda t: [t[0], t[0], *t[2:]]), "have the same text"),
+    "a token twice, up to a NUL": (
+        array("tokens", lambda t: [b"x\0y", b"x\0z", *t[2:]]), "have the same text"),
+    "a layer beyond": (tensor(name=b"blk.99.attn_q.weight"), "blk.99|llama.cpp"),
     "no layers": (put("gemma.block_count", 4, 0), "'gemma.block_count' is 0"),
     "600 layers": (put("gemma.block_count", 4, 600), "'gemma.block_count' is 600"),
     "no heads": (put("gemma.attention.head_count", 4, 0), "head_count' is 0"),
@@ -136,6 +139,8 @@ def test_a_decoder_that_llama_cpp_would_abort_on(bundle: Path, name: str) -> Non
     change(layout)
     replaced(bundle, "decoder.gguf", layout.packed())
     refused(lambda: edgevlm.load(bundle, cache=False), BundleCorrupt, says)
+    # What it needs is looked up in the file first.
+    refused(lambda: edgevlm.load(bundle, cache=False, max_memory="1GB"), BundleCorrupt, says)
 
 
 def test_a_decoder_is_put_together_as_it_was(tmp_path: Path) -> None:

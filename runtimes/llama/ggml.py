@@ -8,7 +8,7 @@ from ctypes import c_char_p, c_int, c_size_t, c_void_p
 from importlib.metadata import version
 from pathlib import Path
 
-from edgevlm.errors import EngineError, EngineMissing
+from edgevlm.errors import BundleCorrupt, EngineError, EngineMissing
 from edgevlm.gguf_file import Library, opened
 from edgevlm.runtimes.llama.backends import LayerBytes, LlamaDevice, backend
 from edgevlm.runtimes.llama.bindings import llama
@@ -162,7 +162,7 @@ def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
     """Memory that the decoder in a GGUF file needs on a device.
 
     `exact` keeps the KV cache in float32, otherwise float16. Raises BundleCorrupt if it is
-    not a GGUF.
+    not a GGUF, or not of the layers that the manifest has.
     """
     with opened(path) as file:
         sizes = {name: tensor.n_bytes for name, tensor in file.tensors().items()}
@@ -172,6 +172,8 @@ def layer_bytes(path: Path, spec: DecoderSpec, exact: bool) -> LayerBytes:
     layers = [0] * spec.n_layer
     for name, size in sizes.items():
         if match := re.match(r"blk\.(\d+)\.", name):
+            if int(match[1]) >= spec.n_layer:
+                raise BundleCorrupt(path, f"has {name!r}, the manifest {spec.n_layer} layers")
             layers[int(match[1])] += size
     output = sizes.get("output.weight", sizes.get("token_embd.weight", 0))
     # Three rows of the feed-forward's width, four of the model's, and the logits, in float32.
