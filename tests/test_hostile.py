@@ -215,6 +215,15 @@ def test_sizes_that_no_model_has(bundle: Path, section: str, key: str, value: An
     refused(lambda: edgevlm.load(bundle), BundleCorrupt, rf"'{section}\.{key}'")
 
 
+@pytest.mark.parametrize(("key", "value"), [("width", 1256), ("rows", 7), ("offset", -32)])
+def test_token_embeddings_of_another_decoder(bundle: Path, key: str, value: int) -> None:
+    path = bundle / MANIFEST
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["token_embedding"][key] = value
+    path.write_text(json.dumps(data), encoding="utf-8")
+    refused(lambda: edgevlm.load(bundle), BundleCorrupt, "token embeddings .* of a decoder of")
+
+
 @pytest.mark.parametrize("n", [0, 7, 8, 16])
 def test_a_self_check_of_other_numbers(n: int) -> None:
     assert (

@@ -34,6 +34,12 @@ class EmbeddingRows:
             raise BundleCorrupt(
                 path, f"token embeddings of unknown type {location.type!r}"
             ) from None
+        if location.width != spec.n_embd or location.rows < spec.n_vocab or location.offset < 0:
+            raise BundleCorrupt(
+                path,
+                f"token embeddings [{location.rows}, {location.width}] at {location.offset} of a "
+                f"decoder of [{spec.n_vocab}, {spec.n_embd}]",
+            )
         block, block_bytes = _gguf.GGML_QUANT_SIZES[self._type]
         row_bytes = location.width // block * block_bytes
         if location.offset + location.rows * row_bytes > path.stat().st_size:
