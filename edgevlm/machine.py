@@ -94,9 +94,9 @@ def memory(root: Path = _ROOT) -> Memory:
     return Memory(total, free)
 
 
-def free_addresses() -> int | None:
-    """Bytes of addresses that this process may still take under `ulimit -v`; None where nothing
-    limits them. Mapped files and what threads reserve for themselves count, used or not.
+def free_address_space() -> int | None:
+    """Bytes of address space that this process may still take under `ulimit -v`; None where
+    nothing limits it. Mapped files and what threads reserve for themselves count, used or not.
     """
     if os.name == "nt":
         return None

@@ -20,8 +20,8 @@ from edgevlm.types import Repacking
 # Python, the libraries of both engines, a decoded picture of a few megapixels, and what onnxruntime
 # leaves with the allocator when the encoder goes.
 _PROCESS = 230 << 20
-# Addresses that the engines reserve for each thread and never use, stacks and what the allocator
-# keeps for itself: 180 MiB for one thread, 140 each for eight (glibc 2.36, pico).
+# Address space that the engines reserve for each thread and never use, stacks and what the
+# allocator keeps for itself: 180 MiB for one thread, 140 each for eight (glibc 2.36, pico).
 _THREAD_ADDRESSES = 200 << 20
 # llama.cpp's hashes and texts for each token.
 _TOKEN = 220
@@ -83,8 +83,8 @@ class MemoryLimit:
 
 
 def limit_of(max_memory: int | None, addresses: int | None, threads: int) -> MemoryLimit | None:
-    """The smaller of `max_memory` and of what free `addresses` leave engines of so many threads, in
-    bytes; None where there is neither.
+    """The smaller of `max_memory` and of what `addresses`, bytes of free address space, leave
+    engines of so many threads; None where there is neither.
     """
     limits = []
     if max_memory is not None:
@@ -93,7 +93,7 @@ def limit_of(max_memory: int | None, addresses: int | None, threads: int) -> Mem
         )
     if addresses is not None:
         left = max(0, addresses + _PROCESS - threads * _THREAD_ADDRESSES)
-        said = f"the limit of addresses (ulimit -v) leaves {in_gb(left)} at threads={threads}"
+        said = f"the address-space limit (ulimit -v) leaves {in_gb(left)} at threads={threads}"
         limits.append(MemoryLimit(left, said, "raise it, take fewer threads"))
     return min(limits, key=lambda limit: limit.bytes, default=None)
 

@@ -13,7 +13,7 @@ from edgevlm.bundle import REGION_ROWS, Bundle, check_path, open_bundle
 from edgevlm.errors import BundleCorrupt, EngineError
 from edgevlm.image import ImageSource
 from edgevlm.image.plan import limited
-from edgevlm.machine import free_addresses, memory
+from edgevlm.machine import free_address_space, memory
 from edgevlm.manifest import MANIFEST
 from edgevlm.models import check_answers
 from edgevlm.runtimes import budget, checks, devices, rules, shelves, tuned
@@ -242,12 +242,12 @@ def budgeted(
 
     Without `max_memory` it is the machine's or the container's, all of it: what is free changes
     from minute to minute, and the system drops pages of files for whoever needs them. Where other
-    devices may take the decoder nothing is decided unasked. Addresses that the process has no more
-    of are another matter: engines end it where they get none for a thread.
+    devices may take the decoder nothing is decided unasked. Address space is another matter:
+    engines end the process where they get none for a thread.
     """
     alone, total = "decoder" not in bundle.manifest.components, memory().total_bytes
     threads = max(settings.vision_threads, settings.prefill_threads, settings.decode_threads)
-    limit = budget.limit_of(options.max_memory, free_addresses(), threads)
+    limit = budget.limit_of(options.max_memory, free_address_space(), threads)
     roomy = _ROOMY_COPIES * bundle.bytes + _ROOMY_BYTES < total
     if limit is None and (alone or offered or roomy):
         return None

@@ -209,10 +209,10 @@ main()
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of addresses")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no address-space limit")
 @pytest.mark.fault(
     "Memory",
-    "a limit of addresses (`ulimit -v`) in which engines would end the process",
+    "an address-space limit (`ulimit -v`) in which engines would end the process",
     "refused in numbers before a model is loaded",
 )
 @pytest.mark.parametrize(("size", "answer"), [(400 << 20, ""), (8 << 30, ANSWER + "\n")])
@@ -225,7 +225,7 @@ def test_addresses_that_are_limited(size: int, answer: str) -> None:
     assert (done.returncode, done.stdout) == (not answer, answer)
     if not answer:
         assert re.fullmatch(
-            r"edgevlm: the limit of addresses \(ulimit -v\) leaves .* at threads=1 and this "
+            r"edgevlm: the address-space limit \(ulimit -v\) leaves .* at threads=1 and this "
             r"model needs about .*; raise it, take fewer threads, .*\n",
             done.stderr,
         )

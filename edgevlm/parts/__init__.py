@@ -142,7 +142,9 @@ class Decoder(Part):
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, float) and not abs(value) <= _MOST:
-                raise ValueError(f"the decoder's {each.name} is {value:g}; 32 bits hold no such")
+                raise ValueError(
+                    f"the decoder's {each.name} is {value:g}; it does not fit into 32 bits"
+                )
             if each.name in _DIVISORS and value <= 0:
                 raise ValueError(f"the decoder's {each.name} is {value:g}; it has to be above 0")
 
